@@ -1,0 +1,33 @@
+"""Errors and warnings: each message names the thing, the value and the remedy."""
+
+
+class RelflatError(Exception):
+    """Base of every error that relflat raises on purpose."""
+
+
+class LayerError(RelflatError, ValueError):
+    """A layer is unknown, ambiguous, unused, of an unsupported class, or frozen where it must not be."""
+
+
+class GraphError(RelflatError, RuntimeError):
+    """The forward pass, the loss and the criterion do not fit together (order of calls, detached tensors)."""
+
+
+class LossError(RelflatError, ValueError):
+    """The loss lacks the curvature asked for, or its scale over batches is unknown."""
+
+
+class DataError(RelflatError, ValueError):
+    """The data given are empty, malformed, or not there."""
+
+
+class ConfigError(RelflatError, ValueError):
+    """An argument, key or name is not one of those accepted."""
+
+
+class NonFiniteError(RelflatError, FloatingPointError):
+    """A measured quantity is infinite or not a number."""
+
+
+class RelflatWarning(UserWarning):
+    """Something the user should know and may act on; nothing was silently changed."""

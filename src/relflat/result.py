@@ -1,0 +1,42 @@
+"""What a measurement returns: plain frozen records that carry their own error."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Flatness:
+    """Relative flatness of one layer over a data set.
+
+    Attributes:
+        value: kappa(W), Petzka et al. 2021, Def. 3. Larger is sharper. Units: those of the loss.
+        stderr: standard error of ``value`` over the probes; 0.0 where the method is exact.
+        method: how it was computed, e.g. ``"closed_form"`` or ``"probe(ggn, 8)"``.
+        layer: qualified name of the layer.
+        curvature: ``"hessian"`` or ``"ggn"``, whichever ``value`` is made of.
+        trace: Tr(H), trace of the layer's Hessian (or GGN), d m x d m.
+        trace_stderr: standard error of ``trace``.
+        layerwise: ``||W||_F^2 Tr(H)``, the layerwise measure of the FAM paper (section 3).
+        weight_norm: ``||W||_F``.
+        feature_norm2: mean over samples of ``||phi||^2`` (summed over the positions of one sample).
+        loss: the loss over the same data.
+        confidence: mean of ``max_c p_c`` for classification losses, else None.
+        samples: number of samples.
+    """
+
+    value: float
+    stderr: float
+    method: str
+    layer: str
+    curvature: str
+    trace: float
+    trace_stderr: float
+    layerwise: float
+    weight_norm: float
+    feature_norm2: float
+    loss: float
+    confidence: float | None
+    samples: int
+
+    def __str__(self) -> str:
+        error = f" ± {self.stderr:.2g}" if self.stderr else ""
+        return f"kappa({self.layer}) = {self.value:.6g}{error} [{self.method}, n={self.samples}]"
