@@ -1,8 +1,8 @@
 r"""The definitions, written as the papers write them: dense, float64, slow, and easy to check by eye.
 
 Everything here is a function of two things: ``loss``, the training loss as a function of one layer's weight
-matrix, and ``W``, that matrix, of shape (d, m): d outputs, m features. :func:`at_layer` makes both from a model
-and data. No fast path of relflat imports this module; the tests compare every fast path with it.
+matrix, and ``W``, that matrix, of shape (d, m): d outputs, m features. :func:`at_layer` makes both from a
+model and data. No fast path of relflat imports this module; the tests compare every fast path with it.
 
 All functions are differentiable in ``W`` and, through ``loss``, in every other parameter of the model.
 
@@ -40,8 +40,8 @@ def at_layer(
         loss_fn: maps ``(model(inputs), targets)`` to a scalar.
         inputs: what the model is called with.
         targets: what ``loss_fn`` is called with, beside the outputs.
-        layer: name of a module (its ``weight`` is meant) or of a parameter. It may be used several times in one
-            forward pass, or be tied: the definition only sees the parameter.
+        layer: name of a module (its ``weight`` is meant) or of a parameter. It may be used several times in
+            one forward pass, or be tied: the definition only sees the parameter.
 
     Returns:
         ``(loss, W)``: ``loss`` takes a (d, m) matrix, and ``W`` is the present one. A weight of more than two
@@ -93,7 +93,8 @@ def _find_parameter(model: nn.Module, layer: str) -> tuple[str, Tensor]:
         if name in aliases:
             return next((n, p) for n, p in model.named_parameters() if p is aliases[name])
     raise LayerError(
-        f"the model has no parameter {layer!r} or {layer + '.weight'!r}; it has: {', '.join(aliases) or 'none'}. "
+        f"the model has no parameter {layer!r} or {layer + '.weight'!r}; "
+        f"it has: {', '.join(aliases) or 'none'}. "
         "Pass one of these names, or the name of a module that has a weight."
     )
 
@@ -135,9 +136,9 @@ def layer_ggn(
 ) -> Float[Tensor, "d m d m"]:
     r"""Return the generalised Gauss-Newton matrix ``J' A J`` of the layer (Schraudolph 2002).
 
-    J is the Jacobian of all outputs of the network over the whole batch with respect to W, and A the Hessian of
-    the loss with respect to these outputs. It leaves out the curvature of the network itself, so it is positive
-    semi-definite for a convex loss, and it equals the Hessian where the outputs are linear in W.
+    J is the Jacobian of all outputs of the network over the whole batch with respect to W, and A the Hessian
+    of the loss with respect to these outputs. It leaves out the curvature of the network itself, so it is
+    positive semi-definite for a convex loss, and it equals the Hessian where the outputs are linear in W.
 
     Args:
         outputs: the network's outputs as a function of W, as from :func:`outputs_at_layer`.
@@ -170,7 +171,8 @@ def kappa(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
     Cost: that of :func:`layer_hessian`.
 
     Example:
-        For one output, ``L = (w . phi)^2``, the Hessian is ``2 phi phi'``, so kappa = ``2 ||w||^2 ||phi||^2``:
+        For one output and ``L = (w . phi)^2`` the Hessian is ``2 phi phi'``, and kappa is
+        ``2 ||w||^2 ||phi||^2``:
 
         >>> phi = torch.tensor([1.0, 2.0])
         >>> kappa(lambda W: ((W @ phi) ** 2).sum(), torch.tensor([[3.0, 4.0]]))
@@ -273,7 +275,9 @@ def trace(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
 
 
 def layerwise(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
-    """The layerwise measure ``||W||_F^2 Tr H``, an upper bound on kappa for a convex tail (FAM paper, section 3).
+    """The layerwise measure ``||W||_F^2 Tr H`` of the FAM paper, section 3.
+
+    It bounds kappa from above where the Hessian is positive semi-definite.
 
     Example:
         >>> layerwise(lambda W: (W**2).sum(), torch.ones(2, 3))
@@ -300,8 +304,8 @@ def feature_robustness(
     """Feature robustness, theory paper Definition 2: the mean over A of ``L(W (I + delta A)) - L(W)``.
 
     A perturbation ``phi -> phi + delta A phi`` of the features is one of the weight, ``W -> W + delta W A``.
-    Over random orthogonal A it tends to ``delta^2 / (2 m) kappa`` (I8 of the design notes), plus a term of first
-    order in delta, which cancels when ``-A`` is among the matrices for each A.
+    Over random orthogonal A it tends to ``delta^2 / (2 m) kappa`` (theory paper, section 4), plus a term of
+    first order in delta, which cancels when ``-A`` is among the matrices for each A.
 
     Args:
         loss: the loss as a function of W.
@@ -331,11 +335,11 @@ def feature_robustness(
 def kappa_in_output_space(
     W: Float[Tensor, "d m"], phi: Float[Tensor, "*positions m"], H_z: Float[Tensor, "nd nd"]
 ) -> Float[Tensor, ""]:
-    """kappa from the curvature with respect to a dense layer's outputs ``z = phi W' + b`` (I5 of the design notes).
+    """Relative flatness from the curvature with respect to a dense layer's outputs ``z = phi W' + b``.
 
-    For the basis direction ``E_{t,t'}`` of all feature matrices R the outputs move along ``u = phi (W E)'``, and
-    kappa is the sum of ``<u, H_z u>`` over the basis. Holding ``H_z`` constant while differentiating in W and
-    phi is the library's ``gradient="frozen"``.
+    For the basis direction ``E_{t,t'}`` of all feature matrices R the outputs move along ``u = phi (W E)'``,
+    and kappa is the sum of ``<u, H_z u>`` over the basis. Holding ``H_z`` constant while differentiating in W
+    and phi is the library's ``gradient="frozen"``.
 
     Args:
         W: the weight.
