@@ -383,8 +383,8 @@ def _require_homogeneous(
         if not isinstance(module, POSITIVELY_HOMOGENEOUS) or isinstance(module, mixes_neurons):
             raise LayerError(
                 f"{module} lies between the layers and is not positively homogeneous neuron by neuron: "
-                "rescaling would change the function. Choose layers with only ReLU-like activations or dropout "
-                "between them, or pooling after a convolution."
+                "rescaling would change the function. Choose layers with only ReLU-like activations or "
+                "dropout between them, or pooling after a convolution."
             )
 
 
