@@ -1,0 +1,79 @@
+"""What people see: tables and messages on a terminal, one JSON object with ``--json``."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+out = Console()
+err = Console(stderr=True)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object to stdout and nothing else; numbers that are not finite become null."""
+    print(json.dumps(finite(value), indent=2))
+
+
+def finite(value: Any) -> Any:
+    """Replace nan and infinities, which JSON does not have, by None."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table to stdout."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def say(line: str) -> None:
+    """Print a line to stderr, where it never mixes with results."""
+    err.print(line, highlight=False, markup=False)
+
+
+def fail(error: Exception) -> None:
+    """Print an error that the user can do something about."""
+    err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def escape(text: str) -> str:
+    """Protect square brackets from being read as markup."""
+    return text.replace("[", r"\[")
+
+
+@contextmanager
+def progress(epochs: int) -> Iterator[Any]:
+    """A progress bar over epochs on stderr, shown only when that is a terminal.
+
+    Yields:
+        A function to call with each epoch's record.
+    """
+    columns = (
+        TextColumn("epoch {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("", total=epochs, note="")
+
+        def on_epoch(record: Mapping[str, Any]) -> None:
+            note = f"loss {record['loss']:.4f}  kappa {record['kappa']:.4g}"
+            note += f"  validation {record['validation_accuracy']:.2%}"
+            bar.update(task, completed=record["epoch"], note=note)
+
+        yield on_epoch

@@ -1,0 +1,60 @@
+"""``relflat data``: what there is, under which licence, and fetching it."""
+
+from typing import Annotated
+
+import tyro
+from tyro.extras import SubcommandApp
+
+from relflat.cli.console import out, print_json, print_table, say
+
+data = SubcommandApp()
+
+
+@data.command(name="list")
+def list_(json: bool = False) -> None:
+    """List the data sets with their licences and whether they are here.
+
+    Args:
+        json: print one JSON object.
+    """
+    from relflat.lab.fetch import cache_folder, is_here
+    from relflat.lab.sources import SOURCES
+
+    if json:
+        print_json({name: {**source.__dict__, "here": is_here(source)} for name, source in SOURCES.items()})
+        return
+    rows = [
+        (source.name, source.content, source.licence, "here" if is_here(source) else source.command)
+        for source in SOURCES.values()
+    ]
+    print_table(f"Data sets (cache: {cache_folder()})", ("name", "content", "licence", "get it with"), rows)
+
+
+@data.command
+def get(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME [NAME ...]")],
+    json: bool = False,
+) -> None:
+    """Fetch data sets into the cache ($RELFLAT_CACHE, else ~/.cache/relflat), checked by SHA-256.
+
+    Args:
+        names: data sets as named by 'relflat data list'.
+        json: print one JSON object.
+    """
+    from relflat.lab.fetch import get as fetch
+    from relflat.lab.fetch import is_here
+    from relflat.lab.names import look_up
+    from relflat.lab.sources import SOURCES
+
+    sources = [look_up("data set", name, SOURCES) for name in names]
+    places = {
+        source.name: str(fetch(source.name, say)) for source in sources if source.registry != "embedded"
+    }
+    if json:
+        print_json(
+            {source.name: {"here": is_here(source), "folder": places.get(source.name)} for source in sources}
+        )
+        return
+    for source in sources:
+        place = places.get(source.name, f"inside {source.package}, nothing to fetch")
+        out.print(f"{source.name}: {place}  (licence: {source.licence})", highlight=False, soft_wrap=True)

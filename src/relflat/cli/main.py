@@ -1,0 +1,46 @@
+"""The command ``relflat``."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+from tyro.extras import SubcommandApp
+
+from relflat.cli.console import fail
+from relflat.cli.data import data
+from relflat.cli.measure import measure
+from relflat.cli.train import train
+from relflat.errors import RelflatError
+
+app = SubcommandApp()
+app.command(name="train")(train)
+app.command(name="measure")(measure)
+app.command(data, name="data", help="List and fetch data sets.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with 0, 2 (something to correct) or 130 (interrupted)."""
+    try:
+        app.cli(
+            prog="relflat",
+            description="Relative flatness of PyTorch networks: measure it, train with it.",
+            args=list(sys.argv[1:] if arguments is None else arguments),
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        )
+    except RelflatError as error:
+        fail(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        fail(KeyboardInterruptMessage())
+        sys.exit(130)
+
+
+class KeyboardInterruptMessage(Exception):
+    """What is said when the user interrupts."""
+
+    def __str__(self) -> str:
+        return "interrupted; the same command goes on after the last finished epoch."
+
+
+if __name__ == "__main__":
+    main()

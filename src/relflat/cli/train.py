@@ -1,0 +1,118 @@
+"""``relflat train``."""
+
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+import tyro
+
+from relflat.cli.console import out, print_json, progress, say
+
+
+def option(metavar: str, default: str) -> object:
+    """How an option that may be left out is shown: its type, and who gives the default."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"({default})")
+
+
+class Values(TypedDict, total=False):
+    """Values of the run; what is left out comes from the config file, the task or the method.
+
+    Attributes:
+        method: plain, sam or fam.
+        seed: of initial weights, data order, label noise and probes.
+        epochs: passes over the training data.
+        batch_size: samples a step.
+        lr: learning rate at the start.
+        weight_decay: of the optimiser.
+        train_size: train on so many samples only.
+        label_noise: redraw each training label with this probability.
+        rho: radius of the step uphill.
+        strength: lambda of the paper.
+        regularize: the layer FAM acts on.
+        radius: finite radius of the feature noise instead of kappa.
+        curvature: ggn or hessian.
+        gradient: full, frozen or weights.
+        estimator: auto, closed_form, exact, probe or finite_difference.
+        probes: random probes a step where kappa is not exact.
+        adaptive: the elementwise form.
+        every: add the penalty every so many steps.
+        warmup_steps: steps over which the strength grows from 0.
+        normalize_features: divide features by their deviation.
+    """
+
+    method: Annotated[str, option("NAME", "default: plain")]
+    seed: Annotated[int, option("INT", "default: 0")]
+    epochs: Annotated[int, option("INT", "default: the task's")]
+    batch_size: Annotated[int, option("INT", "default: the task's")]
+    lr: Annotated[float, option("FLOAT", "default: the task's")]
+    weight_decay: Annotated[float, option("FLOAT", "default: the task's")]
+    train_size: Annotated[int, option("INT", "default: all")]
+    label_noise: Annotated[float, option("FLOAT", "default: 0")]
+    rho: Annotated[float, option("FLOAT", "sam; default: 0.05")]
+    strength: Annotated[float, option("FLOAT", "fam; default: 0.1")]
+    regularize: Annotated[str, option("LAYER", "fam; default: output")]
+    radius: Annotated[float, option("FLOAT", "fam; default: none")]
+    curvature: Annotated[str, option("NAME", "fam; default: ggn")]
+    gradient: Annotated[str, option("NAME", "fam; default: full")]
+    estimator: Annotated[str, option("NAME", "fam; default: auto")]
+    probes: Annotated[int, option("INT", "fam; default: 1")]
+    adaptive: Annotated[bool, tyro.conf.FlagConversionOff, option("True|False", "sam, fam; default: False")]
+    every: Annotated[int, option("INT", "fam; default: 1")]
+    warmup_steps: Annotated[int, option("INT", "fam; default: 0")]
+    normalize_features: Annotated[
+        bool, tyro.conf.FlagConversionOff, option("True|False", "fam; default: False")
+    ]
+
+
+def train(
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")],
+    /,
+    *,
+    run: Values,
+    config: Path | None = None,
+    runs: Path = Path("runs"),
+    name: str | None = None,
+    fresh: bool = False,
+    test: bool = True,
+    json: bool = False,
+) -> None:
+    """Train a task by one method, and evaluate its test split once at the end.
+
+    An interrupted run goes on where it stopped, to the same numbers; a finished one is only read.
+
+    Args:
+        task: digits, fashion-mnist or cifar10.
+        run: what the numbers depend on.
+        config: TOML or JSON file with values under the same names; options given here win.
+        runs: folder that keeps the runs.
+        name: name of this run's folder; by default task, method and a hash of all values.
+        fresh: remove an earlier run of this folder and start again.
+        test: evaluate the test split at the end.
+        json: print one JSON object.
+    """
+    from relflat.lab import training
+    from relflat.lab.config import make, read_file
+    from relflat.lab.store import folder_of
+
+    from_file = read_file(config) if config else {}
+    resolved = make({**from_file, **run, "task": task})
+    folder = folder_of(resolved, runs, name)
+    with progress(resolved.epochs) as on_epoch:
+        result = training.train(resolved, folder, test=test, fresh=fresh, on_epoch=on_epoch)
+    if json:
+        print_json({"run": str(folder), "config": resolved.flat(), "result": result})
+        return
+    if result["status"] != "finished":
+        say(f"diverged after {result['epochs']} epochs: {result['reason']}")
+    for split in ("train", "validation", "test"):
+        if result[split]:
+            out.print(
+                f"{split:<10} accuracy {result[split]['accuracy']:.4f}  loss {result[split]['loss']:.4f}"
+            )
+    if result["flatness"]:
+        flat = result["flatness"]
+        out.print(
+            f"kappa      {flat['value']:.5g} ({flat['layer']}, {flat['method']})  "
+            f"confidence {flat['confidence']:.4f}  ||W|| {flat['weight_norm']:.4g}  "
+            f"||phi||^2 {flat['feature_norm2']:.4g}"
+        )
+    out.print(f"run        {folder}", soft_wrap=True)

@@ -1,0 +1,214 @@
+"""Training methods: each has settings, what it wraps, and one step function.
+
+A step takes one batch, updates the parameters once and returns the task loss and the penalty. BatchNorm
+statistics move once a step, whatever the number of forward passes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from pytorch_optimizer import SAM
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from relflat import FAM
+
+BaseOptimizer = Callable[[Iterable[Any]], Optimizer]
+
+
+class Losses(NamedTuple):
+    """What a step optimised: the task loss, and strength times kappa (0 without a penalty)."""
+
+    task: Tensor | float
+    penalty: Tensor | float
+
+
+@dataclass
+class Learner:
+    """What a step works with.
+
+    Attributes:
+        accelerator: runs the backward pass.
+        model: in training mode.
+        criterion: the task loss, wrapped by the method.
+        optimizer: the base optimiser, wrapped by the method.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    criterion: nn.Module
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True)
+class PlainSettings:
+    """Plain training has no settings of its own."""
+
+
+@dataclass(frozen=True)
+class SamSettings:
+    """Sharpness-aware minimisation (Foret et al. 2021).
+
+    Attributes:
+        rho: radius of the step uphill.
+        adaptive: scale it elementwise by the weights (ASAM, Kwon et al. 2021).
+    """
+
+    rho: float = 0.05
+    adaptive: bool = False
+
+
+@dataclass(frozen=True)
+class FamSettings:
+    """Relative flatness aware minimisation; the meanings are those of `relflat.FAM`.
+
+    Attributes:
+        strength: lambda of the paper, on kappa without division by m.
+        regularize: the layer, by name or glob.
+        radius: finite radius of the feature noise; None for kappa itself.
+        curvature: what kappa is made of.
+        gradient: which part of Lemma 1 is used.
+        estimator: how kappa is computed.
+        probes: random probes a step where it is not exact.
+        adaptive: the elementwise form.
+        every: add the penalty every so many steps.
+        warmup_steps: steps over which the strength grows from 0.
+        normalize_features: divide features by their deviation.
+    """
+
+    strength: float = 0.1
+    regularize: str = "output"
+    radius: float | None = None
+    curvature: Literal["ggn", "hessian"] = "ggn"
+    gradient: Literal["full", "frozen", "weights"] = "full"
+    estimator: Literal["auto", "closed_form", "exact", "probe", "finite_difference"] = "auto"
+    probes: int = 1
+    adaptive: bool = False
+    every: int = 1
+    warmup_steps: int = 0
+    normalize_features: bool = False
+
+
+def plain_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
+    """One gradient step on the task loss."""
+    learner.optimizer.zero_grad()
+    loss = learner.criterion(learner.model(inputs), targets)
+    learner.accelerator.backward(loss)
+    learner.optimizer.step()
+    return Losses(loss.detach(), 0.0)
+
+
+def sam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
+    """A step uphill, then the gradient from there applied to the old weights; two passes."""
+
+    def backward() -> Tensor:
+        learner.optimizer.zero_grad()
+        loss: Tensor = learner.criterion(learner.model(inputs), targets)
+        learner.accelerator.backward(loss)
+        return loss
+
+    def backward_uphill() -> float:
+        with buffers_kept(learner.model):
+            return float(backward().detach())
+
+    loss = backward()
+    learner.optimizer.step(backward_uphill)
+    return Losses(loss.detach(), 0.0)
+
+
+def fam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
+    """One gradient step on the task loss plus the penalty, which `relflat.FAM` adds inside the criterion."""
+    learner.optimizer.zero_grad()
+    loss = learner.criterion(learner.model(inputs), targets)
+    learner.accelerator.backward(loss)
+    learner.optimizer.step()
+    last = learner.criterion.last
+    return Losses(last["task"], last["penalty"])
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what the passes inside do to the buffers (running statistics and their counters)."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def task_loss(loss: nn.Module, model: nn.Module, settings: Any, seed: int) -> nn.Module:
+    """The criterion of methods that leave the loss alone."""
+    return loss
+
+
+def fam_loss(loss: nn.Module, model: nn.Module, settings: FamSettings, seed: int) -> nn.Module:
+    """The task loss wrapped by `relflat.FAM`."""
+    return FAM(
+        loss,
+        model,
+        settings.regularize,
+        strength=settings.strength,
+        radius=settings.radius,
+        curvature=settings.curvature,
+        gradient=settings.gradient,
+        method=settings.estimator,
+        probes=settings.probes,
+        adaptive=settings.adaptive,
+        every=settings.every,
+        warmup_steps=settings.warmup_steps,
+        normalize_features=settings.normalize_features,
+        seed=seed,
+    )
+
+
+def base_optimizer(parameters: Iterable[nn.Parameter], base: BaseOptimizer, settings: Any) -> Optimizer:
+    """The task's own optimiser."""
+    return base(parameters)
+
+
+def sam_optimizer(
+    parameters: Iterable[nn.Parameter], base: BaseOptimizer, settings: SamSettings
+) -> Optimizer:
+    """The task's optimiser inside pytorch_optimizer's SAM."""
+    return SAM(parameters, base, rho=settings.rho, adaptive=settings.adaptive)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        settings: class of its settings.
+        step: one update.
+        criterion: wraps the task loss.
+        optimizer: wraps the task's optimiser.
+    """
+
+    settings: type[Any]
+    step: Callable[[Learner, Tensor, Tensor], Losses]
+    criterion: Callable[[nn.Module, nn.Module, Any, int], nn.Module] = task_loss
+    optimizer: Callable[[Iterable[nn.Parameter], BaseOptimizer, Any], Optimizer] = base_optimizer
+
+
+METHODS: dict[str, Method] = {
+    "plain": Method(PlainSettings, plain_step),
+    "sam": Method(SamSettings, sam_step, optimizer=sam_optimizer),
+    "fam": Method(FamSettings, fam_step, criterion=fam_loss),
+}
+
+
+def get_counter(criterion: nn.Module) -> int:
+    """The step number that, with its seed, determines FAM's probes; 0 for criteria without one."""
+    return criterion.step if isinstance(criterion, FAM) else 0
+
+
+def set_counter(criterion: nn.Module, step: int) -> None:
+    """Put back what ``get_counter`` returned."""
+    if isinstance(criterion, FAM):
+        criterion.step = step

@@ -1,0 +1,101 @@
+"""The networks of the tasks. Each ends in a Linear layer: the output layer that is regularised."""
+
+from collections import OrderedDict
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def mlp(inputs: int, hidden: tuple[int, ...] = (128, 128), num_classes: int = 10) -> nn.Sequential:
+    """A ReLU network: ``fc1``, ``fc2``, ... and ``output``."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    width = inputs
+    for number, size in enumerate(hidden, 1):
+        layers[f"fc{number}"] = nn.Linear(width, size)
+        layers[f"relu{number}"] = nn.ReLU()
+        width = size
+    layers["output"] = nn.Linear(width, num_classes)
+    return nn.Sequential(layers)
+
+
+def small_cnn(num_classes: int = 10, in_channels: int = 1) -> nn.Sequential:
+    """Three strided 3x3 convolutions (32, 64, 128) with BatchNorm, average pooling, Linear-64 and output."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    width = in_channels
+    for number, size in enumerate((32, 64, 128), 1):
+        layers[f"conv{number}"] = nn.Conv2d(width, size, 3, stride=2, padding=1, bias=False)
+        layers[f"bn{number}"] = nn.BatchNorm2d(size)
+        layers[f"relu{number}"] = nn.ReLU()
+        width = size
+    layers["pool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["fc"] = nn.Linear(width, 64)
+    layers["output"] = nn.Linear(64, num_classes)
+    return nn.Sequential(layers)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 2)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
+        """Apply the block."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 for small pictures: a 3x3 stem without pooling, four stages of two blocks.
+
+    Attributes:
+        output: the last Linear layer.
+    """
+
+    def __init__(
+        self, num_classes: int = 10, in_channels: int = 3, width: int = 64, feature_width: int | None = None
+    ) -> None:
+        super().__init__()
+        stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU())
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.blocks = nn.Sequential(
+            *(
+                BasicBlock(widths[stage] if first else widths[stage + 1], widths[stage + 1], stride)
+                for stage in range(4)
+                for first, stride in ((True, 1 if stage == 0 else 2), (False, 1))
+            )
+        )
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.features: nn.Module = nn.Identity()
+        if feature_width is not None:
+            self.features = nn.Linear(widths[-1], feature_width)
+        self.output = nn.Linear(feature_width or widths[-1], num_classes)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Return the logits."""
+        return self.output(self.features(self.pool(self.blocks(self.stem(x)))))
+
+
+def resnet18(
+    num_classes: int = 10, in_channels: int = 3, width: int = 64, *, feature_width: int | None = None
+) -> ResNet18:
+    """Build a ResNet-18 for 28x28 or 32x32 pictures.
+
+    Args:
+        num_classes: outputs.
+        in_channels: channels of the pictures.
+        width: channels of the first stage; the others have 2, 4 and 8 times as many.
+        feature_width: size of an extra Linear layer before the output (64 in the FAM paper); None for none.
+    """
+    return ResNet18(num_classes, in_channels, width, feature_width)

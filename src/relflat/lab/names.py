@@ -1,0 +1,30 @@
+"""A wrong name gets an answer that says which name was probably meant."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from relflat.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def unknown(kind: str, value: str, known: Iterable[str]) -> ConfigError:
+    """Build the error for a name that is not among the known ones.
+
+    Args:
+        kind: what the name stands for, e.g. ``"task"``.
+        value: the name that was given.
+        known: the names that exist.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return ConfigError(f"Unknown {kind} {value!r}{hint} Known: {', '.join(names)}.")
+
+
+def look_up(kind: str, value: str, table: Mapping[str, T]) -> T:
+    """Return ``table[value]``, or raise an error that names the nearest key."""
+    if value not in table:
+        raise unknown(kind, value, table)
+    return table[value]

@@ -1,0 +1,153 @@
+"""The folder of a run, written so that a reader never sees half a file.
+
+config.json        every value the numbers depend on
+environment.json   versions, machine, command
+metrics.jsonl      one line an epoch
+tensorboard/       the same as scalars
+checkpoint-0012/   model.safetensors and state.pt, after epoch 12
+result.json        there once the run is finished
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from relflat.errors import ConfigError, DataError
+from relflat.lab.config import RunConfig, make
+from relflat.lab.environment import describe
+
+RESULT, CONFIG, METRICS, ENVIRONMENT = "result.json", "config.json", "metrics.jsonl", "environment.json"
+
+
+def folder_of(config: RunConfig, root: Path, name: str | None = None) -> Path:
+    """Where a run lives: ``root/<name>``, by default ``root/<task>-<method>-<hash of the configuration>``."""
+    return root / (name or f"{config.task}-{config.method}-{config.digest}")
+
+
+def check_folder(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
+    """See whether this run may live in the folder; nothing is written.
+
+    Args:
+        folder: the run's folder.
+        config: what is going to run.
+        fresh: an earlier run there will be replaced.
+
+    Raises:
+        ConfigError: another configuration or something else lives there.
+    """
+    if (folder / CONFIG).is_file():
+        if not fresh:
+            _same(folder, config)
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not a run's folder; choose another name.")
+
+
+def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
+    """Make the folder ready for a run that ``check_folder`` let through.
+
+    Args:
+        folder: the run's folder; made if it is not there.
+        config: what is going to run.
+        fresh: remove an earlier run of this folder.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        if fresh and (folder / CONFIG).is_file():
+            shutil.rmtree(folder)
+        if (folder / CONFIG).is_file():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / ENVIRONMENT, describe())
+        write_json(folder / CONFIG, config.flat())
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write to {folder}: {error.strerror}. Choose another place with --runs."
+        ) from error
+
+
+def _same(folder: Path, config: RunConfig) -> None:
+    """Reject a folder whose run has other settings."""
+    old, new = read_json(folder / CONFIG), config.flat()
+    if old != new:
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        raise ConfigError(
+            f"{folder} holds a run with other values of {', '.join(keys)}. "
+            "Choose another --name, or replace it with --fresh."
+        )
+
+
+def config_of(folder: Path) -> RunConfig:
+    """Read the configuration of a run.
+
+    Raises:
+        DataError: the folder holds no run.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise DataError(
+            f"{folder} is not a run: it has no {CONFIG}. Train one with: relflat train TASK --runs DIR"
+        )
+    return make(read_json(path))
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished run, or None."""
+    path = folder / RESULT
+    return read_json(path) if path.is_file() else None
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``."""
+    path = folder / METRICS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}). Run again with --fresh.") from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one JSON object in one piece."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, in one piece."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it into place."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder beside its place and rename it into place."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        temporary.chmod(0o755)
+        fill(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,255 @@
+"""The training loop: one for all methods, on Accelerate, resumable after any epoch.
+
+Nothing here chooses anything by the test split. It is evaluated once, after the last epoch, and only
+when the caller asks for it.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from relflat.errors import NonFiniteError
+from relflat.lab import checkpoint, store
+from relflat.lab.batches import EpochOrder, training_loader
+from relflat.lab.config import RunConfig
+from relflat.lab.evaluate import accuracy_and_loss, flatness
+from relflat.lab.methods import METHODS, Learner, Losses
+from relflat.lab.scalars import Scalars
+from relflat.lab.splits import Splits
+from relflat.lab.tasks import TASKS
+
+MONITORED = 5000  # training samples that the metrics of an epoch are taken on
+
+Record = dict[str, Any]
+OnEpoch = Callable[[Record], None]
+
+
+def ignore(record: Record) -> None:
+    """Do nothing with an epoch's record."""
+
+
+@dataclass
+class Session:
+    """A run's moving parts, built from its configuration alone.
+
+    Attributes:
+        config: the run.
+        splits: its data.
+        learner: model, criterion and optimiser.
+        loss: the bare task loss, for evaluating.
+        scheduler: learning rate.
+        order: of the training data.
+        loader: of the training data.
+    """
+
+    config: RunConfig
+    splits: Splits
+    learner: Learner
+    loss: nn.Module
+    scheduler: LRScheduler
+    order: EpochOrder
+    loader: Any
+
+    @property
+    def model(self) -> nn.Module:
+        """The network without the wrappers that Accelerate may have put around it."""
+        return self.learner.accelerator.unwrap_model(self.learner.model)
+
+    def close(self) -> None:
+        """Let go of what the criterion hooked into the model."""
+        if hasattr(self.learner.criterion, "close"):
+            self.learner.criterion.close()
+
+
+def build(config: RunConfig) -> Session:
+    """Seed everything and build a run's data, network, criterion and optimiser."""
+    task, method = TASKS[config.task], METHODS[config.method]
+    splits = task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
+    set_seed(config.seed)
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    model, loss = task.model(), task.loss()
+    base = replace(task.optimizer, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = method.optimizer(model.parameters(), base, config.settings)
+    order = EpochOrder(len(splits.train), config.batch_size, config.seed)
+    scheduler = task.schedule(_base(optimizer), config.epochs * len(order))
+    wrapped, prepared, loader = accelerator.prepare(model, optimizer, training_loader(splits.train, order))
+    criterion = method.criterion(loss, model, config.settings, config.seed)
+    return Session(
+        config, splits, Learner(accelerator, wrapped, criterion, prepared), loss, scheduler, order, loader
+    )
+
+
+def _base(optimizer: Optimizer) -> Optimizer:
+    """The optimiser whose learning rate counts: SAM's inner one."""
+    return getattr(optimizer, "base_optimizer", optimizer)
+
+
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    test: bool = True,
+    fresh: bool = False,
+    tensorboard: bool = True,
+    on_epoch: OnEpoch = ignore,
+) -> Record:
+    """Train, or go on where an interrupted run of this folder stopped; a finished one is only read.
+
+    Args:
+        config: the run.
+        folder: where its files go.
+        test: evaluate the test split at the end.
+        fresh: remove an earlier run of this folder.
+        tensorboard: write scalars for TensorBoard.
+        on_epoch: called with each epoch's record.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        ConfigError: the folder holds another run or cannot be written.
+        DataError: the data set was not fetched.
+    """
+    store.check_folder(folder, config, fresh=fresh)
+    finished = None if fresh else store.result_of(folder)
+    if finished is not None and (
+        finished["test"] is not None or not test or finished["status"] != "finished"
+    ):
+        return finished
+    session = build(config)
+    try:
+        store.open_run(folder, config, fresh=fresh)
+        history = _resume(session, folder)
+        diverged = _epochs(session, folder, history, tensorboard, on_epoch)
+        result = _result(session, history, diverged, test)
+    finally:
+        session.close()
+    store.write_json(folder / store.RESULT, result)
+    return result
+
+
+def _resume(session: Session, folder: Path) -> list[Record]:
+    return checkpoint.load(
+        folder,
+        model=session.model,
+        criterion=session.learner.criterion,
+        optimizer=session.learner.optimizer,
+        scheduler=session.scheduler,
+    )
+
+
+def _epochs(
+    session: Session, folder: Path, history: list[Record], tensorboard: bool, on_epoch: OnEpoch
+) -> str | None:
+    """Train the epochs that are left, appending to ``history``; return why training broke off, or None."""
+    with Scalars(folder, len(history), active=tensorboard) as scalars:
+        for epoch in range(len(history), session.config.epochs):
+            try:
+                record = run_epoch(session, epoch)
+            except NonFiniteError as error:
+                return str(error)
+            history.append(record)
+            checkpoint.save(
+                folder,
+                epoch=epoch + 1,
+                model=session.model,
+                criterion=session.learner.criterion,
+                optimizer=session.learner.optimizer,
+                scheduler=session.scheduler,
+                history=history,
+            )
+            store.write_lines(folder / store.METRICS, history)
+            scalars.add(record)
+            on_epoch(record)
+    return None
+
+
+def run_epoch(session: Session, epoch: int) -> Record:
+    """One pass over the training data, then the epoch's metrics."""
+    learner, step = session.learner, METHODS[session.config.method].step
+    learner.model.train()
+    learner.criterion.train()
+    session.order.epoch = epoch
+    task_loss, penalty = 0.0, 0.0
+    start = time.perf_counter()
+    for inputs, targets in session.loader:
+        losses = step(learner, inputs, targets)
+        session.scheduler.step()
+        task_loss, penalty = _add((task_loss, penalty), losses)
+    steps = len(session.order)
+    task_loss, penalty = float(task_loss) / steps, float(penalty) / steps
+    seconds = time.perf_counter() - start
+    if not math.isfinite(task_loss + penalty):
+        raise NonFiniteError(
+            f"The training loss of epoch {epoch + 1} is {task_loss + penalty}; lower lr or strength."
+        )
+    return {
+        "epoch": epoch + 1,
+        "steps": (epoch + 1) * steps,
+        "loss": task_loss,
+        "penalty": penalty,
+        **_monitor(session),
+        "lr": session.scheduler.get_last_lr()[0],
+        "seconds_per_step": seconds / steps,
+    }
+
+
+def _add(sums: tuple[Any, Any], losses: Losses) -> tuple[Any, Any]:
+    """Add without leaving the device, so that a step never waits for a number."""
+    return sums[0] + losses.task, sums[1] + losses.penalty
+
+
+def _monitor(session: Session) -> Record:
+    """Accuracy, loss and kappa after an epoch, on the first training samples and the validation split."""
+    device = session.learner.accelerator.device
+    task, splits = TASKS[session.config.task], session.splits
+    train = splits.train.take(slice(MONITORED))
+    fitted = accuracy_and_loss(session.model, session.loss, train, device)
+    held_out = accuracy_and_loss(session.model, session.loss, splits.validation, device)
+    flat = flatness(session.model, session.loss, train, device, task.layer)
+    return {
+        "train_accuracy": fitted["accuracy"],
+        "train_loss": fitted["loss"],
+        "validation_accuracy": held_out["accuracy"],
+        "validation_loss": held_out["loss"],
+        "kappa": flat.value,
+        "confidence": flat.confidence,
+        "weight_norm": flat.weight_norm,
+        "feature_norm2": flat.feature_norm2,
+    }
+
+
+def _result(session: Session, history: list[Record], diverged: str | None, test: bool) -> Record:
+    """Everything worth keeping of a run, after its last epoch."""
+    seconds = sorted(record["seconds_per_step"] for record in history)
+    result: Record = {
+        "status": "diverged" if diverged else "finished",
+        "reason": diverged,
+        "epochs": len(history),
+        "steps": len(history) * len(session.order),
+        "label_noise_changed": session.splits.changed,
+        "train": None,
+        "validation": None,
+        "test": None,
+        "flatness": None,
+        "seconds_per_step": seconds[len(seconds) // 2] if seconds else None,
+    }
+    if diverged:
+        return result
+    device, splits = session.learner.accelerator.device, session.splits
+    layer = TASKS[session.config.task].layer
+    result["train"] = accuracy_and_loss(session.model, session.loss, splits.train, device)
+    result["validation"] = accuracy_and_loss(session.model, session.loss, splits.validation, device)
+    result["flatness"] = flatness(session.model, session.loss, splits.train, device, layer).__dict__
+    if test:
+        result["test"] = accuracy_and_loss(session.model, session.loss, splits.test(), device)
+    return result
