@@ -1,0 +1,32 @@
+"""Relative flatness for PyTorch: measure it exactly, train with it at the cost of plain training."""
+
+from relflat.errors import (
+    ConfigError,
+    DataError,
+    GraphError,
+    LayerError,
+    LossError,
+    NonFiniteError,
+    RelflatError,
+    RelflatWarning,
+)
+from relflat.measure import relative_flatness, relative_flatness_by_layer
+from relflat.regularizer import FAM
+from relflat.result import Flatness
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FAM",
+    "ConfigError",
+    "DataError",
+    "Flatness",
+    "GraphError",
+    "LayerError",
+    "LossError",
+    "NonFiniteError",
+    "RelflatError",
+    "RelflatWarning",
+    "relative_flatness",
+    "relative_flatness_by_layer",
+]

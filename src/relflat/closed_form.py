@@ -1,0 +1,49 @@
+"""Exact relative flatness of an output layer whose loss is known: identities I1, I2 and I9, no Hessian formed.
+
+Between the layer and the loss nothing is computed, so the Hessian with respect to the layer's output is
+block-diagonal over rows ``p`` (samples, tokens, pixels) with the known blocks ``A_p``, and
+
+    kappa = sum_p ||phi_p||^2 Tr(W A_p W')        kappa_adaptive = sum_p sum_t phi_pt^2 (W' A_p W)_tt.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from relflat.losses import DiagonalHessian, KnownLoss, LogitHessian
+from relflat.site import Site
+from relflat.tap import Call, same_values
+
+
+def why_not(calls: list[Call], outputs: Tensor | None, known: KnownLoss | None) -> str | None:
+    """The reason why no closed form applies to these calls of a layer, or None if one does."""
+    if known is None or outputs is None:
+        return "the loss is not one whose Hessian is known (CrossEntropyLoss, BCEWithLogitsLoss, MSELoss)"
+    if len(calls) != 1:
+        return f"the layer was called {len(calls)} times"
+    if not known.elementwise and known.classes_last(outputs).shape[-1] != calls[0].output.shape[-1]:
+        return "the loss's classes are not the layer's outputs"
+    if not same_values(calls[0], known.classes_last(outputs)):
+        return "something is computed between the layer's output and the loss"
+    return None
+
+
+def logit_hessian(
+    site: Site, known: KnownLoss, outputs: Float[Tensor, "..."], targets: Tensor
+) -> LogitHessian:
+    """The blocks ``A_p`` with respect to the rows of the layer's output."""
+    hessian = known.hessian(outputs, targets)
+    if isinstance(hessian, DiagonalHessian):  # the loss may see (n,) where the layer gave (n, 1)
+        return DiagonalHessian(hessian.a.reshape(-1, site.weight.shape[0]))
+    return hessian
+
+
+def kappa_rows(site: Site, hessian: LogitHessian, *, adaptive: bool) -> Float[Tensor, " p"]:
+    """Each row's share of kappa. Cost: two products of the size of the layer's own; memory: that of phi."""
+    diagonal = hessian.diagonal(site.weight)
+    energy = site.phi.flatten(0, 1).square()
+    return (energy * diagonal).sum(-1) if adaptive else energy.sum(-1) * diagonal.sum(-1)
+
+
+def trace_rows(site: Site, hessian: LogitHessian) -> Float[Tensor, " p"]:
+    """Each row's share of ``Tr H``, H the Hessian with respect to the layer's weight."""
+    return site.phi.flatten(0, 1).square().sum(-1) * hessian.trace()

@@ -1,0 +1,246 @@
+"""The one place that chooses how kappa is computed for the layers of a forward pass, and says what it chose."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from relflat import closed_form, probes
+from relflat.errors import ConfigError, GraphError, LossError
+from relflat.losses import KnownLoss
+from relflat.operators import GGNOperator, HessianOperator, Operator
+from relflat.probes import Contributions, Gradient
+from relflat.rng import generator
+from relflat.site import Site, feature_std
+from relflat.tap import Call, Forward, depends_on, same_values
+
+Curvature = Literal["hessian", "ggn"]
+Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is to be estimated and how; the options that FAM and relative_flatness share.
+
+    Attributes:
+        curvature: which matrix: the Hessian, or its Gauss-Newton part (never negative).
+        method: how; ``"auto"`` takes the cheapest that is exact or unbiased for ``curvature``.
+        probes: products for a stochastic method.
+        adaptive: the adaptive form (I9) in place of kappa.
+        normalize: divide features by their standard deviation (and multiply the weight by it).
+        gradient: which derivatives of kappa are kept; None for measuring (no graph).
+        trace: whether ``Tr H`` is wanted too.
+        exact_up_to: largest number of products for which ``"auto"`` prefers a sum over a basis.
+    """
+
+    curvature: Curvature = "ggn"
+    method: Method = "auto"
+    probes: int = 1
+    adaptive: bool = False
+    normalize: bool = False
+    gradient: Gradient | None = "full"
+    trace: bool = False
+    exact_up_to: int = 16
+
+    def __post_init__(self) -> None:
+        choices = [("curvature", Curvature), ("method", Method), ("gradient", Gradient)]
+        for name, allowed in choices:
+            value = getattr(self, name)
+            if value not in get_args(allowed) and not (name == "gradient" and value is None):
+                raise ConfigError(f"{name}={value!r}: choose one of {list(get_args(allowed))}")
+        if self.probes < 1:
+            raise ConfigError(f"probes={self.probes}: at least one product is needed")
+
+    @property
+    def mode(self) -> Gradient:
+        """The gradient mode; measuring detaches everything, so any will do."""
+        return self.gradient or "weights"
+
+    @property
+    def create_graph(self) -> bool:
+        """Whether products must be differentiable themselves (third derivatives)."""
+        return self.gradient == "full"
+
+
+@dataclass
+class Scene:
+    """A forward pass and its loss: everything an estimate is made from.
+
+    Attributes:
+        calls: the tapped calls that the loss depends on.
+        loss: the scalar loss, or one value a sample.
+        outputs: the tensor the loss was computed from, if known.
+        known: what is known of the loss.
+        targets: the targets, if ``known``.
+        scales: standard deviation of the features by layer, if they are to be normalised by a given one.
+    """
+
+    calls: list[Call]
+    loss: Tensor
+    outputs: Tensor | None
+    known: KnownLoss | None = None
+    targets: Tensor | None = None
+    scales: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Estimator:
+    """Estimates kappa of layers in a scene; remembers whether samples are coupled after each layer."""
+
+    def __init__(self, spec: Spec, seed: int) -> None:
+        self.spec, self.seed = spec, seed
+        self._coupled: dict[tuple[str, bool], bool] = {}
+
+    def __call__(self, scene: Scene, step: int) -> dict[str, Contributions]:
+        """The contributions to kappa of every tapped layer, each with its method.
+
+        Args:
+            scene: the forward pass and loss.
+            step: with the seed, determines the probes.
+        """
+        spec, found = self.spec, dict[str, Contributions]()
+        device = scene.loss.device
+        rng = generator(self.seed, step, device)
+        with torch.autocast(device.type, enabled=False):
+            by_layer: dict[str, list[Call]] = {}
+            for call in scene.calls:
+                by_layer.setdefault(call.layer, []).append(call)
+            waiting: list[list[Call]] = []
+            for layer, calls in by_layer.items():
+                reason = closed_form.why_not(calls, scene.outputs, scene.known)
+                if spec.method == "closed_form" and reason:
+                    raise LossError(f"no closed form for layer {layer!r}: {reason}; use method='auto'")
+                if reason is None and spec.method in ("auto", "closed_form"):
+                    found[layer] = self._closed_form(scene, calls)
+                else:
+                    waiting.append(calls)
+            if waiting:
+                found |= self._by_products(scene, waiting, rng)
+        return {layer: found[layer] for layer in by_layer}
+
+    def _site(self, scene: Scene, calls: list[Call], *, coupled: bool = False) -> Site:
+        scale = None
+        if self.spec.normalize:
+            scale = scene.scales.get(calls[0].layer)
+            scale = feature_std(calls) if scale is None else scale
+        site = Site.of(calls, scale=scale, coupled=coupled)
+        return site.detached_features() if self.spec.mode == "weights" else site
+
+    def _closed_form(self, scene: Scene, calls: list[Call]) -> Contributions:
+        assert scene.known is not None and scene.outputs is not None and scene.targets is not None
+        site = self._site(scene, calls)
+        hessian = closed_form.logit_hessian(site, scene.known, scene.outputs, scene.targets)
+        hessian = hessian if self.spec.mode == "full" else hessian.detach()
+        kappa = closed_form.kappa_rows(site, hessian, adaptive=self.spec.adaptive)[None]
+        trace = closed_form.trace_rows(site, hessian)[None] if self.spec.trace else None
+        return Contributions(kappa, trace, "closed_form", True)
+
+    def _by_products(
+        self, scene: Scene, layers: list[list[Call]], rng: torch.Generator
+    ) -> dict[str, Contributions]:
+        spec = self.spec
+        if spec.curvature == "ggn" and spec.method != "exact" and scene.known is not None:
+            return self._factored(scene, layers, rng)
+        return {calls[0].layer: self._one_layer(scene, calls, rng) for calls in layers}
+
+    def _factored(
+        self, scene: Scene, layers: list[list[Call]], rng: torch.Generator
+    ) -> dict[str, Contributions]:
+        assert scene.known is not None and scene.outputs is not None and scene.targets is not None
+        spec, sites = self.spec, []
+        for calls in layers:
+            site = self._site(scene, calls)
+            coupled = self._is_coupled(site, lambda s: probes.coupled_outputs(scene.outputs, s, rng))
+            sites.append(self._site(scene, calls, coupled=True) if coupled else site)
+        parts = probes.ggn_factored(
+            sites,
+            scene.outputs,
+            scene.known,
+            scene.targets,
+            probes=spec.probes,
+            adaptive=spec.adaptive,
+            mode=spec.mode,
+            trace=spec.trace,
+            rng=rng,
+            create_graph=spec.create_graph,
+        )
+        return {site.layer: part for site, part in zip(sites, parts, strict=True)}
+
+    def _one_layer(self, scene: Scene, calls: list[Call], rng: torch.Generator) -> Contributions:
+        spec, loss = self.spec, scene.loss.sum()
+        operator: Operator
+        at_end = scene.outputs is not None and _is_output(calls[0], scene.outputs)
+        if spec.curvature == "hessian" or at_end:
+            operator = HessianOperator(loss, calls, create_graph=spec.create_graph)
+        elif scene.outputs is None:
+            raise GraphError(
+                "curvature='ggn' needs the tensor that the loss was computed from, and the model's outputs are "
+                "no single tensor; use curvature='hessian' or call the criterion with (outputs, targets)"
+            )
+        else:
+            operator = GGNOperator(loss, scene.outputs, calls, create_graph=spec.create_graph)
+        site = self._site(scene, calls)
+        if self._is_coupled(site, lambda s: probes.coupled(operator, s, rng)):
+            site = self._site(scene, calls, coupled=True)
+        products = probes.products_for_exact(site, adaptive=spec.adaptive, trace=spec.trace)
+        if spec.method == "exact" or (spec.method == "auto" and products <= spec.exact_up_to):
+            return probes.exact(operator, site, adaptive=spec.adaptive, gradient=spec.mode, trace=spec.trace)
+        return probes.sampled(
+            operator,
+            site,
+            probes=spec.probes,
+            adaptive=spec.adaptive,
+            gradient=spec.mode,
+            trace=spec.trace,
+            rng=rng,
+            name="hessian" if at_end else spec.curvature,
+        )
+
+    def _is_coupled(self, site: Site, test: Callable[[Site], bool]) -> bool:
+        """Ask once for each layer and mode of its model, when a batch first has two samples."""
+        if site.phi.shape[0] < 2:
+            return False
+        key = (site.layer, site.calls[0].module.training)
+        if key not in self._coupled:
+            self._coupled[key] = test(site)
+        return self._coupled[key]
+
+
+def _is_output(call: Call, outputs: Tensor) -> bool:
+    return same_values(call, outputs)
+
+
+def scene_calls(forwards: Sequence[Forward], loss: Tensor) -> list[Call]:
+    """The recorded calls that the loss depends on; all of them if there is only one.
+
+    Raises:
+        GraphError: if the forward pass or the loss recorded no graph.
+    """
+    calls = [c for f in forwards for c in f.calls]
+    if not loss.requires_grad or not any(f.grad for f in forwards):
+        raise GraphError(
+            "the model is in training mode but the loss carries no graph (torch.no_grad() or detached outputs); "
+            "call model.eval() to evaluate, or compute outputs and loss with gradients enabled"
+        )
+    if len(calls) == 1:
+        return calls
+    needed = depends_on(loss, calls)
+    if not needed:
+        raise GraphError(
+            f"the loss does not depend on the output of layer {calls[0].layer!r} in the last forward pass of the "
+            "model; give the criterion the outputs of that very pass, not detached and not of another model"
+        )
+    return needed
+
+
+def output_tensor(outputs: Any) -> Tensor | None:
+    """The one tensor among a model's outputs that a loss is computed from: itself, ``logits``, or the only one."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    return tensors[0] if len(tensors) == 1 else None

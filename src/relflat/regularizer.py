@@ -1,0 +1,425 @@
+"""FAM: relative flatness aware minimization (Adilova et al. 2023), as a criterion around the criterion."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+from relflat import perturb
+from relflat.errors import ConfigError, GraphError, LayerError, LossError, RelflatWarning
+from relflat.losses import known_loss
+from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor, scene_calls
+from relflat.probes import Contributions, Gradient
+from relflat.rng import generator
+from relflat.site import feature_std
+from relflat.tap import Call, Forward, Layer, Tap
+
+
+class FAM(nn.Module):
+    r"""Task loss plus ``strength * kappa`` of one layer or several: ``L + lambda kappa(W)`` of the paper.
+
+    Wraps the criterion and watches the model through forward hooks, so one line of a training loop changes. In
+    evaluation mode of the model it is the plain criterion. It has no parameters of its own and its
+    ``state_dict`` is that of the criterion.
+
+    Args:
+        loss_fn: the criterion, called as ``loss_fn(outputs, *targets, **kwargs)``.
+        model: the module that is called in the training loop.
+        layer: a module of the model, a qualified name, a glob, a list of those, or ``"output"``. The kappas of
+            several layers are added. A weight shared with another module counts as used in this layer only.
+        strength: the paper's lambda, on the paper's kappa (not divided by m). May be negative.
+        radius: if given, the penalty is ``E[L(phi + radius ||phi|| u) - L(phi)]``, u a random unit vector, in
+            place of kappa; for small radius it is ``radius^2 / (2 m) kappa`` (Petzka et al., Def. 2). Kin of
+            Gaussian noise injection (Camuto et al. 2020); with ``adaptive`` it is Gaussian dropout of variance
+            ``radius^2``.
+        curvature: ``"ggn"`` (never negative) or ``"hessian"``. They agree for an output layer, and where the
+            network is piecewise linear after the layer. For ``radius`` neither is used.
+        gradient: ``"full"`` differentiates all of kappa (Lemma 1); ``"frozen"`` holds the curvature constant;
+            ``"weights"`` lets the gradient reach this layer's weight only.
+        method: ``"auto"``, ``"closed_form"``, ``"exact"``, ``"probe"`` or ``"finite_difference"``.
+        probes: random directions a step, where the method is stochastic.
+        adaptive: the adaptive form, invariant to rescaling of single features too.
+        every: the penalty is added on every so-many-th call only, not rescaled.
+        warmup_steps: the strength rises linearly from 0 over so many calls.
+        normalize_features: kappa of the layer with its features divided by their standard deviation over the
+            batch and its weight multiplied by it.
+        seed: of the probes. By default ``torch.initial_seed()``. No global random numbers are used.
+
+    Cost: output layer with a known loss: no extra pass. Other layers, ``"ggn"``: one more backward of the part
+    after the layer, and its derivative. ``radius``: one more forward from a stored batch; for hidden layers
+    with ``strength=1`` none, as the forward pass itself is perturbed.
+
+    Raises:
+        LayerError, ConfigError: here, if the arguments do not fit; GraphError, LossError: when called.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> criterion = FAM(nn.CrossEntropyLoss(), model, "output", strength=0.1)
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> loss = criterion(model(x), y)
+        >>> loss.backward()
+        >>> criterion.last["method"]
+        'closed_form'
+        >>> abs(criterion.last["total"] - criterion.last["task"] - criterion.last["penalty"]) < 1e-6
+        True
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        model: nn.Module,
+        layer: Layer,
+        *,
+        strength: float,
+        radius: float | None = None,
+        curvature: Curvature = "ggn",
+        gradient: Gradient = "full",
+        method: Method = "auto",
+        probes: int = 1,
+        adaptive: bool = False,
+        every: int = 1,
+        warmup_steps: int = 0,
+        normalize_features: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        spec = Spec(curvature, method, probes, adaptive, normalize_features, gradient)
+        if not math.isfinite(strength):
+            raise ConfigError(f"strength={strength}: a finite number is needed")
+        if radius is not None and not radius > 0:
+            raise ConfigError(f"radius={radius}: a positive number is needed, or None for kappa itself")
+        if every < 1 or warmup_steps < 0:
+            raise ConfigError(
+                f"every={every}, warmup_steps={warmup_steps}: need every >= 1, warmup_steps >= 0"
+            )
+        if method == "finite_difference" and curvature != "hessian":
+            raise ConfigError("method='finite_difference' estimates the Hessian: add curvature='hessian'")
+        self.loss_fn = loss_fn
+        self.strength, self.radius, self.every, self.warmup_steps = strength, radius, every, warmup_steps
+        self.step = 0
+        self._tap = Tap(model, layer)
+        self._check_trainable(gradient)
+        self._estimator = Estimator(spec, torch.initial_seed() if seed is None else seed)
+        self._replays = radius is not None or method == "finite_difference"
+        self._tap.keep_rng = self._replays
+        self._can_inject = radius is not None and strength == 1 and every == 1 and warmup_steps == 0
+        self._skipped = 0
+        self._last: dict[str, Any] = {}
+        self._register_state_dict_hook(_without_wrapper)
+        self.register_load_state_dict_pre_hook(_with_wrapper)
+
+    def _check_trainable(self, gradient: Gradient) -> None:
+        for name, module in self._tap.layers.items():
+            if gradient == "weights" and not module.weight.requires_grad:  # type: ignore[union-attr]
+                raise LayerError(
+                    f"gradient='weights' reaches the weight of layer {name!r} only, and that is frozen "
+                    "(requires_grad=False); unfreeze it or use gradient='full'"
+                )
+
+    # -- use -----------------------------------------------------------------------------------------
+
+    def forward(self, outputs: Any, *targets: Any, **kwargs: Any) -> Tensor:
+        """Task loss of ``outputs``, plus the penalty while the model trains.
+
+        Args:
+            outputs: what the model returned in its last forward pass (or the part of it the criterion takes).
+            *targets: passed on to the criterion.
+            **kwargs: passed on to the criterion.
+
+        Returns:
+            A scalar, or one loss a sample if the criterion does not reduce; then each carries its own share.
+
+        Raises:
+            GraphError: if there was no forward pass since the last call, or the outputs are not its.
+            LossError: if the loss has no curvature, or a target lies outside the classes.
+        """
+        if self._can_inject and self._tap.inject is not None and self._active():
+            return self._injected_loss(outputs, targets, kwargs)
+        task = self._task_loss(outputs, targets, kwargs)
+        if not self._active():
+            self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
+            return task
+        forwards = self._tap.take()
+
+        def again(inject: perturb.Inject) -> Tensor:
+            replayed = self._tap.replay(_single(forwards), inject)
+            return self._task_loss(_same_part(forwards[-1].outputs, outputs, replayed), targets, kwargs)
+
+        tensor = output_tensor(outputs)
+        known = known_loss(self.loss_fn, outputs, targets, kwargs)
+        if known is None and any(isinstance(t, Tensor) and t.requires_grad for t in targets):
+            tensor = None  # the loss depends on the model through its targets too: no Gauss-Newton matrix
+        scene = Scene(scene_calls(forwards, task), task, tensor, known, targets[0] if known else None)
+        head = (lambda out: self._task_loss(out, targets, kwargs)) if isinstance(outputs, Tensor) else None
+        penalty = self._penalty(scene, again, head)
+        return task if penalty is None else task + penalty.to(task.dtype)
+
+    def penalty(self, loss: Tensor) -> Tensor:
+        """The penalty for a loss that was computed elsewhere: add it to that loss.
+
+        ``strength * kappa(c L) = c strength * kappa(L)``, so the scale of the loss carries over. The criterion
+        given to FAM is not used; the loss is differentiated instead. In evaluation mode it is zero.
+
+        Args:
+            loss: any scalar that the model's last forward pass led to.
+
+        Returns:
+            A scalar.
+        """
+        if not self._active():
+            return loss.new_zeros(())
+        if self._replays:
+            raise ConfigError(
+                "penalty(loss) cannot compute the loss of a perturbed pass; use criterion(outputs, targets) with "
+                "radius= or method='finite_difference'"
+            )
+        forwards = self._tap.take()
+        outputs = output_tensor(forwards[-1].outputs) if len(forwards) == 1 else None
+        scene = Scene(scene_calls(forwards, loss), loss, outputs)
+        penalty = self._penalty(scene, None, None)
+        return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last step in numbers.
+
+        Keys: ``task``, ``penalty`` (``strength * kappa`` as added), ``total``; in training also ``kappa`` (or
+        the loss increase, with ``radius``), ``by_layer``, ``method``, ``strength`` (after warm-up) and
+        ``skipped`` (penalties left out so far as they were not finite).
+        """
+        return {k: _number(v) for k, v in self._last.items()}
+
+    @property
+    def layers(self) -> list[str]:
+        """Qualified names of the regularised layers; ``"output"`` is settled by the first forward pass."""
+        return list(self._tap.layers)
+
+    def reset(self) -> None:
+        """Forget forward passes that were not followed by a call of the criterion."""
+        self._tap.reset()
+
+    def close(self) -> None:
+        """Remove the hooks; from now on the criterion is the plain one."""
+        self._tap.close()
+
+    def __enter__(self) -> "FAM":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def extra_repr(self) -> str:
+        """Show what is regularised and how."""
+        what = f"radius={self.radius}" if self.radius else f"curvature={self._estimator.spec.curvature!r}"
+        return f"layer={self.layers}, strength={self.strength}, {what}"
+
+    # -- how -----------------------------------------------------------------------------------------
+
+    def _active(self) -> bool:
+        return self.training and self._tap.training
+
+    def _task_loss(self, outputs: Any, targets: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        try:
+            loss = self.loss_fn(outputs, *targets, **kwargs)
+        except IndexError as error:
+            raise LossError(
+                f"{error}: a target lies outside the classes (outputs of shape "
+                f"{tuple(getattr(outputs, 'shape', ()))}); mend the labels or set ignore_index"
+            ) from error
+        if not isinstance(loss, Tensor):
+            raise LossError(
+                f"the criterion returned {type(loss).__name__}, not a tensor; wrap it to return its loss"
+            )
+        return loss
+
+    def _strength_now(self) -> float:
+        if self.step % self.every:
+            return 0.0
+        return self.strength * min(1.0, (self.step + 1) / (self.warmup_steps + 1))
+
+    def _penalty(
+        self, scene: Scene, again: perturb.Run | None, head: Callable[[Tensor], Tensor] | None
+    ) -> Tensor | None:
+        """``strength * kappa``, or None where this step has none; reports in ``last``."""
+        strength, step, task = self._strength_now(), self.step, scene.loss.detach().mean()
+        self.step += 1
+        penalty: Tensor | None = None
+        report: dict[str, Any] = {"task": task, "penalty": 0.0, "total": task, "strength": strength}
+        if not bool(torch.isfinite(scene.loss.detach()).all()):
+            self._skip("the task loss", scene.loss)
+        elif strength != 0:
+            parts = self._contributions(scene, step, again, head)
+            kappas = {layer: part.kappa for layer, part in parts.items()}
+            value = _shaped(kappas, scene.loss)
+            for layer, kappa in kappas.items():
+                if not bool(torch.isfinite(kappa.detach()).all()):
+                    self._skip(f"kappa of layer {layer!r}", kappa)
+                    break
+            else:
+                penalty = strength * value
+                report["penalty"] = penalty.detach().mean()
+                report["total"] = task + report["penalty"]
+                report["kappa"] = value.detach().mean()
+            report["by_layer"] = {k: v.detach().mean(0).sum() for k, v in kappas.items()}
+            report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
+        self._last = report | {"skipped": self._skipped}
+        return penalty
+
+    def _contributions(
+        self,
+        scene: Scene,
+        step: int,
+        again: perturb.Run | None,
+        head: Callable[[Tensor], Tensor] | None,
+    ) -> dict[str, Contributions]:
+        spec = self._estimator.spec
+        if self.radius is None and spec.method != "finite_difference":
+            return self._estimator(scene, step)
+        assert again is not None
+        if self.radius is not None:
+            return self._increase(scene, step, again, head)
+        rng = generator(self._estimator.seed, step, scene.loss.device)
+        scales = {c.layer: feature_std([c]) for c in scene.calls} if spec.normalize else {}
+        return perturb.finite_difference(
+            again, scene.loss, scene.calls, probes=spec.probes, adaptive=spec.adaptive, scales=scales, rng=rng
+        )
+
+    # -- finite radius ---------------------------------------------------------------------------------
+
+    def _noisy(self, step: int, device: torch.device) -> perturb.Inject:
+        rng, spec, layers = (
+            generator(self._estimator.seed, step, device),
+            self._estimator.spec,
+            self._tap.layers,
+        )
+        assert self.radius is not None
+        radius = self.radius
+
+        def inject(name: str, phi: Tensor) -> Tensor:
+            change = perturb.noise(
+                phi, radius, rng, adaptive=spec.adaptive, normalize=spec.normalize, module=layers[name]
+            )
+            return (phi + change).to(phi.dtype)
+
+        return inject
+
+    def _increase(
+        self, scene: Scene, step: int, again: perturb.Run, head: Callable[[Tensor], Tensor] | None
+    ) -> dict[str, Contributions]:
+        """``E[L(phi + noise) - L(phi)]``: through the head alone for an output layer, else one more forward."""
+        spec, losses, device = self._estimator.spec, [], scene.loss.device
+        at_head = head is not None and len(scene.calls) == 1
+        for k in range(spec.probes):
+            inject = self._noisy(step * spec.probes + k, device)
+            moved: Tensor | None = None
+            if at_head and scene.outputs is not None:
+                call = scene.calls[0]
+                phi = call.features()
+                change = inject(call.layer, phi.to(torch.promote_types(phi.dtype, torch.float32))) - phi
+                moved = perturb.shifted_outputs(call, scene.outputs, change)
+            if moved is None:
+                at_head = False
+                losses.append(again(inject))
+            else:
+                assert head is not None
+                losses.append(head(moved))
+        if self._can_inject and not at_head:
+            self._tap.inject = lambda name, phi: self._noisy(self.step, phi.device)(name, phi)
+        increase = torch.stack([loss - scene.loss for loss in losses]).reshape(len(losses), -1)
+        names = "+".join(dict.fromkeys(c.layer for c in scene.calls))
+        return {names: Contributions(increase, None, f"radius({self.radius:g})", False)}
+
+    def _injected_loss(self, outputs: Any, targets: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Strength 1: the forward pass was perturbed itself, and task loss plus penalty is its loss."""
+        self._tap.take()
+        total = self._task_loss(outputs, targets, kwargs)
+        self.step += 1
+        self._last = {
+            "task": math.nan,
+            "penalty": math.nan,
+            "total": total.detach().mean(),
+            "strength": 1.0,
+            "method": f"radius({self.radius:g}), perturbed forward",
+            "skipped": self._skipped,
+        }
+        return total
+
+    def _skip(self, what: str, value: Tensor) -> None:
+        self._skipped += 1
+        if self._skipped == 1:
+            bad = value.detach()[~torch.isfinite(value.detach())].reshape(-1)[0].item()
+            warnings.warn(
+                f"{what} is {bad} at step {self.step - 1}: the penalty is left out of this step and of any like it "
+                "(counted in last['skipped']); lower the learning rate or strength, or check the inputs",
+                RelflatWarning,
+                stacklevel=4,
+            )
+
+
+def _shaped(kappas: Mapping[str, Tensor], task: Tensor) -> Tensor:
+    """Mean over probes, summed to the shape of the task loss: all of it, or each sample's share."""
+    total: Tensor | None = None
+    for layer, values in kappas.items():
+        share = values.mean(0)
+        if task.ndim == 0:
+            share = share.sum()
+        elif share.numel() == task.numel():
+            share = share.reshape(task.shape)
+        else:
+            raise LossError(
+                f"the criterion returns losses of shape {tuple(task.shape)} and kappa of layer {layer!r} has "
+                f"{share.numel()} shares (samples coupled, or not one loss a row); use a criterion that reduces"
+            )
+        total = share if total is None else total + share
+    assert total is not None
+    return total
+
+
+def _single(forwards: list[Forward]) -> Forward:
+    if len(forwards) != 1:
+        raise GraphError(
+            f"radius and finite differences repeat one forward pass, and there were {len(forwards)} since the last "
+            "call of the criterion; call it once after each"
+        )
+    return forwards[0]
+
+
+def _same_part(recorded: Any, given: Any, replayed: Any) -> Any:
+    """The part of a replayed output that ``given`` was of the recorded one."""
+    if given is recorded:
+        return replayed
+    leaves, leaves_again = tree_leaves(recorded), tree_leaves(replayed)
+    for leaf, again in zip(leaves, leaves_again, strict=True):
+        if leaf is given:
+            return again
+    raise GraphError(
+        "the criterion was given something computed from the model's outputs, which a perturbed forward pass "
+        "cannot repeat; move that computation into the model or the loss function"
+    )
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return float(value)
+    return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _without_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [k for k in state if k.startswith(f"{prefix}loss_fn.")]:
+        state[prefix + key.removeprefix(f"{prefix}loss_fn.")] = state.pop(key)
+
+
+def _with_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    loss_fn = getattr(module, "loss_fn", None)
+    if isinstance(loss_fn, nn.Module):
+        for key in loss_fn.state_dict():
+            if prefix + key in state:
+                state[f"{prefix}loss_fn.{key}"] = state.pop(prefix + key)

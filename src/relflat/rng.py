@@ -1,0 +1,54 @@
+"""Random numbers: generators of our own, and the state of everybody else's."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MIX = 0x9E3779B97F4A7C15
+
+
+def generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """A generator for one step: a function of ``(seed, step)`` alone, so that a resumed run draws the same."""
+    mixed = (seed * _MIX + step * 0xD1B54A32D192ED03 + 1) & (2**63 - 1)
+    return torch.Generator(device=device).manual_seed(mixed)
+
+
+def rademacher(shape: tuple[int, ...], like: Tensor, rng: torch.Generator) -> Tensor:
+    """Independent signs, -1 or +1, with the dtype and device of ``like``."""
+    bits = torch.randint(0, 2, shape, generator=rng, device=like.device)
+    return (2 * bits - 1).to(like.dtype)
+
+
+@dataclass(frozen=True)
+class RngState:
+    """The state of PyTorch's global generators: CPU and every CUDA device in use."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def now(cls) -> "RngState":
+        """Read the present state."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Put the state back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+@contextmanager
+def rng_preserved(start: RngState | None = None) -> Iterator[None]:
+    """Run a block, from ``start`` if given, and leave the global generators as they were found."""
+    before = RngState.now()
+    if start is not None:
+        start.restore()
+    try:
+        yield
+    finally:
+        before.restore()

@@ -1,0 +1,423 @@
+"""Finds layers in a model and keeps their inputs and outputs of the running forward pass.
+
+The tap never runs the model. It opens a record when the model's own forward begins, closes it when
+that forward ends, and so ignores whatever else calls the layer: a recomputation by gradient
+checkpointing, another model that shares it, a forward in evaluation mode.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils._pytree import tree_leaves
+
+from relflat.errors import GraphError, LayerError
+from relflat.layers import is_supported, nearest, supported_layers, unsupported_message
+from relflat.rng import RngState, rng_preserved
+
+Layer = str | nn.Module | Sequence["str | nn.Module"]
+
+# Ops that move or copy the values of a tensor without computing anything new.
+_RELABELLING = (
+    "_DDPSink",
+    "Alias",
+    "Clone",
+    "Permute",
+    "ReshapeAlias",
+    "Squeeze",
+    "T",
+    "ToCopy",
+    "Transpose",
+    "Unsqueeze",
+    "UnsafeView",
+    "View",
+)
+_MAX_PENDING = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call of a tapped layer within a forward pass.
+
+    Attributes:
+        layer: qualified name of the layer.
+        module: the layer.
+        phi: its input, as the layer saw it.
+        weight: its weight at that moment, ``(d, m)``.
+        output: the tensor it returned; may have been overwritten in place since.
+        edge: where gradients with respect to the output are taken, valid even after in-place ops; None
+            under ``no_grad``.
+    """
+
+    layer: str
+    module: nn.Module
+    phi: Tensor
+    weight: Tensor
+    output: Tensor
+    edge: GradientEdge | None
+    versions: tuple[int, int]
+
+    def untouched(self) -> bool:
+        """Whether the output still holds what the layer returned."""
+        return self.output._version == self.versions[1]
+
+    def features(self) -> Tensor:
+        """The input, after checking that nothing overwrote it since."""
+        if self.phi._version != self.versions[0]:
+            raise GraphError(
+                f"the input of layer {self.layer!r} was modified in place after the layer read it; "
+                "use the out-of-place form of that operation"
+            )
+        return self.phi
+
+
+@dataclass(slots=True, eq=False)
+class Forward:
+    """What one forward pass of the model left: the calls of the tapped layers, inputs and outputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rng: RngState | None = None
+    calls: list[Call] = field(default_factory=list)
+    outputs: Any = None
+    grad: bool = True
+
+
+def resolve(model: nn.Module, layer: Layer) -> dict[str, nn.Module]:
+    """Map what the user calls a layer to ``{qualified name: module}``.
+
+    Args:
+        model: the network.
+        layer: a module of it, a qualified name, a glob, or a list of those. ``"output"`` maps to every
+            supported layer; :class:`Tap` narrows it down during the first forward pass.
+
+    Raises:
+        LayerError: if nothing matches, or a match is not a supported layer; names the candidates.
+    """
+    candidates = supported_layers(model)
+    if isinstance(layer, nn.Module):
+        name = next((n for n, m in model.named_modules(remove_duplicate=False) if m is layer), None)
+        if name is None:
+            raise LayerError(
+                f"the given {type(layer).__name__} is not part of this model; "
+                f"its supported layers are {list(candidates)}"
+            )
+        return _checked({name: layer}, candidates)
+    if isinstance(layer, str):
+        return _resolve_name(model, layer, candidates)
+    if not layer:
+        raise LayerError(f"the list of layers is empty; name at least one of {list(candidates)}")
+    found: dict[str, nn.Module] = {}
+    for one in layer:
+        found |= resolve(model, one)
+    return found
+
+
+def _resolve_name(model: nn.Module, name: str, candidates: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name in modules and (name or is_supported(model)):
+        return _checked({name: modules[name]}, candidates)
+    if name == "output":
+        if not candidates:
+            raise LayerError(f"{type(model).__name__} has no supported layer: " + unsupported_message(model))
+        return candidates
+    if any(c in name for c in "*?["):
+        matches = {n: m for n, m in candidates.items() if fnmatchcase(n, name)}
+        if matches:
+            return matches
+    raise LayerError(
+        f"no layer named {name!r}; did you mean {nearest(name, candidates)}? "
+        f"Supported layers: {list(candidates)}, or 'output'"
+    )
+
+
+def _checked(found: dict[str, nn.Module], candidates: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    for name, module in found.items():
+        if not is_supported(module):
+            inside = [c for c in candidates if c.startswith(f"{name}.")] or list(candidates)
+            raise LayerError(f"layer {name!r}: {unsupported_message(module)}; candidates: {inside}")
+    return found
+
+
+class Tap:
+    """Hooks on a model that record the calls of some layers during each training forward.
+
+    Args:
+        model: the module the user calls.
+        layer: see :func:`resolve`.
+        when: whether a forward that begins now is recorded; by default while ``model.training``.
+
+    Attributes:
+        layers: the tapped layers, by qualified name.
+        inject: if set, called with ``(layer name, input)`` at each recorded call of a tapped layer; returns
+            the input to use instead.
+        keep_rng: whether each record keeps the state of the random number generators at its start.
+
+    The hooks hold no reference to the tap, so dropping the tap removes them. A deep copy or an unpickled
+    copy of the model carries inert hooks.
+    """
+
+    def __init__(self, model: nn.Module, layer: Layer, when: Callable[[], bool] | None = None) -> None:
+        self.layers = resolve(model, layer)
+        self._searching = layer == "output" and len(self.layers) > 1
+        self._model = weakref.ref(model)
+        self._when = when
+        self._depth = 0
+        self._open: Forward | None = None
+        self._pending: list[Forward] = []
+        self._overflow = False
+        self._replaying = False
+        self.inject: Callable[[str, Tensor], Tensor] | None = None
+        self.keep_rng = False
+        self._handles: dict[str, list[Any]] = {}
+        self._attach(model)
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+
+    # -- hooks ---------------------------------------------------------------------------------------
+
+    def _attach(self, model: nn.Module) -> None:
+        for name, module in self.layers.items():
+            before = module.register_forward_pre_hook(_Hook(self, "_before_layer", name))
+            after = module.register_forward_hook(_Hook(self, "_after_layer", name), with_kwargs=True)
+            self._handles[name] = [before, after]
+        begin = model.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True, prepend=True)
+        end = model.register_forward_hook(_Hook(self, "_end"), always_call=True)
+        self._handles["<model>"] = [begin, end]
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._open = None
+        if self._replaying:
+            return
+        if model.training if self._when is None else self._when():
+            rng = RngState.now() if self.keep_rng else None
+            self._open = Forward(args, kwargs, rng, grad=torch.is_grad_enabled())
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth or self._open is None:
+            return
+        record, self._open = self._open, None
+        if output is None:  # the forward raised: nothing of it is kept
+            return
+        record.outputs = output
+        if self._searching:
+            self._narrow(record)
+        if len(self._pending) == _MAX_PENDING:
+            self._pending.clear()
+            self._overflow = True
+        self._pending.append(record)
+
+    def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if self.inject is None or not args or (self._open is None and not self._replaying):
+            return None
+        return (self.inject(name, args[0]), *args[1:])
+
+    def _after_layer(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if self._open is None:
+            return None
+        phi = args[0] if args else next(iter(kwargs.values()))
+        replaced = None
+        if torch.is_grad_enabled() and not output.requires_grad:
+            # A frozen layer on constant input: give its output a graph so that the tail can be differentiated.
+            replaced = output = output.detach().requires_grad_().clone()
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        weight: Any = module.weight
+        versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
+        self._open.calls.append(Call(name, module, phi, weight, output, edge, versions))
+        return replaced
+
+    def _narrow(self, record: Forward) -> None:
+        """Find out which of the tapped layers is the output layer, and leave the others alone."""
+        tensors = [t for t in tree_leaves(record.outputs) if isinstance(t, Tensor)]
+        ends = {c.layer for c in record.calls if any(same_values(c, t) for t in tensors)}
+        if not ends and record.calls:
+            ends = {record.calls[-1].layer}
+        if len(ends) != 1:
+            raise LayerError(
+                f"'output' is ambiguous: {sorted(ends) or list(self.layers)} "
+                f"{'all feed' if ends else 'were not called, none feeds'} the output; name one of them"
+            )
+        keep = ends.pop()
+        for name in [n for n in self.layers if n != keep]:
+            for handle in self._handles.pop(name):
+                handle.remove()
+            del self.layers[name]
+        record.calls = [c for c in record.calls if c.layer == keep]
+        self._searching = False
+
+    # -- use -----------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The tapped model."""
+        model = self._model()
+        if model is None or not self._handles:
+            raise GraphError("this tap is closed (or a copy of a closed one); build a new FAM for the model")
+        return model
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is alive, tapped and in training mode."""
+        model = self._model()
+        return model is not None and bool(self._handles) and model.training
+
+    def take(self) -> list[Forward]:
+        """Hand over the records since the last call, oldest first, and forget them.
+
+        Raises:
+            GraphError: if there is none, or too many were left unused.
+            LayerError: if a tapped layer was not called in any of them.
+        """
+        model = self.model
+        records, self._pending = self._pending, []
+        overflow, self._overflow = self._overflow, False
+        if overflow:
+            raise GraphError(
+                f"more than {_MAX_PENDING} training forward passes since the criterion was last called, so "
+                "the older ones were dropped; call it once after each, run unused ones under "
+                "torch.no_grad() with model.eval(), or call its reset() first"
+            )
+        if not records:
+            raise GraphError(
+                "no training forward pass to go with this criterion call: call the model "
+                f"({type(model).__name__}, as given to FAM, in training mode and not one of its parts) first, "
+                "and the criterion once after it"
+            )
+        called = {c.layer for r in records for c in r.calls}
+        unused = [n for n in self.layers if n not in called]
+        if unused:
+            raise LayerError(
+                f"layer {unused[0]!r} was not called in the forward pass; "
+                f"candidates: {list(supported_layers(model))}"
+            )
+        return records
+
+    def replay(self, record: Forward, inject: Callable[[str, Tensor], Tensor]) -> Any:
+        """Run a recorded forward once more with other inputs to the tapped layers.
+
+        Dropout masks are those of the record (if ``keep_rng``), buffers such as BatchNorm statistics are left
+        alone, and so are the global random number generators. Cost: one forward pass.
+        """
+        model = self.model
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        before, self.inject, self._replaying = self.inject, inject, True
+        try:
+            with rng_preserved(record.rng):
+                return torch.func.functional_call(model, buffers, record.args, record.kwargs)
+        finally:
+            self.inject, self._replaying = before, False
+
+    def reset(self) -> None:
+        """Forget the records kept so far."""
+        self._pending, self._open, self._depth, self._overflow = [], None, 0, False
+
+    def close(self) -> None:
+        """Remove the hooks and forget everything."""
+        self.reset()
+        _remove(self._handles)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
+        """Return a closed tap: hooks belong to one model, and a copy of that is another."""
+        return _closed_tap()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_closed_tap, ())
+
+
+class _Hook:
+    """A hook that knows its tap weakly, and is inert in copies of the module it sits on."""
+
+    def __init__(self, tap: Tap | None, method: str, *args: Any) -> None:
+        self._tap = weakref.ref(tap) if tap is not None else _nothing
+        self._method, self._args = method, args
+
+    def __call__(self, *args: Any) -> Any:
+        tap = self._tap()
+        return getattr(tap, self._method)(*self._args, *args) if tap is not None else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        return _Hook(None, self._method, *self._args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Hook, (None, self._method, *self._args))
+
+
+def _nothing() -> None:
+    return None
+
+
+def _closed_tap() -> Tap:
+    tap = object.__new__(Tap)
+    tap.layers, tap._handles, tap._model = {}, {}, _nothing  # type: ignore[assignment]
+    tap._searching, tap._when, tap.inject, tap.keep_rng, tap._replaying = False, None, None, False, False
+    tap.reset()
+    return tap
+
+
+def _remove(handles: dict[str, list[Any]]) -> None:
+    for group in handles.values():
+        for handle in group:
+            handle.remove()
+    handles.clear()
+
+
+# -- how tensors relate ----------------------------------------------------------------------------------
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether both read the same numbers in the same row-major order from the same memory."""
+    if a.numel() != b.numel() or a.data_ptr() != b.data_ptr() or a.dtype != b.dtype:
+        return False
+    return (a.is_contiguous() and b.is_contiguous()) or (a.shape == b.shape and a.stride() == b.stride())
+
+
+def same_values(call: Call, tensor: Float[Tensor, "..."]) -> bool:
+    """Whether ``tensor`` is the output of the call, reshaped, cast or copied but not computed upon.
+
+    Exact, not a comparison of numbers alone: either both share memory that nothing overwrote, or the
+    autograd graph between them consists of copies only and the numbers stand in the same order.
+    """
+    if not call.untouched():
+        return False
+    if same_memory(tensor, call.output):
+        return True
+    if call.edge is None or tensor.grad_fn is None or tensor.numel() != call.output.numel():
+        return False
+    node: Node | None = tensor.grad_fn
+    while node is not None and node is not call.edge.node:
+        if node.name().rstrip("0123456789").removesuffix("Backward") not in _RELABELLING:
+            return False
+        node = node.next_functions[0][0]
+    flat = call.output.detach().reshape(-1)
+    return node is not None and torch.equal(tensor.detach().reshape(-1).to(flat.dtype), flat)
+
+
+def depends_on(tensor: Tensor, calls: Sequence[Call]) -> list[Call]:
+    """The calls whose outputs the tensor was computed from; one walk over its graph."""
+    wanted = {c.edge.node: c for c in calls if c.edge is not None}
+    found = [wanted[node] for node in _ancestors(tensor.grad_fn) if node in wanted]
+    return [c for c in calls if c in found]
+
+
+def _ancestors(root: Node | None) -> Iterator[Node]:
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        yield node
+        for parent, _ in node.next_functions:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
