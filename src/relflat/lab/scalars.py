@@ -14,7 +14,7 @@ class Scalars:
             from torch.utils.tensorboard import SummaryWriter
 
             # what an interrupted run wrote after its last checkpoint is dropped on resuming
-            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
 
     def add(self, record: dict[str, Any]) -> None:
         """Add one epoch's numbers."""

@@ -22,7 +22,7 @@ from relflat.lab import checkpoint, store
 from relflat.lab.batches import EpochOrder, training_loader
 from relflat.lab.config import RunConfig
 from relflat.lab.evaluate import accuracy_and_loss, flatness
-from relflat.lab.methods import METHODS, Learner, Losses
+from relflat.lab.methods import METHODS, Learner, Losses, release
 from relflat.lab.scalars import Scalars
 from relflat.lab.splits import Splits
 from relflat.lab.tasks import TASKS
@@ -66,8 +66,7 @@ class Session:
 
     def close(self) -> None:
         """Let go of what the criterion hooked into the model."""
-        if hasattr(self.learner.criterion, "close"):
-            self.learner.criterion.close()
+        release(self.learner.criterion)
 
 
 def build(config: RunConfig) -> Session:

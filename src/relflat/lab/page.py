@@ -1,0 +1,63 @@
+"""The page around a report: a table, a style sheet for light and dark mode, and the document."""
+
+import html
+from collections.abc import Sequence
+
+STYLE_SHEET = """
+:root {
+  color-scheme: light dark;
+  --paper: #fff; --ink: #1c1e21; --quiet: #5b626b; --lines: #c9ced4; --box: #f3f5f7;
+  --plain: #5b6570; --sam: #d2610a; --fam: #0f73c4;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #15171a; --ink: #e6e8eb; --quiet: #a2a9b2; --lines: #454b53; --box: #1f2327;
+    --plain: #aab3bd; --sam: #ff9d4d; --fam: #5eb3ff;
+  }
+}
+body {
+  margin: 0 auto; max-width: 70rem; padding: 1rem 1rem 3rem;
+  background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif;
+}
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
+h2 { font-size: 1.15rem; margin: 1.6rem 0 .5rem; }
+.lead, .small { max-width: 46rem; }
+.small, figcaption { color: var(--quiet); font-size: .875rem; }
+.verdict {
+  background: var(--box); border-left: 4px solid var(--fam); border-radius: 4px; padding: .6rem 1rem;
+}
+.verdict h2 { margin: 0; }
+.verdict ul { margin: .4rem 0; padding-left: 1.1rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums; }
+th, td {
+  border-bottom: 1px solid var(--lines); padding: .35rem .9rem .35rem 0; text-align: left;
+  vertical-align: top; white-space: nowrap;
+}
+th { color: var(--quiet); font-weight: 600; }
+td:nth-child(2) { min-width: 9rem; white-space: normal; }
+.figures {
+  display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
+}
+figure { margin: 0; max-width: 34rem; }
+figure svg { display: block; height: auto; width: 100%; }
+svg text { font-family: system-ui, sans-serif !important; }
+"""
+
+
+def table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """An HTML table that scrolls sideways by itself on a small screen."""
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in headings)
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>" for line in body
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def page(title: str, body: str) -> str:
+    """Wrap the body into a whole document."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE_SHEET}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )

