@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relflat.losses import DiagonalHessian, KnownLoss, LogitHessian
+from relflat.record import Call, same_values
 from relflat.site import Site
-from relflat.tap import Call, same_values
 
 
 def why_not(calls: list[Call], outputs: Tensor | None, known: KnownLoss | None) -> str | None:

@@ -55,23 +55,28 @@ class SoftmaxHessian:
         self.missing = self.others.sum(-1)
 
     def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
+        """``E_p w^2 - (E_p w)^2`` feature by feature, times the mass."""
         q = self.others.scatter(-1, self.k, -self.missing[:, None])
         mean = q @ weight
         return self.mass[:, None] * (q @ weight.square() - mean * (2 * weight[self.k[:, 0]] + mean))
 
     def trace(self) -> Float[Tensor, " p"]:
+        """``1 - ||p||^2`` times the mass."""
         return self.mass * (2 * self.missing - self.missing.square() - self.others.square().sum(-1))
 
     def factor(self, eps: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        """``sqrt(p) eps - p <sqrt(p), eps>`` times the root of the mass (I7)."""
         root = (0.5 * self.log_p).exp()
         along = (root * eps).sum(-1, keepdim=True)
         return self.mass.sqrt()[:, None] * (root * eps - self.log_p.exp() * along)
 
     def product(self, v: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        """``p v - p <p, v>`` times the mass."""
         p = self.log_p.exp()
         return self.mass[:, None] * p * (v - (p * v).sum(-1, keepdim=True))
 
     def detach(self) -> "SoftmaxHessian":
+        """The same, constant."""
         return SoftmaxHessian(self.log_p.detach(), self.mass.detach())
 
 
@@ -82,18 +87,23 @@ class DiagonalHessian:
         self.a = a
 
     def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
+        """``sum_c a_c w_c^2`` feature by feature."""
         return self.a @ weight.square()
 
     def trace(self) -> Float[Tensor, " p"]:
+        """``sum_c a_c``."""
         return self.a.sum(-1)
 
     def factor(self, eps: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        """``sqrt(a) eps``."""
         return self.a.sqrt() * eps
 
     def product(self, v: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        """``a v``."""
         return self.a * v
 
     def detach(self) -> "DiagonalHessian":
+        """The same, constant."""
         return DiagonalHessian(self.a.detach())
 
 

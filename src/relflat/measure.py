@@ -1,29 +1,37 @@
 """Relative flatness of layers over a data set, with its error."""
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from relflat import perturb
+from relflat.batches import (
+    Batch,
+    Batches,
+    ForwardFn,
+    Switch,
+    default_forward,
+    device_of,
+    length,
+    samples_in,
+    take,
+    undisturbed,
+)
 from relflat.errors import ConfigError, DataError, LayerError, LossError, NonFiniteError
 from relflat.layers import rows
 from relflat.losses import KnownLoss, known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor
 from relflat.probes import Contributions
+from relflat.record import Forward
+from relflat.resolve import Layer
 from relflat.result import Flatness
-from relflat.rng import generator, rng_preserved
+from relflat.rng import generator
 from relflat.site import safe_std
-from relflat.tap import Forward, Layer, Tap
-
-Batch = Any
-ForwardFn = Callable[[nn.Module, Batch], tuple[Any, Any]]
+from relflat.sums import LayerSums, Sums, mean_and_variance
+from relflat.tap import Tap
 
 _DEFAULT_PROBES = 16
 _MOST_PROBES = 4096
@@ -149,13 +157,13 @@ def relative_flatness_by_layer(
     )
     if method == "finite_difference" and curvature != "hessian":
         raise ConfigError("method='finite_difference' estimates the Hessian: curvature must be 'hessian'")
-    recording = _Switch()
+    recording = Switch()
     tap = Tap(model, layer, when=lambda: recording.on)
     tap.keep_rng = method == "finite_difference"
-    place = _device_of(model) if device is None else torch.device(device)
-    batches = _Batches(data, forward or default_forward, place)
+    place = device_of(model) if device is None else torch.device(device)
+    batches = Batches(data, forward or default_forward, place)
     try:
-        with _undisturbed(model), recording:
+        with undisturbed(model), recording:
             measurement = _Measurement(model, loss_fn, tap, batches, spec, seed)
             if normalize_features:
                 measurement.scales = measurement.feature_scales()
@@ -172,106 +180,7 @@ def relative_flatness_by_layer(
         tap.close()
 
 
-def default_forward(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
-    """Run the model on ``(inputs, targets)`` or on a mapping with ``labels``; returns outputs and targets."""
-    if isinstance(batch, Mapping):
-        if "labels" not in batch:
-            raise DataError(f"the batch is a mapping without 'labels' (keys {list(batch)}); pass forward=")
-        outputs = model(**{k: v for k, v in batch.items() if k != "labels"})
-        return getattr(outputs, "logits", outputs), batch["labels"]
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise DataError(
-            f"a batch must be (inputs, targets) or a mapping with 'labels', not {type(batch).__name__}"
-            f"{f' of length {len(batch)}' if isinstance(batch, list | tuple) else ''}; pass forward="
-        )
-    inputs, targets = batch
-    if isinstance(inputs, Mapping):
-        return model(**inputs), targets
-    return (model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)), targets
-
-
 # -- one pass over the data ----------------------------------------------------------------------------------
-
-
-@dataclass
-class _Layer:
-    """Running sums for one layer, in float64, each already weighted as the whole loss is."""
-
-    kappa: float = 0.0
-    kappa_var: float = 0.0
-    trace: float = 0.0
-    trace_var: float = 0.0
-    energy: float = 0.0
-    method: str = ""
-    exact: bool = True
-
-
-@dataclass
-class _Sums:
-    """What a sweep over the data adds up."""
-
-    layers: dict[str, _Layer]
-    probes: int
-    loss: float = 0.0
-    confidence: float = 0.0
-    known: KnownLoss | None = None
-    samples: int = 0
-    weight: float = 0.0  # what a mean reduction divides by, or 0 for sums
-    batches: int = 0
-
-    def short_of(self, rtol: float) -> str:
-        """Say which layer's error is too large, or nothing."""
-        for name, x in self.layers.items():
-            value, error = self._scaled(x.kappa), self._error(x.kappa_var)
-            if error > rtol * abs(value):
-                return f"kappa({name}) = {value:.4g} ± {error:.2g}"
-        return ""
-
-    def _scaled(self, total: float) -> float:
-        return total / self.weight if self.weight else total
-
-    def _error(self, variance: float) -> float:
-        return self._scaled(math.sqrt(max(variance, 0.0)))
-
-    def merge(self, other: "_Sums") -> None:
-        """Average with a sweep that used other probes, by number of probes."""
-        a = self.probes / (self.probes + other.probes)
-        for name, x in self.layers.items():
-            y = other.layers[name]
-            x.kappa, x.trace = a * x.kappa + (1 - a) * y.kappa, a * x.trace + (1 - a) * y.trace
-            x.kappa_var = a**2 * x.kappa_var + (1 - a) ** 2 * y.kappa_var
-            x.trace_var = a**2 * x.trace_var + (1 - a) ** 2 * y.trace_var
-            x.method = x.method.replace(f"{self.probes})", f"{self.probes + other.probes})")
-        self.probes += other.probes
-
-    def results(self, tap: Tap, spec: Spec, scales: Mapping[str, Tensor]) -> dict[str, Flatness]:
-        """Divide by what the loss divides by, and check."""
-        found = {}
-        for name, x in self.layers.items():
-            weight: Any = tap.layers[name].weight
-            w = weight.detach().double() * scales.get(name, torch.ones(())).double().to(weight.device)
-            norm = float(torch.linalg.vector_norm(w))
-            trace = self._scaled(x.trace)
-            found[name] = Flatness(
-                value=self._scaled(x.kappa),
-                stderr=0.0 if x.exact else self._error(x.kappa_var),
-                method=x.method,
-                layer=name,
-                curvature=spec.curvature,
-                trace=trace,
-                trace_stderr=0.0 if x.exact else self._error(x.trace_var),
-                layerwise=norm**2 * trace,
-                weight_norm=norm,
-                feature_norm2=x.energy / self.samples,
-                loss=self._scaled(self.loss),
-                confidence=self.confidence / self.samples if self.known and self.known.confidence else None,
-                samples=self.samples,
-            )
-            if not math.isfinite(found[name].value):
-                raise NonFiniteError(
-                    f"kappa of layer {name!r} is {found[name].value}: check the model's weights and the inputs"
-                )
-        return found
 
 
 @dataclass
@@ -279,17 +188,17 @@ class _Measurement:
     model: nn.Module
     loss_fn: Callable[..., Any]
     tap: Tap
-    batches: "_Batches"
+    batches: "Batches"
     spec: Spec
     seed: int
     scales: dict[str, Tensor] = field(default_factory=dict)
     _additive: str | None = None  # how an unknown loss adds up over batches
 
-    def sweep(self, first_probe: int, probes: int | None = None) -> _Sums:
+    def sweep(self, first_probe: int, probes: int | None = None) -> Sums:
         """Go over the data once."""
         spec = self.spec if probes is None else replace(self.spec, probes=probes)
         estimator = Estimator(spec, self.seed)
-        sums = _Sums({}, spec.probes)
+        sums = Sums({}, spec.probes)
         graph = True
         for i, (batch, is_only) in enumerate(self.batches):
             with torch.set_grad_enabled(graph):
@@ -301,7 +210,7 @@ class _Measurement:
             step = (first_probe << 32) + i
             parts = self._estimate(estimator, scene, record, targets, outputs, step)
             graph = graph and not all(p.method == "closed_form" for p in parts.values())
-            self._add(sums, scene, parts, scale, _samples(tensor, record))
+            self._add(sums, scene, parts, scale, samples_in(tensor, record))
         if sums.batches == 0:
             raise DataError("the data is empty: no batch to measure on")
         return sums
@@ -365,17 +274,17 @@ class _Measurement:
             return 1.0, float(loss.numel())
         if self._additive is None:
             self._additive = self._how_it_adds_up(outputs, targets, float(loss))
-        n = float(_length(outputs))
+        n = float(length(outputs))
         return (n, n) if self._additive == "mean" else (1.0, 0.0)
 
     def _how_it_adds_up(self, outputs: Any, targets: Any, loss: float) -> str:
         """Whether an unknown loss of a batch is the mean or the sum over its samples; tried on two halves."""
-        n = _length(outputs)
+        n = length(outputs)
         if n >= 2:
             cut = (n + 2) // 3
             pieces = [slice(0, cut), slice(cut, n)]
             with torch.no_grad():
-                parts = [float(self.loss_fn(_take(outputs, p, n), _take(targets, p, n))) for p in pieces]
+                parts = [float(self.loss_fn(take(outputs, p, n), take(targets, p, n))) for p in pieces]
             size = max(abs(loss), max(map(abs, parts)), 1e-12)
             close = 1e-4 * size
             if abs((cut * parts[0] + (n - cut) * parts[1]) / n - loss) < close:
@@ -389,7 +298,7 @@ class _Measurement:
 
     def _add(
         self,
-        sums: _Sums,
+        sums: Sums,
         scene: Scene,
         parts: Mapping[str, Contributions],
         scale: tuple[float, float],
@@ -397,9 +306,9 @@ class _Measurement:
     ) -> None:
         factor, divisor = scale
         for name, part in parts.items():
-            x = sums.layers.setdefault(name, _Layer())
-            kappa, kappa_var = _mean_and_variance(part.kappa)
-            trace, trace_var = _mean_and_variance(part.trace)
+            x = sums.layers.setdefault(name, LayerSums())
+            kappa, kappa_var = mean_and_variance(part.kappa)
+            trace, trace_var = mean_and_variance(part.trace)
             x.kappa, x.kappa_var = x.kappa + factor * kappa, x.kappa_var + factor**2 * kappa_var
             x.trace, x.trace_var = x.trace + factor * trace, x.trace_var + factor**2 * trace_var
             x.method, x.exact = part.method, part.exact
@@ -439,96 +348,3 @@ class _Measurement:
                     m2 + phi.var(0, correction=0) * n + delta.square() * count * n / (count + n),
                 ]
         return {name: safe_std(m2 / count) for name, (count, _, m2) in moments.items()}
-
-
-def _mean_and_variance(values: Tensor | None) -> tuple[float, float]:
-    """Sum over groups of the mean over probes, and the variance of that sum (probes independent)."""
-    if values is None:
-        return math.nan, math.nan
-    v = values.detach().double()
-    k = v.shape[0]
-    variance = float(v.var(0).sum()) / k if k > 1 else math.nan
-    return float(v.mean(0).sum()), variance
-
-
-# -- data ------------------------------------------------------------------------------------------------------
-
-
-class _Batches:
-    """The data as batches on a device; knows of each whether it is the only one."""
-
-    def __init__(self, data: Any, forward: ForwardFn, device: torch.device | None) -> None:
-        single = isinstance(data, tuple | Mapping)
-        self.data: Iterable[Batch] = [data] if single else data
-        self.forward, self.device = forward, device
-        if not isinstance(self.data, Iterable):
-            raise DataError(f"data must be batches or one (inputs, targets) tuple, not {type(data).__name__}")
-
-    def must_be_repeatable(self, why: str) -> None:
-        """Refuse one-shot iterators."""
-        if isinstance(self.data, Iterator):
-            raise DataError(
-                f"{why} goes over the data more than once, and it is an iterator; give a list or loader"
-            )
-
-    def __iter__(self) -> Iterator[tuple[Batch, bool]]:
-        ahead = iter(self.data)
-        for i in itertools.count():
-            window = list(itertools.islice(ahead, 2 if i == 0 else 1))
-            if i == 0:
-                for batch in window:
-                    yield self._move(batch), len(window) == 1
-            elif window:
-                yield self._move(window[0]), False
-            if not window:
-                return
-
-    def _move(self, batch: Batch) -> Batch:
-        return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) and self.device else x, batch)
-
-
-class _Switch:
-    """Says whether forwards are recorded."""
-
-    on = False
-
-    def __enter__(self) -> None:
-        self.on = True
-
-    def __exit__(self, *exc: object) -> None:
-        self.on = False
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a block with the model in evaluation mode; restore modes and global random numbers after it."""
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        with rng_preserved(), torch.enable_grad():
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    parameter = next(model.parameters(), None)
-    return None if parameter is None else parameter.device
-
-
-def _length(outputs: Any) -> int:
-    tensor = output_tensor(outputs)
-    if tensor is None or tensor.ndim == 0:
-        raise LossError("the outputs hold no tensor with a batch dimension, so batches cannot be weighted")
-    return tensor.shape[0]
-
-
-def _samples(tensor: Tensor | None, record: Forward) -> int:
-    if tensor is not None and tensor.ndim:
-        return tensor.shape[0] if tensor.ndim > 1 or record.calls[0].phi.ndim > 1 else 1
-    return rows(record.calls[0].module, record.calls[0].phi).shape[0]
-
-
-def _take(tree: Any, piece: slice, n: int) -> Any:
-    return tree_map(lambda t: t[piece] if isinstance(t, Tensor) and t.ndim and t.shape[0] == n else t, tree)

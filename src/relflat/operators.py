@@ -5,14 +5,14 @@ the layer's weight or the trunk before it.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from relflat.errors import GraphError, LossError
-from relflat.tap import Call
+from relflat.record import Call
 
 Direction = Sequence[Tensor]
 
@@ -121,7 +121,7 @@ def differentiate(
 ) -> Sequence[Tensor | None]:
     """``torch.autograd.grad`` that keeps the graph and says which operation has no second derivative."""
     try:
-        return torch.autograd.grad(  # type: ignore[return-value]
+        return torch.autograd.grad(
             of, at, along, create_graph=create_graph, retain_graph=True, allow_unused=True
         )
     except RuntimeError as error:

@@ -13,9 +13,9 @@ from relflat.errors import ConfigError, GraphError, LossError
 from relflat.losses import KnownLoss
 from relflat.operators import GGNOperator, HessianOperator, Operator
 from relflat.probes import Contributions, Gradient
+from relflat.record import Call, Forward, depends_on, same_values
 from relflat.rng import generator
 from relflat.site import Site, feature_std
-from relflat.tap import Call, Forward, depends_on, same_values
 
 Curvature = Literal["hessian", "ggn"]
 Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference"]
@@ -129,7 +129,9 @@ class Estimator:
         return site.detached_features() if self.spec.mode == "weights" else site
 
     def _closed_form(self, scene: Scene, calls: list[Call]) -> Contributions:
-        assert scene.known is not None and scene.outputs is not None and scene.targets is not None
+        assert scene.known is not None
+        assert scene.outputs is not None
+        assert scene.targets is not None
         site = self._site(scene, calls)
         hessian = closed_form.logit_hessian(site, scene.known, scene.outputs, scene.targets)
         hessian = hessian if self.spec.mode == "full" else hessian.detach()
@@ -148,11 +150,13 @@ class Estimator:
     def _factored(
         self, scene: Scene, layers: list[list[Call]], rng: torch.Generator
     ) -> dict[str, Contributions]:
-        assert scene.known is not None and scene.outputs is not None and scene.targets is not None
-        spec, sites = self.spec, []
+        assert scene.known is not None
+        assert scene.outputs is not None
+        assert scene.targets is not None
+        spec, outputs, sites = self.spec, scene.outputs, []
         for calls in layers:
             site = self._site(scene, calls)
-            coupled = self._is_coupled(site, lambda s: probes.coupled_outputs(scene.outputs, s, rng))
+            coupled = self._is_coupled(site, lambda s: probes.coupled_outputs(outputs, s, rng))
             sites.append(self._site(scene, calls, coupled=True) if coupled else site)
         parts = probes.ggn_factored(
             sites,

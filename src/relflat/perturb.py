@@ -14,9 +14,9 @@ from torch import Tensor
 
 from relflat.layers import rows
 from relflat.probes import Contributions
+from relflat.record import Call, same_values
 from relflat.rng import rademacher
 from relflat.site import safe_std
-from relflat.tap import Call, same_values
 
 Inject = Callable[[str, Tensor], Tensor]
 Run = Callable[[Inject], Tensor]
@@ -34,7 +34,7 @@ def finite_difference(
     scales: dict[str, Tensor],
     rng: torch.Generator,
 ) -> dict[str, Contributions]:
-    """kappa by I4 with the second derivative along ``W R`` from a five-point stencil in the loss.
+    """Relative flatness by I4 with the second derivative along ``W R`` from a five-point stencil in the loss.
 
     ``R = a b'`` (diagonal if adaptive), one for the whole batch, so coupled samples are right too. Each probe
     and layer costs four forward passes. Truncation error O(h^4), rounding error about ``eps m / h^2`` times the

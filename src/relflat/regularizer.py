@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-
 from relflat import perturb
 from relflat.errors import ConfigError, GraphError, LayerError, LossError, RelflatWarning
 from relflat.losses import known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor, scene_calls
 from relflat.probes import Contributions, Gradient
+from relflat.record import Forward
+from relflat.resolve import Layer
 from relflat.rng import generator
 from relflat.site import feature_std
-from relflat.tap import Call, Forward, Layer, Tap
+from relflat.tap import Tap
 
 
 class FAM(nn.Module):
@@ -113,12 +114,13 @@ class FAM(nn.Module):
         self._can_inject = radius is not None and strength == 1 and every == 1 and warmup_steps == 0
         self._skipped = 0
         self._last: dict[str, Any] = {}
-        self._register_state_dict_hook(_without_wrapper)
-        self.register_load_state_dict_pre_hook(_with_wrapper)
+        self._register_state_dict_hook(_without_wrapper)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_wrapper)  # type: ignore[no-untyped-call]
 
     def _check_trainable(self, gradient: Gradient) -> None:
         for name, module in self._tap.layers.items():
-            if gradient == "weights" and not module.weight.requires_grad:  # type: ignore[union-attr]
+            weight: Any = module.weight
+            if gradient == "weights" and not weight.requires_grad:
                 raise LayerError(
                     f"gradient='weights' reaches the weight of layer {name!r} only, and that is frozen "
                     "(requires_grad=False); unfreeze it or use gradient='full'"

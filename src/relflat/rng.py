@@ -32,7 +32,7 @@ class RngState:
     @classmethod
     def now(cls) -> "RngState":
         """Read the present state."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         return cls(torch.get_rng_state(), cuda)
 
     def restore(self) -> None:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relflat.layers import rows
-from relflat.tap import Call
+from relflat.record import Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Site:
     def split(self, u: Float[Tensor, "g t d"]) -> list[Tensor]:
         """Cut a direction into one tensor a call, each shaped and typed as that call's output."""
         sizes = [c.output.numel() // (u.shape[0] * u.shape[-1]) for c in self.calls]
-        parts = u.split(sizes, dim=1)
+        parts = torch.split(u, sizes, dim=1)
         return [p.reshape(c.output.shape).to(c.output.dtype) for p, c in zip(parts, self.calls, strict=True)]
 
     def join(self, grads: Sequence[Tensor]) -> Float[Tensor, "g t d"]:

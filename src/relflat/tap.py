@@ -6,143 +6,21 @@ checkpointing, another model that shares it, a forward in evaluation mode.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from relflat.errors import GraphError, LayerError
-from relflat.layers import is_supported, nearest, supported_layers, unsupported_message
+from relflat.layers import supported_layers
+from relflat.record import Call, Forward, same_values
+from relflat.resolve import Layer, resolve
 from relflat.rng import RngState, rng_preserved
 
-Layer = str | nn.Module | Sequence["str | nn.Module"]
-
-# Ops that move or copy the values of a tensor without computing anything new.
-_RELABELLING = (
-    "_DDPSink",
-    "Alias",
-    "Clone",
-    "Permute",
-    "ReshapeAlias",
-    "Squeeze",
-    "T",
-    "ToCopy",
-    "Transpose",
-    "Unsqueeze",
-    "UnsafeView",
-    "View",
-)
 _MAX_PENDING = 8
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Call:
-    """One call of a tapped layer within a forward pass.
-
-    Attributes:
-        layer: qualified name of the layer.
-        module: the layer.
-        phi: its input, as the layer saw it.
-        weight: its weight at that moment, ``(d, m)``.
-        output: the tensor it returned; may have been overwritten in place since.
-        edge: where gradients with respect to the output are taken, valid even after in-place ops; None
-            under ``no_grad``.
-    """
-
-    layer: str
-    module: nn.Module
-    phi: Tensor
-    weight: Tensor
-    output: Tensor
-    edge: GradientEdge | None
-    versions: tuple[int, int]
-
-    def untouched(self) -> bool:
-        """Whether the output still holds what the layer returned."""
-        return self.output._version == self.versions[1]
-
-    def features(self) -> Tensor:
-        """The input, after checking that nothing overwrote it since."""
-        if self.phi._version != self.versions[0]:
-            raise GraphError(
-                f"the input of layer {self.layer!r} was modified in place after the layer read it; "
-                "use the out-of-place form of that operation"
-            )
-        return self.phi
-
-
-@dataclass(slots=True, eq=False)
-class Forward:
-    """What one forward pass of the model left: the calls of the tapped layers, inputs and outputs."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    rng: RngState | None = None
-    calls: list[Call] = field(default_factory=list)
-    outputs: Any = None
-    grad: bool = True
-
-
-def resolve(model: nn.Module, layer: Layer) -> dict[str, nn.Module]:
-    """Map what the user calls a layer to ``{qualified name: module}``.
-
-    Args:
-        model: the network.
-        layer: a module of it, a qualified name, a glob, or a list of those. ``"output"`` maps to every
-            supported layer; :class:`Tap` narrows it down during the first forward pass.
-
-    Raises:
-        LayerError: if nothing matches, or a match is not a supported layer; names the candidates.
-    """
-    candidates = supported_layers(model)
-    if isinstance(layer, nn.Module):
-        name = next((n for n, m in model.named_modules(remove_duplicate=False) if m is layer), None)
-        if name is None:
-            raise LayerError(
-                f"the given {type(layer).__name__} is not part of this model; "
-                f"its supported layers are {list(candidates)}"
-            )
-        return _checked({name: layer}, candidates)
-    if isinstance(layer, str):
-        return _resolve_name(model, layer, candidates)
-    if not layer:
-        raise LayerError(f"the list of layers is empty; name at least one of {list(candidates)}")
-    found: dict[str, nn.Module] = {}
-    for one in layer:
-        found |= resolve(model, one)
-    return found
-
-
-def _resolve_name(model: nn.Module, name: str, candidates: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if name in modules and (name or is_supported(model)):
-        return _checked({name: modules[name]}, candidates)
-    if name == "output":
-        if not candidates:
-            raise LayerError(f"{type(model).__name__} has no supported layer: " + unsupported_message(model))
-        return candidates
-    if any(c in name for c in "*?["):
-        matches = {n: m for n, m in candidates.items() if fnmatchcase(n, name)}
-        if matches:
-            return matches
-    raise LayerError(
-        f"no layer named {name!r}; did you mean {nearest(name, candidates)}? "
-        f"Supported layers: {list(candidates)}, or 'output'"
-    )
-
-
-def _checked(found: dict[str, nn.Module], candidates: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    for name, module in found.items():
-        if not is_supported(module):
-            inside = [c for c in candidates if c.startswith(f"{name}.")] or list(candidates)
-            raise LayerError(f"layer {name!r}: {unsupported_message(module)}; candidates: {inside}")
-    return found
 
 
 class Tap:
@@ -370,54 +248,3 @@ def _remove(handles: dict[str, list[Any]]) -> None:
         for handle in group:
             handle.remove()
     handles.clear()
-
-
-# -- how tensors relate ----------------------------------------------------------------------------------
-
-
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether both read the same numbers in the same row-major order from the same memory."""
-    if a.numel() != b.numel() or a.data_ptr() != b.data_ptr() or a.dtype != b.dtype:
-        return False
-    return (a.is_contiguous() and b.is_contiguous()) or (a.shape == b.shape and a.stride() == b.stride())
-
-
-def same_values(call: Call, tensor: Float[Tensor, "..."]) -> bool:
-    """Whether ``tensor`` is the output of the call, reshaped, cast or copied but not computed upon.
-
-    Exact, not a comparison of numbers alone: either both share memory that nothing overwrote, or the
-    autograd graph between them consists of copies only and the numbers stand in the same order.
-    """
-    if not call.untouched():
-        return False
-    if same_memory(tensor, call.output):
-        return True
-    if call.edge is None or tensor.grad_fn is None or tensor.numel() != call.output.numel():
-        return False
-    node: Node | None = tensor.grad_fn
-    while node is not None and node is not call.edge.node:
-        if node.name().rstrip("0123456789").removesuffix("Backward") not in _RELABELLING:
-            return False
-        node = node.next_functions[0][0]
-    flat = call.output.detach().reshape(-1)
-    return node is not None and torch.equal(tensor.detach().reshape(-1).to(flat.dtype), flat)
-
-
-def depends_on(tensor: Tensor, calls: Sequence[Call]) -> list[Call]:
-    """The calls whose outputs the tensor was computed from; one walk over its graph."""
-    wanted = {c.edge.node: c for c in calls if c.edge is not None}
-    found = [wanted[node] for node in _ancestors(tensor.grad_fn) if node in wanted]
-    return [c for c in calls if c in found]
-
-
-def _ancestors(root: Node | None) -> Iterator[Node]:
-    seen, stack = {root}, [root]
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        yield node
-        for parent, _ in node.next_functions:
-            if parent not in seen:
-                seen.add(parent)
-                stack.append(parent)

@@ -1,0 +1,106 @@
+"""Running sums of a measurement over batches and probes, and the results made of them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relflat.errors import NonFiniteError
+from relflat.losses import KnownLoss
+from relflat.penalty import Spec
+from relflat.result import Flatness
+from relflat.tap import Tap
+
+
+def mean_and_variance(values: Tensor | None) -> tuple[float, float]:
+    """Sum over groups of the mean over probes, and the variance of that sum (probes independent)."""
+    if values is None:
+        return math.nan, math.nan
+    v = values.detach().double()
+    k = v.shape[0]
+    variance = float(v.var(0).sum()) / k if k > 1 else math.nan
+    return float(v.mean(0).sum()), variance
+
+
+@dataclass
+class LayerSums:
+    """Running sums for one layer, in float64, each already weighted as the whole loss is."""
+
+    kappa: float = 0.0
+    kappa_var: float = 0.0
+    trace: float = 0.0
+    trace_var: float = 0.0
+    energy: float = 0.0
+    method: str = ""
+    exact: bool = True
+
+
+@dataclass
+class Sums:
+    """What a sweep over the data adds up."""
+
+    layers: dict[str, LayerSums]
+    probes: int
+    loss: float = 0.0
+    confidence: float = 0.0
+    known: KnownLoss | None = None
+    samples: int = 0
+    weight: float = 0.0  # what a mean reduction divides by, or 0 for sums
+    batches: int = 0
+
+    def short_of(self, rtol: float) -> str:
+        """Say which layer's error is too large, or nothing."""
+        for name, x in self.layers.items():
+            value, error = self._scaled(x.kappa), self._error(x.kappa_var)
+            if error > rtol * abs(value):
+                return f"kappa({name}) = {value:.4g} ± {error:.2g}"
+        return ""
+
+    def _scaled(self, total: float) -> float:
+        return total / self.weight if self.weight else total
+
+    def _error(self, variance: float) -> float:
+        return self._scaled(math.sqrt(max(variance, 0.0)))
+
+    def merge(self, other: "Sums") -> None:
+        """Average with a sweep that used other probes, by number of probes."""
+        a = self.probes / (self.probes + other.probes)
+        for name, x in self.layers.items():
+            y = other.layers[name]
+            x.kappa, x.trace = a * x.kappa + (1 - a) * y.kappa, a * x.trace + (1 - a) * y.trace
+            x.kappa_var = a**2 * x.kappa_var + (1 - a) ** 2 * y.kappa_var
+            x.trace_var = a**2 * x.trace_var + (1 - a) ** 2 * y.trace_var
+            x.method = x.method.replace(f"{self.probes})", f"{self.probes + other.probes})")
+        self.probes += other.probes
+
+    def results(self, tap: Tap, spec: Spec, scales: Mapping[str, Tensor]) -> dict[str, Flatness]:
+        """Divide by what the loss divides by, and check."""
+        found = {}
+        for name, x in self.layers.items():
+            weight: Any = tap.layers[name].weight
+            w = weight.detach().double() * scales.get(name, torch.ones(())).double().to(weight.device)
+            norm = float(torch.linalg.vector_norm(w))
+            trace = self._scaled(x.trace)
+            found[name] = Flatness(
+                value=self._scaled(x.kappa),
+                stderr=0.0 if x.exact else self._error(x.kappa_var),
+                method=x.method,
+                layer=name,
+                curvature=spec.curvature,
+                trace=trace,
+                trace_stderr=0.0 if x.exact else self._error(x.trace_var),
+                layerwise=norm**2 * trace,
+                weight_norm=norm,
+                feature_norm2=x.energy / self.samples,
+                loss=self._scaled(self.loss),
+                confidence=self.confidence / self.samples if self.known and self.known.confidence else None,
+                samples=self.samples,
+            )
+            if not math.isfinite(found[name].value):
+                raise NonFiniteError(
+                    f"kappa of layer {name!r} is {found[name].value}: check the model's weights and the inputs"
+                )
+        return found
