@@ -130,6 +130,11 @@ def differentiate(
 
 def _explained(error: RuntimeError) -> Exception:
     text = str(error)
+    if "margin_loss_backward" in text:
+        return LossError(
+            f"a hinge loss has no Hessian at its kink and a zero one elsewhere ({text.splitlines()[0]}); use a "
+            "smooth loss, or FAM(..., radius=...)"
+        )
     markers = ("is not implemented", "once_differentiable", "does not support double backward")
     if any(m in text for m in markers):
         return GraphError(

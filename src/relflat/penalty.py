@@ -1,5 +1,6 @@
 """The one place that chooses how kappa is computed for the layers of a forward pass, and says what it chose."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -33,7 +34,8 @@ class Spec:
         normalize: divide features by their standard deviation (and multiply the weight by it).
         gradient: which derivatives of kappa are kept; None for measuring (no graph).
         trace: whether ``Tr H`` is wanted too.
-        exact_up_to: largest number of products for which ``"auto"`` prefers a sum over a basis.
+        exact_up_to: largest number of products for which ``"auto"`` prefers a sum over a basis; in training
+            for output layers only, whose products cost nothing but the loss.
     """
 
     curvature: Curvature = "ggn"
@@ -156,7 +158,7 @@ class Estimator:
         spec, outputs, sites = self.spec, scene.outputs, []
         for calls in layers:
             site = self._site(scene, calls)
-            coupled = self._is_coupled(site, lambda s: probes.coupled_outputs(outputs, s, rng))
+            coupled = self._is_coupled(site, functools.partial(probes.coupled_outputs, outputs))
             sites.append(self._site(scene, calls, coupled=True) if coupled else site)
         parts = probes.ggn_factored(
             sites,
@@ -186,10 +188,11 @@ class Estimator:
         else:
             operator = GGNOperator(loss, scene.outputs, calls, create_graph=spec.create_graph)
         site = self._site(scene, calls)
-        if self._is_coupled(site, lambda s: probes.coupled(operator, s, rng)):
+        if self._is_coupled(site, functools.partial(probes.coupled, operator)):
             site = self._site(scene, calls, coupled=True)
         products = probes.products_for_exact(site, adaptive=spec.adaptive, trace=spec.trace)
-        if spec.method == "exact" or (spec.method == "auto" and products <= spec.exact_up_to):
+        cheap = products <= spec.exact_up_to and (at_end or spec.gradient is None)
+        if spec.method == "exact" or (spec.method == "auto" and cheap):
             return probes.exact(operator, site, adaptive=spec.adaptive, gradient=spec.mode, trace=spec.trace)
         return probes.sampled(
             operator,
@@ -202,13 +205,13 @@ class Estimator:
             name="hessian" if at_end else spec.curvature,
         )
 
-    def _is_coupled(self, site: Site, test: Callable[[Site], bool]) -> bool:
+    def _is_coupled(self, site: Site, test: Callable[[Site, torch.Generator], bool]) -> bool:
         """Ask once for each layer and mode of its model, when a batch first has two samples."""
         if site.phi.shape[0] < 2:
             return False
         key = (site.layer, site.calls[0].module.training)
         if key not in self._coupled:
-            self._coupled[key] = test(site)
+            self._coupled[key] = test(site, generator(self.seed, -1, site.phi.device))
         return self._coupled[key]
 
 

@@ -50,7 +50,7 @@ class Tap:
         self._open: Forward | None = None
         self._pending: list[Forward] = []
         self._overflow = False
-        self._replaying = False
+        self._replaying = self.copied = False
         self.inject: Callable[[str, Tensor], Tensor] | None = None
         self.keep_rng = False
         self._handles: dict[str, list[Any]] = {}
@@ -73,8 +73,8 @@ class Tap:
         if self._depth > 1:
             return
         self._open = None
-        if self._replaying:
-            return
+        if self._replaying or torch._C._are_functorch_transforms_active():
+            return  # a pass of our own, or one inside torch.func that no criterion call will follow
         if model.training if self._when is None else self._when():
             rng = RngState.now() if self.keep_rng else None
             self._open = Forward(args, kwargs, rng, grad=torch.is_grad_enabled())
@@ -141,12 +141,21 @@ class Tap:
         """The tapped model."""
         model = self._model()
         if model is None or not self._handles:
-            raise GraphError("this tap is closed (or a copy of a closed one); build a new FAM for the model")
+            raise GraphError("this tap is closed; build a new FAM for the model")
         return model
 
     @property
     def training(self) -> bool:
-        """Whether the model is alive, tapped and in training mode."""
+        """Whether the model is alive, tapped and in training mode.
+
+        Raises:
+            GraphError: if this is a copy, which watches no model.
+        """
+        if self.copied:
+            raise GraphError(
+                "this criterion is a copy (deepcopy or pickle), and its hooks stayed with the original model; "
+                "build a new FAM for the copied model, or evaluate with criterion.eval()"
+            )
         model = self._model()
         return model is not None and bool(self._handles) and model.training
 
@@ -239,6 +248,7 @@ def _closed_tap() -> Tap:
     tap = object.__new__(Tap)
     tap.layers, tap._handles, tap._model = {}, {}, _nothing  # type: ignore[assignment]
     tap._searching, tap._when, tap.inject, tap.keep_rng, tap._replaying = False, None, None, False, False
+    tap.copied = True
     tap.reset()
     return tap
 

@@ -1,7 +1,7 @@
 """Training methods: each has settings, what it wraps, and one step function.
 
-A step takes one batch, updates the parameters once and returns the task loss and the penalty. BatchNorm
-statistics move once a step, whatever the number of forward passes.
+A step takes one batch, updates the parameters once and returns what it minimised. BatchNorm statistics
+move once a step, whatever the number of forward passes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +21,15 @@ BaseOptimizer = Callable[[Iterable[Any]], Optimizer]
 
 
 class Losses(NamedTuple):
-    """What a step optimised: the task loss, and strength times kappa (0 without a penalty)."""
+    """What a step minimised.
 
-    task: Tensor | float
-    penalty: Tensor | float
+    Attributes:
+        total: task loss plus penalty.
+        penalty: the penalty alone; nan where the forward pass itself was perturbed and it is not known apart.
+    """
+
+    total: Tensor
+    penalty: float
 
 
 @dataclass
@@ -126,8 +131,7 @@ def fam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
     loss = learner.criterion(learner.model(inputs), targets)
     learner.accelerator.backward(loss)
     learner.optimizer.step()
-    last = cast(FAM, learner.criterion).last
-    return Losses(last["task"], last["penalty"])
+    return Losses(loss.detach(), cast(FAM, learner.criterion).last["penalty"])
 
 
 @contextmanager

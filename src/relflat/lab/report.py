@@ -122,7 +122,7 @@ def tried(comparison: Comparison) -> str:
             settings_text(candidate.settings)
             + (" ← chosen" if candidate is comparison.chosen[candidate.method] else ""),
             f"{100 * candidate.accuracy:.2f}" if not candidate.diverged else f"{candidate.diverged} diverged",
-            f"{fmean([candidate.loss]):.3f}",
+            f"{candidate.loss:.3f}",
         )
         for candidate in comparison.candidates
     ]

@@ -22,7 +22,7 @@ from relflat.lab import checkpoint, store
 from relflat.lab.batches import EpochOrder, training_loader
 from relflat.lab.config import RunConfig
 from relflat.lab.evaluate import accuracy_and_loss, flatness
-from relflat.lab.methods import METHODS, Learner, Losses, release
+from relflat.lab.methods import METHODS, Learner, release
 from relflat.lab.scalars import Scalars
 from relflat.lab.splits import Splits
 from relflat.lab.tasks import TASKS
@@ -178,33 +178,28 @@ def run_epoch(session: Session, epoch: int) -> Record:
     learner.model.train()
     learner.criterion.train()
     session.order.epoch = epoch
-    task_loss, penalty = 0.0, 0.0
+    total: Any = 0.0  # a tensor after the first step: adding it up never waits for the device
+    penalty = 0.0
     start = time.perf_counter()
     for inputs, targets in session.loader:
         losses = step(learner, inputs, targets)
         session.scheduler.step()
-        task_loss, penalty = _add((task_loss, penalty), losses)
+        total += losses.total
+        penalty += losses.penalty
     steps = len(session.order)
-    task_loss, penalty = float(task_loss) / steps, float(penalty) / steps
+    loss = float(total) / steps
     seconds = time.perf_counter() - start
-    if not math.isfinite(task_loss + penalty):
-        raise NonFiniteError(
-            f"The training loss of epoch {epoch + 1} is {task_loss + penalty}; lower lr or strength."
-        )
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"The training loss of epoch {epoch + 1} is {loss}; lower lr or strength.")
     return {
         "epoch": epoch + 1,
         "steps": (epoch + 1) * steps,
-        "loss": task_loss,
-        "penalty": penalty,
+        "loss": loss,
+        "penalty": None if math.isnan(penalty) else penalty / steps,
         **_monitor(session),
         "lr": session.scheduler.get_last_lr()[0],
         "seconds_per_step": seconds / steps,
     }
-
-
-def _add(sums: tuple[Any, Any], losses: Losses) -> tuple[Any, Any]:
-    """Add without leaving the device, so that a step never waits for a number."""
-    return sums[0] + losses.task, sums[1] + losses.penalty
 
 
 def _monitor(session: Session) -> Record:
