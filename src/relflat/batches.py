@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from relflat.errors import DataError, LossError
-from relflat.layers import rows
 from relflat.penalty import output_tensor
-from relflat.record import Forward
 from relflat.rng import rng_preserved
 
 Batch = Any
@@ -38,7 +36,7 @@ def default_forward(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
 
 
 class Batches:
-    """The data as batches on a device; knows of each whether it is the only one."""
+    """The data as batches on a device."""
 
     def __init__(self, data: Any, forward: ForwardFn, device: torch.device | None) -> None:
         single = isinstance(data, tuple | Mapping)
@@ -54,17 +52,12 @@ class Batches:
                 f"{why} goes over the data more than once, and it is an iterator; give a list or loader"
             )
 
-    def __iter__(self) -> Iterator[tuple[Batch, bool]]:
-        ahead = iter(self.data)
-        for i in itertools.count():
-            window = list(itertools.islice(ahead, 2 if i == 0 else 1))
-            if i == 0:
-                for batch in window:
-                    yield self._move(batch), len(window) == 1
-            elif window:
-                yield self._move(window[0]), False
-            if not window:
-                return
+    def __iter__(self) -> Iterator[tuple[Batch, Batch | None]]:
+        """Yield every batch, the first together with the second, if there is one."""
+        source = iter(self.data)
+        window = list(itertools.islice(source, 2))
+        for i, batch in enumerate(itertools.chain(window, source)):
+            yield self._move(batch), self._move(window[1]) if i == 0 and len(window) == 2 else None
 
     def _move(self, batch: Batch) -> Batch:
         return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) and self.device else x, batch)
@@ -97,16 +90,20 @@ def length(outputs: Any) -> int:
     return tensor.shape[0]
 
 
-def samples_in(tensor: Tensor | None, record: Forward) -> int:
-    """Number of samples of a batch, from its outputs or else from the tapped features."""
-    if tensor is not None and tensor.ndim:
-        return tensor.shape[0] if tensor.ndim > 1 or record.calls[0].phi.ndim > 1 else 1
-    return rows(record.calls[0].module, record.calls[0].phi).shape[0]
+def samples_in(batch: Batch) -> int:
+    """Number of samples of a batch: the length of its first tensor, or 1 if that has no batch dimension."""
+    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    if not tensors:
+        raise DataError(
+            f"the batch ({type(batch).__name__}) holds no tensor, so its samples cannot be counted"
+        )
+    batched = next((t for t in tensors if t.ndim > 1), tensors[-1])
+    return batched.shape[0] if batched.ndim else 1
 
 
-def take(tree: Any, piece: slice, n: int) -> Any:
-    """The samples ``piece`` of every tensor that has ``n`` of them."""
-    return tree_map(lambda t: t[piece] if isinstance(t, Tensor) and t.ndim and t.shape[0] == n else t, tree)
+def join(one: Any, two: Any) -> Any:
+    """Two batches' outputs or targets as one, tensor by tensor."""
+    return tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, one, two)
 
 
 class Switch:

@@ -15,9 +15,9 @@ from relflat.batches import (
     Switch,
     default_forward,
     device_of,
+    join,
     length,
     samples_in,
-    take,
     undisturbed,
 )
 from relflat.errors import ConfigError, DataError, LayerError, LossError, NonFiniteError
@@ -200,17 +200,17 @@ class _Measurement:
         estimator = Estimator(spec, self.seed)
         sums = Sums({}, spec.probes)
         graph = True
-        for i, (batch, is_only) in enumerate(self.batches):
+        for i, (batch, other) in enumerate(self.batches):
             with torch.set_grad_enabled(graph):
                 outputs, targets, loss, record = self._forward(batch)
             tensor = output_tensor(outputs)
             known = known_loss(self.loss_fn, outputs, (targets,), {})
-            scale = self._weight(outputs, targets, loss, known, is_only)
+            scale = self._weight(outputs, targets, loss, known, i == 0, other)
             scene = Scene(record.calls, loss, tensor, known, targets if known else None, self.scales)
             step = (first_probe << 32) + i
             parts = self._estimate(estimator, scene, record, targets, outputs, step)
             graph = graph and not all(p.method == "closed_form" for p in parts.values())
-            self._add(sums, scene, parts, scale, samples_in(tensor, record))
+            self._add(sums, scene, parts, scale, samples_in(batch))
         if sums.batches == 0:
             raise DataError("the data is empty: no batch to measure on")
         return sums
@@ -259,7 +259,13 @@ class _Measurement:
         )
 
     def _weight(
-        self, outputs: Any, targets: Any, loss: Tensor, known: KnownLoss | None, is_only: bool
+        self,
+        outputs: Any,
+        targets: Any,
+        loss: Tensor,
+        known: KnownLoss | None,
+        first: bool,
+        other: Batch | None,
     ) -> tuple[float, float]:
         """What the batch's loss is multiplied by, and what the sum is divided by for it (0: it is not).
 
@@ -268,32 +274,33 @@ class _Measurement:
         if known is not None and known.reduction != "sum":
             divisor = float(known.normaliser(outputs, targets))
             return (divisor, divisor) if known.reduction == "mean" else (1.0, divisor)
-        if known is not None or is_only:
+        if known is not None or (first and other is None):
             return (1.0, 0.0) if loss.ndim == 0 else (1.0, float(loss.numel()))
         if loss.ndim > 0:
             return 1.0, float(loss.numel())
-        if self._additive is None:
-            self._additive = self._how_it_adds_up(outputs, targets, float(loss))
+        if first and self._additive is None:
+            self._additive = self._how_it_adds_up(outputs, targets, loss, other)
         n = float(length(outputs))
         return (n, n) if self._additive == "mean" else (1.0, 0.0)
 
-    def _how_it_adds_up(self, outputs: Any, targets: Any, loss: float) -> str:
-        """Whether an unknown loss of a batch is the mean or the sum over its samples; tried on two halves."""
-        n = length(outputs)
-        if n >= 2:
-            cut = (n + 2) // 3
-            pieces = [slice(0, cut), slice(cut, n)]
-            with torch.no_grad():
-                parts = [float(self.loss_fn(take(outputs, p, n), take(targets, p, n))) for p in pieces]
-            size = max(abs(loss), max(map(abs, parts)), 1e-12)
-            close = 1e-4 * size
-            if abs((cut * parts[0] + (n - cut) * parts[1]) / n - loss) < close:
-                return "mean"
-            if abs(sum(parts) - loss) < close:
-                return "sum"
+    def _how_it_adds_up(self, outputs: Any, targets: Any, loss: Tensor, other: Batch) -> str:
+        """Whether an unknown loss is the mean or the sum over samples; tried on the first two batches."""
+        with torch.no_grad():
+            outputs_2, targets_2 = self.batches.forward(self.model, other)
+            self.tap.take()
+            loss_2 = float(self._loss(outputs_2, targets_2))
+            both = float(self._loss(join(outputs, outputs_2), join(targets, targets_2)))
+        n_1, n_2, loss_1 = length(outputs), length(outputs_2), float(loss)
+        close = (1e-9 if loss.dtype == torch.float64 else 1e-4) * (
+            abs(loss_1) + abs(loss_2) + abs(both) + 1e-30
+        )
+        if abs((n_1 * loss_1 + n_2 * loss_2) / (n_1 + n_2) - both) < close:
+            return "mean"
+        if abs(loss_1 + loss_2 - both) < close:
+            return "sum"
         raise LossError(
-            "this loss over a batch is neither the mean nor the sum over its samples (or batches hold one sample), "
-            "so its value over several batches is undefined; give all data as one batch, or use a known loss"
+            "this loss over two batches is neither the mean nor the sum over their samples, so kappa of all the data "
+            "cannot be put together from batches; give all data as one batch, or use a known loss"
         )
 
     def _add(

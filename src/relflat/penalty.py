@@ -14,9 +14,10 @@ from relflat.errors import ConfigError, GraphError, LossError
 from relflat.losses import KnownLoss
 from relflat.operators import GGNOperator, HessianOperator, Operator
 from relflat.probes import Contributions, Gradient
-from relflat.record import Call, Forward, depends_on, same_values
+from relflat.record import Call, Forward, depends_on, feeds_itself, same_values
 from relflat.rng import generator
 from relflat.site import Site, feature_std
+from relflat.weight_space import WeightSpace
 
 Curvature = Literal["hessian", "ggn"]
 Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference"]
@@ -122,12 +123,14 @@ class Estimator:
                 found |= self._by_products(scene, waiting, rng)
         return {layer: found[layer] for layer in by_layer}
 
+    def _scale(self, scene: Scene, calls: list[Call]) -> Tensor | None:
+        if not self.spec.normalize:
+            return None
+        given = scene.scales.get(calls[0].layer)
+        return feature_std(calls) if given is None else given
+
     def _site(self, scene: Scene, calls: list[Call], *, coupled: bool = False) -> Site:
-        scale = None
-        if self.spec.normalize:
-            scale = scene.scales.get(calls[0].layer)
-            scale = feature_std(calls) if scale is None else scale
-        site = Site.of(calls, scale=scale, coupled=coupled)
+        site = Site.of(calls, scale=self._scale(scene, calls), coupled=coupled)
         return site.detached_features() if self.spec.mode == "weights" else site
 
     def _closed_form(self, scene: Scene, calls: list[Call]) -> Contributions:
@@ -176,6 +179,8 @@ class Estimator:
 
     def _one_layer(self, scene: Scene, calls: list[Call], rng: torch.Generator) -> Contributions:
         spec, loss = self.spec, scene.loss.sum()
+        if spec.curvature == "hessian" and feeds_itself(calls):
+            return self._in_weight_space(scene, calls, rng)
         operator: Operator
         at_end = scene.outputs is not None and _is_output(calls[0], scene.outputs)
         if spec.curvature == "hessian" or at_end:
@@ -204,6 +209,21 @@ class Estimator:
             rng=rng,
             name="hessian" if at_end else spec.curvature,
         )
+
+    def _in_weight_space(self, scene: Scene, calls: list[Call], rng: torch.Generator) -> Contributions:
+        spec = self.spec
+        space = WeightSpace(
+            scene.loss.sum(),
+            calls[0],
+            scale=self._scale(scene, calls),
+            adaptive=spec.adaptive,
+            gradient=spec.mode,
+            create_graph=spec.create_graph,
+        )
+        cheap = spec.gradient is None and space.products_for_exact(trace=spec.trace) <= spec.exact_up_to
+        if spec.method == "exact" or (spec.method == "auto" and cheap):
+            return space.exact(trace=spec.trace)
+        return space.sampled(probes=spec.probes, trace=spec.trace, rng=rng)
 
     def _is_coupled(self, site: Site, test: Callable[[Site, torch.Generator], bool]) -> bool:
         """Ask once for each layer and mode of its model, when a batch first has two samples."""

@@ -112,6 +112,11 @@ def depends_on(tensor: Tensor, calls: Sequence[Call]) -> list[Call]:
     return [c for c in calls if c in found]
 
 
+def feeds_itself(calls: Sequence[Call]) -> bool:
+    """Whether an input of the layer was computed from an earlier output of it, as in a recurrence."""
+    return any(depends_on(later.phi, calls[:i]) for i, later in enumerate(calls) if i)
+
+
 def _ancestors(root: Node | None) -> Iterator[Node]:
     seen, stack = {root}, [root]
     while stack:
