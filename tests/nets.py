@@ -32,6 +32,13 @@ class Transpose(nn.Module):
         return z.transpose(1, 2)
 
 
+class MeanOverPositions(nn.Module):
+    """(N, T, m) -> (N, m): couples the positions of a sample."""
+
+    def forward(self, phi: Tensor) -> Tensor:
+        return phi.mean(1)
+
+
 @dataclass(frozen=True)
 class Loss:
     """Which loss, with which options; options the loss does not have are without effect."""
@@ -46,7 +53,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class Net:
-    """A recipe: ``widths`` from the inputs to the outputs; ``positions`` is 0 for plain (N, m) inputs."""
+    """A recipe, ``widths`` from the inputs to the outputs.
+
+    With ``positions`` > 0 the inputs are (N, T, m), and each layer acts on every position; with ``pool`` they are
+    averaged before the last layer. ``flatten`` turns (N, T, C) outputs into (N T, C), else they become (N, C, T).
+    """
 
     seed: int
     widths: tuple[int, ...]
@@ -56,6 +67,11 @@ class Net:
     positions: int
     flatten: bool
     layer_index: int
+    pool: bool = False
+
+    @property
+    def pooled(self) -> bool:
+        return self.pool and self.positions > 0 and len(self.widths) > 2
 
     @property
     def is_output(self) -> bool:
@@ -66,9 +82,11 @@ class Net:
         leading = (self.batch, self.positions) if self.positions else (self.batch,)
         d = self.widths[-1]
         inputs = torch.randn(*leading, self.widths[0], generator=generator, dtype=torch.float64)
+        if self.pooled:
+            leading = leading[:1]
         loss_fn, targets = _loss_and_targets(self.loss, leading, d, generator)
         model = self._model(generator)
-        if self.positions and self.loss.kind in OVER_CLASSES:
+        if len(leading) > 1 and self.loss.kind in OVER_CLASSES:
             if self.flatten:
                 model.append(nn.Flatten(0, 1))
                 targets = targets.flatten(0, 1)
@@ -84,6 +102,8 @@ class Net:
             for p in linear.parameters():
                 p.data = 0.8 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
             modules += [linear, ACTIVATIONS[self.activation]()]
+        if self.pooled:
+            modules[-3] = nn.Sequential(modules[-3], MeanOverPositions())
         return nn.Sequential(*modules[:-1])
 
 
@@ -118,6 +138,28 @@ class Problem:
 
     def at_layer(self) -> tuple[reference.LossOfWeight, Tensor]:
         return reference.at_layer(self.model, self.loss_fn, *self.data, self.layer)
+
+    def kappa_adaptive(self, curvature: str = "hessian") -> Tensor:
+        loss, W = self.at_layer()
+        if curvature == "hessian":
+            return reference.kappa_adaptive(loss, W)
+        outputs, _ = reference.outputs_at_layer(self.model, self.inputs, self.layer)
+        G = reference.layer_ggn(
+            lambda r: outputs(W * (1 + r)),
+            lambda z: self.loss_fn(z, self.targets),
+            W.new_zeros(1, W.shape[1]),
+        )
+        return torch.trace(G[0, :, 0, :])
+
+    def kappa_normalized(self, curvature: str = "hessian") -> Tensor:
+        std = self.features().flatten(0, -2).std(0, correction=0)
+        loss, W = self.at_layer()
+        if curvature == "hessian":
+            return reference.kappa_normalized(loss, W, std)
+        outputs, _ = reference.outputs_at_layer(self.model, self.inputs, self.layer)
+        return reference.kappa_ggn(
+            lambda V: outputs(V / std), lambda z: self.loss_fn(z, self.targets), W * std
+        )
 
     def kappa(self, curvature: str = "hessian") -> Tensor:
         if curvature == "hessian":
@@ -223,7 +265,7 @@ def _loss_and_targets(
 
 def _focal(z: Tensor, y: Tensor) -> Tensor:
     """Focal loss with exponent 2, which is not convex in the logits."""
-    log_p = -F.cross_entropy(z, y, reduction="none")
+    log_p = F.log_softmax(z, 1).gather(1, y[:, None])
     return (-((1 - log_p.exp()) ** 2) * log_p).mean()
 
 
@@ -263,6 +305,7 @@ def nets(
         positions=draw(st.integers(0, max_positions)),
         flatten=draw(st.booleans()),
         layer_index=depth - 1 if output_only else draw(st.integers(0, depth - 1)),
+        pool=draw(st.booleans()),
     )
 
 

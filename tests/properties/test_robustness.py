@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from nets import KNOWN_LOSSES, Loss, Net, Problem, losses, nets, relative_error
-from relflat import reference, relative_flatness
+from relflat import FAM, reference, relative_flatness
 
 DELTAS = (0.08, 0.04, 0.02)
 SMOOTH = ("tanh", "gelu", "softplus")
@@ -93,6 +93,68 @@ def test_the_remainder_is_of_fourth_order() -> None:
         for delta in (0.2, 0.1)
     ]
     assert remainders[0] / remainders[1] == pytest.approx(16, rel=0.1)
+
+
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_finite_radius_is_feature_robustness_before_the_limit(
+    strength: float, adaptive: bool, layer: int
+) -> None:
+    """Over many seeds FAM's loss and gradients have the mean of L + strength E[L(phi perturbed) - L]."""
+    problem = Net(
+        seed=6,
+        widths=(3, 4, 3),
+        activation="tanh",
+        loss=Loss("cross_entropy"),
+        batch=4,
+        positions=0,
+        flatten=False,
+        layer_index=layer,
+    ).build()
+    problem.model.train()
+    radius, parameters = 0.6, list(problem.model.parameters())
+    penalty = loss_under_noise(problem, radius, adaptive) - problem.task_loss()
+    expected = problem.task_loss() + strength * penalty
+    directions = torch.autograd.grad(expected, parameters)
+
+    losses, slopes = [], []
+    for seed in range(1000):
+        with FAM(
+            problem.loss_fn,
+            problem.model,
+            problem.layer,
+            strength=strength,
+            radius=radius,
+            adaptive=adaptive,
+            seed=seed,
+        ) as fam:
+            loss = fam(problem.model(problem.inputs), problem.targets)
+            grads = torch.autograd.grad(loss, parameters)
+        losses.append(loss.detach())
+        slopes.append(torch.stack([(g * d).sum() / d.norm() for g, d in zip(grads, directions, strict=True)]))
+    assert_mean(torch.stack(losses), expected.detach())
+    assert_mean(torch.stack(slopes), torch.stack([d.norm() for d in directions]))
+
+
+def loss_under_noise(problem: Problem, radius: float, adaptive: bool, draws: int = 100_000) -> Tensor:
+    """E[L(phi + radius ||phi|| u)], u uniform on the unit sphere; adaptive: E[L(phi (1 + radius eps))]."""
+    phi = problem.features()
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(draws, *phi.shape, generator=generator, dtype=torch.float64)
+    if adaptive:
+        perturbed = phi * (1 + radius * noise)
+    else:
+        unit = noise / noise.norm(dim=-1, keepdim=True)
+        perturbed = phi + radius * phi.norm(dim=-1, keepdim=True) * unit
+    outputs = problem.model[2 * problem.net.layer_index :](perturbed)
+    return problem.loss_fn(outputs.flatten(0, 1), problem.targets.repeat(draws))
+
+
+def assert_mean(samples: Tensor, expected: Tensor) -> None:
+    """The mean over the first dimension lies within four standard errors of what is expected."""
+    error = samples.std(0) / math.sqrt(len(samples))
+    assert bool(((samples.mean(0) - expected).abs() <= 4 * error + 1e-3 * expected.abs().clamp(max=1)).all())
 
 
 def random_orthogonal(m: int, count: int) -> list[Tensor]:
