@@ -55,7 +55,7 @@ def test_sam_step_is_the_papers():
         ]
     for found, wanted in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(found, wanted)
-    assert float(losses.task) == pytest.approx(nn.functional.cross_entropy(by_hand(inputs), targets).item())
+    assert float(losses.total) == pytest.approx(nn.functional.cross_entropy(by_hand(inputs), targets).item())
 
 
 def gradient_at(model, inputs, targets):

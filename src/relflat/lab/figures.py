@@ -8,13 +8,13 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from relflat.lab.compare import Candidate
 from relflat.lab.trials import Trial
 
 INK, LINES = "#010101", "#020202"
@@ -57,7 +57,7 @@ def draw(paint: Callable[[Axes], None], label: str) -> str:
     """
     style: Any = RC | {"svg.hashsalt": label}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.7, 3.3), layout="constrained")
+        figure = Figure(figsize=(4.7, 3.4), layout="constrained")
         paint(figure.add_subplot())
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -105,57 +105,61 @@ def curves(
             axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
-        axes.legend()
+        log_if_wide(axes, "y")
+        legend(axes)
 
     return paint
 
 
-def kappa_against_test_error(finals: Mapping[str, Sequence[Trial]]) -> Callable[[Axes], None]:
-    """Paint one point a tested run."""
+def kappa_against_error(groups: Mapping[str, Sequence[Trial]], split: str) -> Callable[[Axes], None]:
+    """Paint one point a run: kappa of the output layer against the error on one split.
+
+    Args:
+        groups: runs of each method.
+        split: ``"validation"`` or ``"test"``.
+    """
 
     def paint(axes: Axes) -> None:
-        for method, trials in finals.items():
+        for method, trials in groups.items():
+            colour, marker = STYLE[method]
             done = [trial.result for trial in trials if trial.finished]
-            scatter(
-                axes,
-                method,
-                [result["flatness"]["value"] for result in done],
-                [100 * (1 - result["test"]["accuracy"]) for result in done],
+            kappas = [result["flatness"]["value"] for result in done]
+            errors = [100 * (1 - result[split]["accuracy"]) for result in done]
+            axes.scatter(
+                kappas,
+                errors,
+                color=colour,
+                marker=marker,
+                s=34,
+                alpha=0.85,
+                linewidth=0,
+                label=TITLES[method],
             )
-        finish_scatter(axes, "test error, %")
+        axes.set_xlabel("kappa of the output layer, training data")
+        axes.set_ylabel(f"{split} error, %")
+        log_if_wide(axes, "x")
+        log_if_wide(axes, "y")
+        legend(axes)
 
     return paint
 
 
-def kappa_against_validation_error(candidates: Sequence[Candidate]) -> Callable[[Axes], None]:
-    """Paint one point a trial of the search."""
-
-    def paint(axes: Axes) -> None:
-        for method in dict.fromkeys(candidate.method for candidate in candidates):
-            own = [
-                trial for candidate in candidates if candidate.method == method for trial in candidate.trials
-            ]
-            done = [trial.result for trial in own if trial.finished]
-            scatter(
-                axes,
-                method,
-                [result["flatness"]["value"] for result in done],
-                [100 * (1 - result["validation"]["accuracy"]) for result in done],
-            )
-        finish_scatter(axes, "validation error, %")
-
-    return paint
+def legend(axes: Axes) -> None:
+    """Put the legend above the axes, where it hides nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handletextpad=0.4)
 
 
-def scatter(axes: Axes, method: str, x: Sequence[float], y: Sequence[float]) -> None:
-    """Points of one method in its colour and shape."""
-    colour, marker = STYLE[method]
-    axes.scatter(x, y, color=colour, marker=marker, s=34, alpha=0.85, linewidth=0, label=TITLES[method])
-
-
-def finish_scatter(axes: Axes, label: str) -> None:
-    """Label the axes of a scatter plot against kappa."""
-    axes.set_xscale("log")
-    axes.set_xlabel("kappa of the output layer, training data (log scale)")
-    axes.set_ylabel(label)
-    axes.legend()
+def log_if_wide(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic where its positive data span more than a factor of eight; say so."""
+    low, high = getattr(axes.dataLim, f"interval{which}")
+    if not (low > 0 and high / low > 8):
+        return
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
+    axes.set(**{f"{which}scale": "log"})
+    if high / low < 1000:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axis.set_major_locator(LogLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_label_text(f"{axis.get_label_text()} (log)")

@@ -22,7 +22,7 @@ class Difference:
         first: the method whose score the other's is taken from.
         second: the other method.
         mean: mean of ``second - first``.
-        low: lower end of the 95 % Student interval of the mean.
+        low: lower end of the Student interval of the mean; all pairs compared hold together with 95 %.
         high: upper end of it.
         p: two-sided p-value of the paired t-test, corrected by Holm over all pairs compared.
         n: number of seeds.
@@ -58,9 +58,9 @@ def differences(scores: Mapping[str, Sequence[float]]) -> list[Difference]:
     """
     if len({len(values) for values in scores.values()}) > 1:
         raise DataError(f"Paired scores need the same seeds, got { {k: len(v) for k, v in scores.items()} }.")
-    pairs = [
-        paired(first, second, scores[first], scores[second]) for first, second in combinations(scores, 2)
-    ]
+    names = list(combinations(scores, 2))
+    level = 1 - 0.05 / len(names) if names else 0.95
+    pairs = [paired(first, second, scores[first], scores[second], level) for first, second in names]
     corrected = holm([pair.p for pair in pairs])
     return [
         Difference(pair.first, pair.second, pair.mean, pair.low, pair.high, p, pair.n)
@@ -68,7 +68,9 @@ def differences(scores: Mapping[str, Sequence[float]]) -> list[Difference]:
     ]
 
 
-def paired(first: str, second: str, a: Sequence[float], b: Sequence[float]) -> Difference:
+def paired(
+    first: str, second: str, a: Sequence[float], b: Sequence[float], level: float = 0.95
+) -> Difference:
     """Paired t-test of ``b - a``, p-value not corrected; a sign test where the gaps have no spread."""
     gaps = [y - x for x, y in zip(a, b, strict=True)]
     n, mean = len(gaps), fmean(gaps)
@@ -77,7 +79,7 @@ def paired(first: str, second: str, a: Sequence[float], b: Sequence[float]) -> D
     error = stdev(gaps) / math.sqrt(n)
     if error == 0:
         return Difference(first, second, mean, mean, mean, 1.0 if mean == 0 else 0.5 ** (n - 1), n)
-    half = float(student.ppf(0.975, n - 1)) * error
+    half = float(student.ppf((1 + level) / 2, n - 1)) * error
     p = 2 * float(student.sf(abs(mean) / error, n - 1))
     return Difference(first, second, mean, mean - half, mean + half, p, n)
 

@@ -97,12 +97,48 @@ def sentence(pair: Difference) -> str:
     """What one difference shows."""
     first, second = TITLES[pair.first], TITLES[pair.second]
     points = f"{100 * pair.mean:+.1f} points of test accuracy"
-    interval = f"95 % interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
-    detail = f"{points} ({interval}, corrected p = {pair.p:.2g}, {pair.n} seeds)"
+    interval = f"interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
+    detail = f"{points} ({interval}, p = {pair.p:.2g}, {pair.n} seeds)"
     if pair.shown:
-        better = "better" if pair.mean > 0 else "worse"
-        return f"{second} is {better} than {first}: {detail}."
+        return f"{second} is {'better' if pair.mean > 0 else 'worse'} than {first}: {detail}."
     return f"{second} against {first}: no difference shown, {detail}."
+
+
+def remarks(comparison: Comparison, lines: Sequence[Row]) -> list[str]:
+    """What else a reader should know before believing the table."""
+    found = []
+    if len(comparison.plan.seeds) < 10:
+        found.append("So few seeds show large differences only; --seeds 10 tells more.")
+    done = [line for line in lines if line.n]
+    if done:
+        flattest = min(done, key=lambda line: line.kappa[0])
+        best = max(done, key=lambda line: line.accuracy[0])
+        agree = "is also" if flattest is best else "is not"
+        found.append(
+            f"The method with the lowest kappa, {TITLES[flattest.method]}, {agree} the one with the highest "
+            "mean test accuracy."
+        )
+    return found + radius_remark(comparison)
+
+
+def radius_remark(comparison: Comparison) -> list[str]:
+    """Whether FAM's chosen setting penalises kappa itself, and how far the other kind was on validation data."""
+    chosen = comparison.chosen.get("fam")
+    if chosen is None or "radius" not in chosen.settings:
+        return []
+    own = [candidate for candidate in comparison.candidates if candidate.method == "fam"]
+    exact = max(
+        (candidate for candidate in own if "radius" not in candidate.settings),
+        key=lambda candidate: candidate.accuracy,
+        default=None,
+    )
+    text = "FAM's chosen setting is a finite radius: noise on the features, scaled by their norm, not kappa itself."
+    if exact is not None:
+        text += (
+            f" The best setting with kappa itself reached {100 * exact.accuracy:.1f} % on validation data, "
+            f"the chosen one {100 * chosen.accuracy:.1f} %."
+        )
+    return [text]
 
 
 def settings_text(settings: Values) -> str:
@@ -120,7 +156,7 @@ def percent(pair: tuple[float, float]) -> str:
 
 def number(pair: tuple[float, float]) -> str:
     """Mean and deviation with three significant digits."""
-    return f"{pair[0]:.3g} ± {pair[1]:.2g}"
+    return f"{pair[0]:.3g} ± {pair[1]:.1g}"
 
 
 def cost_text(cost: StepCost) -> str:
@@ -139,6 +175,16 @@ HEADINGS = (
     "||W||",
     "step",
 )
+
+
+SHORT_HEADINGS = ("method", "test accuracy, %", "kappa", "confidence", "||W||", "step")
+
+
+def short_cells(line: Row) -> tuple[str, ...]:
+    """A row for a terminal of 80 columns, in the order of ``SHORT_HEADINGS``."""
+    return tuple(
+        text for heading, text in zip(HEADINGS, cells(line), strict=True) if heading in SHORT_HEADINGS
+    )
 
 
 def cells(line: Row) -> tuple[str, ...]:
