@@ -1,14 +1,15 @@
-"""Exact relative flatness of an output layer whose loss is known: identities I1, I2 and I9, no Hessian formed.
+"""Exact kappa of an output layer whose loss is known: identities I1, I2 and I9, no Hessian formed.
 
 Between the layer and the loss nothing is computed, so the Hessian with respect to the layer's output is
 block-diagonal over rows ``p`` (samples, tokens, pixels) with the known blocks ``A_p``, and
 
-    kappa = sum_p ||phi_p||^2 Tr(W A_p W')        kappa_adaptive = sum_p sum_t phi_pt^2 (W' A_p W)_tt.
+    kappa = sum_p ||phi_p||^2 Tr(W' A_p W)        kappa_adaptive = sum_p sum_t phi_pt^2 (W' A_p W)_tt.
 """
 
 from jaxtyping import Float
 from torch import Tensor
 
+from relflat.layers import rows
 from relflat.losses import DiagonalHessian, KnownLoss, LogitHessian
 from relflat.record import Call, same_values
 from relflat.site import Site
@@ -20,11 +21,16 @@ def why_not(calls: list[Call], outputs: Tensor | None, known: KnownLoss | None) 
         return "the loss is not one whose Hessian is known (CrossEntropyLoss, BCEWithLogitsLoss, MSELoss)"
     if len(calls) != 1:
         return f"the layer was called {len(calls)} times"
-    if not known.elementwise and known.classes_last(outputs).shape[-1] != calls[0].output.shape[-1]:
-        return "the loss's classes are not the layer's outputs"
-    if not same_values(calls[0], known.classes_last(outputs)):
-        return "something is computed between the layer's output and the loss"
-    return None
+    (call,) = calls
+    if getattr(call.module, "groups", 1) != 1:
+        return "the layer is a grouped convolution"
+    if known.elementwise:
+        aligned = same_values(call, outputs, call.output)
+    else:
+        if known.classes_last(outputs).shape[-1] != call.weight.shape[0]:
+            return "the loss's classes are not the layer's outputs"
+        aligned = same_values(call, known.classes_last(outputs), call.outputs_last())
+    return None if aligned else "something is computed between the layer's output and the loss"
 
 
 def logit_hessian(
@@ -33,17 +39,20 @@ def logit_hessian(
     """The blocks ``A_p`` with respect to the rows of the layer's output."""
     hessian = known.hessian(outputs, targets)
     if isinstance(hessian, DiagonalHessian):  # the loss may see (n,) where the layer gave (n, 1)
-        return DiagonalHessian(hessian.a.reshape(-1, site.weight.shape[0]))
+        call = site.calls[0]
+        return DiagonalHessian(
+            rows(call.kind, call.module, hessian.a.reshape(call.output.shape)).flatten(0, 1)
+        )
     return hessian
 
 
 def kappa_rows(site: Site, hessian: LogitHessian, *, adaptive: bool) -> Float[Tensor, " p"]:
     """Each row's share of kappa. Cost: two products of the size of the layer's own; memory: that of phi."""
     diagonal = hessian.diagonal(site.weight)
-    energy = site.phi.flatten(0, 1).square()
+    energy = site.features.flatten(0, 2).square()
     return (energy * diagonal).sum(-1) if adaptive else energy.sum(-1) * diagonal.sum(-1)
 
 
 def trace_rows(site: Site, hessian: LogitHessian) -> Float[Tensor, " p"]:
     """Each row's share of ``Tr H``, H the Hessian with respect to the layer's weight."""
-    return site.phi.flatten(0, 1).square().sum(-1) * hessian.trace()
+    return site.features.flatten(0, 2).square().sum(-1) * hessian.trace()

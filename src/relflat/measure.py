@@ -21,17 +21,17 @@ from relflat.batches import (
     undisturbed,
 )
 from relflat.errors import ConfigError, DataError, LayerError, LossError, NonFiniteError
-from relflat.layers import rows
 from relflat.losses import KnownLoss, known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor
 from relflat.probes import Contributions
 from relflat.record import Forward
 from relflat.resolve import Layer
 from relflat.result import Flatness
-from relflat.rng import generator
-from relflat.site import safe_std
+from relflat.rng import Rng
+from relflat.site import Site, safe_std
 from relflat.sums import LayerSums, Sums, mean_and_variance
 from relflat.tap import Tap
+from relflat.weight_space import Matrix
 
 _DEFAULT_PROBES = 16
 _MOST_PROBES = 4096
@@ -175,7 +175,7 @@ def relative_flatness_by_layer(
                         "use method='exact'"
                     )
                 sums.merge(measurement.sweep(sums.probes, probes=sums.probes))
-            return sums.results(tap, spec, measurement.scales)
+            return sums.results(spec)
     finally:
         tap.close()
 
@@ -206,7 +206,9 @@ class _Measurement:
             tensor = output_tensor(outputs)
             known = known_loss(self.loss_fn, outputs, (targets,), {})
             scale = self._weight(outputs, targets, loss, known, i == 0, other)
-            scene = Scene(record.calls, loss, tensor, known, targets if known else None, self.scales)
+            scene = Scene(
+                record.calls, loss, tensor, known, targets if known else None, record.parameters, self.scales
+            )
             step = (first_probe << 32) + i
             parts = self._estimate(estimator, scene, record, targets, outputs, step)
             graph = graph and not all(p.method == "closed_form" for p in parts.values())
@@ -241,22 +243,21 @@ class _Measurement:
         if self.spec.method != "finite_difference":
             return estimator(scene, step)
 
-        def run(inject: perturb.Inject) -> Tensor:
+        def run(old: Tensor, new: Tensor) -> Tensor:
             with torch.no_grad():
-                replayed = self.tap.replay(record, inject)
-                same = replayed if outputs is record.outputs else output_tensor(replayed)
-                return self._loss(same, targets)
+                replayed = self.tap.replay(record, change=(old, new))
+                return self._loss(replayed if outputs is record.outputs else output_tensor(replayed), targets)
 
-        rng = generator(self.seed, step, scene.loss.device)
-        return perturb.finite_difference(
-            run,
-            scene.loss.detach(),
-            scene.calls,
-            probes=estimator.spec.probes,
-            adaptive=self.spec.adaptive,
-            scales=self.scales,
-            rng=rng,
-        )
+        with torch.no_grad():
+            return perturb.finite_difference(
+                run,
+                scene.loss,
+                [Matrix.of(name, target) for name, target in self.tap.layers.items()],
+                probes=estimator.spec.probes,
+                adaptive=self.spec.adaptive,
+                scales=self.scales,
+                rng=Rng(self.seed, step),
+            )
 
     def _weight(
         self,
@@ -319,9 +320,10 @@ class _Measurement:
             x.kappa, x.kappa_var = x.kappa + factor * kappa, x.kappa_var + factor**2 * kappa_var
             x.trace, x.trace_var = x.trace + factor * trace, x.trace_var + factor**2 * trace_var
             x.method, x.exact = part.method, part.exact
-            for call in scene.calls:
-                if call.layer == name:
-                    x.energy += float(self._scaled_features(call.phi, name).double().square().sum())
+            site = self._site(scene, name)
+            x.energy += math.nan if site is None else site.energy()
+            weight = Matrix.of(name, scene.parameters[name]).weight() if site is None else site.weight
+            x.weight_norm = float(torch.linalg.vector_norm(weight.detach().double()))
         sums.loss += factor * float(scene.loss.detach().sum())
         if scene.known is not None and scene.known.confidence and scene.outputs is not None:
             sums.known = scene.known
@@ -332,9 +334,9 @@ class _Measurement:
             sums.batches + 1,
         )
 
-    def _scaled_features(self, phi: Tensor, name: str) -> Tensor:
-        phi = phi.detach()
-        return phi / self.scales[name] if name in self.scales else phi
+    def _site(self, scene: Scene, name: str) -> Site | None:
+        calls = [c for c in scene.calls if c.layer == name]
+        return Site.of(calls, scale=self.scales.get(name), constant=True) if calls else None
 
     def feature_scales(self) -> dict[str, Tensor]:
         """Standard deviation of each layer's features over the data, by one extra pass."""
@@ -344,7 +346,7 @@ class _Measurement:
             with torch.no_grad():
                 self.batches.forward(self.model, batch)
             for call in self.tap.take()[-1].calls:
-                phi = rows(call.module, call.phi).flatten(0, 1).double()
+                phi = Site.of([call], constant=True).features.flatten(0, 2).double()
                 count, mean, m2 = moments.setdefault(
                     call.layer, [0, torch.zeros_like(phi[0]), torch.zeros_like(phi[0])]
                 )

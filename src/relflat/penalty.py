@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from relflat import closed_form, probes
@@ -15,9 +15,9 @@ from relflat.losses import KnownLoss
 from relflat.operators import GGNOperator, HessianOperator, Operator
 from relflat.probes import Contributions, Gradient
 from relflat.record import Call, Forward, depends_on, feeds_itself, same_values
-from relflat.rng import generator
+from relflat.rng import Rng
 from relflat.site import Site, feature_std
-from relflat.weight_space import WeightSpace
+from relflat.weight_space import Matrix, WeightSpace
 
 Curvature = Literal["hessian", "ggn"]
 Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference"]
@@ -78,6 +78,7 @@ class Scene:
         outputs: the tensor the loss was computed from, if known.
         known: what is known of the loss.
         targets: the targets, if ``known``.
+        parameters: tapped parameters, whose curvature is taken in themselves.
         scales: standard deviation of the features by layer, if they are to be normalised by a given one.
     """
 
@@ -86,6 +87,7 @@ class Scene:
     outputs: Tensor | None
     known: KnownLoss | None = None
     targets: Tensor | None = None
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -103,25 +105,38 @@ class Estimator:
             scene: the forward pass and loss.
             step: with the seed, determines the probes.
         """
-        spec, found = self.spec, dict[str, Contributions]()
-        device = scene.loss.device
-        rng = generator(self.seed, step, device)
-        with torch.autocast(device.type, enabled=False):
-            by_layer: dict[str, list[Call]] = {}
-            for call in scene.calls:
-                by_layer.setdefault(call.layer, []).append(call)
-            waiting: list[list[Call]] = []
+        spec, found, rng = self.spec, dict[str, Contributions](), Rng(self.seed, step)
+        by_layer: dict[str, list[Call]] = {}
+        for call in scene.calls:
+            by_layer.setdefault(call.layer, []).append(call)
+        with torch.autocast(scene.loss.device.type, enabled=False):
+            pooled: list[list[Call]] = []
             for layer, calls in by_layer.items():
                 reason = closed_form.why_not(calls, scene.outputs, scene.known)
                 if spec.method == "closed_form" and reason:
                     raise LossError(f"no closed form for layer {layer!r}: {reason}; use method='auto'")
                 if reason is None and spec.method in ("auto", "closed_form"):
                     found[layer] = self._closed_form(scene, calls)
+                elif spec.curvature == "ggn" and spec.method != "exact" and scene.known is not None:
+                    pooled.append(calls)
+                elif spec.curvature == "hessian" and feeds_itself(calls):
+                    matrix = Matrix.of(layer, calls[0].module)
+                    found[layer] = self._in_weight(scene, matrix, self._scale(scene, calls), rng)
                 else:
-                    waiting.append(calls)
-            if waiting:
-                found |= self._by_products(scene, waiting, rng)
-        return {layer: found[layer] for layer in by_layer}
+                    found[layer] = self._one_layer(scene, calls, rng)
+            if pooled:
+                found |= self._factored(scene, pooled, rng)
+            for layer, parameter in scene.parameters.items():
+                if spec.method == "closed_form":
+                    raise LossError(
+                        f"no closed form for parameter {layer!r}: only for output layers; use 'auto'"
+                    )
+                if spec.normalize:
+                    raise ConfigError(
+                        f"normalize_features needs features, and {layer!r} is a parameter; name a layer"
+                    )
+                found[layer] = self._in_weight(scene, Matrix.of(layer, parameter), None, rng)
+        return {layer: found[layer] for layer in (*by_layer, *scene.parameters)}
 
     def _scale(self, scene: Scene, calls: list[Call]) -> Tensor | None:
         if not self.spec.normalize:
@@ -130,8 +145,8 @@ class Estimator:
         return feature_std(calls) if given is None else given
 
     def _site(self, scene: Scene, calls: list[Call], *, coupled: bool = False) -> Site:
-        site = Site.of(calls, scale=self._scale(scene, calls), coupled=coupled)
-        return site.detached_features() if self.spec.mode == "weights" else site
+        constant = self.spec.mode == "weights"
+        return Site.of(calls, scale=self._scale(scene, calls), coupled=coupled, constant=constant)
 
     def _closed_form(self, scene: Scene, calls: list[Call]) -> Contributions:
         assert scene.known is not None
@@ -144,17 +159,7 @@ class Estimator:
         trace = closed_form.trace_rows(site, hessian)[None] if self.spec.trace else None
         return Contributions(kappa, trace, "closed_form", True)
 
-    def _by_products(
-        self, scene: Scene, layers: list[list[Call]], rng: torch.Generator
-    ) -> dict[str, Contributions]:
-        spec = self.spec
-        if spec.curvature == "ggn" and spec.method != "exact" and scene.known is not None:
-            return self._factored(scene, layers, rng)
-        return {calls[0].layer: self._one_layer(scene, calls, rng) for calls in layers}
-
-    def _factored(
-        self, scene: Scene, layers: list[list[Call]], rng: torch.Generator
-    ) -> dict[str, Contributions]:
+    def _factored(self, scene: Scene, layers: list[list[Call]], rng: Rng) -> dict[str, Contributions]:
         assert scene.known is not None
         assert scene.outputs is not None
         assert scene.targets is not None
@@ -177,21 +182,10 @@ class Estimator:
         )
         return {site.layer: part for site, part in zip(sites, parts, strict=True)}
 
-    def _one_layer(self, scene: Scene, calls: list[Call], rng: torch.Generator) -> Contributions:
-        spec, loss = self.spec, scene.loss.sum()
-        if spec.curvature == "hessian" and feeds_itself(calls):
-            return self._in_weight_space(scene, calls, rng)
-        operator: Operator
-        at_end = scene.outputs is not None and _is_output(calls[0], scene.outputs)
-        if spec.curvature == "hessian" or at_end:
-            operator = HessianOperator(loss, calls, create_graph=spec.create_graph)
-        elif scene.outputs is None:
-            raise GraphError(
-                "curvature='ggn' needs the tensor that the loss was computed from, and the model's outputs are "
-                "no single tensor; use curvature='hessian' or call the criterion with (outputs, targets)"
-            )
-        else:
-            operator = GGNOperator(loss, scene.outputs, calls, create_graph=spec.create_graph)
+    def _one_layer(self, scene: Scene, calls: list[Call], rng: Rng) -> Contributions:
+        spec = self.spec
+        at_end = scene.outputs is not None and same_values(calls[0], scene.outputs, calls[0].output)
+        operator = self._operator(scene, calls, at_end)
         site = self._site(scene, calls)
         if self._is_coupled(site, functools.partial(probes.coupled, operator)):
             site = self._site(scene, calls, coupled=True)
@@ -210,33 +204,52 @@ class Estimator:
             name="hessian" if at_end else spec.curvature,
         )
 
-    def _in_weight_space(self, scene: Scene, calls: list[Call], rng: torch.Generator) -> Contributions:
+    def _operator(self, scene: Scene, calls: list[Call], at_end: bool = False) -> Operator:
+        loss, create_graph = scene.loss.sum(), self.spec.create_graph
+        if self.spec.curvature == "hessian" or at_end:
+            return HessianOperator(loss, calls, create_graph=create_graph)
+        if scene.outputs is None:
+            raise GraphError(
+                "curvature='ggn' needs the tensor that the loss was computed from, and the model's outputs are no "
+                "single tensor; use curvature='hessian' or call the criterion with (outputs, targets)"
+            )
+        return GGNOperator(loss, scene.outputs, calls, create_graph=create_graph)
+
+    def _in_weight(self, scene: Scene, matrix: Matrix, scale: Tensor | None, rng: Rng) -> Contributions:
         spec = self.spec
         space = WeightSpace(
-            scene.loss.sum(),
-            calls[0],
-            scale=self._scale(scene, calls),
+            matrix,
+            scale=scale,
             adaptive=spec.adaptive,
             gradient=spec.mode,
             create_graph=spec.create_graph,
         )
+        if spec.curvature == "ggn" and spec.method != "exact" and scene.known is not None:
+            assert scene.outputs is not None
+            assert scene.targets is not None
+            factors = probes.factors(
+                scene.outputs,
+                scene.known,
+                scene.targets,
+                probes=spec.probes,
+                constant=spec.mode != "full",
+                rng=rng,
+            )
+            return space.ggn_factored(scene.outputs, factors, trace=spec.trace)
+        operator = self._operator(scene, [space.call])
         cheap = spec.gradient is None and space.products_for_exact(trace=spec.trace) <= spec.exact_up_to
         if spec.method == "exact" or (spec.method == "auto" and cheap):
-            return space.exact(trace=spec.trace)
-        return space.sampled(probes=spec.probes, trace=spec.trace, rng=rng)
+            return space.exact(operator, trace=spec.trace)
+        return space.sampled(operator, probes=spec.probes, trace=spec.trace, rng=rng, name=spec.curvature)
 
-    def _is_coupled(self, site: Site, test: Callable[[Site, torch.Generator], bool]) -> bool:
+    def _is_coupled(self, site: Site, test: Callable[[Site, Rng], bool]) -> bool:
         """Ask once for each layer and mode of its model, when a batch first has two samples."""
-        if site.phi.shape[0] < 2:
+        if site.shape[0] < 2:
             return False
         key = (site.layer, site.calls[0].module.training)
         if key not in self._coupled:
-            self._coupled[key] = test(site, generator(self.seed, -1, site.phi.device))
+            self._coupled[key] = test(site, Rng(self.seed, -1))
         return self._coupled[key]
-
-
-def _is_output(call: Call, outputs: Tensor) -> bool:
-    return same_values(call, outputs)
 
 
 def scene_calls(forwards: Sequence[Forward], loss: Tensor) -> list[Call]:
@@ -251,7 +264,7 @@ def scene_calls(forwards: Sequence[Forward], loss: Tensor) -> list[Call]:
             "the model is in training mode but the loss carries no graph (torch.no_grad() or detached outputs); "
             "call model.eval() to evaluate, or compute outputs and loss with gradients enabled"
         )
-    if len(calls) == 1:
+    if len(calls) <= 1:
         return calls
     needed = depends_on(loss, calls)
     if not needed:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from relflat.losses import KnownLoss
 from relflat.operators import Operator, pull
-from relflat.rng import rademacher
+from relflat.rng import Rng
 from relflat.site import Site
 
 Gradient = Literal["full", "frozen", "weights"]
@@ -48,25 +48,30 @@ def exact(
     entering on the left only.
     """
     kappas, traces = [], []
+    (_, t, c, m), d = site.shape, site.weight.shape[0]
     if adaptive:
-        for t in range(site.phi.shape[-1]):
-            u = site.phi[..., t, None] * site.weight[:, t]
-            kappas.append(_quadratic(operator, site, u, gradient))
+        for k in range(m):
+            only_k = torch.zeros_like(site.features)
+            only_k[..., k] = 1
+            kappas.append(_quadratic(operator, site, site.apply(site.features * only_k), gradient))
     gram_w = site.weight @ site.weight.mT
-    if not adaptive or trace:
-        for t, j, basis in _basis(site):
+    for p in range(t if trace or not adaptive else 0):
+        for j in range(d):
+            basis = torch.zeros((site.shape[0], t, d), dtype=site.weight.dtype, device=site.weight.device)
+            basis[:, p, j] = 1
             curved = site.join(operator(site.split(basis)))
             curved = curved if gradient == "full" else curved.detach()
-            across = torch.einsum("gsm,gm,gsd->gd", site.phi, site.phi[:, t], curved)
+            near = torch.einsum("gscm,gm->gsc", site.features, site.features[:, p, j * c // d])
+            across = (site.spread(near) * curved).sum(1)
             kappas += [] if adaptive else [across @ gram_w[:, j]]
-            traces.append(across[:, j])
+            traces.append(across[:, j].detach())
     total = torch.stack(kappas).sum(0)[None]
     return Contributions(total, torch.stack(traces).sum(0)[None] if trace else None, "exact", True)
 
 
 def products_for_exact(site: Site, *, adaptive: bool, trace: bool) -> int:
     """How many products :func:`exact` takes."""
-    basis = site.phi.shape[1] * site.weight.shape[0]
+    basis = site.shape[1] * site.weight.shape[0]
     return site.weight.shape[1] + (basis if trace else 0) if adaptive else basis
 
 
@@ -78,23 +83,23 @@ def sampled(
     adaptive: bool,
     gradient: Gradient,
     trace: bool,
-    rng: torch.Generator,
+    rng: Rng,
     name: str,
 ) -> Contributions:
     """Rank-one probes (I6): ``u = (W a)(b . phi)``, a and b Rademacher; diagonal ones (I9) if adaptive."""
     kappas, traces = [], []
-    (g, _, m), d = site.phi.shape, site.weight.shape[0]
+    (g, _, _, m), d, like = site.shape, site.weight.shape[0], site.weight
     for _ in range(probes):
-        b = rademacher((g, m), site.phi, rng)
+        b = rng.signs((g, 1, m), like)
         if adaptive:
-            u = (site.phi * b[:, None]) @ site.weight.mT
+            u = site.apply(site.features * b[:, None])
         else:
-            a = rademacher((g, m), site.phi, rng)
-            u = torch.einsum("gtm,gm,gd->gtd", site.phi, b, a @ site.weight.mT)
+            along = rng.signs((g, m), like) @ site.weight.mT
+            u = site.spread(site.project(b).squeeze(-1)) * along[:, None]
         kappas.append(_quadratic(operator, site, u, gradient))
         if trace:
-            signs = rademacher((g, d), site.phi, rng)
-            v = torch.einsum("gtm,gm,gd->gtd", site.phi, b, signs)
+            s = site.project(rng.signs((g, 1, m), like)).squeeze(-1).detach()
+            v = site.spread(s) * rng.signs((g, 1, d), like)
             traces.append(_quadratic(operator, site, v, "full").detach())
     method = f"probe({name}, {probes})"
     return Contributions(torch.stack(kappas), torch.stack(traces) if trace else None, method, False)
@@ -110,64 +115,72 @@ def ggn_factored(
     adaptive: bool,
     mode: Gradient,
     trace: bool,
-    rng: torch.Generator,
+    rng: Rng,
     create_graph: bool,
 ) -> list[Contributions]:
-    """Probes in the space of the logits (I7): ``r = S eps`` with ``S S' = A``, then one pull-back for all layers.
+    """Probes in the space of the logits (I7): ``r = S eps`` with ``S S' = A``, one pull-back for all layers.
 
     With ``g = J' r`` the share of a group is ``||sum_t (W' g_t) phi_t'||_F^2``, never negative.
     """
-    hessian = known.hessian(outputs, targets)
-    hessian = hessian if mode == "full" else hessian.detach()
-    arranged = known.classes_last(outputs)
     calls = [c for s in sites for c in s.calls]
     kappas: list[list[Tensor]] = [[] for _ in sites]
     traces: list[list[Tensor]] = [[] for _ in sites]
-    for _ in range(probes):
-        eps = rademacher((arranged.numel() // arranged.shape[-1], arranged.shape[-1]), sites[0].phi, rng)
-        r = known.classes_back(hessian.factor(eps).reshape(arranged.shape)).to(outputs.dtype)
-        pulled = iter(pull([outputs], calls, [r], create_graph=create_graph and mode == "full"))
+    for r in factors(outputs, known, targets, probes=probes, constant=mode != "full", rng=rng):
+        pulled = iter(pull([outputs], calls, [r], create_graph=create_graph))
         for i, site in enumerate(sites):
             g = site.join([next(pulled) for _ in site.calls])
-            kappas[i].append(_squared_norm(g @ site.weight, site.phi, diagonal=adaptive))
-            if trace:
-                traces[i].append(_squared_norm(g.detach(), site.phi.detach()))
+            share, around = _squared_norms(site, g, adaptive=adaptive, trace=trace, rng=rng)
+            kappas[i].append(share)
+            traces[i].append(around)
     return [
         Contributions(torch.stack(k), torch.stack(t) if trace else None, f"probe(ggn, {probes})", False)
         for k, t in zip(kappas, traces, strict=True)
     ]
 
 
-def coupled(operator: Operator, site: Site, rng: torch.Generator) -> bool:
+def factors(
+    outputs: Tensor, known: KnownLoss, targets: Tensor, *, probes: int, constant: bool, rng: Rng
+) -> Iterator[Tensor]:
+    """Random vectors in the space of the outputs whose second moment is the Hessian of the loss there."""
+    hessian = known.hessian(outputs, targets)
+    hessian = hessian.detach() if constant else hessian
+    arranged = known.classes_last(outputs)
+    d = arranged.shape[-1]
+    like = arranged.new_zeros((), dtype=torch.promote_types(outputs.dtype, torch.float32))
+    for _ in range(probes):
+        eps = rng.signs((arranged.numel() // d, d), like)
+        yield known.classes_back(hessian.factor(eps).reshape(arranged.shape)).to(outputs.dtype)
+
+
+def coupled(operator: Operator, site: Site, rng: Rng) -> bool:
     """Whether samples influence each other after the layer (BatchNorm in training mode, contrastive losses).
 
     A direction that is zero on half of the samples has a product that is zero there too, exactly, unless they
     are coupled. Cost: one product.
     """
-    groups = site.phi.shape[0]
-    if groups < 2:
+    g, t = site.shape[:2]
+    if g < 2:
         return False
-    shape = (*site.phi.shape[:2], site.weight.shape[0])
-    u = rademacher(shape, site.phi, rng)
-    u[groups // 2 :] = 0
+    u = rng.signs((g, t, site.weight.shape[0]), site.weight)
+    u[g // 2 :] = 0
     response = site.join(operator(site.split(u))).detach().abs()
-    leak, own = response[groups // 2 :].max(), response[: groups // 2].max()
+    leak, own = response[g // 2 :].max(), response[: g // 2].max()
     return bool(leak > 16 * torch.finfo(site.calls[0].output.dtype).eps * own)
 
 
-def coupled_outputs(outputs: Tensor, site: Site, rng: torch.Generator) -> bool:
-    """The same question by first derivatives alone: do outputs of one half depend on the other half's features?
+def coupled_outputs(outputs: Tensor, site: Site, rng: Rng) -> bool:
+    """The same question by first derivatives: do outputs of one half depend on features of the other?
 
     Cost: two backward passes of the tail.
     """
-    groups = site.phi.shape[0]
-    if groups < 2:
+    g = site.shape[0]
+    if g < 2:
         return False
-    if outputs.ndim == 0 or outputs.shape[0] != groups:
+    if outputs.ndim == 0 or outputs.shape[0] != g:
         return True  # no telling which output belongs to which sample; one group is right in any case
-    halves = slice(0, groups // 2), slice(groups // 2, groups)
+    halves = slice(0, g // 2), slice(g // 2, g)
     for own, other in (halves, halves[::-1]):
-        r = rademacher(tuple(outputs.shape), outputs, rng)
+        r = rng.signs(tuple(outputs.shape), outputs)
         r[other] = 0
         response = site.join(pull([outputs], site.calls, [r], create_graph=False)).abs()
         if response[other].max() > 16 * torch.finfo(outputs.dtype).eps * response[own].max():
@@ -184,22 +197,48 @@ def _quadratic(operator: Operator, site: Site, u: Float[Tensor, "g t d"], gradie
     return 2 * linear - linear.detach()
 
 
-def _squared_norm(
-    x: Float[Tensor, "g t a"], phi: Float[Tensor, "g t m"], *, diagonal: bool = False
-) -> Float[Tensor, " g"]:
-    """``||sum_t x_t phi_t'||_F^2`` for each group, or of its diagonal only (a = m)."""
-    if diagonal:
-        return (x * phi).sum(1).square().sum(-1)
-    (_, t, a), m = x.shape, phi.shape[-1]
-    if t * (a + m) <= 2 * a * m:
-        return ((x @ x.mT) * (phi @ phi.mT)).sum((1, 2))
-    return (x.mT @ phi).square().sum((1, 2))
+_FEW_POSITIONS = 32
+_SKETCH = 8
 
 
-def _basis(site: Site) -> Iterator[tuple[int, int, Float[Tensor, "g t d"]]]:
-    shape = (*site.phi.shape[:2], site.weight.shape[0])
-    for t in range(shape[1]):
-        for j in range(shape[2]):
-            e = torch.zeros(shape, dtype=site.phi.dtype, device=site.phi.device)
-            e[:, t, j] = 1
-            yield t, j, e
+def _squared_norms(
+    site: Site, g: Float[Tensor, "g t d"], *, adaptive: bool, trace: bool, rng: Rng
+) -> tuple[Tensor, Tensor]:
+    """``||W' G||_F^2`` and ``||G||_F^2`` of each group's ``G = sum_t g_t phi_t'``.
+
+    Exact through Gram matrices of the positions where those are few. Else from the images ``G b`` of
+    ``_SKETCH`` independent Rademacher vectors b a group, as ``E_b ||W' G b||^2`` is the same number.
+    """
+    groups, t, c, m = site.shape
+    if adaptive:
+        y = torch.einsum("gtco,com->gtcm", _by_group(g, c), site.weight.reshape(c, -1, m))
+        kappa = (y * site.features).sum((1, 2)).square().sum(-1)
+        adaptive_trace = _gram_trace(site, g.detach()) if trace else kappa
+        return kappa, adaptive_trace
+    if t * c <= _FEW_POSITIONS:
+        y = torch.einsum("gtco,com->gtcm", _by_group(g, c), site.weight.reshape(c, -1, m)).flatten(1, 2)
+        phi = site.features.flatten(1, 2)
+        kappa = _gram_product(y, phi)
+        return kappa, _gram_trace(site, g.detach()) if trace else kappa
+    b = rng.signs((groups, _SKETCH, m), site.weight)
+    seen = torch.einsum("gtcq,gtco->gqco", site.project(b), _by_group(g, c)).flatten(2)
+    kappa = (seen @ site.weight).square().sum((1, 2)) / _SKETCH
+    return kappa, seen.detach().square().sum((1, 2)) / _SKETCH
+
+
+def _by_group(g: Float[Tensor, "g t d"], c: int) -> Float[Tensor, "g t c o"]:
+    return g.reshape(*g.shape[:-1], c, -1)
+
+
+def _gram_product(x: Float[Tensor, "g p a"], y: Float[Tensor, "g p b"]) -> Float[Tensor, " g"]:
+    """``||sum_p x_p y_p'||_F^2``."""
+    if x.shape[1] == 1:
+        return x.square().sum((1, 2)) * y.square().sum((1, 2))
+    return ((x @ x.mT) * (y @ y.mT)).sum((1, 2))
+
+
+def _gram_trace(site: Site, g: Float[Tensor, "g t d"]) -> Float[Tensor, " g"]:
+    """``sum_c ||sum_t g_tc phi_tc'||_F^2``: channel groups have features of their own."""
+    c = site.shape[2]
+    by_group, phi = _by_group(g, c), site.features.detach()
+    return torch.stack([_gram_product(by_group[:, :, i], phi[:, :, i]) for i in range(c)]).sum(0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from relflat.errors import GraphError
+from relflat.layers import Kind
 from relflat.rng import RngState
 
 # Ops that move or copy the values of a tensor without computing anything new.
@@ -36,8 +37,9 @@ class Call:
     Attributes:
         layer: qualified name of the layer.
         module: the layer.
+        kind: how that class of layer acts linearly.
         phi: its input, as the layer saw it.
-        weight: its weight at that moment, ``(d, m)``.
+        weight: its weight at that moment, as ``(d, m)``.
         output: the tensor it returned; may have been overwritten in place since.
         edge: where gradients with respect to the output are taken, valid even after in-place ops; None
             under ``no_grad``.
@@ -45,6 +47,7 @@ class Call:
 
     layer: str
     module: nn.Module
+    kind: Kind
     phi: Tensor
     weight: Tensor
     output: Tensor
@@ -55,7 +58,11 @@ class Call:
         """Whether the output still holds what the layer returned."""
         return self.output._version == self.versions[1]
 
-    def features(self) -> Tensor:
+    def outputs_last(self) -> Float[Tensor, "... d"]:
+        """The output with its rows in the last dimension, a view."""
+        return self.kind.outputs_last(self.module, self.output)
+
+    def input(self) -> Tensor:
         """The input, after checking that nothing overwrote it since."""
         if self.phi._version != self.versions[0]:
             raise GraphError(
@@ -67,12 +74,13 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Forward:
-    """What one forward pass of the model left: the calls of the tapped layers, inputs and outputs."""
+    """What one forward pass of the model left: calls of tapped layers, tapped parameters, inputs, outputs."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rng: RngState | None = None
     calls: list[Call] = field(default_factory=list)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     outputs: Any = None
     grad: bool = True
 
@@ -84,15 +92,17 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
     return (a.is_contiguous() and b.is_contiguous()) or (a.shape == b.shape and a.stride() == b.stride())
 
 
-def same_values(call: Call, tensor: Float[Tensor, "..."]) -> bool:
-    """Whether ``tensor`` is the output of the call, reshaped, cast or copied but not computed upon.
+def same_values(call: Call, tensor: Float[Tensor, "..."], output: Float[Tensor, "..."]) -> bool:
+    """Whether ``tensor`` is ``output``, reshaped, cast or copied but not computed upon.
+
+    ``output`` is the output of the call, or a view of it with its dimensions in another order.
 
     Exact, not a comparison of numbers alone: either both share memory that nothing overwrote, or the
     autograd graph between them consists of copies only and the numbers stand in the same order.
     """
     if not call.untouched():
         return False
-    if same_memory(tensor, call.output):
+    if same_memory(tensor, output):
         return True
     if call.edge is None or tensor.grad_fn is None or tensor.numel() != call.output.numel():
         return False
@@ -101,7 +111,7 @@ def same_values(call: Call, tensor: Float[Tensor, "..."]) -> bool:
         if node.name().rstrip("0123456789").removesuffix("Backward") not in _RELABELLING:
             return False
         node = node.next_functions[0][0]
-    flat = call.output.detach().reshape(-1)
+    flat = output.detach().reshape(-1)
     return node is not None and torch.equal(tensor.detach().reshape(-1).to(flat.dtype), flat)
 
 

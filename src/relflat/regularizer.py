@@ -11,14 +11,20 @@ from torch.utils._pytree import tree_leaves
 
 from relflat import perturb
 from relflat.errors import ConfigError, GraphError, LayerError, LossError, RelflatWarning
+from relflat.layers import weight_of
 from relflat.losses import known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor, scene_calls
+from relflat.perturb import Inject
 from relflat.probes import Contributions, Gradient
+from relflat.radius import Rise
 from relflat.record import Forward
 from relflat.resolve import Layer
-from relflat.rng import generator
+from relflat.rng import Rng
 from relflat.site import feature_std
 from relflat.tap import Tap
+from relflat.weight_space import Matrix
+
+Again = Callable[..., Tensor]
 
 
 class FAM(nn.Module):
@@ -109,6 +115,7 @@ class FAM(nn.Module):
         self._tap = Tap(model, layer)
         self._check_trainable(gradient)
         self._estimator = Estimator(spec, torch.initial_seed() if seed is None else seed)
+        self._rise = None if radius is None else Rise(radius, spec, self._estimator.seed, self._tap)
         self._replays = radius is not None or method == "finite_difference"
         self._tap.keep_rng = self._replays
         self._can_inject = radius is not None and strength == 1 and every == 1 and warmup_steps == 0
@@ -119,7 +126,7 @@ class FAM(nn.Module):
 
     def _check_trainable(self, gradient: Gradient) -> None:
         for name, module in self._tap.layers.items():
-            weight: Any = module.weight
+            weight = module if isinstance(module, nn.Parameter) else weight_of(module)
             if gradient == "weights" and not weight.requires_grad:
                 raise LayerError(
                     f"gradient='weights' reaches the weight of layer {name!r} only, and that is frozen "
@@ -151,15 +158,16 @@ class FAM(nn.Module):
             return task
         forwards = self._tap.take()
 
-        def again(inject: perturb.Inject) -> Tensor:
-            replayed = self._tap.replay(_single(forwards), inject)
+        def again(inject: Inject | None = None, change: tuple[Tensor, Tensor] | None = None) -> Tensor:
+            replayed = self._tap.replay(_single(forwards), inject, change)
             return self._task_loss(_same_part(forwards[-1].outputs, outputs, replayed), targets, kwargs)
 
         tensor = output_tensor(outputs)
         known = known_loss(self.loss_fn, outputs, targets, kwargs)
         if known is None and any(isinstance(t, Tensor) and t.requires_grad for t in targets):
             tensor = None  # the loss depends on the model through its targets too: no Gauss-Newton matrix
-        scene = Scene(scene_calls(forwards, task), task, tensor, known, targets[0] if known else None)
+        target = targets[0] if known else None
+        scene = Scene(scene_calls(forwards, task), task, tensor, known, target, forwards[-1].parameters)
         head = (lambda out: self._task_loss(out, targets, kwargs)) if isinstance(outputs, Tensor) else None
         penalty = self._penalty(scene, again, head)
         return task if penalty is None else task + penalty.to(task.dtype)
@@ -185,7 +193,8 @@ class FAM(nn.Module):
             )
         forwards = self._tap.take()
         outputs = output_tensor(forwards[-1].outputs) if len(forwards) == 1 else None
-        scene = Scene(scene_calls(forwards, loss), loss, outputs)
+        parameters = forwards[-1].parameters
+        scene = Scene(scene_calls(forwards, loss), loss, outputs, parameters=parameters)
         penalty = self._penalty(scene, None, None)
         return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
 
@@ -248,7 +257,7 @@ class FAM(nn.Module):
         return self.strength * min(1.0, (self.step + 1) / (self.warmup_steps + 1))
 
     def _penalty(
-        self, scene: Scene, again: perturb.Run | None, head: Callable[[Tensor], Tensor] | None
+        self, scene: Scene, again: Again | None, head: Callable[[Tensor], Tensor] | None
     ) -> Tensor | None:
         """``strength * kappa``, or None where this step has none; reports in ``last``."""
         strength, step, task = self._strength_now(), self.step, scene.loss.detach().mean()
@@ -276,68 +285,26 @@ class FAM(nn.Module):
         return penalty
 
     def _contributions(
-        self,
-        scene: Scene,
-        step: int,
-        again: perturb.Run | None,
-        head: Callable[[Tensor], Tensor] | None,
+        self, scene: Scene, step: int, again: Again | None, head: Callable[[Tensor], Tensor] | None
     ) -> dict[str, Contributions]:
         spec = self._estimator.spec
-        if self.radius is None and spec.method != "finite_difference":
+        if again is None or not self._replays:
             return self._estimator(scene, step)
-        assert again is not None
-        if self.radius is not None:
-            return self._increase(scene, step, again, head)
-        rng = generator(self._estimator.seed, step, scene.loss.device)
-        scales = {c.layer: feature_std([c]) for c in scene.calls} if spec.normalize else {}
+        if self._rise is not None:
+            parts, at_head = self._rise(scene, step, again, head)
+            if self._can_inject and not at_head:
+                self._tap.inject = lambda name, x: self._rise.inject(self.step)(name, x)  # type: ignore[union-attr]
+            return parts
+        calls = {c.layer: c for c in scene.calls}
         return perturb.finite_difference(
-            again, scene.loss, scene.calls, probes=spec.probes, adaptive=spec.adaptive, scales=scales, rng=rng
+            lambda old, new: again(change=(old, new)),
+            scene.loss,
+            [Matrix.of(name, target) for name, target in self._tap.layers.items()],
+            probes=spec.probes,
+            adaptive=spec.adaptive,
+            scales={name: feature_std([c]) for name, c in calls.items()} if spec.normalize else {},
+            rng=Rng(self._estimator.seed, step),
         )
-
-    # -- finite radius ---------------------------------------------------------------------------------
-
-    def _noisy(self, step: int, device: torch.device) -> perturb.Inject:
-        rng, spec, layers = (
-            generator(self._estimator.seed, step, device),
-            self._estimator.spec,
-            self._tap.layers,
-        )
-        assert self.radius is not None
-        radius = self.radius
-
-        def inject(name: str, phi: Tensor) -> Tensor:
-            change = perturb.noise(
-                phi, radius, rng, adaptive=spec.adaptive, normalize=spec.normalize, module=layers[name]
-            )
-            return (phi + change).to(phi.dtype)
-
-        return inject
-
-    def _increase(
-        self, scene: Scene, step: int, again: perturb.Run, head: Callable[[Tensor], Tensor] | None
-    ) -> dict[str, Contributions]:
-        """``E[L(phi + noise) - L(phi)]``: through the head alone for an output layer, else one more forward."""
-        spec, losses, device = self._estimator.spec, [], scene.loss.device
-        at_head = head is not None and len(scene.calls) == 1
-        for k in range(spec.probes):
-            inject = self._noisy(step * spec.probes + k, device)
-            moved: Tensor | None = None
-            if at_head and scene.outputs is not None:
-                call = scene.calls[0]
-                phi = call.features()
-                change = inject(call.layer, phi.to(torch.promote_types(phi.dtype, torch.float32))) - phi
-                moved = perturb.shifted_outputs(call, scene.outputs, change)
-            if moved is None:
-                at_head = False
-                losses.append(again(inject))
-            else:
-                assert head is not None
-                losses.append(head(moved))
-        if self._can_inject and not at_head:
-            self._tap.inject = lambda name, phi: self._noisy(self.step, phi.device)(name, phi)
-        increase = torch.stack([loss - scene.loss for loss in losses]).reshape(len(losses), -1)
-        names = "+".join(dict.fromkeys(c.layer for c in scene.calls))
-        return {names: Contributions(increase, None, f"radius({self.radius:g})", False)}
 
     def _injected_loss(self, outputs: Any, targets: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Strength 1: the forward pass was perturbed itself, and task loss plus penalty is its loss."""

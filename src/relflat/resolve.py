@@ -1,4 +1,4 @@
-"""What the user may call a layer, and the modules it means."""
+"""What the user may call a layer, and the modules or parameters it means."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -6,62 +6,86 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from relflat.errors import LayerError
-from relflat.layers import is_supported, nearest, supported_layers, unsupported_message
+from relflat.layers import kind_of, matrices, nearest, supported_layers
 
-Layer = str | nn.Module | Sequence["str | nn.Module"]
+Layer = str | nn.Module | nn.Parameter | Sequence["str | nn.Module | nn.Parameter"]
+Target = nn.Module | nn.Parameter
 
 
-def resolve(model: nn.Module, layer: Layer) -> dict[str, nn.Module]:
-    """Map what the user calls a layer to ``{qualified name: module}``.
+def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
+    """Map what the user calls a layer to ``{qualified name: module or parameter}``.
+
+    A module of a known kind stands for itself. A parameter, or the only matrix of a module of another kind,
+    is differentiated directly, whatever the network does with it.
 
     Args:
         model: the network.
-        layer: a module of it, a qualified name, a glob, or a list of those. ``"output"`` maps to every
-            supported layer; :class:`Tap` narrows it down during the first forward pass.
+        layer: a module or parameter of it, a qualified name, a glob, or a list of those. ``"output"`` maps to
+            every supported layer; :class:`relflat.tap.Tap` narrows it down during the first forward pass.
 
     Raises:
-        LayerError: if nothing matches, or a match is not a supported layer; names the candidates.
+        LayerError: if nothing matches, or a match has no weight matrix; names the candidates.
     """
-    candidates = supported_layers(model)
-    if isinstance(layer, nn.Module):
-        name = next((n for n, m in model.named_modules(remove_duplicate=False) if m is layer), None)
+    if isinstance(layer, str):
+        return _by_name(model, layer)
+    if isinstance(layer, nn.Module | nn.Parameter):
+        named = model.named_modules if isinstance(layer, nn.Module) else model.named_parameters
+        name = next((n for n, m in named(remove_duplicate=False) if m is layer), None)
         if name is None:
             raise LayerError(
-                f"the given {type(layer).__name__} is not part of this model; "
-                f"its supported layers are {list(candidates)}"
+                f"the given {type(layer).__name__} is not part of this model; {_candidates(model)}"
             )
-        return _checked({name: layer}, candidates)
-    if isinstance(layer, str):
-        return _resolve_name(model, layer, candidates)
+        return {name: _target(model, name, layer)}
     if not layer:
-        raise LayerError(f"the list of layers is empty; name at least one of {list(candidates)}")
-    found: dict[str, nn.Module] = {}
+        raise LayerError(f"the list of layers is empty; {_candidates(model)}")
+    found: dict[str, Target] = {}
     for one in layer:
         found |= resolve(model, one)
     return found
 
 
-def _resolve_name(model: nn.Module, name: str, candidates: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    if name in modules and (name or is_supported(model)):
-        return _checked({name: modules[name]}, candidates)
+    if name in modules and (name or kind_of(model)):
+        return {name: _target(model, name, modules[name])}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if name in parameters:
+        return {name: _target(model, name, parameters[name])}
+    supported = supported_layers(model)
     if name == "output":
-        if not candidates:
-            raise LayerError(f"{type(model).__name__} has no supported layer: " + unsupported_message(model))
-        return candidates
+        if not supported:
+            raise LayerError(f"{type(model).__name__} has no supported layer; {_candidates(model)}")
+        return dict(supported)
     if any(c in name for c in "*?["):
-        matches = {n: m for n, m in candidates.items() if fnmatchcase(n, name)}
-        if matches:
-            return matches
+        for choices in (supported, matrices(model)):
+            matches: dict[str, Target] = {n: m for n, m in choices.items() if fnmatchcase(n, name)}
+            if matches:
+                return matches
+    near = nearest(name, [*supported, *matrices(model)])
+    raise LayerError(f"no layer named {name!r}; did you mean {near}? {_candidates(model)}")
+
+
+def _target(model: nn.Module, name: str, found: Target) -> Target:
+    """Check a match: a known kind, a matrix, or a module with a single matrix of its own."""
+    if isinstance(found, nn.Parameter):
+        if found.ndim < 2:
+            raise LayerError(
+                f"parameter {name!r} has shape {tuple(found.shape)}, no rows and columns; {_candidates(model)}"
+            )
+        return found
+    if kind_of(found):
+        return found
+    own = [p for p in found.parameters(recurse=False) if p.ndim >= 2]
+    if len(own) == 1:
+        return own[0]
+    inside = [n for n in (*supported_layers(model), *matrices(model)) if n.startswith(f"{name}.")]
     raise LayerError(
-        f"no layer named {name!r}; did you mean {nearest(name, candidates)}? "
-        f"Supported layers: {list(candidates)}, or 'output'"
+        f"layer {name!r}: {type(found).__name__} is not a layer that acts linearly on its input by one weight; "
+        + (f"candidates: {inside}" if inside else _candidates(model))
     )
 
 
-def _checked(found: dict[str, nn.Module], candidates: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    for name, module in found.items():
-        if not is_supported(module):
-            inside = [c for c in candidates if c.startswith(f"{name}.")] or list(candidates)
-            raise LayerError(f"layer {name!r}: {unsupported_message(module)}; candidates: {inside}")
-    return found
+def _candidates(model: nn.Module) -> str:
+    layers = list(supported_layers(model))
+    others = [n for n in matrices(model) if n.removesuffix(".weight") not in layers]
+    return f"layers: {layers}, or 'output'" + (f"; parameters: {others}" if others else "")

@@ -10,16 +10,27 @@ from torch import Tensor
 _MIX = 0x9E3779B97F4A7C15
 
 
-def generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """A generator for one step: a function of ``(seed, step)`` alone, so that a resumed run draws the same."""
-    mixed = (seed * _MIX + step * 0xD1B54A32D192ED03 + 1) & (2**63 - 1)
-    return torch.Generator(device=device).manual_seed(mixed)
+class Rng:
+    """Random numbers of one step: a function of ``(seed, step)`` alone, so that a resumed run draws the same."""
 
+    def __init__(self, seed: int, step: int) -> None:
+        self._seed = (seed * _MIX + step * 0xD1B54A32D192ED03 + 1) & (2**63 - 1)
+        self._generators: dict[torch.device, torch.Generator] = {}
 
-def rademacher(shape: tuple[int, ...], like: Tensor, rng: torch.Generator) -> Tensor:
-    """Independent signs, -1 or +1, with the dtype and device of ``like``."""
-    bits = torch.randint(0, 2, shape, generator=rng, device=like.device)
-    return (2 * bits - 1).to(like.dtype)
+    def on(self, device: torch.device) -> torch.Generator:
+        """The generator on a device, at its present state."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device=device).manual_seed(self._seed)
+        return self._generators[device]
+
+    def signs(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Independent signs, -1 or +1 (Rademacher), with the dtype and device of ``like``."""
+        bits = torch.randint(0, 2, shape, generator=self.on(like.device), device=like.device)
+        return (2 * bits - 1).to(like.dtype)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Independent standard normal numbers with the shape, dtype and device of ``like``."""
+        return torch.randn(like.shape, generator=self.on(like.device), device=like.device, dtype=like.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A tapped layer in a forward pass, seen as rows: features, weight, and directions in its output space."""
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -13,66 +14,128 @@ from relflat.record import Call
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """All calls of one layer, as samples x positions.
+    """All calls of one layer, as independent groups x positions.
 
-    Several calls of the layer, tokens and so on are positions of a sample. Samples that are coupled after
-    the layer form a single group, so that every formula that treats groups as independent stays exact.
+    A group is a sample, or the whole batch where samples are coupled after the layer; then every formula that
+    treats groups as independent stays exact. Several calls of the layer, tokens, pixels are positions.
 
     Attributes:
         calls: the calls, in order.
-        phi: features, float32 or float64.
-        weight: the layer's weight, same dtype.
+        weight: the layer's weight as (d, m), float32 or float64, times ``scale``.
+        scale: kappa is that of ``phi / scale, W * scale``; None for 1.
+        coupled: whether all samples form one group.
+        constant: whether features count as constants (``gradient="weights"``).
     """
 
     calls: tuple[Call, ...]
-    phi: Float[Tensor, "g t m"]
     weight: Float[Tensor, "d m"]
+    scale: Float[Tensor, " m"] | None
+    coupled: bool
+    constant: bool
 
     @classmethod
     def of(
-        cls, calls: Sequence[Call], *, scale: Float[Tensor, " m"] | None = None, coupled: bool = False
+        cls,
+        calls: Sequence[Call],
+        *,
+        scale: Float[Tensor, " m"] | None = None,
+        coupled: bool = False,
+        constant: bool = False,
     ) -> "Site":
-        """Build the site of one layer's calls.
-
-        Args:
-            calls: the calls of one layer.
-            scale: if given, kappa of the function-preserving rescaling ``phi / scale, W * scale``.
-            coupled: whether samples influence each other after the layer.
-        """
-        phis = [rows(c.module, c.features()) for c in calls]
-        if coupled or len({p.shape[0] for p in phis}) > 1:
-            phis = [p.reshape(1, -1, p.shape[-1]) for p in phis]
-        wide = torch.promote_types(phis[0].dtype, torch.float32)
-        phi, weight = torch.cat(phis, dim=1).to(wide), calls[0].weight.to(wide)
+        """Build the site of one layer's calls."""
+        weight = calls[0].weight.to(torch.promote_types(calls[0].weight.dtype, torch.float32))
         if scale is not None:
-            phi, weight = phi / scale.to(wide), weight * scale.to(wide)
-        return cls(tuple(calls), phi, weight)
+            scale = scale.to(weight.dtype)
+            weight = weight * scale
+        uneven = len({samples_of(c) for c in calls}) > 1
+        return cls(tuple(calls), weight, scale, coupled or uneven, constant)
 
     @property
     def layer(self) -> str:
         """Qualified name of the layer."""
         return self.calls[0].layer
 
-    def detached_features(self) -> "Site":
-        """The same site with constant features: derivatives reach the weight only."""
-        return replace(self, phi=self.phi.detach())
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Groups g, positions t, channel groups c, features m."""
+        samples = samples_of(self.calls[0])
+        d, m = self.weight.shape
+        positions = sum(c.output.numel() // d for c in self.calls)
+        c = getattr(self.calls[0].module, "groups", 1)
+        return (1, positions, c, m) if self.coupled else (samples, positions // samples, c, m)
+
+    @functools.cached_property
+    def features(self) -> Float[Tensor, "g t c m"]:
+        """Phi of every group and position, written out."""
+        parts = [self._regroup(c.kind.features(c.module, self._input(c))) for c in self.calls]
+        phi = torch.cat(parts, dim=1)
+        return phi if self.scale is None else phi / self.scale
+
+    def energy(self) -> float:
+        """``sum ||phi||^2`` over all rows, without writing phi out."""
+        ones = torch.ones(self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+        ones = ones if self.scale is None else ones / self.scale.square()
+        total = 0.0
+        for call in self.calls:
+            x = self._input(call).detach()
+            x = x.square() if x.is_floating_point() else x
+            each = call.kind.project(call.module, x, ones.expand(samples_of(call), 1, -1))
+            total += float(each.sum(dtype=torch.float64))
+        return total
+
+    def project(self, b: Float[Tensor, "g q m"]) -> Float[Tensor, "g t c q"]:
+        """``b . phi`` for q directions a group, without writing phi out where the layer can do that."""
+        b = b if self.scale is None else b / self.scale
+        parts = []
+        for call in self.calls:
+            mine = b.expand(samples_of(call), -1, -1) if self.coupled else b
+            parts.append(self._regroup(call.kind.project(call.module, self._input(call), mine)))
+        return torch.cat(parts, dim=1)
+
+    def spread(self, s: Float[Tensor, "g t c"]) -> Float[Tensor, "g t d"]:
+        """Give every output its channel group's number."""
+        d, c = self.weight.shape[0], s.shape[-1]
+        return s.expand(-1, -1, d) if c == 1 else s.repeat_interleave(d // c, dim=-1)
+
+    def apply(self, phi: Float[Tensor, "g t c m"]) -> Float[Tensor, "g t d"]:
+        """``W phi``, each channel group with its own rows of W."""
+        c = phi.shape[2]
+        by_group = self.weight.reshape(c, -1, self.weight.shape[-1])
+        return torch.einsum("gtcm,com->gtco", phi, by_group).flatten(2)
 
     def split(self, u: Float[Tensor, "g t d"]) -> list[Tensor]:
         """Cut a direction into one tensor a call, each shaped and typed as that call's output."""
         sizes = [c.output.numel() // (u.shape[0] * u.shape[-1]) for c in self.calls]
-        parts = torch.split(u, sizes, dim=1)
-        return [p.reshape(c.output.shape).to(c.output.dtype) for p, c in zip(parts, self.calls, strict=True)]
+        parts = []
+        for part, call in zip(torch.split(u, sizes, dim=1), self.calls, strict=True):
+            last = part.reshape(call.outputs_last().shape)
+            back = call.kind.outputs_back(call.module, last).reshape(call.output.shape)
+            parts.append(back.to(call.output.dtype).contiguous())
+        return parts
 
     def join(self, grads: Sequence[Tensor]) -> Float[Tensor, "g t d"]:
         """Undo :meth:`split`: gradients with respect to the calls' outputs, as rows."""
-        g, d = self.phi.shape[0], self.weight.shape[0]
-        return torch.cat([x.to(self.phi.dtype).reshape(g, -1, d) for x in grads], dim=1)
+        parts = [rows(c.kind, c.module, x) for c, x in zip(self.calls, grads, strict=True)]
+        return torch.cat([self._regroup(p.to(self.weight.dtype)) for p in parts], dim=1)
+
+    def _input(self, call: Call) -> Tensor:
+        x = call.input().detach() if self.constant else call.input()
+        return x.to(self.weight.dtype) if x.is_floating_point() else x
+
+    def _regroup(self, x: Tensor) -> Tensor:
+        return x.reshape(1, -1, *x.shape[2:]) if self.coupled else x
+
+
+def samples_of(call: Call) -> int:
+    """How many samples a call saw; one if it had no batch dimension."""
+    last = call.outputs_last()
+    return last.shape[0] if last.ndim > 1 else 1
 
 
 def feature_std(calls: Sequence[Call]) -> Float[Tensor, " m"]:
     """Standard deviation of each feature over the calls' rows; 1 where a feature is constant (dead)."""
-    phi = torch.cat([rows(c.module, c.features()).detach().flatten(0, 1) for c in calls])
-    return safe_std(phi.to(torch.promote_types(phi.dtype, torch.float32)).var(0, correction=0))
+    phi = Site.of(calls, constant=True).features.flatten(0, 2)
+    return safe_std(phi.var(0, correction=0))
 
 
 def safe_std(variance: Float[Tensor, " m"]) -> Float[Tensor, " m"]:

@@ -1,18 +1,14 @@
 """Running sums of a measurement over batches and probes, and the results made of them."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from relflat.errors import NonFiniteError
 from relflat.losses import KnownLoss
 from relflat.penalty import Spec
 from relflat.result import Flatness
-from relflat.tap import Tap
 
 
 def mean_and_variance(values: Tensor | None) -> tuple[float, float]:
@@ -34,6 +30,7 @@ class LayerSums:
     trace: float = 0.0
     trace_var: float = 0.0
     energy: float = 0.0
+    weight_norm: float = 0.0
     method: str = ""
     exact: bool = True
 
@@ -76,13 +73,10 @@ class Sums:
             x.method = x.method.replace(f"{self.probes})", f"{self.probes + other.probes})")
         self.probes += other.probes
 
-    def results(self, tap: Tap, spec: Spec, scales: Mapping[str, Tensor]) -> dict[str, Flatness]:
+    def results(self, spec: Spec) -> dict[str, Flatness]:
         """Divide by what the loss divides by, and check."""
         found = {}
         for name, x in self.layers.items():
-            weight: Any = tap.layers[name].weight
-            w = weight.detach().double() * scales.get(name, torch.ones(())).double().to(weight.device)
-            norm = float(torch.linalg.vector_norm(w))
             trace = self._scaled(x.trace)
             found[name] = Flatness(
                 value=self._scaled(x.kappa),
@@ -92,8 +86,8 @@ class Sums:
                 curvature=spec.curvature,
                 trace=trace,
                 trace_stderr=0.0 if x.exact else self._error(x.trace_var),
-                layerwise=norm**2 * trace,
-                weight_norm=norm,
+                layerwise=x.weight_norm**2 * trace,
+                weight_norm=x.weight_norm,
                 feature_norm2=x.energy / self.samples,
                 loss=self._scaled(self.loss),
                 confidence=self.confidence / self.samples if self.known and self.known.confidence else None,

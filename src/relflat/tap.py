@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from relflat.errors import GraphError, LayerError
-from relflat.layers import supported_layers
+from relflat.layers import kind_of, supported_layers, weight_of
 from relflat.record import Call, Forward, same_values
 from relflat.resolve import Layer, resolve
 from relflat.rng import RngState, rng_preserved
@@ -61,6 +61,8 @@ class Tap:
 
     def _attach(self, model: nn.Module) -> None:
         for name, module in self.layers.items():
+            if isinstance(module, nn.Parameter):
+                continue
             before = module.register_forward_pre_hook(_Hook(self, "_before_layer", name))
             after = module.register_forward_hook(_Hook(self, "_after_layer", name), with_kwargs=True)
             self._handles[name] = [before, after]
@@ -87,6 +89,7 @@ class Tap:
         if output is None:  # the forward raised: nothing of it is kept
             return
         record.outputs = output
+        record.parameters = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
         if self._searching:
             self._narrow(record)
         if len(self._pending) == _MAX_PENDING:
@@ -110,15 +113,17 @@ class Tap:
             # A frozen layer on constant input: give its output a graph so that the tail can be differentiated.
             replaced = output = output.detach().requires_grad_().clone()
         edge = get_gradient_edge(output) if output.requires_grad else None
-        weight: Any = module.weight
+        kind = kind_of(module)
+        assert kind is not None
+        weight = kind.matrix(module, weight_of(module))
         versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
-        self._open.calls.append(Call(name, module, phi, weight, output, edge, versions))
+        self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions))
         return replaced
 
     def _narrow(self, record: Forward) -> None:
         """Find out which of the tapped layers is the output layer, and leave the others alone."""
         tensors = [t for t in tree_leaves(record.outputs) if isinstance(t, Tensor)]
-        ends = {c.layer for c in record.calls if any(same_values(c, t) for t in tensors)}
+        ends = {c.layer for c in record.calls if any(_ends_in(c, t) for t in tensors)}
         if not ends and record.calls:
             ends = {record.calls[-1].layer}
         if len(ends) != 1:
@@ -182,26 +187,39 @@ class Tap:
                 "and the criterion once after it"
             )
         called = {c.layer for r in records for c in r.calls}
-        unused = [n for n in self.layers if n not in called]
+        unused = [n for n, m in self.layers.items() if isinstance(m, nn.Module) and n not in called]
         if unused:
             raise LayerError(
-                f"layer {unused[0]!r} was not called in the forward pass; "
-                f"candidates: {list(supported_layers(model))}"
+                f"layer {unused[0]!r} was not called in the forward pass; candidates: "
+                f"{list(supported_layers(model))}. "
+                f"If its weight is used all the same (as in attention), name the parameter: {unused[0] + '.weight'!r}"
             )
         return records
 
-    def replay(self, record: Forward, inject: Callable[[str, Tensor], Tensor]) -> Any:
-        """Run a recorded forward once more with other inputs to the tapped layers.
+    def replay(
+        self,
+        record: Forward,
+        inject: Callable[[str, Tensor], Tensor] | None = None,
+        change: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        """Run a recorded forward once more with other inputs to the tapped layers, or another parameter.
 
         Dropout masks are those of the record (if ``keep_rng``), buffers such as BatchNorm statistics are left
         alone, and so are the global random number generators. Cost: one forward pass.
+
+        Args:
+            record: the forward pass to repeat.
+            inject: ``(layer name, input) -> input`` to use instead.
+            change: a parameter of the model and the tensor to use in its place.
         """
         model = self.model
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        replaced = {name: b.clone() for name, b in model.named_buffers()}
+        if change is not None:
+            replaced |= {n: change[1] for n, p in model.named_parameters() if p is change[0]}
         before, self.inject, self._replaying = self.inject, inject, True
         try:
             with rng_preserved(record.rng):
-                return torch.func.functional_call(model, buffers, record.args, record.kwargs)
+                return torch.func.functional_call(model, replaced, record.args, record.kwargs)
         finally:
             self.inject, self._replaying = before, False
 
@@ -258,3 +276,11 @@ def _remove(handles: dict[str, list[Any]]) -> None:
         for handle in group:
             handle.remove()
     handles.clear()
+
+
+def _ends_in(call: Call, tensor: Tensor) -> bool:
+    """Whether the tensor is the output of the call, perhaps with the classes moved."""
+    if same_values(call, tensor, call.output):
+        return True
+    moved = tensor.movedim(1, -1) if tensor.ndim > 2 else tensor
+    return same_values(call, moved, call.output) or same_values(call, moved, call.outputs_last())

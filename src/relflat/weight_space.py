@@ -1,27 +1,89 @@
-"""Kappa from products with the Hessian with respect to the weight itself (identity I4).
+"""Kappa from derivatives in the weight itself (identity I4): needs nothing but the parameter.
 
-Needs nothing but the parameter, whatever the layer does with it, and is the form for a layer that feeds
-itself (a recurrent use), where a change of the weight also changes the later inputs. All samples form one
-group: the same directions serve the whole batch, so its variance is that of plain Hutchinson.
+For parameters whatever the network does with them (recurrent and attention projections, unknown classes of
+layers), and for a layer that feeds itself, where a change of the weight also changes its later inputs. All
+samples form one group: the same directions serve the whole batch, so the variance is that of Hutchinson's
+estimator with one probe a batch.
 """
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
-from relflat.errors import ConfigError, LayerError, LossError
-from relflat.operators import differentiate
+from relflat.errors import ConfigError, LayerError
+from relflat.layers import kind_of, weight_of
+from relflat.operators import Operator, pull
 from relflat.probes import Contributions, Gradient
 from relflat.record import Call
-from relflat.rng import rademacher
+from relflat.rng import Rng
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A parameter seen as W of shape (d, m).
+
+    Attributes:
+        layer: name of the layer, for messages.
+        parameter: the leaf tensor.
+        view: from the parameter's shape to (d, m); moves entries only.
+    """
+
+    layer: str
+    parameter: Tensor
+    view: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, layer: str, target: nn.Module | nn.Parameter) -> "Matrix":
+        """The matrix of a tapped module or parameter.
+
+        Raises:
+            LayerError: if the module's weight is computed from other parameters.
+        """
+        if isinstance(target, nn.Parameter):
+            return cls(layer, target, lambda w: w.flatten(1))
+        kind, weight = kind_of(target), weight_of(target)
+        assert kind is not None
+        if not isinstance(weight, nn.Parameter) or hasattr(target, "lora_A"):
+            raise LayerError(
+                f"the weight of layer {layer!r} is computed from other parameters (parametrization, adapter), so it "
+                "cannot be changed or differentiated as a whole; name one of those parameters instead"
+            )
+        return cls(layer, weight, lambda w: kind.matrix(target, w))
+
+    def weight(self) -> Float[Tensor, "d m"]:
+        """W itself."""
+        return self.view(self.parameter)
+
+    def back(self, direction: Float[Tensor, "d m"]) -> Tensor:
+        """A direction in the shape and type of the parameter: the inverse of ``view``."""
+        blank = torch.zeros_like(self.parameter, requires_grad=True)
+        with torch.enable_grad():
+            (moved,) = torch.autograd.grad(
+                self.view(blank), blank, direction.to(blank.dtype), create_graph=direction.requires_grad
+            )
+        return moved
+
+    def as_call(self) -> Call:
+        """The parameter in the place of a layer's output, as an endpoint of differentiation."""
+        if not self.parameter.requires_grad:
+            raise LayerError(
+                f"the curvature of layer {self.layer!r} is taken in its weight, and that is frozen "
+                "(requires_grad=False); unfreeze it while FAM or the measurement runs"
+            )
+        p: Any = self.parameter
+        return Call(self.layer, None, None, p, p, p, get_gradient_edge(p), (0, 0))  # type: ignore[arg-type]
 
 
 class WeightSpace:
-    """The Hessian of the loss in one weight, and the quadratic forms that kappa is made of.
+    """Quadratic forms of a curvature in one weight, and kappa made of them.
 
     Args:
-        loss: a scalar.
-        call: a call of the layer; its weight must be a leaf that requires a gradient.
+        matrix: the weight.
         scale: feature scales of ``normalize_features``, or None.
         adaptive: the adaptive form.
         gradient: ``"full"`` or ``"weights"``.
@@ -30,51 +92,40 @@ class WeightSpace:
 
     def __init__(
         self,
-        loss: Tensor,
-        call: Call,
+        matrix: Matrix,
         *,
         scale: Float[Tensor, " m"] | None,
         adaptive: bool,
         gradient: Gradient,
         create_graph: bool,
     ) -> None:
-        parameter = call.weight
-        if not parameter.requires_grad:
-            raise LayerError(
-                f"layer {call.layer!r} feeds itself, so its curvature is taken in its weight, and that is frozen "
-                "(requires_grad=False); unfreeze it while FAM or the measurement runs"
-            )
         if gradient == "frozen":
             raise ConfigError(
-                f"gradient='frozen' keeps the gradient through the features, which layer {call.layer!r} does not "
-                "show as it feeds itself; use gradient='full' or 'weights'"
+                f"gradient='frozen' keeps the gradient through the features, and those of layer {matrix.layer!r} are "
+                "not seen as its curvature is taken in its weight; use gradient='full' or 'weights'"
             )
-        self.parameter, self.adaptive, self.gradient = parameter, adaptive, gradient
-        self.create_graph = create_graph
-        self.matrix = parameter.flatten(1)
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        self.scale = torch.ones((), dtype=wide, device=parameter.device) if scale is None else scale.to(wide)
-        self.weight: Float[Tensor, "d m"] = self.matrix.to(wide) * self.scale
-        (slope,) = differentiate([loss], [parameter], None, create_graph=True)
-        if slope is None or not slope.requires_grad:
-            raise LossError(
-                f"the gradient of the loss does not change with the weight of layer {call.layer!r}: its Hessian is "
-                "zero wherever it exists; use a smooth loss"
-            )
-        self.slope = slope
+        self.matrix, self.adaptive, self.gradient, self.create_graph = (
+            matrix,
+            adaptive,
+            gradient,
+            create_graph,
+        )
+        self.call = matrix.as_call()
+        flat = matrix.view(matrix.parameter)
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        self.scale = torch.ones((), dtype=wide, device=flat.device) if scale is None else scale.to(wide)
+        self.weight: Float[Tensor, "d m"] = flat.to(wide) * self.scale
 
-    def product(self, direction: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
-        """The Hessian in the (scaled) weight times a direction. Cost: two backward passes."""
-        v = (direction / self.scale).reshape(self.parameter.shape).to(self.parameter.dtype)
-        (found,) = differentiate([self.slope], [self.parameter], [v], create_graph=self.create_graph)
-        curved = torch.zeros_like(self.parameter) if found is None else found
-        return curved.flatten(1).to(self.weight.dtype) / self.scale
+    def _seen(self, gradient: Tensor) -> Float[Tensor, "d m"]:
+        return self.matrix.view(gradient).to(self.weight.dtype) / self.scale
 
-    def quadratic(self, direction: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
-        """``<D, H D>``, with the curvature constant unless ``gradient="full"``."""
+    def _product(self, operator: Operator, direction: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
+        return self._seen(operator([self.matrix.back(direction / self.scale)])[0])
+
+    def _quadratic(self, operator: Operator, direction: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
         if self.gradient == "full":
-            return (direction * self.product(direction)).sum()
-        linear = (direction * self.product(direction.detach())).sum()
+            return (direction * self._product(operator, direction)).sum()
+        linear = (direction * self._product(operator, direction.detach()).detach()).sum()
         return 2 * linear - linear.detach()
 
     def products_for_exact(self, *, trace: bool) -> int:
@@ -82,7 +133,7 @@ class WeightSpace:
         d, m = self.weight.shape
         return d * m if trace or not self.adaptive else m
 
-    def exact(self, *, trace: bool) -> Contributions:
+    def exact(self, operator: Operator, *, trace: bool) -> Contributions:
         """``sum_{t,j} ((W W') e_j)' (H e_j e_t')_t``: one product for each entry of the weight."""
         d, m = self.weight.shape
         total, diagonal = self.weight.new_zeros(()), self.weight.new_zeros(())
@@ -90,35 +141,48 @@ class WeightSpace:
             for t in range(m):
                 column = torch.zeros_like(self.weight)
                 column[:, t] = 1
-                total = total + self.quadratic(self.weight * column)
+                total = total + self._quadratic(operator, self.weight * column)
         gram = self.weight @ self.weight.mT
         for j in range(d if trace or not self.adaptive else 0):
             for t in range(m):
                 basis = torch.zeros_like(self.weight)
                 basis[j, t] = 1
-                curved = self.product(basis)
+                curved = self._product(operator, basis)
                 diagonal = diagonal + curved[j, t].detach()
                 if not self.adaptive:
                     curved = curved if self.gradient == "full" else curved.detach()
                     total = total + gram[j] @ curved[:, t]
+        around = diagonal.reshape(1, 1) if trace else None
+        return Contributions(total.reshape(1, 1), around, "exact(weight)", True)
+
+    def sampled(self, operator: Operator, *, probes: int, trace: bool, rng: Rng, name: str) -> Contributions:
+        """``<W R, H W R>`` with R of independent signs, diagonal if adaptive."""
+        kappas, traces = [], []
+        for _ in range(probes):
+            kappas.append(self._quadratic(operator, random_direction(self.weight, self.adaptive, rng)))
+            if trace:
+                signs = rng.signs(tuple(self.weight.shape), self.weight)
+                traces.append((signs * self._product(operator, signs)).sum().detach())
+        around = torch.stack(traces)[:, None] if trace else None
         return Contributions(
-            total.reshape(1, 1), diagonal.reshape(1, 1) if trace else None, "exact(weight)", True
+            torch.stack(kappas)[:, None], around, f"probe({name} in weight, {probes})", False
         )
 
-    def sampled(self, *, probes: int, trace: bool, rng: torch.Generator) -> Contributions:
-        """``<W R, H W R>`` with R of independent signs, diagonal if adaptive."""
-        kappas, traces, m = [], [], self.weight.shape[1]
-        for _ in range(probes):
-            if self.adaptive:
-                kappas.append(self.quadratic(self.weight * rademacher((m,), self.weight, rng)))
-            else:
-                kappas.append(self.quadratic(self.weight @ rademacher((m, m), self.weight, rng)))
-            if trace:
-                signs = rademacher(tuple(self.weight.shape), self.weight, rng)
-                traces.append((signs * self.product(signs)).sum().detach())
+    def ggn_factored(self, outputs: Tensor, factors: Iterable[Tensor], *, trace: bool) -> Contributions:
+        """I7: ``||W' G||_F^2`` with ``G`` the gradient in the weight of ``<r, outputs>``, r as in probes."""
+        kappas, traces = [], []
+        for r in factors:
+            g = self._seen(pull([outputs], [self.call], [r], create_graph=self.create_graph)[0])
+            shares = (self.weight * g).sum(0) if self.adaptive else self.weight.mT @ g
+            kappas.append(shares.square().sum())
+            traces.append(g.detach().square().sum())
+        around = torch.stack(traces)[:, None] if trace else None
         return Contributions(
-            torch.stack(kappas)[:, None],
-            torch.stack(traces)[:, None] if trace else None,
-            f"probe(hessian in weight space, {probes})",
-            False,
+            torch.stack(kappas)[:, None], around, f"probe(ggn in weight, {len(kappas)})", False
         )
+
+
+def random_direction(weight: Float[Tensor, "d m"], adaptive: bool, rng: Rng) -> Float[Tensor, "d m"]:
+    """``W R``, R a matrix of independent signs, or a diagonal one."""
+    m = weight.shape[1]
+    return weight * rng.signs((m,), weight) if adaptive else weight @ rng.signs((m, m), weight)
