@@ -3,10 +3,12 @@ import shutil
 
 import pytest
 import torch
+from fetched import fashion_mnist
 from safetensors.torch import load_file
 
 from relflat.errors import ConfigError, DataError
 from relflat.lab import checkpoint, splits, store
+from relflat.lab.config import make
 from relflat.lab.measuring import measure_run
 from relflat.lab.methods import METHODS
 from relflat.lab.training import build, train
@@ -26,6 +28,16 @@ def without_times(record):
 
 def weights(folder):
     return load_file(checkpoint.checkpoints(folder)[-1] / checkpoint.WEIGHTS)
+
+
+@pytest.fixture
+def config():
+    """Build a short run on digits; any value can be changed."""
+
+    def build(**values):
+        return make({"task": "digits", "epochs": 3, "train_size": 200, "label_noise": 0.2, **values})
+
+    return build
 
 
 class Killed(Exception):
@@ -208,7 +220,8 @@ def test_batches_of_an_epoch_are_a_permutation(config):
 
 
 @pytest.mark.data
-def test_fashion_mnist_learns(tmp_path, config, fashion_mnist):
+def test_fashion_mnist_learns(tmp_path, config):
+    fashion_mnist()
     run = config(
         task="fashion-mnist", train_size=2000, epochs=4, label_noise=0.0, method="fam", strength=0.01
     )
