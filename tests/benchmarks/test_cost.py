@@ -1,15 +1,20 @@
 """What FAM and the measurement promise to cost, in counted passes, operations and bytes: never in seconds."""
 
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from counting import Passes, flops, passes, peak_bytes
-from measure_cost import evaluate
 from relflat import relative_flatness
 from relflat.lab.models import small_cnn
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from counting import Passes, flops, passes, peak_bytes
+from measure_cost import evaluate
 from rows import CONTROL, OUTPUT, PLAIN, SAM_ROW, Row, Trainer, fam
 
 SAMPLES = 8
