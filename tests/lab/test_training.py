@@ -15,11 +15,8 @@ from relflat.lab.training import build, train
 
 # random probes at every other step, growing strength: everything FAM keeps between steps is in use
 BUSY = {"method": "fam", "regularize": "fc2", "every": 2, "warmup_steps": 9, "estimator": "probe"}
-WAYS = [{"method": "plain"}, {"method": "sam", "rho": 0.1}, BUSY]
-
-
-def names(way):
-    return way["method"]
+NOISE = {"method": "fam", "strength": 1.0, "radius": 0.5, "regularize": "fc*"}
+WAYS = {"plain": {"method": "plain"}, "sam": {"method": "sam", "rho": 0.1}, "probes": BUSY, "radius": NOISE}
 
 
 def without_times(record):
@@ -44,7 +41,7 @@ class Killed(Exception):
     """Stands for the process being killed right after an epoch."""
 
 
-@pytest.mark.parametrize("way", WAYS, ids=names)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(tmp_path, config, way):
     run = config(**way)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -68,7 +65,7 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(tmp_path, config, way)
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=names)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_same_seed_same_metrics(tmp_path, config, way):
     first = train(config(**way, seed=5), tmp_path / "a", tensorboard=False)
     again = train(config(**way, seed=5), tmp_path / "b", tensorboard=False)

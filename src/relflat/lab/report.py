@@ -157,11 +157,11 @@ def tried(comparison: Comparison) -> str:
     ]
     seeds = ", ".join(map(str, plan.search_seeds))
     text = (
-        f"{len(next(iter(plan.grids.values())))} settings a method, each on seeds {seeds}; the test split "
-        "was not evaluated in these trials. The chosen settings ran on seeds "
+        f"{len(next(iter(plan.grids.values())))} settings a method, each on seeds {seeds}: means on validation data; "
+        "the test split was not evaluated in these trials. The chosen settings ran on seeds "
         f"{', '.join(map(str, plan.seeds))} and were tested once."
     )
-    headings = ("method", "validation accuracy, %", "validation loss", "settings")
+    headings = ("method", "accuracy, %", "loss", "settings")
     return f'<p class="small">{html.escape(text)}</p>' + table(headings, body)
 
 
