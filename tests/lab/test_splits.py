@@ -1,5 +1,6 @@
 import pytest
 import torch
+from fetched import fashion_mnist
 
 from relflat.errors import ConfigError
 from relflat.lab.data import Arrays, read
@@ -70,7 +71,8 @@ def test_impossible_train_size_is_rejected(size):
 
 
 @pytest.mark.data
-def test_fashion_mnist_is_the_real_thing(fashion_mnist):
+def test_fashion_mnist_is_the_real_thing():
+    fashion_mnist()
     raw = read("fashion-mnist")
     assert raw.pool.inputs.shape == (60_000, 1, 28, 28)
     assert raw.test is not None

@@ -3,21 +3,20 @@ import shutil
 
 import pytest
 import torch
+from fetched import fashion_mnist
 from safetensors.torch import load_file
 
 from relflat.errors import ConfigError, DataError
 from relflat.lab import checkpoint, splits, store
+from relflat.lab.config import make
 from relflat.lab.measuring import measure_run
 from relflat.lab.methods import METHODS
 from relflat.lab.training import build, train
 
 # random probes at every other step, growing strength: everything FAM keeps between steps is in use
 BUSY = {"method": "fam", "regularize": "fc2", "every": 2, "warmup_steps": 9, "estimator": "probe"}
-WAYS = [{"method": "plain"}, {"method": "sam", "rho": 0.1}, BUSY]
-
-
-def names(way):
-    return way["method"]
+NOISE = {"method": "fam", "strength": 1.0, "radius": 0.5, "regularize": "fc*"}
+WAYS = {"plain": {"method": "plain"}, "sam": {"method": "sam", "rho": 0.1}, "probes": BUSY, "radius": NOISE}
 
 
 def without_times(record):
@@ -28,11 +27,21 @@ def weights(folder):
     return load_file(checkpoint.checkpoints(folder)[-1] / checkpoint.WEIGHTS)
 
 
+@pytest.fixture
+def config():
+    """Build a short run on digits; any value can be changed."""
+
+    def build(**values):
+        return make({"task": "digits", "epochs": 3, "train_size": 200, "label_noise": 0.2, **values})
+
+    return build
+
+
 class Killed(Exception):
     """Stands for the process being killed right after an epoch."""
 
 
-@pytest.mark.parametrize("way", WAYS, ids=names)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(tmp_path, config, way):
     run = config(**way)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -56,7 +65,7 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(tmp_path, config, way)
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=names)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_same_seed_same_metrics(tmp_path, config, way):
     first = train(config(**way, seed=5), tmp_path / "a", tensorboard=False)
     again = train(config(**way, seed=5), tmp_path / "b", tensorboard=False)
@@ -208,7 +217,8 @@ def test_batches_of_an_epoch_are_a_permutation(config):
 
 
 @pytest.mark.data
-def test_fashion_mnist_learns(tmp_path, config, fashion_mnist):
+def test_fashion_mnist_learns(tmp_path, config):
+    fashion_mnist()
     run = config(
         task="fashion-mnist", train_size=2000, epochs=4, label_noise=0.0, method="fam", strength=0.01
     )

@@ -195,6 +195,29 @@ def test_values_do_not_depend_on_how_data_are_cut(net: Net, data: st.DataObject)
             assert flat.stderr == 0
 
 
+@pytest.mark.parametrize("method", ["closed_form", "exact"])
+@pytest.mark.parametrize("positions", [0, 2])
+def test_a_batch_whose_targets_are_all_ignored_adds_nothing(method: str, positions: int) -> None:
+    """Alone its mean is 0 / 0, but the mean over all data is defined."""
+    net = Net(
+        seed=7,
+        widths=(3, 4, 3),
+        activation="tanh",
+        loss=Loss("cross_entropy", weighted=True, ignore_index=-100),
+        batch=4,
+        positions=positions,
+        flatten=True,
+        layer_index=1,
+    )
+    problem = net.build()
+    problem.targets[: len(problem.targets) // 2] = -100
+    flat = relative_flatness(
+        problem.model, problem.loss_fn, problem.cut([2, 2]), layer=problem.layer, method=method
+    )
+    assert relative_error(flat.value, problem.kappa()) < VALUE
+    assert relative_error(flat.loss, problem.task_loss()) < VALUE
+
+
 @given(net=nets(loss=losses(UNKNOWN_LOSSES), min_batch=4), last=st.integers(1, 2))
 @settings(max_examples=50)
 def test_values_of_losses_nothing_is_known_about_do_not_either(net: Net, last: int) -> None:

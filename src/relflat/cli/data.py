@@ -6,6 +6,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from relflat.cli.console import out, print_json, print_table, say
+from relflat.errors import ConfigError
 
 data = SubcommandApp()
 
@@ -46,6 +47,8 @@ def get(
     from relflat.lab.names import look_up
     from relflat.lab.sources import SOURCES
 
+    if not names:
+        raise ConfigError(f"Name at least one data set. Known: {', '.join(sorted(SOURCES))}.")
     sources = [look_up("data set", name, SOURCES) for name in names]
     places = {
         source.name: str(fetch(source.name, say)) for source in sources if source.registry != "embedded"

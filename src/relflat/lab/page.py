@@ -35,9 +35,9 @@ th, td {
   vertical-align: top; white-space: nowrap;
 }
 th { color: var(--quiet); font-weight: 600; }
-td:nth-child(2) { min-width: 9rem; white-space: normal; }
+td:last-child { min-width: 10rem; white-space: normal; }
 .figures {
-  display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
+  display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
 }
 figure { margin: 0; max-width: 34rem; }
 figure svg { display: block; height: auto; width: 100%; }

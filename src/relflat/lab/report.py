@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from scipy.stats import kendalltau
@@ -25,6 +26,7 @@ from relflat.lab.summary import (
     verdict,
 )
 from relflat.lab.timing import StepCost
+from relflat.lab.trials import Trial
 
 
 def render(
@@ -98,7 +100,7 @@ def pictures(comparison: Comparison) -> str:
             draw(
                 curves(finals, "train_accuracy", "training error, %", error=True), "Training error by epoch"
             ),
-            "Error on the training labels as given, noise included. At zero the noise is memorised.",
+            "Error on the training labels as given. " + noise_remark(finals),
         ),
         (
             draw(curves(finals, "kappa", "kappa of the output layer"), "Kappa by epoch"),
@@ -123,6 +125,14 @@ def pictures(comparison: Comparison) -> str:
     )
 
 
+def noise_remark(finals: Mapping[str, Sequence[Trial]]) -> str:
+    """How many training labels are wrong."""
+    changed = fmean(trial.result["label_noise_changed"] for trials in finals.values() for trial in trials)
+    if not changed:
+        return "All of them are right."
+    return f"{100 * changed:.0f} % of them are wrong; an error well below that means they were memorised."
+
+
 def rank_correlation(candidates: Sequence[Candidate]) -> str:
     """Kendall's tau of kappa and validation error over all trials of the search."""
     done = [trial.result for candidate in candidates for trial in candidate.trials if trial.finished]
@@ -138,20 +148,20 @@ def tried(comparison: Comparison) -> str:
     body = [
         (
             TITLES[candidate.method],
-            settings_text(candidate.settings)
-            + (" ← chosen" if candidate is comparison.chosen[candidate.method] else ""),
             f"{100 * candidate.accuracy:.2f}" if not candidate.diverged else f"{candidate.diverged} diverged",
             f"{candidate.loss:.3f}",
+            settings_text(candidate.settings)
+            + (" ← chosen" if candidate is comparison.chosen[candidate.method] else ""),
         )
         for candidate in comparison.candidates
     ]
     seeds = ", ".join(map(str, plan.search_seeds))
     text = (
-        f"{len(next(iter(plan.grids.values())))} settings a method, each on seeds {seeds}; the test split "
-        "was not evaluated in these trials. The chosen settings ran on seeds "
+        f"{len(next(iter(plan.grids.values())))} settings a method, each on seeds {seeds}: means on validation data; "
+        "the test split was not evaluated in these trials. The chosen settings ran on seeds "
         f"{', '.join(map(str, plan.seeds))} and were tested once."
     )
-    headings = ("method", "settings", "validation accuracy, %", "validation loss")
+    headings = ("method", "accuracy, %", "loss", "settings")
     return f'<p class="small">{html.escape(text)}</p>' + table(headings, body)
 
 

@@ -166,17 +166,15 @@ def cost_text(cost: StepCost) -> str:
 
 HEADINGS = (
     "method",
-    "chosen on validation",
-    "n",
     "test accuracy, %",
     "test loss",
     "kappa",
     "confidence",
     "||W||",
     "step",
+    "n",
+    "chosen on validation",
 )
-
-
 SHORT_HEADINGS = ("method", "test accuracy, %", "kappa", "confidence", "||W||", "step")
 
 
@@ -191,12 +189,12 @@ def cells(line: Row) -> tuple[str, ...]:
     """A row of the table as text, in the order of ``HEADINGS``."""
     return (
         TITLES[line.method],
-        settings_text(line.settings),
-        str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else ""),
         percent(line.accuracy),
         number(line.loss),
         number(line.kappa),
         number(line.confidence),
         number(line.weight_norm),
         cost_text(line.cost),
+        str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else ""),
+        settings_text(line.settings),
     )

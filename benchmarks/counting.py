@@ -1,0 +1,98 @@
+"""What a step costs in things that can be counted: passes, floating point operations, bytes alive.
+
+Unlike times, these do not depend on the machine's mood, so tests can hold the library to them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+Step = Callable[[], Any]
+
+
+class HasStep(Protocol):
+    """Anything that takes steps."""
+
+    def step(self) -> Any:
+        """Take one."""
+
+
+@dataclass
+class Passes:
+    """How often a step went through two modules: calls, and gradients that arrived at their outputs.
+
+    Attributes:
+        trunk_forward: calls of the first module that has parameters of its own.
+        trunk_backward: gradients that arrived at its output.
+        tail_forward: calls of the last such module.
+        tail_backward: gradients that arrived at its output.
+    """
+
+    trunk_forward: int = 0
+    trunk_backward: int = 0
+    tail_forward: int = 0
+    tail_backward: int = 0
+
+
+def passes(model: nn.Module, step: Step) -> Passes:
+    """Count forward and backward passes of one step by hooks on the first and the last module of a model.
+
+    A penalty that asks for a gradient of its own shows as a second arrival where that gradient begins or goes
+    through; one that only adds to the loss does not.
+    """
+    own = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+    count = Passes()
+    handles = [_count(m, count, name) for m, name in ((own[0], "trunk"), (own[-1], "tail"))]
+    try:
+        step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count
+
+
+def _count(module: nn.Module, count: Passes, name: str) -> Any:
+    def bump(what: str) -> None:
+        setattr(count, f"{name}_{what}", getattr(count, f"{name}_{what}") + 1)
+
+    def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        bump("forward")
+        if output.requires_grad:
+            output.register_hook(lambda _gradient: bump("backward"))
+
+    return module.register_forward_hook(after)
+
+
+def flops(step: Step) -> int:
+    """Floating point operations of the matrix products, convolutions and attention of one step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peak_bytes(build: Callable[[], HasStep], *, warm_up: int = 2) -> int:
+    """Most bytes of tensors alive at one time within one step, weights and optimiser state included.
+
+    The profiler reports every allocation and release of torch's CPU allocator, temporaries inside an operation
+    too. Only what is allocated under its eyes can be seen to be released, so it watches from before the model
+    is built; the peak is that of the step after ``warm_up`` steps, when gradients and momentum exist. Workspaces
+    that oneDNN allocates for itself are not seen; they are the same for all methods and not tensors.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+        trainer = build()
+        for _ in range(warm_up):
+            trainer.step()
+        with record_function("the step that counts"):
+            trainer.step()
+    events = watch.profiler.kineto_results.events()
+    begin = next(e.start_ns() for e in events if e.name() == "the step that counts")
+    live = peak = 0
+    for when, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        peak = peak if when >= begin else 0
+        live += change
+        peak = max(peak, live)
+    return peak

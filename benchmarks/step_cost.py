@@ -1,0 +1,169 @@
+"""What a training step costs with FAM and with SAM, relative to a plain one.
+
+    python benchmarks/step_cost.py                       ResNet-18, output layer: the committed table
+    python benchmarks/step_cost.py --suite hidden        hidden layers of an MLP and a transformer encoder
+    python benchmarks/step_cost.py --model mlp --layers fc1 fc2
+
+Times are paired in one process (``paired.py``); passes, operations and bytes are counted (``counting.py``).
+Add a row in ``rows.py``, a network in ``networks.py``.
+"""
+
+import gc
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from counting import Passes, flops, passes, peak_bytes
+from networks import NETWORKS
+from output import RESULTS, environment, save, show
+from paired import Ratio, Times, compare
+from relflat.errors import RelflatError
+from rows import HIDDEN, OUTPUT, PLAIN, Row, Trainer, custom
+
+
+@dataclass(frozen=True)
+class Options:
+    """Cost of a training step with FAM and SAM, relative to a plain step.
+
+    Attributes:
+        suite: which rows: the output layer, or hidden layers.
+        model: the network; by default resnet18, or for hidden layers all that have rows.
+        layers: FAM on these layers in place of the suite's rows.
+        steps: timed steps of each row.
+        batch: samples a step.
+        threads: threads of torch; 0 for its own choice.
+        json: where to write the results; by default ``benchmarks/results/step_cost_SUITE.json``.
+    """
+
+    suite: Literal["output", "hidden"] = "output"
+    model: Literal["resnet18", "mlp", "transformer"] | None = None
+    layers: list[str] = field(default_factory=list)
+    steps: int = 40
+    batch: int = 32
+    threads: int = 0
+    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Counted costs of one row, and what FAM said it did."""
+
+    flops: int
+    peak_bytes: int
+    passes: Passes
+    method: str
+    kappa: float | None
+
+
+def count(row: Row, network: str, samples: int) -> Cost:
+    """Count what one step of a row costs."""
+    trainer = Trainer(row, network, samples)
+    trainer.step()  # the optimiser's state is made, the output layer found, coupling tested
+    seen = passes(trainer.model, trainer.step)
+    operations = flops(trainer.step)
+    report = trainer.report()
+    del trainer
+    gc.collect()
+    peak = peak_bytes(lambda: Trainer(row, network, samples))
+    return Cost(operations, peak, seen, report.get("method", ""), report.get("kappa"))
+
+
+def count_all(
+    rows: tuple[Row, ...], network: str, samples: int
+) -> tuple[dict[str, Cost], dict[str, str], dict[str, Row]]:
+    """Costs by label; why others cannot run yet, by label; the rows that can."""
+    costs, failures, able = {}, {}, {}
+    for row in rows:
+        try:
+            costs[row.label] = count(row, network, samples)
+            able[row.label] = row
+        except (RelflatError, RuntimeError) as error:
+            failures[row.label] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return costs, failures, able
+
+
+def measure(network: str, rows: tuple[Row, ...], options: Options) -> dict[str, Any]:
+    """All rows of one network as plain values."""
+    costs, failures, able = count_all(rows, network, options.batch)
+    trainers = {label: Trainer(row, network, options.batch) for label, row in able.items()}
+    times = compare({label: trainer.step for label, trainer in trainers.items()}, options.steps)
+    plain = costs[PLAIN.label]
+    results = [relative(label, costs[label], plain, times[label]) for label in able]
+    return {"network": network, "batch": options.batch, "rows": results, "cannot_run": failures}
+
+
+def relative(label: str, cost: Cost, plain: Cost, times: Times) -> dict[str, Any]:
+    """One row's costs beside those of the plain step."""
+    return {
+        "row": label,
+        "wall": asdict(times.wall),
+        "processor": asdict(times.processor),
+        "flops": cost.flops,
+        "flops_ratio": cost.flops / plain.flops,
+        "peak_bytes": cost.peak_bytes,
+        "peak_ratio": cost.peak_bytes / plain.peak_bytes,
+        "passes": asdict(cost.passes),
+        "method": cost.method,
+        "kappa": cost.kappa,
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    columns = ("step", "wall time", "processor time", "s", "FLOPs", "peak memory", "trunk", "tail", "method")
+    title = f"{result['network']}, batch {result['batch']}: relative to the plain step"
+    show(title, columns, [_cells(row) for row in result["rows"]])
+    for label, reason in result["cannot_run"].items():
+        print(f"cannot run: {label}: {reason}")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    p = row["passes"]
+    return [
+        row["row"],
+        str(Ratio(**row["wall"])),
+        str(Ratio(**row["processor"])),
+        f"{row['wall']['seconds']:.3f}",
+        f"{row['flops_ratio']:.4f}",
+        f"{row['peak_ratio']:.3f} ({row['peak_bytes'] / 2**20:.0f} MiB)",
+        f"{p['trunk_forward']}f {p['trunk_backward']}b",
+        f"{p['tail_forward']}f {p['tail_backward']}b",
+        row["method"],
+    ]
+
+
+def plan(options: Options) -> list[tuple[str, tuple[Row, ...]]]:
+    """Networks with their rows."""
+    if options.layers:
+        return [(options.model or "resnet18", custom(options.layers))]
+    if options.suite == "output":
+        return [(options.model or "resnet18", OUTPUT)]
+    names = [options.model] if options.model else list(HIDDEN)
+    missing = [name for name in names if name not in HIDDEN]
+    if missing:
+        raise SystemExit(
+            f"no rows for hidden layers of {missing[0]}: use --layers, or --model {list(HIDDEN)}"
+        )
+    return [(name, HIDDEN[name]) for name in names]
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    assert set(HIDDEN) <= set(NETWORKS)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    where, results = environment(), []
+    for network, rows in plan(options):
+        results.append(measure(network, rows, options))
+        print_table(results[-1])
+    path = options.json or RESULTS / f"step_cost_{options.suite}.json"
+    save(path, {"environment": where, "steps": options.steps, "results": results})
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

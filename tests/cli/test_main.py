@@ -1,0 +1,178 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from relflat.cli.main import main
+
+SHORT = ["--epochs", "1", "--train-size", "100"]
+
+
+@pytest.fixture
+def relflat(capsys, tmp_path, monkeypatch):
+    """Run the command in this process; return exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main(list(arguments))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        text = capsys.readouterr()
+        return code, text.out, text.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "way",
+    [["plain"], ["sam", "--rho", "0.1"], ["fam", "--strength", "0.2", "--adaptive", "True"]],
+    ids=lambda w: w[0],
+)
+def test_train_prints_one_json_object(relflat, way, tmp_path):
+    code, out, err = relflat("train", "digits", "--method", *way, "--seed", "3", *SHORT, "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert answer["config"]["method"] == way[0]
+    assert answer["config"]["seed"] == 3
+    assert answer["result"]["status"] == "finished"
+    assert 0 < answer["result"]["test"]["accuracy"] < 1
+    assert (tmp_path / answer["run"] / "result.json").is_file()
+
+
+def test_train_for_people_names_the_run(relflat, tmp_path):
+    code, out, _ = relflat("train", "digits", *SHORT, "--name", "mine")
+    assert code == 0
+    assert "validation accuracy" in out
+    assert "kappa" in out
+    assert (tmp_path / "runs" / "mine" / "metrics.jsonl").is_file()
+
+
+def test_no_test_leaves_the_test_split_alone(relflat):
+    _, out, _ = relflat("train", "digits", *SHORT, "--no-test", "--json")
+    assert json.loads(out)["result"]["test"] is None
+
+
+def test_config_file_and_options_over_it(relflat, tmp_path):
+    (tmp_path / "run.toml").write_text('method = "sam"\nrho = 0.2\nseed = 4\n')
+    _, out, _ = relflat("train", "digits", *SHORT, "--config", "run.toml", "--seed", "5", "--json")
+    config = json.loads(out)["config"]
+    assert (config["method"], config["rho"], config["seed"]) == ("sam", 0.2, 5)
+
+
+def test_measure_agrees_with_training(relflat):
+    _, out, _ = relflat("train", "digits", *SHORT, "--json")
+    trained = json.loads(out)
+    code, out, err = relflat("measure", trained["run"], "--json")
+    assert (code, err) == (0, "")
+    measured = json.loads(out)
+    assert measured["layer"] == "output"
+    assert measured["value"] == pytest.approx(trained["result"]["flatness"]["value"], rel=1e-6)
+    code, out, _ = relflat("measure", trained["run"], "--layer", "fc2", "--curvature", "ggn")
+    assert code == 0
+    assert "kappa(fc2)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "digist"], "Unknown task 'digist'; did you mean 'digits'"),
+        (["train", "digits", "--method", "famm"], "did you mean 'fam'"),
+        (["train", "digits", "--rho", "1"], "'rho' is a setting of method sam"),
+        (["train", "digits", "--strenght", "1"], "--strength"),
+        (["train", "digits", "--method", "fam", "--regularize", "fc9"], "fc9"),
+        (["train", "digits", "--method", "fam", "--probes", "0"], "probes"),
+        (["train", "digits", "--epochs", "two"], "two"),
+        (["train", "digits", "--train-size", "5000"], "train_size=5000"),
+        (["train", "digits", "--config", "none.toml"], "Cannot read the config file none.toml"),
+        (["train", "fashion-mnist"], "relflat data get fashion-mnist"),
+        (["trian", "digits"], "train"),
+        (["measure", "nowhere"], "nowhere is not a run"),
+        (["data", "get", "fashion"], "did you mean 'fashion-mnist'"),
+        (["data", "get"], "Name at least one data set"),
+        (["data"], "list"),
+        ([], "train"),
+    ],
+    ids=" ".join,
+)
+def test_user_errors_leave_with_2_and_no_traceback(relflat, arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("RELFLAT_CACHE", str(tmp_path / "cache"))
+    code, out, err = relflat(*arguments)
+    assert code == 2
+    assert message in err
+    assert out == ""
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_key_in_config_file(relflat, tmp_path):
+    (tmp_path / "run.toml").write_text("sede = 4\n")
+    code, _, err = relflat("train", "digits", "--config", "run.toml")
+    assert code == 2
+    assert "Unknown config key 'sede'; did you mean 'seed'" in err
+
+
+def test_another_run_under_the_same_name(relflat):
+    relflat("train", "digits", *SHORT, "--name", "mine")
+    code, _, err = relflat("train", "digits", *SHORT, "--name", "mine", "--seed", "1")
+    assert code == 2
+    assert "other values of seed" in err
+    assert relflat("train", "digits", *SHORT, "--name", "mine", "--seed", "1", "--fresh")[0] == 0
+
+
+def test_unwritable_runs_folder(relflat, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = relflat("train", "digits", *SHORT, "--runs", "file")
+    assert code == 2
+    assert "Cannot write" in err
+
+
+def test_data_list_prints_licences(relflat):
+    code, out, _ = relflat("data", "list")
+    assert code == 0
+    assert "MIT" in out
+    _, out, _ = relflat("data", "list", "--json")
+    assert json.loads(out)["digits"]["here"] is True
+
+
+def test_data_get_of_an_embedded_set_does_nothing(relflat):
+    code, out, _ = relflat("data", "get", "digits")
+    assert code == 0
+    assert "nothing to fetch" in out
+
+
+def test_interrupt_leaves_with_130(relflat, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("relflat.lab.training.train", interrupted)
+    code, _, err = relflat("train", "digits", *SHORT)
+    assert code == 130
+    assert "goes on after the last finished epoch" in err
+
+
+def test_help_names_every_command(relflat):
+    code, out, _ = relflat("--help")
+    assert code == 0
+    assert all(name in out for name in ("train", "measure", "data"))
+
+
+def test_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "relflat", "data", "list", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["fashion-mnist"]["licence"].startswith("MIT")
+
+
+def test_core_does_not_import_the_lab():
+    code = "import sys, relflat; print([name for name in sys.modules if name.startswith('relflat.lab')])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
