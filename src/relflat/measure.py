@@ -203,18 +203,26 @@ class _Measurement:
         for i, (batch, other) in enumerate(self.batches):
             with torch.set_grad_enabled(graph):
                 outputs, targets, loss, record = self._forward(batch)
-            tensor = output_tensor(outputs)
+            tensor, samples = output_tensor(outputs), samples_in(batch)
             known = known_loss(self.loss_fn, outputs, (targets,), {})
-            scale = self._weight(outputs, targets, loss, known, i == 0, other)
             scene = Scene(
                 record.calls, loss, tensor, known, targets if known else None, record.parameters, self.scales
             )
+            self._observe(sums, scene, samples)
+            if known is not None and known.reduction == "mean" and known.normaliser(outputs, targets) == 0:
+                continue  # every target is ignored, and the mean over none is not a number
+            _check_finite(loss)
+            scale = self._weight(outputs, targets, loss, known, i == 0, other)
             step = (first_probe << 32) + i
             parts = self._estimate(estimator, scene, record, targets, outputs, step)
             graph = graph and not all(p.method == "closed_form" for p in parts.values())
-            self._add(sums, scene, parts, scale, samples_in(batch))
+            self._add(sums, scene, parts, scale)
         if sums.batches == 0:
-            raise DataError("the data is empty: no batch to measure on")
+            raise DataError(
+                "the data holds no target that counts: every one is ignored (ignore_index)"
+                if sums.samples
+                else "the data is empty: no batch to measure on"
+            )
         return sums
 
     def _forward(self, batch: Batch) -> tuple[Any, Any, Tensor, Forward]:
@@ -231,10 +239,6 @@ class _Measurement:
             ) from error
         if not isinstance(loss, Tensor):
             raise LossError(f"the loss is {type(loss).__name__}, not a tensor")
-        if not bool(torch.isfinite(loss.detach()).all()):
-            raise NonFiniteError(
-                f"the loss is {float(loss.detach().sum())} on a batch: check the model's weights, inputs, targets"
-            )
         return loss
 
     def _estimate(
@@ -291,7 +295,7 @@ class _Measurement:
             self.tap.take()
             loss_2 = float(self._loss(outputs_2, targets_2))
             both = float(self._loss(join(outputs, outputs_2), join(targets, targets_2)))
-        n_1, n_2, loss_1 = length(outputs), length(outputs_2), float(loss)
+        n_1, n_2, loss_1 = length(outputs), length(outputs_2), float(loss.detach())
         close = (1e-9 if loss.dtype == torch.float64 else 1e-4) * (
             abs(loss_1) + abs(loss_2) + abs(both) + 1e-30
         )
@@ -304,35 +308,32 @@ class _Measurement:
             "cannot be put together from batches; give all data as one batch, or use a known loss"
         )
 
+    def _observe(self, sums: Sums, scene: Scene, samples: int) -> None:
+        """What does not depend on the targets."""
+        names = [*dict.fromkeys(c.layer for c in scene.calls), *scene.parameters]
+        for name in names:
+            x, site = sums.layers.setdefault(name, LayerSums()), self._site(scene, name)
+            x.energy += math.nan if site is None else site.energy()
+            weight = Matrix.of(name, scene.parameters[name]).weight() if site is None else site.weight
+            x.weight_norm = float(torch.linalg.vector_norm(weight.detach().double()))
+        if scene.known is not None and scene.known.confidence and scene.outputs is not None:
+            sums.known = scene.known
+            sums.confidence += samples * float(scene.known.confidence(scene.outputs))
+        sums.samples += samples
+
     def _add(
-        self,
-        sums: Sums,
-        scene: Scene,
-        parts: Mapping[str, Contributions],
-        scale: tuple[float, float],
-        samples: int,
+        self, sums: Sums, scene: Scene, parts: Mapping[str, Contributions], scale: tuple[float, float]
     ) -> None:
         factor, divisor = scale
         for name, part in parts.items():
-            x = sums.layers.setdefault(name, LayerSums())
+            x = sums.layers[name]
             kappa, kappa_var = mean_and_variance(part.kappa)
             trace, trace_var = mean_and_variance(part.trace)
             x.kappa, x.kappa_var = x.kappa + factor * kappa, x.kappa_var + factor**2 * kappa_var
             x.trace, x.trace_var = x.trace + factor * trace, x.trace_var + factor**2 * trace_var
             x.method, x.exact = part.method, part.exact
-            site = self._site(scene, name)
-            x.energy += math.nan if site is None else site.energy()
-            weight = Matrix.of(name, scene.parameters[name]).weight() if site is None else site.weight
-            x.weight_norm = float(torch.linalg.vector_norm(weight.detach().double()))
         sums.loss += factor * float(scene.loss.detach().sum())
-        if scene.known is not None and scene.known.confidence and scene.outputs is not None:
-            sums.known = scene.known
-            sums.confidence += samples * float(scene.known.confidence(scene.outputs))
-        sums.samples, sums.weight, sums.batches = (
-            sums.samples + samples,
-            sums.weight + divisor,
-            sums.batches + 1,
-        )
+        sums.weight, sums.batches = sums.weight + divisor, sums.batches + 1
 
     def _site(self, scene: Scene, name: str) -> Site | None:
         calls = [c for c in scene.calls if c.layer == name]
@@ -357,3 +358,10 @@ class _Measurement:
                     m2 + phi.var(0, correction=0) * n + delta.square() * count * n / (count + n),
                 ]
         return {name: safe_std(m2 / count) for name, (count, _, m2) in moments.items()}
+
+
+def _check_finite(loss: Tensor) -> None:
+    if not bool(torch.isfinite(loss.detach()).all()):
+        raise NonFiniteError(
+            f"the loss is {float(loss.detach().sum())} on a batch: check the model's weights, inputs, targets"
+        )
