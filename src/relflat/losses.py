@@ -158,13 +158,18 @@ def known_loss(
         return known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
     for module, function, describe in _KNOWN:
         if isinstance(loss_fn, nn.Module) and type(loss_fn).forward is module.forward and not kwargs:
-            accepted = inspect.signature(function).parameters
+            accepted = _parameters(function)
             options = {k: v for k, v in vars(loss_fn).items() if k in accepted}
             options |= {k: v for k, v in loss_fn.named_buffers() if k in accepted}
             return describe(outputs, targets[0], **options)
         if loss_fn is function and not {"size_average", "reduce"} & set(kwargs):
             return describe(outputs, targets[0], **kwargs)
     return None
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _softmax_cross_entropy(

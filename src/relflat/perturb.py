@@ -19,8 +19,6 @@ from relflat.rng import Rng
 from relflat.site import safe_std
 from relflat.weight_space import Matrix, random_direction
 
-Inject = Callable[[str, Tensor], Tensor]
-
 _STENCIL = ((-2, -1.0), (-1, 16.0), (1, 16.0), (2, -1.0))
 
 

@@ -197,7 +197,7 @@ def _quadratic(operator: Operator, site: Site, u: Float[Tensor, "g t d"], gradie
     return 2 * linear - linear.detach()
 
 
-_FEW_POSITIONS = 32
+_FEW_POSITIONS = 8
 _SKETCH = 8
 
 

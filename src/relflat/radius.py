@@ -9,10 +9,9 @@ from relflat import perturb
 from relflat.errors import ConfigError
 from relflat.layers import kind_of
 from relflat.penalty import Scene, Spec
-from relflat.perturb import Inject
 from relflat.probes import Contributions
 from relflat.rng import Rng
-from relflat.tap import Tap
+from relflat.tap import Inject, Tap
 
 
 class Rise:
@@ -61,8 +60,8 @@ class Rise:
         step: int,
         again: Callable[[Inject], Tensor],
         head: Callable[[Tensor], Tensor] | None,
-    ) -> tuple[dict[str, Contributions], bool]:
-        """The rise for this step, and whether it took the head alone rather than forward passes.
+    ) -> dict[str, Contributions]:
+        """The rise for this step: from the head alone for an output layer, else from forward passes.
 
         Args:
             scene: the forward pass and its loss.
@@ -85,4 +84,4 @@ class Rise:
                 losses.append(head(moved))
         rises = torch.stack([loss - scene.loss for loss in losses]).reshape(len(losses), -1)
         names = "+".join(dict.fromkeys(c.layer for c in scene.calls))
-        return {names: Contributions(rises, None, f"radius({self.radius:g})", False)}, at_head
+        return {names: Contributions(rises, None, f"radius({self.radius:g})", False)}

@@ -11,17 +11,16 @@ from torch.utils._pytree import tree_leaves
 
 from relflat import perturb
 from relflat.errors import ConfigError, GraphError, LayerError, LossError, RelflatWarning
-from relflat.layers import weight_of
+from relflat.layers import supported_layers, weight_of
 from relflat.losses import known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor, scene_calls
-from relflat.perturb import Inject
 from relflat.probes import Contributions, Gradient
 from relflat.radius import Rise
 from relflat.record import Forward
 from relflat.resolve import Layer
 from relflat.rng import Rng
 from relflat.site import feature_std
-from relflat.tap import Tap
+from relflat.tap import Inject, Tap
 from relflat.weight_space import Matrix
 
 Again = Callable[..., Tensor]
@@ -118,7 +117,8 @@ class FAM(nn.Module):
         self._rise = None if radius is None else Rise(radius, spec, self._estimator.seed, self._tap)
         self._replays = radius is not None or method == "finite_difference"
         self._tap.keep_rng = self._replays
-        self._can_inject = radius is not None and strength == 1 and every == 1 and warmup_steps == 0
+        if self._rise is not None and strength == 1 and every == 1 and warmup_steps == 0 and probes == 1:
+            self._inject_noise(self._rise)
         self._skipped = 0
         self._last: dict[str, Any] = {}
         self._register_state_dict_hook(_without_wrapper)  # type: ignore[no-untyped-call]
@@ -132,6 +132,12 @@ class FAM(nn.Module):
                     f"gradient='weights' reaches the weight of layer {name!r} only, and that is frozen "
                     "(requires_grad=False); unfreeze it or use gradient='full'"
                 )
+
+    def _inject_noise(self, rise: Rise) -> None:
+        """Perturb the forward pass itself, unless the last layer is meant: its head alone is as cheap."""
+        last = list(supported_layers(self._tap.model))[-1:]
+        if list(self._tap.layers) != last and not self._tap.searching:
+            self._tap.injector = lambda: rise.inject(self.step)
 
     # -- use -----------------------------------------------------------------------------------------
 
@@ -150,7 +156,7 @@ class FAM(nn.Module):
             GraphError: if there was no forward pass since the last call, or the outputs are not its.
             LossError: if the loss has no curvature, or a target lies outside the classes.
         """
-        if self._can_inject and self._tap.inject is not None and self._active():
+        if self._tap.injector is not None and self._active():
             return self._injected_loss(outputs, targets, kwargs)
         task = self._task_loss(outputs, targets, kwargs)
         if not self._active():
@@ -291,10 +297,7 @@ class FAM(nn.Module):
         if again is None or not self._replays:
             return self._estimator(scene, step)
         if self._rise is not None:
-            parts, at_head = self._rise(scene, step, again, head)
-            if self._can_inject and not at_head:
-                self._tap.inject = lambda name, x: self._rise.inject(self.step)(name, x)  # type: ignore[union-attr]
-            return parts
+            return self._rise(scene, step, again, head)
         calls = {c.layer: c for c in scene.calls}
         return perturb.finite_difference(
             lambda old, new: again(change=(old, new)),

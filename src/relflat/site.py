@@ -68,7 +68,7 @@ class Site:
     def features(self) -> Float[Tensor, "g t c m"]:
         """Phi of every group and position, written out."""
         parts = [self._regroup(c.kind.features(c.module, self._input(c))) for c in self.calls]
-        phi = torch.cat(parts, dim=1)
+        phi = _joined(parts)
         return phi if self.scale is None else phi / self.scale
 
     def energy(self) -> float:
@@ -90,7 +90,7 @@ class Site:
         for call in self.calls:
             mine = b.expand(samples_of(call), -1, -1) if self.coupled else b
             parts.append(self._regroup(call.kind.project(call.module, self._input(call), mine)))
-        return torch.cat(parts, dim=1)
+        return _joined(parts)
 
     def spread(self, s: Float[Tensor, "g t c"]) -> Float[Tensor, "g t d"]:
         """Give every output its channel group's number."""
@@ -116,7 +116,7 @@ class Site:
     def join(self, grads: Sequence[Tensor]) -> Float[Tensor, "g t d"]:
         """Undo :meth:`split`: gradients with respect to the calls' outputs, as rows."""
         parts = [rows(c.kind, c.module, x) for c, x in zip(self.calls, grads, strict=True)]
-        return torch.cat([self._regroup(p.to(self.weight.dtype)) for p in parts], dim=1)
+        return _joined([self._regroup(p.to(self.weight.dtype)) for p in parts])
 
     def _input(self, call: Call) -> Tensor:
         x = call.input().detach() if self.constant else call.input()
@@ -124,6 +124,10 @@ class Site:
 
     def _regroup(self, x: Tensor) -> Tensor:
         return x.reshape(1, -1, *x.shape[2:]) if self.coupled else x
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def samples_of(call: Call) -> int:

@@ -20,6 +20,7 @@ from relflat.record import Call, Forward, same_values
 from relflat.resolve import Layer, resolve
 from relflat.rng import RngState, rng_preserved
 
+Inject = Callable[[str, Tensor], Tensor]
 _MAX_PENDING = 8
 
 
@@ -33,8 +34,9 @@ class Tap:
 
     Attributes:
         layers: the tapped layers, by qualified name.
-        inject: if set, called with ``(layer name, input)`` at each recorded call of a tapped layer; returns
-            the input to use instead.
+        injector: if set, called at the start of each recorded forward; returns a function of ``(layer name,
+            input)`` that gives the input to use at each call of a tapped layer.
+        searching: whether the output layer is yet to be found by the first forward pass.
         keep_rng: whether each record keeps the state of the random number generators at its start.
 
     The hooks hold no reference to the tap, so dropping the tap removes them. A deep copy or an unpickled
@@ -43,7 +45,7 @@ class Tap:
 
     def __init__(self, model: nn.Module, layer: Layer, when: Callable[[], bool] | None = None) -> None:
         self.layers = resolve(model, layer)
-        self._searching = layer == "output" and len(self.layers) > 1
+        self.searching = layer == "output" and len(self.layers) > 1
         self._model = weakref.ref(model)
         self._when = when
         self._depth = 0
@@ -51,7 +53,8 @@ class Tap:
         self._pending: list[Forward] = []
         self._overflow = False
         self._replaying = self.copied = False
-        self.inject: Callable[[str, Tensor], Tensor] | None = None
+        self.injector: Callable[[], Inject] | None = None
+        self._inject: Inject | None = None
         self.keep_rng = False
         self._handles: dict[str, list[Any]] = {}
         self._attach(model)
@@ -80,6 +83,7 @@ class Tap:
         if model.training if self._when is None else self._when():
             rng = RngState.now() if self.keep_rng else None
             self._open = Forward(args, kwargs, rng, grad=torch.is_grad_enabled())
+            self._inject = None if self.injector is None else self.injector()
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -90,7 +94,7 @@ class Tap:
             return
         record.outputs = output
         record.parameters = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
-        if self._searching:
+        if self.searching:
             self._narrow(record)
         if len(self._pending) == _MAX_PENDING:
             self._pending.clear()
@@ -98,9 +102,9 @@ class Tap:
         self._pending.append(record)
 
     def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if self.inject is None or not args or (self._open is None and not self._replaying):
+        if self._inject is None or not args or (self._open is None and not self._replaying):
             return None
-        return (self.inject(name, args[0]), *args[1:])
+        return (self._inject(name, args[0]), *args[1:])
 
     def _after_layer(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -137,7 +141,7 @@ class Tap:
                 handle.remove()
             del self.layers[name]
         record.calls = [c for c in record.calls if c.layer == keep]
-        self._searching = False
+        self.searching = False
 
     # -- use -----------------------------------------------------------------------------------------
 
@@ -199,7 +203,7 @@ class Tap:
     def replay(
         self,
         record: Forward,
-        inject: Callable[[str, Tensor], Tensor] | None = None,
+        inject: Inject | None = None,
         change: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         """Run a recorded forward once more with other inputs to the tapped layers, or another parameter.
@@ -216,12 +220,12 @@ class Tap:
         replaced = {name: b.clone() for name, b in model.named_buffers()}
         if change is not None:
             replaced |= {n: change[1] for n, p in model.named_parameters() if p is change[0]}
-        before, self.inject, self._replaying = self.inject, inject, True
+        self._inject, self._replaying = inject, True
         try:
             with rng_preserved(record.rng):
                 return torch.func.functional_call(model, replaced, record.args, record.kwargs)
         finally:
-            self.inject, self._replaying = before, False
+            self._inject, self._replaying = None, False
 
     def reset(self) -> None:
         """Forget the records kept so far."""
@@ -265,7 +269,7 @@ def _nothing() -> None:
 def _closed_tap() -> Tap:
     tap = object.__new__(Tap)
     tap.layers, tap._handles, tap._model = {}, {}, _nothing  # type: ignore[assignment]
-    tap._searching, tap._when, tap.inject, tap.keep_rng, tap._replaying = False, None, None, False, False
+    tap.searching, tap._when, tap.injector, tap.keep_rng, tap._replaying = False, None, None, False, False
     tap.copied = True
     tap.reset()
     return tap

@@ -23,7 +23,13 @@ CE = nn.CrossEntropyLoss
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)
+        nn.Linear(4, 6),
+        nn.BatchNorm1d(6),
+        nn.Tanh(),
+        nn.Dropout(0.5),
+        nn.Linear(6, 5),
+        nn.ReLU(),
+        nn.Linear(5, 3),
     ).double()
 
 

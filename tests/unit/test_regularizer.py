@@ -396,10 +396,26 @@ class TestRadius:
         net[0].register_forward_hook(lambda *a: runs.append(1))
         for _ in range(5):
             fam(net(x), y).backward()
-        assert len(runs) == 6  # the first step finds out that the layer is hidden
+        assert len(runs) == 5
         assert "perturbed forward" in fam.last["method"]
         net.eval()
         assert torch.equal(net(x), net(x))
+
+    def test_layers_of_equal_width_get_independent_noise(self) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)).double()
+        x = torch.randn(8, 5).double()
+        fam = FAM(CE(), net, ["0", "1"], strength=1.0, radius=0.5, adaptive=True)
+        seen = {}
+        for i in (0, 1):
+            net[i].register_forward_hook(lambda m, a, o, i=i: seen.setdefault(i, []).append(a[0].detach()))
+        fam(net(x), torch.randint(3, (8,)))
+        with torch.no_grad():
+            net.eval()
+            net(x)
+        noises = [seen[0][0] / seen[0][1] - 1, seen[1][0] / net[0](seen[0][0]).detach() - 1]
+        assert not torch.allclose(noises[0], noises[1])
+        assert all(float(n.std()) > 0.2 for n in noises)
 
     def test_hidden_layer_other_strengths_repeat_the_forward(self) -> None:
         net, (x, y) = mlp(), batch()
