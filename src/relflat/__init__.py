@@ -9,6 +9,7 @@ from relflat.errors import (
     NonFiniteError,
     RelflatError,
     RelflatWarning,
+    SecondDerivativeError,
 )
 from relflat.measure import relative_flatness, relative_flatness_by_layer
 from relflat.regularizer import FAM
@@ -27,6 +28,7 @@ __all__ = [
     "NonFiniteError",
     "RelflatError",
     "RelflatWarning",
+    "SecondDerivativeError",
     "relative_flatness",
     "relative_flatness_by_layer",
 ]

@@ -6,6 +6,7 @@ block-diagonal over rows ``p`` (samples, tokens, pixels) with the known blocks `
     kappa = sum_p ||phi_p||^2 Tr(W' A_p W)        kappa_adaptive = sum_p sum_t phi_pt^2 (W' A_p W)_tt.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,10 +47,15 @@ def logit_hessian(
     return hessian
 
 
-def kappa_rows(site: Site, hessian: LogitHessian, *, adaptive: bool) -> Float[Tensor, " p"]:
+def kappa_rows(
+    site: Site, hessian: LogitHessian, *, adaptive: bool, unit_features: bool = False
+) -> Float[Tensor, " p"]:
     """Each row's share of kappa. Cost: two products of the size of the layer's own; memory: that of phi."""
     diagonal = hessian.diagonal(site.weight)
     energy = site.features.flatten(0, 2).square()
+    if unit_features:
+        total = energy.sum(-1, keepdim=True)
+        energy = energy / torch.where(total > 0, total, 1.0)
     return (energy * diagonal).sum(-1) if adaptive else energy.sum(-1) * diagonal.sum(-1)
 
 

@@ -13,6 +13,10 @@ class GraphError(RelflatError, RuntimeError):
     """The forward pass, the loss and the criterion do not fit together (order of calls, detached tensors)."""
 
 
+class SecondDerivativeError(GraphError):
+    """An operation after the layer cannot be differentiated twice."""
+
+
 class LossError(RelflatError, ValueError):
     """The loss lacks the curvature asked for, or its scale over batches is unknown."""
 

@@ -20,7 +20,15 @@ from relflat.batches import (
     samples_in,
     undisturbed,
 )
-from relflat.errors import ConfigError, DataError, LayerError, LossError, NonFiniteError
+from relflat.errors import (
+    ConfigError,
+    DataError,
+    LayerError,
+    LossError,
+    NonFiniteError,
+    SecondDerivativeError,
+)
+from relflat.guards import Guards
 from relflat.losses import KnownLoss, known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor
 from relflat.probes import Contributions
@@ -49,6 +57,8 @@ def relative_flatness(
     rtol: float | None = None,
     adaptive: bool = False,
     normalize_features: bool = False,
+    temperature: float = 1.0,
+    unit_features: bool = False,
     forward: ForwardFn | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -73,6 +83,8 @@ def relative_flatness(
         adaptive: the adaptive form (``W' A W`` weighted feature by feature).
         normalize_features: measure the layer with features divided by their standard deviation over the data
             and its weight multiplied by it. Goes over the data twice.
+        temperature: the softmax of the closed form is that of ``logits / temperature`` (Han et al. 2025).
+        unit_features: features in the closed form have norm 1 (Han et al. 2025).
         forward: ``forward(model, batch) -> (outputs, targets)``, for batches of another kind.
         device: where to move batches; by default where the model's parameters are.
         seed: of the probes.
@@ -109,6 +121,8 @@ def relative_flatness(
         rtol=rtol,
         adaptive=adaptive,
         normalize_features=normalize_features,
+        temperature=temperature,
+        unit_features=unit_features,
         forward=forward,
         device=device,
         seed=seed,
@@ -132,6 +146,8 @@ def relative_flatness_by_layer(
     rtol: float | None = None,
     adaptive: bool = False,
     normalize_features: bool = False,
+    temperature: float = 1.0,
+    unit_features: bool = False,
     forward: ForwardFn | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -153,7 +169,16 @@ def relative_flatness_by_layer(
         raise ConfigError(f"rtol={rtol}: a positive number is needed")
     count = _DEFAULT_PROBES if probes is None else probes
     spec = Spec(
-        curvature, method, count, adaptive, normalize_features, gradient=None, trace=True, exact_up_to=64
+        curvature,
+        method,
+        count,
+        adaptive,
+        normalize_features,
+        gradient=None,
+        trace=True,
+        exact_up_to=64,
+        temperature=temperature,
+        unit_features=unit_features,
     )
     if method == "finite_difference" and curvature != "hessian":
         raise ConfigError("method='finite_difference' estimates the Hessian: curvature must be 'hessian'")
@@ -192,6 +217,7 @@ class _Measurement:
     spec: Spec
     seed: int
     scales: dict[str, Tensor] = field(default_factory=dict)
+    guards: Guards = field(default_factory=Guards)
     _additive: str | None = None  # how an unknown loss adds up over batches
 
     def sweep(self, first_probe: int, probes: int | None = None) -> Sums:
@@ -245,7 +271,12 @@ class _Measurement:
         self, estimator: Estimator, scene: Scene, record: Forward, targets: Any, outputs: Any, step: int
     ) -> dict[str, Contributions]:
         if self.spec.method != "finite_difference":
-            return estimator(scene, step)
+            try:
+                return estimator(scene, step)
+            except SecondDerivativeError as error:
+                if self.spec.method != "auto" or self.spec.curvature != "hessian":
+                    raise
+                self.guards.falls_back(error)
 
         def run(old: Tensor, new: Tensor) -> Tensor:
             with torch.no_grad():

@@ -5,14 +5,14 @@ the layer's weight or the trunk before it.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from relflat.errors import GraphError, LossError
-from relflat.record import Call
+from relflat.errors import GraphError, LossError, SecondDerivativeError
+from relflat.record import Call, ancestors
 
 Direction = Sequence[Tensor]
 
@@ -128,17 +128,41 @@ def differentiate(
         raise _explained(error) from error
 
 
+def check_differentiable_again(value: Tensor) -> None:
+    """Refuse a value whose gradient would meet an operation that has no second derivative.
+
+    Raises:
+        SecondDerivativeError: naming the operation and the remedy.
+    """
+    for node in ancestors(value.grad_fn):
+        if node.name() == "torch::autograd::NotImplemented":
+            raise _explained(_error_of(node))
+
+
+def _error_of(node: Any) -> RuntimeError:
+    """What the node would say if it were reached; it takes as many tensors as its operation has outputs."""
+    for count in range(1, 9):
+        try:
+            node(*[torch.zeros(())] * count)
+        except TypeError:
+            continue
+        except RuntimeError as error:
+            return error
+    return RuntimeError("derivative is not implemented")
+
+
 def _explained(error: RuntimeError) -> Exception:
-    text = str(error)
+    text = str(error).splitlines()[0]
     if "margin_loss_backward" in text:
         return LossError(
-            f"a hinge loss has no Hessian at its kink and a zero one elsewhere ({text.splitlines()[0]}); use a "
-            "smooth loss, or FAM(..., radius=...)"
+            f"a hinge loss has no Hessian at its kink and a zero one elsewhere ({text}); use a smooth loss, or "
+            "FAM(..., radius=...)"
         )
     markers = ("is not implemented", "once_differentiable", "does not support double backward")
     if any(m in text for m in markers):
-        return GraphError(
-            f"an operation after the layer cannot be differentiated twice ({text.splitlines()[0]}); use "
-            "method='finite_difference', or for attention torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        return SecondDerivativeError(
+            f"an operation after the layer cannot be differentiated twice ({text}); use gradient='frozen' with "
+            "curvature='ggn', or method='finite_difference' with curvature='hessian', or for attention "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )
     return error

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from relflat import closed_form, probes
 from relflat.errors import ConfigError, GraphError, LossError
 from relflat.losses import KnownLoss
-from relflat.operators import GGNOperator, HessianOperator, Operator
+from relflat.operators import GGNOperator, HessianOperator, Operator, check_differentiable_again
 from relflat.probes import Contributions, Gradient
 from relflat.record import Call, Forward, depends_on, feeds_itself, same_values
 from relflat.rng import Rng
@@ -35,6 +35,8 @@ class Spec:
         normalize: divide features by their standard deviation (and multiply the weight by it).
         gradient: which derivatives of kappa are kept; None for measuring (no graph).
         trace: whether ``Tr H`` is wanted too.
+        temperature: the softmax in the closed form is that of ``logits / temperature`` (Han et al. 2025).
+        unit_features: features in the closed form have norm 1 (Han et al. 2025).
         exact_up_to: largest number of products for which ``"auto"`` prefers a sum over a basis; in training
             for output layers only, whose products cost nothing but the loss.
     """
@@ -47,6 +49,8 @@ class Spec:
     gradient: Gradient | None = "full"
     trace: bool = False
     exact_up_to: int = 16
+    temperature: float = 1.0
+    unit_features: bool = False
 
     def __post_init__(self) -> None:
         choices = [("curvature", Curvature), ("method", Method), ("gradient", Gradient)]
@@ -56,6 +60,8 @@ class Spec:
                 raise ConfigError(f"{name}={value!r}: choose one of {list(get_args(allowed))}")
         if self.probes < 1:
             raise ConfigError(f"probes={self.probes}: at least one product is needed")
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature={self.temperature}: a positive number is needed")
 
     @property
     def mode(self) -> Gradient:
@@ -97,6 +103,7 @@ class Estimator:
     def __init__(self, spec: Spec, seed: int) -> None:
         self.spec, self.seed = spec, seed
         self._coupled: dict[tuple[str, bool], bool] = {}
+        self._checked = False
 
     def __call__(self, scene: Scene, step: int) -> dict[str, Contributions]:
         """The contributions to kappa of every tapped layer, each with its method.
@@ -113,6 +120,10 @@ class Estimator:
             pooled: list[list[Call]] = []
             for layer, calls in by_layer.items():
                 reason = closed_form.why_not(calls, scene.outputs, scene.known)
+                if reason and (spec.temperature != 1 or spec.unit_features):
+                    raise ConfigError(
+                        f"temperature, unit_features change the closed form, and layer {layer!r} has none: {reason}"
+                    )
                 if spec.method == "closed_form" and reason:
                     raise LossError(f"no closed form for layer {layer!r}: {reason}; use method='auto'")
                 if reason is None and spec.method in ("auto", "closed_form"):
@@ -136,6 +147,10 @@ class Estimator:
                         f"normalize_features needs features, and {layer!r} is a parameter; name a layer"
                     )
                 found[layer] = self._in_weight(scene, Matrix.of(layer, parameter), None, rng)
+        if spec.create_graph and not self._checked:
+            for part in found.values():
+                check_differentiable_again(part.kappa)
+            self._checked = True
         return {layer: found[layer] for layer in (*by_layer, *scene.parameters)}
 
     def _scale(self, scene: Scene, calls: list[Call]) -> Tensor | None:
@@ -153,9 +168,12 @@ class Estimator:
         assert scene.outputs is not None
         assert scene.targets is not None
         site = self._site(scene, calls)
-        hessian = closed_form.logit_hessian(site, scene.known, scene.outputs, scene.targets)
+        outputs = scene.outputs if self.spec.temperature == 1 else scene.outputs / self.spec.temperature
+        hessian = closed_form.logit_hessian(site, scene.known, outputs, scene.targets)
         hessian = hessian if self.spec.mode == "full" else hessian.detach()
-        kappa = closed_form.kappa_rows(site, hessian, adaptive=self.spec.adaptive)[None]
+        kappa = closed_form.kappa_rows(
+            site, hessian, adaptive=self.spec.adaptive, unit_features=self.spec.unit_features
+        )[None]
         trace = closed_form.trace_rows(site, hessian)[None] if self.spec.trace else None
         return Contributions(kappa, trace, "closed_form", True)
 

@@ -118,7 +118,7 @@ def same_values(call: Call, tensor: Float[Tensor, "..."], output: Float[Tensor, 
 def depends_on(tensor: Tensor, calls: Sequence[Call]) -> list[Call]:
     """The calls whose outputs the tensor was computed from; one walk over its graph."""
     wanted = {c.edge.node: c for c in calls if c.edge is not None}
-    found = [wanted[node] for node in _ancestors(tensor.grad_fn) if node in wanted]
+    found = [wanted[node] for node in ancestors(tensor.grad_fn) if node in wanted]
     return [c for c in calls if c in found]
 
 
@@ -127,7 +127,8 @@ def feeds_itself(calls: Sequence[Call]) -> bool:
     return any(depends_on(later.phi, calls[:i]) for i, later in enumerate(calls) if i)
 
 
-def _ancestors(root: Node | None) -> Iterator[Node]:
+def ancestors(root: Node | None) -> Iterator[Node]:
+    """All nodes of the graph that a node leads to, itself included."""
     seen, stack = {root}, [root]
     while stack:
         node = stack.pop()

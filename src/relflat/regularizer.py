@@ -1,7 +1,6 @@
 """FAM: relative flatness aware minimization (Adilova et al. 2023), as a criterion around the criterion."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from relflat import perturb
-from relflat.errors import ConfigError, GraphError, LayerError, LossError, RelflatWarning
+from relflat.errors import ConfigError, GraphError, LayerError, LossError, SecondDerivativeError
+from relflat.guards import Guards
 from relflat.layers import supported_layers, weight_of
 from relflat.losses import known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor, scene_calls
@@ -54,6 +54,9 @@ class FAM(nn.Module):
         warmup_steps: the strength rises linearly from 0 over so many calls.
         normalize_features: kappa of the layer with its features divided by their standard deviation over the
             batch and its weight multiplied by it.
+        temperature: for an output layer with cross-entropy: kappa with the softmax of ``logits / temperature``,
+            so that confidence hides less of it (Han et al. 2025 use 2).
+        unit_features: for an output layer with a known loss: kappa with features of norm 1 (Han et al. 2025).
         seed: of the probes. By default ``torch.initial_seed()``. No global random numbers are used.
 
     Cost: output layer with a known loss: no extra pass. Other layers, ``"ggn"``: one more backward of the part
@@ -94,10 +97,21 @@ class FAM(nn.Module):
         every: int = 1,
         warmup_steps: int = 0,
         normalize_features: bool = False,
+        temperature: float = 1.0,
+        unit_features: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        spec = Spec(curvature, method, probes, adaptive, normalize_features, gradient)
+        spec = Spec(
+            curvature,
+            method,
+            probes,
+            adaptive,
+            normalize_features,
+            gradient,
+            temperature=temperature,
+            unit_features=unit_features,
+        )
         if not math.isfinite(strength):
             raise ConfigError(f"strength={strength}: a finite number is needed")
         if radius is not None and not radius > 0:
@@ -116,10 +130,10 @@ class FAM(nn.Module):
         self._estimator = Estimator(spec, torch.initial_seed() if seed is None else seed)
         self._rise = None if radius is None else Rise(radius, spec, self._estimator.seed, self._tap)
         self._replays = radius is not None or method == "finite_difference"
-        self._tap.keep_rng = self._replays
+        self._tap.keep_rng = self._replays or (method == "auto" and curvature == "hessian")
         if self._rise is not None and strength == 1 and every == 1 and warmup_steps == 0 and probes == 1:
             self._inject_noise(self._rise)
-        self._skipped = 0
+        self._guards = Guards()
         self._last: dict[str, Any] = {}
         self._register_state_dict_hook(_without_wrapper)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_wrapper)  # type: ignore[no-untyped-call]
@@ -209,8 +223,9 @@ class FAM(nn.Module):
         """The last step in numbers.
 
         Keys: ``task``, ``penalty`` (``strength * kappa`` as added), ``total``; in training also ``kappa`` (or
-        the loss increase, with ``radius``), ``by_layer``, ``method``, ``strength`` (after warm-up) and
-        ``skipped`` (penalties left out so far as they were not finite).
+        the loss increase, with ``radius``), ``by_layer``, ``method``, ``strength`` (after warm-up), ``skipped``
+        (penalties left out so far as they were not finite) and ``collapsed`` (features or outputs that did not
+        depend on the input when last looked at, every tenth step).
         """
         return {k: _number(v) for k, v in self._last.items()}
 
@@ -270,24 +285,22 @@ class FAM(nn.Module):
         self.step += 1
         penalty: Tensor | None = None
         report: dict[str, Any] = {"task": task, "penalty": 0.0, "total": task, "strength": strength}
-        if not bool(torch.isfinite(scene.loss.detach()).all()):
-            self._skip("the task loss", scene.loss)
-        elif strength != 0:
+        if self._guards.finite("the task loss", scene.loss, step) and strength != 0:
             parts = self._contributions(scene, step, again, head)
             kappas = {layer: part.kappa for layer, part in parts.items()}
-            value = _shaped(kappas, scene.loss)
-            for layer, kappa in kappas.items():
-                if not bool(torch.isfinite(kappa.detach()).all()):
-                    self._skip(f"kappa of layer {layer!r}", kappa)
-                    break
-            else:
+            if all(self._guards.finite(f"kappa of layer {k!r}", v, step) for k, v in kappas.items()):
+                value = _shaped(kappas, scene.loss)
                 penalty = strength * value
                 report["penalty"] = penalty.detach().mean()
                 report["total"] = task + report["penalty"]
                 report["kappa"] = value.detach().mean()
+            if self._estimator.spec.curvature == "hessian" and self._rise is None and strength > 0:
+                for layer, kappa in kappas.items():
+                    self._guards.negative(layer, kappa)
             report["by_layer"] = {k: v.detach().mean(0).sum() for k, v in kappas.items()}
             report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
-        self._last = report | {"skipped": self._skipped}
+        self._guards.collapse(step, _watched(scene))
+        self._last = report | {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
         return penalty
 
     def _contributions(
@@ -295,7 +308,13 @@ class FAM(nn.Module):
     ) -> dict[str, Contributions]:
         spec = self._estimator.spec
         if again is None or not self._replays:
-            return self._estimator(scene, step)
+            try:
+                return self._estimator(scene, step)
+            except SecondDerivativeError as error:
+                if again is None or spec.method != "auto" or spec.curvature != "hessian":
+                    raise
+                self._guards.falls_back(error)
+                self._replays = True
         if self._rise is not None:
             return self._rise(scene, step, again, head)
         calls = {c.layer: c for c in scene.calls}
@@ -313,6 +332,8 @@ class FAM(nn.Module):
         """Strength 1: the forward pass was perturbed itself, and task loss plus penalty is its loss."""
         self._tap.take()
         total = self._task_loss(outputs, targets, kwargs)
+        tensor = output_tensor(outputs)
+        self._guards.collapse(self.step, {} if tensor is None else {"the outputs": tensor})
         self.step += 1
         self._last = {
             "task": math.nan,
@@ -320,20 +341,16 @@ class FAM(nn.Module):
             "total": total.detach().mean(),
             "strength": 1.0,
             "method": f"radius({self.radius:g}), perturbed forward",
-            "skipped": self._skipped,
+            "skipped": self._guards.skipped,
+            "collapsed": self._guards.collapsed,
         }
         return total
 
-    def _skip(self, what: str, value: Tensor) -> None:
-        self._skipped += 1
-        if self._skipped == 1:
-            bad = value.detach()[~torch.isfinite(value.detach())].reshape(-1)[0].item()
-            warnings.warn(
-                f"{what} is {bad} at step {self.step - 1}: the penalty is left out of this step and of any like it "
-                "(counted in last['skipped']); lower the learning rate or strength, or check the inputs",
-                RelflatWarning,
-                stacklevel=4,
-            )
+
+def _watched(scene: Scene) -> dict[str, Tensor]:
+    """What should depend on the input."""
+    found = {f"the features of layer {c.layer!r}": c.phi for c in scene.calls}
+    return found if scene.outputs is None else found | {"the outputs": scene.outputs}
 
 
 def _shaped(kappas: Mapping[str, Tensor], task: Tensor) -> Tensor:

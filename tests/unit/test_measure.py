@@ -197,7 +197,7 @@ class TestBadInput:
 
     def test_a_batch_of_another_kind(self) -> None:
         x, y = data()
-        with pytest.raises(DataError, match="tuple of length 3.*forward="):
+        with pytest.raises(DataError, match=r"tuple of length 3.*forward="):
             relative_flatness(mlp(), CE(), [(x, y, y)], layer="output")
         with pytest.raises(DataError, match="without 'labels'"):
             relative_flatness(mlp(), CE(), [{"x": x}], layer="output")

@@ -245,7 +245,7 @@ class TestLosses:
 
     def test_two_views_of_a_batch(self) -> None:
         """Two forward passes and one loss: kappa counts the layer's use in both."""
-        net, (x, y) = mlp(), batch()
+        net, (x, _) = mlp(), batch()
         exact = FAM(
             lambda a, b: (a - b).square().mean(), net, "2", strength=1.0, curvature="hessian", method="exact"
         )

@@ -108,7 +108,7 @@ class TestOrder:
     def test_before_any_forward(self) -> None:
         net = mlp()
         fam = FAM(nn.CrossEntropyLoss(), net, "output", strength=1.0)
-        x, y = batch()
+        _, y = batch()
         with pytest.raises(GraphError, match="no training forward pass"):
             fam(torch.zeros(6, 3, requires_grad=True), y)
 

@@ -1,0 +1,90 @@
+"""What can go wrong while training with a penalty, watched for and said once: not a number, negative, collapsed."""
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from relflat.errors import RelflatWarning
+
+_EVERY = 10
+_SPREAD = 1e-3
+_PATIENCE = 5
+
+
+class Guards:
+    """Checks of each step; every kind of trouble is said once, as a :class:`RelflatWarning`.
+
+    Attributes:
+        skipped: how often a penalty was left out as something was not finite.
+        collapsed: names of what did not vary over the samples of a batch when last looked at.
+    """
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        self.collapsed: list[str] = []
+        self._in_a_row: dict[str, int] = {}
+        self._said: set[str] = set()
+
+    def finite(self, what: str, value: Tensor, step: int) -> bool:
+        """Whether all of a tensor is finite; counts where it is not."""
+        value = value.detach()
+        if bool(torch.isfinite(value).all()):
+            return True
+        self.skipped += 1
+        bad = float(value[~torch.isfinite(value)].reshape(-1)[0])
+        self._say(
+            "finite",
+            f"{what} is {bad} at step {step}: the penalty is left out of this step and of any like it (counted in "
+            "last['skipped']); lower the learning rate or strength, or check the inputs",
+        )
+        return False
+
+    def negative(self, layer: str, kappa: Tensor) -> None:
+        """Say that a Hessian's kappa went below zero, where less is not flatter."""
+        value = float(kappa.detach().mean(0).sum())
+        if value < 0:
+            self._say(
+                "negative",
+                f"kappa of layer {layer!r} by the Hessian is {value:.3g}: away from a minimum it may be so, and "
+                "minimising it then seeks negative curvature, not flatness; curvature='ggn' is never negative",
+            )
+
+    def falls_back(self, reason: Exception) -> None:
+        """Say that finite differences stand in for derivatives."""
+        self._say("falls back", f"kappa is estimated by finite differences from now on, as {reason}")
+
+    def collapse(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Look, every ``_EVERY`` steps, whether tensors (samples first) still depend on the input.
+
+        The skull experiment of the FAM paper ended in a constant: from strength .02 on all of its metrics were
+        the same on two evaluation sets. Such a network has a small kappa, so kappa does not show it.
+        """
+        if step % _EVERY:
+            return
+        self.collapsed = [
+            n for n, t in tensors.items() if t.ndim > 1 and t.shape[0] > 1 and spread(t) < _SPREAD
+        ]
+        for name in tensors:
+            self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if name in self.collapsed else 0
+            if self._in_a_row[name] == _PATIENCE:
+                self._say(
+                    f"collapse {name}",
+                    f"{name} no longer depend on the input: over the last {_PATIENCE * _EVERY} steps they varied by "
+                    f"less than {_SPREAD:g} of their size from sample to sample. The network has collapsed to a "
+                    "constant, which is flat and useless; lower strength or radius",
+                )
+
+    def _say(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(message, RelflatWarning, stacklevel=6)
+
+
+def spread(x: Tensor) -> float:
+    """Root mean square deviation from the batch mean over the root mean square; 1 for all zeros."""
+    x = x.detach()
+    x = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x.float()
+    size = float(x.square().mean())
+    return float((x - x.mean(0)).square().mean() / size) ** 0.5 if size > 0 else 1.0

@@ -1,0 +1,117 @@
+"""Guards: said once, counted, and the training untouched."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from relflat import FAM, RelflatWarning, SecondDerivativeError, relative_flatness
+from relflat.guards import spread
+
+CE = nn.CrossEntropyLoss
+
+
+def data(n: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, 4, generator=g), torch.randint(3, (n,), generator=g)
+
+
+class TestNegative:
+    def test_a_negative_exact_kappa_is_said_once_and_offers_the_ggn(self) -> None:
+        x, y = data()
+        for seed in range(50):
+            torch.manual_seed(seed)
+            net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+            if relative_flatness(net, CE(), (x, y), layer="0", method="exact").value < 0:
+                break
+        fam = FAM(CE(), net, "0", strength=1.0, curvature="hessian", method="exact")
+        with pytest.warns(RelflatWarning, match=r"kappa of layer '0' by the Hessian is -.*curvature='ggn'"):
+            fam(net(x), y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fam(net(x), y)
+
+
+class TestCollapse:
+    def test_a_network_that_became_constant_raises_the_alarm(self) -> None:
+        torch.manual_seed(0)
+        x, y = data()
+        net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        fam = FAM(CE(), net, "output", strength=0.1)
+        fam(net(x), y)
+        assert fam.last["collapsed"] == []
+        with torch.no_grad():
+            net[0].weight.zero_()
+        with pytest.warns(RelflatWarning, match="no longer depend on the input"):
+            for _ in range(60):
+                fam(net(x), y)
+        assert fam.last["collapsed"] == ["the features of layer '2'", "the outputs"]
+
+    def test_spread(self) -> None:
+        assert spread(torch.ones(4, 3)) == 0
+        assert spread(torch.zeros(4, 3)) == 1
+        assert spread(torch.randn(1000, 3)) == pytest.approx(1, rel=0.01)
+
+
+class Attention(nn.Module):
+    """An embedding, attention by the fused kernel, classes: no second derivative after the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.enter(x)[:, None]
+        h = F.scaled_dot_product_attention(h, h, h)
+        return self.head(h[:, 0].mean(1))
+
+
+class TestFallback:
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(6, 5, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def test_hessian_falls_back_to_finite_differences_and_says_so(self) -> None:
+        x, y = self.tokens()
+        net = Attention()
+        fam = FAM(CE(), net, "enter", strength=0.01, curvature="hessian")
+        with pytest.warns(RelflatWarning, match=r"finite differences.*scaled_dot_product"):
+            fam(net(x), y).backward()
+        assert "finite_difference(hessian" in fam.last["method"]
+        with pytest.warns(RelflatWarning, match="finite differences"):
+            flat = relative_flatness(Attention(), CE(), (x, y), layer="enter", probes=64)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            want = relative_flatness(Attention(), CE(), (x, y), layer="enter", method="exact").value
+        assert abs(flat.value - want) < 5 * flat.stderr
+
+    def test_ggn_in_training_says_what_to_do_before_backward_fails(self) -> None:
+        x, y = self.tokens()
+        net = Attention()
+        fam = FAM(CE(), net, "enter", strength=0.01)
+        with pytest.raises(SecondDerivativeError, match=r"scaled_dot_product.*gradient='frozen'"):
+            fam(net(x), y)
+        frozen = FAM(CE(), net, "enter", strength=0.01, gradient="frozen")
+        frozen(net(x), y).backward()
+        assert frozen.last["kappa"] > 0
+
+    def test_measuring_the_ggn_needs_first_derivatives_only(self) -> None:
+        x, y = self.tokens()
+        flat = relative_flatness(Attention(), CE(), (x, y), layer="enter", curvature="ggn", method="probe")
+        assert flat.value > 0
+
+
+class TestHanEtAl:
+    def test_temperature_and_unit_features(self) -> None:
+        torch.manual_seed(0)
+        x, y = data()
+        net = nn.Linear(4, 3)
+        p = (net(x) / 2).softmax(-1).detach()
+        w = net.weight.detach()
+        variance = (p @ w.square() - (p @ w).square()).sum(-1)
+        flat = relative_flatness(net, CE(), (x, y), layer="output", temperature=2.0, unit_features=True)
+        assert flat.value == pytest.approx(float(variance.mean()), rel=1e-5)
+        fam = FAM(CE(), net, "output", strength=1.0, temperature=2.0)
+        fam(net(x), y)
+        assert fam.last["kappa"] == pytest.approx(float((x.square().sum(-1) * variance).mean()), rel=1e-5)
