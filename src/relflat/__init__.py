@@ -11,6 +11,13 @@ from relflat.errors import (
     RelflatWarning,
     SecondDerivativeError,
 )
+from relflat.landscape import (
+    Estimate,
+    feature_robustness,
+    max_eigenvalue_flatness,
+    per_sample_flatness,
+    representativeness,
+)
 from relflat.measure import relative_flatness, relative_flatness_by_layer
 from relflat.regularizer import FAM
 from relflat.result import Flatness
@@ -21,6 +28,7 @@ __all__ = [
     "FAM",
     "ConfigError",
     "DataError",
+    "Estimate",
     "Flatness",
     "GraphError",
     "LayerError",
@@ -29,6 +37,10 @@ __all__ = [
     "RelflatError",
     "RelflatWarning",
     "SecondDerivativeError",
+    "feature_robustness",
+    "max_eigenvalue_flatness",
+    "per_sample_flatness",
     "relative_flatness",
     "relative_flatness_by_layer",
+    "representativeness",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relflat.layers import rows
 from relflat.losses import DiagonalHessian, KnownLoss, LogitHessian
-from relflat.record import Call, same_values
+from relflat.record import Call, same_memory, same_values
 from relflat.site import Site
 
 
@@ -32,6 +32,15 @@ def why_not(calls: list[Call], outputs: Tensor | None, known: KnownLoss | None) 
             return "the loss's classes are not the layer's outputs"
         aligned = same_values(call, known.classes_last(outputs), call.outputs_last())
     return None if aligned else "something is computed between the layer's output and the loss"
+
+
+def seen_without_graph(call: Call, outputs: Tensor | None, known: KnownLoss | None) -> bool:
+    """Whether the outputs can be recognised as the layer's under ``no_grad``: they share its memory."""
+    if known is None or outputs is None:
+        return False
+    if known.elementwise:
+        return same_memory(outputs, call.output)
+    return same_memory(known.classes_last(outputs), call.outputs_last())
 
 
 def logit_hessian(

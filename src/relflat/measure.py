@@ -1,13 +1,14 @@
 """Relative flatness of layers over a data set, with its error."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from relflat import perturb
+from relflat import closed_form, perturb
 from relflat.batches import (
     Batch,
     Batches,
@@ -38,7 +39,7 @@ from relflat.result import Flatness
 from relflat.rng import Rng
 from relflat.site import Site, safe_std
 from relflat.sums import LayerSums, Sums, mean_and_variance
-from relflat.tap import Tap
+from relflat.tap import Inject, Tap
 from relflat.weight_space import Matrix
 
 _DEFAULT_PROBES = 16
@@ -182,25 +183,44 @@ def relative_flatness_by_layer(
     )
     if method == "finite_difference" and curvature != "hessian":
         raise ConfigError("method='finite_difference' estimates the Hessian: curvature must be 'hessian'")
+    with measuring(
+        model, loss_fn, data, layer, spec, forward=forward, device=device, seed=seed
+    ) as measurement:
+        if rtol is not None:
+            measurement.batches.must_be_repeatable("rtol")
+        if normalize_features:
+            measurement.scales = measurement.feature_scales()
+        sums = measurement.sweep(0)
+        while rtol is not None and (short := sums.short_of(rtol)):
+            if sums.probes * 2 > _MOST_PROBES:
+                raise ConfigError(
+                    f"rtol={rtol} is out of reach: after {sums.probes} probes {short}; ask for less, or use "
+                    "method='exact'"
+                )
+            sums.merge(measurement.sweep(sums.probes, probes=sums.probes))
+        return sums.results(spec)
+
+
+@contextmanager
+def measuring(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    data: Iterable[Batch] | Batch,
+    layer: Layer,
+    spec: Spec,
+    *,
+    forward: ForwardFn | None,
+    device: torch.device | str | None,
+    seed: int,
+) -> Iterator["Measurement"]:
+    """Tap a model for a measurement: evaluation mode and nothing disturbed inside, hooks gone after it."""
     recording = Switch()
     tap = Tap(model, layer, when=lambda: recording.on)
-    tap.keep_rng = method == "finite_difference"
     place = device_of(model) if device is None else torch.device(device)
-    batches = Batches(data, forward or default_forward, place)
     try:
+        batches = Batches(data, forward or default_forward, place)
         with undisturbed(model), recording:
-            measurement = _Measurement(model, loss_fn, tap, batches, spec, seed)
-            if normalize_features:
-                measurement.scales = measurement.feature_scales()
-            sums = measurement.sweep(0)
-            while rtol is not None and (short := sums.short_of(rtol)):
-                if sums.probes * 2 > _MOST_PROBES:
-                    raise ConfigError(
-                        f"rtol={rtol} is out of reach: after {sums.probes} probes {short}; ask for less, or "
-                        "use method='exact'"
-                    )
-                sums.merge(measurement.sweep(sums.probes, probes=sums.probes))
-            return sums.results(spec)
+            yield Measurement(model, loss_fn, tap, batches, spec, seed)
     finally:
         tap.close()
 
@@ -209,7 +229,9 @@ def relative_flatness_by_layer(
 
 
 @dataclass
-class _Measurement:
+class Measurement:
+    """A model, a loss and data under measurement, one sweep at a time."""
+
     model: nn.Module
     loss_fn: Callable[..., Any]
     tap: Tap
@@ -218,6 +240,8 @@ class _Measurement:
     seed: int
     scales: dict[str, Tensor] = field(default_factory=dict)
     guards: Guards = field(default_factory=Guards)
+    _without_graph: bool = False  # whether later batches can run under no_grad
+    _now: Any = None  # record, outputs and targets of the last batch
     _additive: str | None = None  # how an unknown loss adds up over batches
 
     def sweep(self, first_probe: int, probes: int | None = None) -> Sums:
@@ -225,23 +249,12 @@ class _Measurement:
         spec = self.spec if probes is None else replace(self.spec, probes=probes)
         estimator = Estimator(spec, self.seed)
         sums = Sums({}, spec.probes)
-        graph = True
-        for i, (batch, other) in enumerate(self.batches):
-            with torch.set_grad_enabled(graph):
-                outputs, targets, loss, record = self._forward(batch)
-            tensor, samples = output_tensor(outputs), samples_in(batch)
-            known = known_loss(self.loss_fn, outputs, (targets,), {})
-            scene = Scene(
-                record.calls, loss, tensor, known, targets if known else None, record.parameters, self.scales
-            )
-            self._observe(sums, scene, samples)
-            if known is not None and known.reduction == "mean" and known.normaliser(outputs, targets) == 0:
-                continue  # every target is ignored, and the mean over none is not a number
-            _check_finite(loss)
-            scale = self._weight(outputs, targets, loss, known, i == 0, other)
+        for i, (scene, scale) in enumerate(self.scenes(sums)):
             step = (first_probe << 32) + i
-            parts = self._estimate(estimator, scene, record, targets, outputs, step)
-            graph = graph and not all(p.method == "closed_form" for p in parts.values())
+            parts = self._estimate(estimator, scene, step)
+            self._without_graph = all(p.method == "closed_form" for p in parts.values()) and all(
+                closed_form.seen_without_graph(c, scene.outputs, scene.known) for c in scene.calls
+            )
             self._add(sums, scene, parts, scale)
         if sums.batches == 0:
             raise DataError(
@@ -250,6 +263,42 @@ class _Measurement:
                 else "the data is empty: no batch to measure on"
             )
         return sums
+
+    def scenes(self, sums: Sums | None = None) -> Iterator[tuple[Scene, tuple[float, float]]]:
+        """Run the model over the data.
+
+        Yields:
+            for each batch the pass and its loss, with what the loss is multiplied by to be added up and what
+            it adds to the divisor of the sum. Batches whose every target is ignored only go into ``sums``.
+        """
+        self._without_graph = False
+        for i, (batch, other) in enumerate(self.batches):
+            with torch.set_grad_enabled(not self._without_graph):
+                outputs, targets, loss, record = self._forward(batch)
+            known = known_loss(self.loss_fn, outputs, (targets,), {})
+            self._now = (record, outputs, targets)
+            scene = Scene(
+                record.calls,
+                loss,
+                output_tensor(outputs),
+                known,
+                targets if known else None,
+                record.parameters,
+                self.scales,
+            )
+            if sums is not None:
+                self._observe(sums, scene, samples_in(batch))
+            if known is not None and known.reduction == "mean" and known.normaliser(outputs, targets) == 0:
+                continue  # every target is ignored, and the mean over none is not a number
+            _check_finite(loss)
+            yield scene, self._weight(outputs, targets, loss, known, i == 0, other)
+
+    def loss_again(self, inject: Inject | None = None, change: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The loss of the last batch with other inputs to the layer or another parameter; one forward pass."""
+        record, outputs, targets = self._now
+        with torch.no_grad():
+            replayed = self.tap.replay(record, inject, change)
+            return self._loss(replayed if outputs is record.outputs else output_tensor(replayed), targets)
 
     def _forward(self, batch: Batch) -> tuple[Any, Any, Tensor, Forward]:
         outputs, targets = self.batches.forward(self.model, batch)
@@ -267,9 +316,7 @@ class _Measurement:
             raise LossError(f"the loss is {type(loss).__name__}, not a tensor")
         return loss
 
-    def _estimate(
-        self, estimator: Estimator, scene: Scene, record: Forward, targets: Any, outputs: Any, step: int
-    ) -> dict[str, Contributions]:
+    def _estimate(self, estimator: Estimator, scene: Scene, step: int) -> dict[str, Contributions]:
         if self.spec.method != "finite_difference":
             try:
                 return estimator(scene, step)
@@ -277,15 +324,9 @@ class _Measurement:
                 if self.spec.method != "auto" or self.spec.curvature != "hessian":
                     raise
                 self.guards.falls_back(error)
-
-        def run(old: Tensor, new: Tensor) -> Tensor:
-            with torch.no_grad():
-                replayed = self.tap.replay(record, change=(old, new))
-                return self._loss(replayed if outputs is record.outputs else output_tensor(replayed), targets)
-
         with torch.no_grad():
             return perturb.finite_difference(
-                run,
+                lambda old, new: self.loss_again(change=(old, new)),
                 scene.loss,
                 [Matrix.of(name, target) for name, target in self.tap.layers.items()],
                 probes=estimator.spec.probes,
