@@ -1,0 +1,263 @@
+"""The documents are true: code runs and prints what is shown, links resolve, commands parse, nothing is missing."""
+
+import ast
+import inspect
+import json
+import re
+import runpy
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from code_blocks import WHY_NOT_RUN, blocks, same_output
+
+import relflat
+from relflat import reference, reparam
+from relflat.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+GALLERY = sorted((ROOT / "docs" / "gallery").glob("*.py"))
+SECONDS = 20  # of processor time, for one example
+
+
+def _id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def _as_found(tmp_path, monkeypatch):
+    """Run in an empty folder, and put back what examples may change for the whole process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+
+
+# -- code ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=_id)
+def test_python_blocks_run_and_print_what_is_shown(page, capsys):
+    names = {"__name__": "docs"}
+    for block in blocks(page):
+        if block.language != "python":
+            continue
+        code = compile("\n" * block.line + block.text, str(page), "exec")
+        exec(code, names)
+        printed = capsys.readouterr().out
+        if block.printed is not None:
+            assert same_output(block.printed, printed), f"{page.name}:{block.line} printed\n{printed}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_every_block_runs_or_has_a_reason_not_to(page):
+    for block in blocks(page):
+        assert block.language == "python" or block.language in WHY_NOT_RUN, f"{page.name}:{block.line}"
+
+
+@pytest.mark.parametrize("example", GALLERY, ids=_id)
+def test_example_runs(example, capsys):
+    start = time.process_time()
+    runpy.run_path(str(example), run_name="__main__")
+    assert time.process_time() - start < SECONDS
+    assert 2 <= len(capsys.readouterr().out.splitlines()) <= 12
+    assert 20 <= len(example.read_text().splitlines()) <= 42
+
+
+def test_the_gallery_is_listed():
+    listed = (ROOT / "docs" / "README.md").read_text()
+    assert [e.name for e in GALLERY if f"gallery/{e.name}" not in listed] == []
+
+
+@pytest.mark.parametrize(
+    ("documented", "printed", "same"),
+    [
+        ("kappa 1.00 [exact]", "kappa 1.04 [exact]", True),
+        ("kappa 1.00 [exact]", "kappa 1.50 [exact]", False),
+        ("kappa 1.00 [exact]", "kappa 1.00 [probe]", False),
+        ("kappa 1.00\n", "kappa 1.00\nmore", False),
+    ],
+)
+def test_outputs_are_compared(documented, printed, same):
+    assert same_output(documented, printed) is same
+
+
+# -- links and commands --------------------------------------------------------------------------------------
+
+
+def _anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_relative_links_resolve(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor:
+            text = re.sub(r"^```.*?^```$", "", linked.read_text(), flags=re.MULTILINE | re.DOTALL)
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            assert anchor in map(_anchor, headings), f"{page.name} links to {target}"
+
+
+def _commands() -> list[str]:
+    lines = [
+        line
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == "console"
+        for line in block.text.replace("\\\n", " ").splitlines()
+    ]
+    return sorted({line.split("#")[0].removeprefix("$ ").strip() for line in lines} - {""})
+
+
+@pytest.mark.parametrize("command", [c for c in _commands() if c.startswith("relflat ")])
+def test_command_parses(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*shlex.split(command)[1:], "--help"])
+    assert stop.value.code == 0
+    known = capsys.readouterr().out
+    for option in re.findall(r"--[a-z-]+", command):
+        assert option in known
+
+
+@pytest.mark.parametrize("command", [c for c in _commands() if c.startswith("make ")])
+def test_make_target_exists(command):
+    target = command.split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+# -- nothing missing -----------------------------------------------------------------------------------------
+
+
+def _section(text: str, heading: str) -> str:
+    """The text under a heading, up to the next one of the same level."""
+    level = heading.split()[0]
+    start = text.index(f"\n{heading}\n")
+    rest = text[start + len(heading) + 2 :]
+    end = re.search(rf"^#{{1,{len(level)}}} ", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+def _arguments(thing: object) -> list[str]:
+    return [name for name in inspect.signature(thing).parameters if name not in ("self", "args", "kwargs")]
+
+
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+
+
+@pytest.mark.parametrize("name", relflat.__all__)
+def test_reference_covers_every_public_name(name):
+    assert re.search(rf"^#+ `{name}`$|^\| `{name}` ", REFERENCE, re.MULTILINE), name
+
+
+def _is_error(name: str) -> bool:
+    thing = getattr(relflat, name)
+    return isinstance(thing, type) and issubclass(thing, Exception)
+
+
+@pytest.mark.parametrize("name", [n for n in relflat.__all__ if not _is_error(n)])
+def test_reference_covers_every_argument(name):
+    section = _section(REFERENCE, f"## `{name}`")
+    assert [a for a in _arguments(getattr(relflat, name)) if f"`{a}`" not in section] == []
+
+
+def test_reference_gives_defaults():
+    for public in relflat.__all__:
+        section = _section(REFERENCE, f"## `{public}`") if f"\n## `{public}`\n" in REFERENCE else ""
+        if "```text" not in section:
+            continue
+        shown = {}
+        for text in re.findall(r"(\w+=[^\s,]+?)(?:,|\)$)", section.split("```")[1], re.MULTILINE):
+            name, _, value = text.partition("=")
+            shown[name] = ast.literal_eval(value)
+        parameters = inspect.signature(getattr(relflat, public)).parameters.values()
+        assert shown == {p.name: p.default for p in parameters if p.default is not p.empty}, public
+
+
+def test_reference_covers_methods_of_fam():
+    section = _section(REFERENCE, "## `FAM`")
+    own = [n for n in vars(relflat.FAM) if not n.startswith("_") and n != "extra_repr"]
+    assert [n for n in own if f"`{n}`" not in section and f"`{n}(" not in section] == []
+
+
+def _functions(module: object) -> list[str]:
+    return [
+        name
+        for name, thing in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isfunction(thing) or inspect.isclass(thing))
+        and thing.__module__ == module.__name__
+    ]
+
+
+@pytest.mark.parametrize("module", [reparam, reference], ids=lambda m: m.__name__)
+def test_reference_covers_modules(module):
+    section = _section(REFERENCE, f"## `{module.__name__}`")
+    assert [n for n in _functions(module) if f"`{n}" not in section] == []
+
+
+def test_how_to_explains_every_key_of_last_and_choice():
+    text = (ROOT / "docs" / "howto.md").read_text()
+    for word in ("task", "penalty", "total", "kappa", "by_layer", "method", "strength", "skipped"):
+        assert f"`{word}`" in text, word
+    for word in ("full", "frozen", "weights", "closed_form", "exact", "probe", "finite_difference"):
+        assert word in text, word
+
+
+def test_architecture_lists_every_core_module():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    core = {p.name for p in (ROOT / "src" / "relflat").glob("*.py") if not p.name.startswith("__")}
+    listed = set(re.findall(r"^\| `(\w+\.py)` \|", text, re.MULTILINE))
+    assert core == listed
+
+
+# -- figures -------------------------------------------------------------------------------------------------
+
+
+def test_costs_in_the_readme_are_those_measured():
+    """Each row of the cost table that cites benchmarks/results lies near the committed ratio."""
+    readme = (ROOT / "README.md").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "step_cost_output.json").read_text())
+    rows = {row["row"]: row for row in results["results"][0]["rows"]}
+    for name, label in {"FAM output": "FAM, output layer", "SAM (pytorch_optimizer)": "SAM"}.items():
+        line = re.search(rf"^\| {re.escape(label)} \|(.*)$", readme, re.MULTILINE)
+        assert line, label
+        flops, seconds = (float(x) for x in re.findall(r"(\d\.\d+)x", line[1])[:2])
+        assert abs(flops - rows[name]["flops_ratio"]) < 0.01
+        assert abs(seconds - rows[name]["wall"]["ratio"]) < 0.1
+
+
+def test_no_registry_is_named():
+    hosts = re.compile(r"pypi\.org|pythonhosted|registry\.npmjs|anaconda\.org|debian\.org")
+    assert [p.name for p in PAGES if hosts.search(p.read_text())] == []
+
+
+def test_citation_names_both_papers():
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == relflat.__version__
+    families = [[a["family-names"] for a in r["authors"]] for r in citation["references"]]
+    assert families == [
+        ["Adilova", "Abourayya", "Li", "Dada", "Petzka", "Egger", "Kleesiek", "Kamp"],
+        ["Petzka", "Kamp", "Adilova", "Sminchisescu", "Boley"],
+    ]
+    for required in ("message", "title", "authors", "type", "license"):
+        assert required in citation
+
+
+def test_changelog_has_this_version():
+    assert f"## [{relflat.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
