@@ -19,7 +19,7 @@ for strength in (0.0, 3e-4, 3e-3):
     )
     criterion = FAM(nn.CrossEntropyLoss(), model, "2", strength=strength)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for _ in range(6):
+    for _ in range(4):
         for rows in train[torch.randperm(len(train))].split(50):
             loss = criterion(model(x[rows]), y[rows])
             optimizer.zero_grad()

@@ -15,7 +15,7 @@ for strength in (0.0, 0.01, 0.1):
     model = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 32))
     criterion = FAM(nn.MSELoss(), model, "output", strength=strength)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(40):
+    for _ in range(20):
         for rows in train[torch.randperm(len(train))].split(50):
             loss = criterion(model(upper[rows]), lower[rows])
             optimizer.zero_grad()
