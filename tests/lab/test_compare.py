@@ -1,29 +1,55 @@
 from dataclasses import replace
 
 import pytest
-from synthetic import PLAN, trial
+from synthetic import ARMS, PLAN, trial
 
 from relflat.errors import ConfigError
-from relflat.lab import splits
-from relflat.lab.compare import choose, compare, judge
+from relflat.lab import arms, splits, store
+from relflat.lab.compare import choose, compare, judge, plan_from
 from relflat.lab.timing import step_costs
 from relflat.lab.trials import workers
 
+PLAIN, SAM, RADIUS = ARMS
 
-def test_methods_get_equal_numbers_of_trials():
+
+def test_arms_get_equal_numbers_of_trials():
     with pytest.raises(ConfigError, match="same number of settings"):
-        replace(PLAN, grids={"plain": [{}], "sam": [{"rho": 0.1}, {"rho": 0.2}]})
+        replace(PLAN, arms=(PLAIN, replace(SAM, values=(0.1, 0.2, 0.3))))
+    assert len({len(arm.values) for arm in arms.ARMS.values()}) == 1
+
+
+def test_arms_have_different_names():
+    with pytest.raises(ConfigError, match="two arms or more"):
+        replace(PLAN, arms=(PLAIN,))
+    with pytest.raises(ConfigError, match="more than once"):
+        arms.arms_named(["plain", "sam", "sam"])
+    with pytest.raises(ConfigError, match="did you mean 'fam-radius'"):
+        arms.arms_named(["fam-radios"])
+
+
+@pytest.mark.parametrize("arm", arms.ARMS.values(), ids=arms.ARMS)
+def test_every_setting_of_every_arm_is_a_valid_configuration(arm):
+    digests = {PLAN.config(arm, settings, 0).digest for settings in arm.grid}
+    assert len(digests) == len(arm.values)
+    assert arm.origin
 
 
 def test_seeds_of_choosing_and_testing_differ():
     with pytest.raises(ConfigError, match=r"Seeds \[1\]"):
         replace(PLAN, search_seeds=(1, 5))
+    with pytest.raises(ConfigError, match="at least one seed"):
+        replace(PLAN, seeds=())
+
+
+def test_plan_survives_a_round_trip_through_json(tmp_path):
+    store.write_json(tmp_path / "plan.json", PLAN.flat())
+    assert plan_from(store.read_json(tmp_path / "plan.json")) == PLAN
 
 
 def test_best_validation_accuracy_is_chosen_and_loss_breaks_ties():
     low, high = (
-        judge("sam", {"rho": 1}, [trial("sam", 0, 0.8, 1)]),
-        judge("sam", {"rho": 2}, [trial("sam", 0, 0.9, 1)]),
+        judge("sam", {"rho": 1}, [trial(SAM, 0, 0.8, 1)]),
+        judge("sam", {"rho": 2}, [trial(SAM, 0, 0.9, 1)]),
     )
     assert choose([low, high], "sam") is high
     cheaper = replace(high, loss=high.loss / 2)
@@ -31,8 +57,8 @@ def test_best_validation_accuracy_is_chosen_and_loss_breaks_ties():
 
 
 def test_a_setting_that_diverged_once_is_never_preferred():
-    bad = judge("sam", {"rho": 9}, [trial("sam", 0, 1.0, 1), trial("sam", 1, 1.0, 1, diverged=True)])
-    poor = judge("sam", {"rho": 1}, [trial("sam", 0, 0.2, 1), trial("sam", 1, 0.2, 1)])
+    bad = judge("sam", {"rho": 9}, [trial(SAM, 0, 1.0, 1), trial(SAM, 1, 1.0, 1, diverged=True)])
+    poor = judge("sam", {"rho": 1}, [trial(SAM, 0, 0.2, 1), trial(SAM, 1, 0.2, 1)])
     assert bad.diverged == 1
     assert choose([bad, poor], "sam") is poor
 
@@ -42,18 +68,19 @@ def test_comparison_from_search_to_test(tmp_path):
     plan = replace(
         PLAN,
         common={"train_size": 100, "epochs": 1},
-        grids={"plain": [{}], "fam": [{"strength": 0.1}]},
+        arms=(replace(PLAIN, values=(0.0,)), replace(RADIUS, values=(0.2,))),
         seeds=(0, 1),
     )
     seen = []
     with workers(2) as pool:
         outcome = compare(plan, tmp_path, pool, seen.append)
-    assert len(seen) == 2 + 4
+    assert len(seen) == plan.runs == 2 + 4
     assert [one.result["test"] for one in outcome.candidates[0].trials] == [None]
-    assert {method: [t.config.seed for t in trials] for method, trials in outcome.finals.items()} == {
+    assert {name: [t.config.seed for t in trials] for name, trials in outcome.finals.items()} == {
         "plain": [0, 1],
-        "fam": [0, 1],
+        "fam-radius": [0, 1],
     }
+    assert [t.config.method for t in outcome.finals["fam-radius"]] == ["fam", "fam"]
     assert all(one.result["test"]["accuracy"] > 0 for trials in outcome.finals.values() for one in trials)
 
 
@@ -62,7 +89,7 @@ def test_step_costs_are_relative_to_the_first(monkeypatch):
         raise AssertionError("timing needs no test data")
 
     monkeypatch.setattr(splits, "_test_split", forbidden)
-    configs = [PLAN.config(method, {}, 0) for method in ("plain", "sam")]
+    configs = [PLAN.config(arm, arm.grid[0], 0) for arm in (PLAIN, SAM)]
     plain, sam = step_costs(configs, rounds=9, block=4)
     assert plain.ratio == plain.low == plain.high == 1
     assert 1.2 < sam.ratio < 4  # two passes, but shared overhead

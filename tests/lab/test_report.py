@@ -1,16 +1,22 @@
+import csv
+import io
+import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
+import pytest
 from synthetic import COSTS, comparison
 
+from relflat.lab import export
 from relflat.lab.environment import describe
 from relflat.lab.report import render
-from relflat.lab.statistics import differences
 from relflat.lab.summary import accuracy_differences as compared
-from relflat.lab.summary import remarks, rows, sentence, verdict
+from relflat.lab.summary import at_the_edge, merged_bins, number, remarks, rows, verdict
 
-CLEAR = {"plain": [0.80, 0.81, 0.82], "sam": [0.90, 0.911, 0.92], "fam": [0.85, 0.861, 0.869]}
-UNCLEAR = {"plain": [0.80, 0.81, 0.82], "sam": [0.79, 0.83, 0.81], "fam": [0.82, 0.80, 0.81]}
+PLAIN = [0.80, 0.81, 0.82, 0.80, 0.81, 0.82, 0.80]
+CLEAR = [PLAIN, [x + 0.1 + k / 1000 for k, x in enumerate(PLAIN)], [x - 0.05 for x in PLAIN]]
+UNCLEAR = [PLAIN, [0.79, 0.83, 0.81, 0.80, 0.82, 0.81, 0.80], [0.82, 0.80, 0.81, 0.81, 0.80, 0.82, 0.79]]
 
 
 def page(scores, **options):
@@ -19,39 +25,76 @@ def page(scores, **options):
 
 def test_verdict_names_what_is_shown():
     texts = verdict(compared(comparison(CLEAR)))
-    assert texts[0].startswith("SAM is better than plain: +10.0 points")
-    assert texts[1].startswith("FAM is better than plain: +5.0 points")
-    assert texts[2].startswith("FAM is worse than SAM: -5.0 points")
+    assert texts[0].startswith("SAM is better than plain: +10.3 points")
+    assert texts[1].startswith("FAM radius is worse than plain: -5.0 points")
 
 
 def test_verdict_may_be_no_difference_shown():
     texts = verdict(compared(comparison(UNCLEAR)))
-    assert len(texts) == 3
+    assert len(texts) == 2
     assert all("no difference shown" in text for text in texts)
 
 
-def test_interval_and_p_value_agree():
-    for scores in (CLEAR, UNCLEAR):
-        for pair in differences(scores):
-            outside = pair.low > 0 or pair.high < 0
-            if outside:
-                assert pair.shown
-            assert sentence(pair).count("seeds") == 1
+def test_verdict_says_when_the_seeds_are_too_few_to_show_anything():
+    texts = verdict(compared(comparison([scores[:3] for scores in CLEAR])))
+    assert all("no difference shown" in text for text in texts[:2])
+    assert "With 3 seeds this test can show nothing" in texts[2]
+    assert "--seeds 7" in texts[2]
 
 
-def test_remarks_say_when_the_chosen_fam_is_not_kappa():
+def test_remarks_name_edges_divergence_and_what_radius_is():
     one = comparison(CLEAR)
     text = " ".join(remarks(one, rows(one, COSTS)))
-    assert "So few seeds" in text
-    assert "finite radius" in text
-    assert "with kappa itself reached 80.0 % on validation data, the chosen one 90.0 %" in text
+    assert "adds noise to the features" in text
+    assert "end of its grid" not in text  # a grid of two values has no inside
+    arms = tuple(replace(arm, values=(*arm.values[:1], 0.2, *arm.values[1:])) for arm in one.plan.arms)
+    wide = replace(one, plan=replace(one.plan, arms=arms))
+    assert at_the_edge(wide) == ["plain", "SAM", "FAM radius"]
+
+
+def test_accuracy_at_equal_time_counts_the_epochs_that_fit():
+    one = comparison(CLEAR)
+    plain, sam, radius = rows(one, COSTS)
+    assert sam.equal_time[0] == pytest.approx(sam.accuracy[0] - 0.1)  # half of two epochs
+    assert plain.equal_time[0] == pytest.approx(plain.accuracy[0])
+    assert radius.equal_time[0] == pytest.approx(radius.accuracy[0])  # 1.05x is within noise
+
+
+def test_numbers_show_the_digits_that_the_deviation_supports():
+    assert number((15.123, 0.62)) == "15.1 ± 0.6"
+    assert number((0.7761, 0.021)) == "0.78 ± 0.02"
+    assert number((153.2, 21.0)) == "153 ± 21"
+    assert number((1.234, math.nan)) == "1.23"
 
 
 def test_diverged_seed_is_counted_and_left_out_of_pairs():
-    one = comparison(CLEAR, lost=("fam", 1))
-    assert [(line.method, line.n, line.diverged) for line in rows(one, COSTS)][2] == ("fam", 2, 1)
-    assert {pair.n for pair in compared(one)} == {2}
-    assert "2 (+1 diverged)" in page(CLEAR, lost=("fam", 1))
+    one = comparison(CLEAR, lost=(2, 1))
+    line = rows(one, COSTS)[2]
+    assert (line.arm, line.n, line.diverged) == ("fam-radius", 6, 1)
+    assert {pair.n for pair in compared(one)} == {6}
+    assert "6 (+1 diverged)" in page(CLEAR, lost=(2, 1))
+
+
+def test_calibration_of_several_runs_is_merged():
+    (share, confidence, right), (_, high, best) = merged_bins(comparison(CLEAR).finals["plain"])
+    assert (share / 7, confidence, right) == pytest.approx((0.5, 0.4, 0.5))
+    assert (high, best) == pytest.approx((0.95, sum(PLAIN) / 7))
+
+
+def test_markdown_csv_and_latex_hold_the_same_table():
+    one = comparison(CLEAR)
+    lines = rows(one, COSTS)
+    text = export.markdown(one, COSTS, describe(), "Notes.")
+    assert "| SAM | 91.2 ± 0.9 | 7 |" in text
+    assert "SAM is better than plain" in text
+    table = list(csv.DictReader(io.StringIO(export.comma_separated(lines))))
+    assert [row["arm"] for row in table] == ["plain", "sam", "fam-radius"]
+    assert float(table[1]["accuracy_mean"]) == lines[1].accuracy[0]
+    assert table[1]["settings"] == "rho=0.4"
+    tex = export.latex(lines)
+    assert r"SAM & 91.2 $\pm$ 0.9 & 7" in tex
+    assert r"accuracy, \%" in tex
+    assert tex.count(r"\\") == 4
 
 
 def test_page_needs_nothing_from_outside():
@@ -93,8 +136,8 @@ def test_references_inside_figures_resolve():
 
 def test_figures_follow_light_and_dark_mode():
     text = page(CLEAR)
-    assert text.count('<svg role="img" aria-label=') == 5
-    for name in ("ink", "lines", "plain", "sam", "fam"):
+    assert text.count('<svg role="img" aria-label=') == 8
+    for name in ("ink", "lines", "c0", "c1", "c2"):
         assert f"var(--{name})" in text
         assert text.count(f"--{name}:") == 2  # once for each mode
     assert not re.search(r"#0a0\d0\d|#010101|#020202", text)

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from relflat.lab.jsonable import finite
+
 out = Console()
 err = Console(stderr=True)
 
@@ -17,17 +19,6 @@ err = Console(stderr=True)
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object to stdout and nothing else; numbers that are not finite become null."""
     print(json.dumps(finite(value), indent=2))
-
-
-def finite(value: Any) -> Any:
-    """Replace nan and infinities, which JSON does not have, by None."""
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

@@ -13,18 +13,18 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from relflat.lab.trials import Trial
 
+Runs = Mapping[str, Sequence[Trial]]
+Record = Mapping[str, Any]
+
 INK, LINES = "#010101", "#020202"
-STYLE: dict[str, tuple[str, str]] = {
-    "plain": ("#0a0101", "o"),
-    "sam": ("#0a0202", "s"),
-    "fam": ("#0a0303", "^"),
-}
-VARIABLES = {INK: "--ink", LINES: "--lines", **{colour: f"--{name}" for name, (colour, _) in STYLE.items()}}
-TITLES = {"plain": "plain", "sam": "SAM", "fam": "FAM"}
+COLOURS = tuple(f"#0a01{place:02x}" for place in range(1, 7))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", ":")
+VARIABLES = {INK: "--ink", LINES: "--lines", **{colour: f"--c{n}" for n, colour in enumerate(COLOURS)}}
 
 RC = {
     "svg.fonttype": "none",
@@ -78,32 +78,54 @@ def inline(svg: str, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
+def look(place: int) -> dict[str, Any]:
+    """Colour of the arm at this place, as a keyword argument of matplotlib."""
+    return {"color": COLOURS[place % len(COLOURS)]}
+
+
+def dashes(place: int) -> str:
+    """Line style of the arm at this place: arms of the same colour differ in it."""
+    return DASHES[place // len(COLOURS) % len(DASHES)]
+
+
+def error_of(accuracy: float) -> float:
+    """Error in percent."""
+    return 100 * (1 - accuracy)
+
+
 def curves(
-    finals: Mapping[str, Sequence[Trial]], key: str, label: str, *, error: bool = False
+    groups: Runs,
+    key: str,
+    label: str,
+    *,
+    error: bool = False,
+    seconds: Mapping[str, float] | None = None,
 ) -> Callable[[Axes], None]:
-    """Paint one number of the metrics by epoch: mean over the seeds, band from lowest to highest.
+    """Paint one number of the metrics by epoch or by time: mean over the seeds, band from lowest to highest.
 
     Args:
-        finals: the tested runs of each method.
+        groups: the tested runs of each arm, by title.
         key: name in the metrics.
         label: of the axis.
         error: show ``1 - value`` in percent.
+        seconds: of a step of each arm; if given, the horizontal axis is training time.
     """
 
     def paint(axes: Axes) -> None:
-        for method, trials in finals.items():
-            colour, _ = STYLE[method]
-            runs = [[record[key] for record in trial.history] for trial in trials if trial.finished]
-            if error:
-                runs = [[100 * (1 - value) for value in run] for run in runs]
+        for place, (title, trials) in enumerate(groups.items()):
+            runs = [trial.history for trial in trials if trial.finished]
             if not runs:
                 continue
-            epochs = range(1, len(runs[0]) + 1)
-            by_epoch = list(zip(*runs, strict=True))
-            axes.plot(epochs, [fmean(values) for values in by_epoch], color=colour, label=TITLES[method])
-            low, high = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.set_xlabel("epoch")
+            values = [[error_of(line[key]) if error else line[key] for line in run] for run in runs]
+            by_epoch = list(zip(*values, strict=True))
+            across = [
+                line["epoch"] if seconds is None else line["steps"] * seconds[title] for line in runs[0]
+            ]
+            means = [fmean(column) for column in by_epoch]
+            axes.plot(across, means, label=title, linestyle=dashes(place), **look(place))
+            low, high = [min(column) for column in by_epoch], [max(column) for column in by_epoch]
+            axes.fill_between(across, low, high, alpha=0.15, linewidth=0, **look(place))
+        axes.set_xlabel("epoch" if seconds is None else "training time, s")
         axes.set_ylabel(label)
         log_if_wide(axes, "y")
         legend(axes)
@@ -111,32 +133,30 @@ def curves(
     return paint
 
 
-def kappa_against_error(groups: Mapping[str, Sequence[Trial]], split: str) -> Callable[[Axes], None]:
-    """Paint one point a run: kappa of the output layer against the error on one split.
+def scatter(groups: Runs, height: Callable[[Record], float], label: str) -> Callable[[Axes], None]:
+    """Paint one point a run: kappa against another number of its result.
 
     Args:
-        groups: runs of each method.
-        split: ``"validation"`` or ``"test"``.
+        groups: runs of each arm, by title.
+        height: the other number.
+        label: of its axis.
     """
 
     def paint(axes: Axes) -> None:
-        for method, trials in groups.items():
-            colour, marker = STYLE[method]
+        for place, (title, trials) in enumerate(groups.items()):
             done = [trial.result for trial in trials if trial.finished]
-            kappas = [result["flatness"]["value"] for result in done]
-            errors = [100 * (1 - result[split]["accuracy"]) for result in done]
             axes.scatter(
-                kappas,
-                errors,
-                color=colour,
-                marker=marker,
+                [result["flatness"]["value"] for result in done],
+                [height(result) for result in done],
+                marker=MARKERS[place % len(MARKERS)],
                 s=34,
                 alpha=0.85,
                 linewidth=0,
-                label=TITLES[method],
+                label=title,
+                **look(place),
             )
-        axes.set_xlabel("kappa of the output layer, training data")
-        axes.set_ylabel(f"{split} error, %")
+        axes.set_xlabel("kappa, training data")
+        axes.set_ylabel(label)
         log_if_wide(axes, "x")
         log_if_wide(axes, "y")
         legend(axes)
@@ -144,9 +164,68 @@ def kappa_against_error(groups: Mapping[str, Sequence[Trial]], split: str) -> Ca
     return paint
 
 
+def sweep(scores: Mapping[str, Sequence[float]]) -> Callable[[Axes], None]:
+    """Paint the validation error of each setting of the search, from an arm's first value to its last.
+
+    Args:
+        scores: mean validation accuracies of the settings of each arm, by title; nan where one diverged.
+    """
+
+    def paint(axes: Axes) -> None:
+        for place, (title, accuracies) in enumerate(scores.items()):
+            axes.plot(
+                range(1, len(accuracies) + 1),
+                [error_of(accuracy) for accuracy in accuracies],
+                marker=MARKERS[place % len(MARKERS)],
+                linestyle=dashes(place),
+                label=title,
+                **look(place),
+            )
+        axes.set_xlabel("place in the arm's grid")
+        axes.set_ylabel("validation error, %")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        legend(axes)
+
+    return paint
+
+
+def reliability(bins: Mapping[str, Sequence[Sequence[float]]]) -> Callable[[Axes], None]:
+    """Paint accuracy against confidence on the test split; the diagonal is perfect calibration.
+
+    Args:
+        bins: (share, confidence, accuracy) of each bin, by title of the arm.
+    """
+
+    def paint(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=LINES, linewidth=1)
+        for place, (title, rows) in enumerate(bins.items()):
+            axes.plot(
+                [confidence for _, confidence, _ in rows],
+                [accuracy for _, _, accuracy in rows],
+                marker=MARKERS[place % len(MARKERS)],
+                markersize=4,
+                linestyle=dashes(place),
+                label=title,
+                **look(place),
+            )
+        axes.set_xlabel("confidence")
+        axes.set_ylabel("share that is right, test")
+        legend(axes)
+
+    return paint
+
+
 def legend(axes: Axes) -> None:
     """Put the legend above the axes, where it hides nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handletextpad=0.4)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=4,
+        borderaxespad=0,
+        handletextpad=0.4,
+        handlelength=1.6,
+        columnspacing=1.2,
+    )
 
 
 def log_if_wide(axes: Axes, which: Literal["x", "y"]) -> None:

@@ -7,12 +7,12 @@ STYLE_SHEET = """
 :root {
   color-scheme: light dark;
   --paper: #fff; --ink: #1c1e21; --quiet: #5b626b; --lines: #c9ced4; --box: #f3f5f7;
-  --plain: #5b6570; --sam: #d2610a; --fam: #0f73c4;
+  --c0: #5b6570; --c1: #d2610a; --c2: #0f73c4; --c3: #23863a; --c4: #8a3fb5; --c5: #c2255c;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #15171a; --ink: #e6e8eb; --quiet: #a2a9b2; --lines: #454b53; --box: #1f2327;
-    --plain: #aab3bd; --sam: #ff9d4d; --fam: #5eb3ff;
+    --c0: #aab3bd; --c1: #ff9d4d; --c2: #5eb3ff; --c3: #6fd08a; --c4: #cf9bff; --c5: #ff86b3;
   }
 }
 body {
@@ -24,18 +24,18 @@ h2 { font-size: 1.15rem; margin: 1.6rem 0 .5rem; }
 .lead, .small { max-width: 46rem; }
 .small, figcaption { color: var(--quiet); font-size: .875rem; }
 .verdict {
-  background: var(--box); border-left: 4px solid var(--fam); border-radius: 4px; padding: .6rem 1rem;
+  background: var(--box); border-left: 4px solid var(--c2); border-radius: 4px; padding: .6rem 1rem;
 }
 .verdict h2 { margin: 0; }
 .verdict ul { margin: .4rem 0; padding-left: 1.1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums; }
 th, td {
-  border-bottom: 1px solid var(--lines); padding: .35rem .9rem .35rem 0; text-align: left;
+  border-bottom: 1px solid var(--lines); padding: .35rem .8rem .35rem 0; text-align: left;
   vertical-align: top; white-space: nowrap;
 }
-th { color: var(--quiet); font-weight: 600; }
-td:last-child { min-width: 10rem; white-space: normal; }
+th { white-space: normal; vertical-align: bottom; color: var(--quiet); font-weight: 600; }
+td:last-child { min-width: 12rem; white-space: normal; }
 .figures {
   display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
 }

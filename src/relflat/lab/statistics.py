@@ -1,30 +1,36 @@
 """What differences over a few seeds can and cannot show.
 
-Runs of the same seed share training data, noise and data order, so differences are taken seed by seed.
+Runs of the same seed share training data, noise and data order, so differences are taken seed by seed. Every
+arm is held against the first one. The verdict goes by a permutation test, which assumes only that without an
+effect each seed's difference could as well have had the other sign.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import fmean, stdev
 
-from scipy.stats import t as student
+import numpy as np
+from scipy.stats import bootstrap, permutation_test
 
 from relflat.errors import DataError
+
+RESAMPLES = 9999
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Paired difference of two methods over the same seeds.
+    """Paired difference of two arms over the same seeds.
 
     Attributes:
-        first: the method whose score the other's is taken from.
-        second: the other method.
+        first: the arm whose score the other's is taken from.
+        second: the other arm.
         mean: mean of ``second - first``.
-        low: lower end of the Student interval of the mean; all pairs compared hold together with 95 %.
+        low: lower end of the BCa bootstrap interval of the mean, 95 % for all pairs together (Bonferroni).
         high: upper end of it.
-        p: two-sided p-value of the paired t-test, corrected by Holm over all pairs compared.
+        p: two-sided p-value of the sign-flip permutation test, corrected by Holm over all pairs.
+        least_p: the smallest value ``p`` could have had with so few seeds.
         n: number of seeds.
     """
 
@@ -34,12 +40,13 @@ class Difference:
     low: float
     high: float
     p: float
+    least_p: float
     n: int
 
     @property
     def shown(self) -> bool:
         """Whether the corrected p-value is below 0.05."""
-        return self.p < 0.05
+        return self.p < LEVEL
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -48,40 +55,69 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def differences(scores: Mapping[str, Sequence[float]]) -> list[Difference]:
-    """Compare every pair of methods.
+    """Hold every arm against the first.
 
     Args:
-        scores: for each method one score a seed, in the same order of seeds.
+        scores: for each arm one score a seed, in the same order of seeds.
 
     Raises:
-        DataError: the methods have different numbers of scores.
+        DataError: the arms have different numbers of scores.
     """
     if len({len(values) for values in scores.values()}) > 1:
         raise DataError(f"Paired scores need the same seeds, got { {k: len(v) for k, v in scores.items()} }.")
-    names = list(combinations(scores, 2))
-    level = 1 - 0.05 / len(names) if names else 0.95
-    pairs = [paired(first, second, scores[first], scores[second], level) for first, second in names]
-    corrected = holm([pair.p for pair in pairs])
-    return [
-        Difference(pair.first, pair.second, pair.mean, pair.low, pair.high, p, pair.n)
-        for pair, p in zip(pairs, corrected, strict=True)
-    ]
+    first, *others = scores
+    gaps = {name: [b - a for a, b in zip(scores[first], scores[name], strict=True)] for name in others}
+    corrected = holm([sign_flip(values) for values in gaps.values()])
+    found = []
+    for (name, values), p in zip(gaps.items(), corrected, strict=True):
+        low, high = bca(values, 1 - LEVEL / len(others))
+        least = min(1.0, len(others) * least_p(len(values)))
+        found.append(Difference(first, name, fmean(values), low, high, p, least, len(values)))
+    return found
 
 
-def paired(
-    first: str, second: str, a: Sequence[float], b: Sequence[float], level: float = 0.95
-) -> Difference:
-    """Paired t-test of ``b - a``, p-value not corrected; a sign test where the gaps have no spread."""
-    gaps = [y - x for x, y in zip(a, b, strict=True)]
-    n, mean = len(gaps), fmean(gaps)
-    if n < 2:
-        return Difference(first, second, mean, -math.inf, math.inf, 1.0, n)
-    error = stdev(gaps) / math.sqrt(n)
-    if error == 0:
-        return Difference(first, second, mean, mean, mean, 1.0 if mean == 0 else 0.5 ** (n - 1), n)
-    half = float(student.ppf((1 + level) / 2, n - 1)) * error
-    p = 2 * float(student.sf(abs(mean) / error, n - 1))
-    return Difference(first, second, mean, mean - half, mean + half, p, n)
+def sign_flip(gaps: Sequence[float]) -> float:
+    """Two-sided p-value of the mean under random signs: all of them up to 13 gaps, else a random sample."""
+    if len(gaps) < 2 or not any(gaps):
+        return 1.0
+    found = permutation_test(
+        (np.asarray(gaps),),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)
+
+
+def least_p(n: int) -> float:
+    """The smallest p-value that ``sign_flip`` can give for ``n`` gaps."""
+    return 1.0 if n < 2 else max(2.0 ** (1 - n), 2 / (RESAMPLES + 1))
+
+
+def seeds_needed(pairs: int) -> int:
+    """The fewest seeds with which any of so many pairs could be told apart, all differences of one sign."""
+    n = 2
+    while pairs * least_p(n) >= LEVEL:
+        n += 1
+    return n
+
+
+def bca(gaps: Sequence[float], level: float) -> tuple[float, float]:
+    """BCa bootstrap interval of the mean; the point itself where the gaps have no spread."""
+    if len(gaps) < 2:
+        return -math.inf, math.inf
+    if max(gaps) == min(gaps):
+        return gaps[0], gaps[0]
+    found = bootstrap(
+        (np.asarray(gaps),),
+        np.mean,
+        confidence_level=level,
+        n_resamples=RESAMPLES,
+        method="BCa",
+        rng=np.random.default_rng(0),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -19,6 +19,7 @@ from typing import Any
 from relflat.errors import ConfigError, DataError
 from relflat.lab.config import RunConfig, make
 from relflat.lab.environment import describe
+from relflat.lab.jsonable import finite
 
 RESULT, CONFIG, METRICS, ENVIRONMENT = "result.json", "config.json", "metrics.jsonl", "environment.json"
 
@@ -61,6 +62,7 @@ def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
         if fresh and (folder / CONFIG).is_file():
             shutil.rmtree(folder)
         if (folder / CONFIG).is_file():
+            remove_unfinished(folder)
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / ENVIRONMENT, describe())
@@ -69,6 +71,15 @@ def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
         raise ConfigError(
             f"Cannot write to {folder}: {error.strerror}. Choose another place with --runs."
         ) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process had begun to write; such names start with a dot."""
+    for entry in folder.glob(".*"):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _same(folder: Path, config: RunConfig) -> None:
@@ -116,9 +127,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is damaged ({error}). Run again with --fresh.") from error
 
 
+def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What reading gives after writing: tuples are lists, numbers that are not finite are None."""
+    return dict(json.loads(json.dumps(finite(value))))
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write one JSON object in one piece."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write one JSON object in one piece; numbers that are not finite become null."""
+    write_text(path, json.dumps(finite(value), indent=2) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

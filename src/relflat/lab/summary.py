@@ -1,67 +1,90 @@
 """What a comparison says, as numbers and as plain sentences; printed on the terminal and in the report."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
-from relflat.lab.compare import Comparison, Values
-from relflat.lab.figures import TITLES
-from relflat.lab.statistics import Difference, differences, mean_sd
+from relflat.lab.arms import Values
+from relflat.lab.compare import Comparison
+from relflat.lab.statistics import Difference, differences, mean_sd, seeds_needed
 from relflat.lab.timing import StepCost
 from relflat.lab.trials import Trial
+
+MeanSd = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method's line in the table; numbers are (mean, sd) over the tested runs.
+    """One arm's line in the table; pairs are (mean, sd) over the tested runs.
 
     Attributes:
-        method: its name.
+        arm: its name.
+        title: as it is shown.
         settings: what was chosen on validation data.
         n: number of tested runs that finished.
         diverged: number that did not.
         accuracy: on the test split.
         loss: on the test split.
-        kappa: of the output layer on the training data.
+        ece: expected calibration error on the test split.
+        equal_time: validation accuracy at the moment when the first arm's training was over.
+        kappa: of the task's layer on the training data, after training.
         confidence: mean of the largest probability on the training data.
-        weight_norm: of the output layer.
+        weight_norm: of the task's layer.
         cost: seconds a step.
     """
 
-    method: str
+    arm: str
+    title: str
     settings: Values
     n: int
     diverged: int
-    accuracy: tuple[float, float]
-    loss: tuple[float, float]
-    kappa: tuple[float, float]
-    confidence: tuple[float, float]
-    weight_norm: tuple[float, float]
+    accuracy: MeanSd
+    loss: MeanSd
+    ece: MeanSd
+    equal_time: MeanSd
+    kappa: MeanSd
+    confidence: MeanSd
+    weight_norm: MeanSd
     cost: StepCost
 
 
 def rows(comparison: Comparison, costs: Mapping[str, StepCost]) -> list[Row]:
-    """Summarise the tested runs of each method."""
+    """Summarise the tested runs of each arm.
+
+    Args:
+        comparison: what came out.
+        costs: of a step, by name of the arm.
+    """
     return [
-        row(method, comparison.chosen[method].settings, trials, costs[method])
-        for method, trials in comparison.finals.items()
+        row(
+            arm.name,
+            arm.title,
+            comparison.chosen[arm.name].settings,
+            comparison.finals[arm.name],
+            costs[arm.name],
+        )
+        for arm in comparison.plan.arms
     ]
 
 
-def row(method: str, settings: Values, trials: Sequence[Trial], cost: StepCost) -> Row:
-    """Summarise the tested runs of one method."""
-    done = [trial.result for trial in trials if trial.finished]
+def row(arm: str, title: str, settings: Values, trials: Sequence[Trial], cost: StepCost) -> Row:
+    """Summarise the tested runs of one arm."""
+    done = [trial for trial in trials if trial.finished]
 
-    def over_seeds(part: str, key: str) -> tuple[float, float]:
-        return mean_sd([result[part][key] for result in done]) if done else (math.nan, math.nan)
+    def over_seeds(part: str, key: str) -> MeanSd:
+        return spread([trial.result[part][key] for trial in done])
 
     return Row(
-        method=method,
+        arm=arm,
+        title=title,
         settings=settings,
         n=len(done),
         diverged=len(trials) - len(done),
         accuracy=over_seeds("test", "accuracy"),
         loss=over_seeds("test", "loss"),
+        ece=over_seeds("test", "ece"),
+        equal_time=spread([at_equal_time(trial, cost) for trial in done]),
         kappa=over_seeds("flatness", "value"),
         confidence=over_seeds("flatness", "confidence"),
         weight_norm=over_seeds("flatness", "weight_norm"),
@@ -69,8 +92,24 @@ def row(method: str, settings: Values, trials: Sequence[Trial], cost: StepCost) 
     )
 
 
+def spread(values: Sequence[float]) -> MeanSd:
+    """Mean and deviation; nan without values."""
+    return mean_sd(values) if values else (math.nan, math.nan)
+
+
+def at_equal_time(trial: Trial, cost: StepCost) -> float:
+    """Validation accuracy of the last epoch that was over when the first arm had done all of its steps.
+
+    A ratio within the noise of timing, below 1.1, counts as 1.
+    """
+    history = trial.history
+    share = 1.0 if cost.ratio < 1.1 else 1 / cost.ratio
+    last = max(1, int(share * len(history) + 1e-9))
+    return float(history[last - 1]["validation_accuracy"])
+
+
 def accuracy_differences(comparison: Comparison) -> list[Difference]:
-    """Paired differences of test accuracy, over the seeds on which every method finished."""
+    """Paired differences of test accuracy to the first arm, over the seeds on which every arm finished."""
     whole = [
         place
         for place in range(len(comparison.plan.seeds))
@@ -80,8 +119,8 @@ def accuracy_differences(comparison: Comparison) -> list[Difference]:
         return []
     return differences(
         {
-            method: [trials[place].result["test"]["accuracy"] for place in whole]
-            for method, trials in comparison.finals.items()
+            arm.title: [comparison.finals[arm.name][place].result["test"]["accuracy"] for place in whole]
+            for arm in comparison.plan.arms
         }
     )
 
@@ -89,56 +128,100 @@ def accuracy_differences(comparison: Comparison) -> list[Difference]:
 def verdict(pairs: Sequence[Difference]) -> list[str]:
     """Say in plain English what the differences show, one sentence a pair."""
     if not pairs:
-        return ["Nothing can be compared: on every seed some method diverged."]
-    return [sentence(pair) for pair in pairs]
+        return ["Nothing can be compared: on every seed some arm diverged."]
+    found = [sentence(pair) for pair in pairs]
+    if all(pair.least_p >= 0.05 for pair in pairs):
+        found.append(
+            f"With {pairs[0].n} seeds this test can show nothing, whatever comes out; "
+            f"it takes at least {seeds_needed(len(pairs))}: --seeds {seeds_needed(len(pairs))}."
+        )
+    return found
 
 
 def sentence(pair: Difference) -> str:
     """What one difference shows."""
-    first, second = TITLES[pair.first], TITLES[pair.second]
     points = f"{100 * pair.mean:+.1f} points of test accuracy"
     interval = f"interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
     detail = f"{points} ({interval}, p = {pair.p:.2g}, {pair.n} seeds)"
     if pair.shown:
-        return f"{second} is {'better' if pair.mean > 0 else 'worse'} than {first}: {detail}."
-    return f"{second} against {first}: no difference shown, {detail}."
+        return f"{pair.second} is {'better' if pair.mean > 0 else 'worse'} than {pair.first}: {detail}."
+    return f"{pair.second} against {pair.first}: no difference shown, {detail}."
 
 
 def remarks(comparison: Comparison, lines: Sequence[Row]) -> list[str]:
     """What else a reader should know before believing the table."""
     found = []
-    if len(comparison.plan.seeds) < 10:
-        found.append("So few seeds show large differences only; --seeds 10 tells more.")
     done = [line for line in lines if line.n]
     if done:
         flattest = min(done, key=lambda line: line.kappa[0])
         best = max(done, key=lambda line: line.accuracy[0])
         agree = "is also" if flattest is best else "is not"
         found.append(
-            f"The method with the lowest kappa, {TITLES[flattest.method]}, {agree} the one with the highest "
-            "mean test accuracy."
+            f"The arm with the lowest kappa, {flattest.title}, {agree} the one with the highest mean test "
+            f"accuracy{'' if flattest is best else f', {best.title}'}."
         )
-    return found + radius_remark(comparison)
+    edge = at_the_edge(comparison)
+    if edge:
+        found.append(
+            f"The best setting lies at the end of its grid for {', '.join(edge)}: a wider grid might do better there."
+        )
+    if any("radius" in comparison.chosen[arm.name].settings for arm in comparison.plan.arms):
+        found.append(
+            "The radius arm adds noise to the features, scaled by their norm; it lowers kappa only by way of that."
+        )
+    lost = sum(candidate.diverged for candidate in comparison.candidates)
+    if lost:
+        found.append(f"{lost} trials of the search diverged; their settings were not chosen.")
+    return found
 
 
-def radius_remark(comparison: Comparison) -> list[str]:
-    """Whether FAM's chosen setting penalises kappa itself, and how far the other kind was on validation data."""
-    chosen = comparison.chosen.get("fam")
-    if chosen is None or "radius" not in chosen.settings:
-        return []
-    own = [candidate for candidate in comparison.candidates if candidate.method == "fam"]
-    exact = max(
-        (candidate for candidate in own if "radius" not in candidate.settings),
-        key=lambda candidate: candidate.accuracy,
-        default=None,
+def at_the_edge(comparison: Comparison) -> list[str]:
+    """Titles of the arms whose chosen setting is the first or last of its grid."""
+    return [
+        arm.title
+        for arm in comparison.plan.arms
+        if len(arm.values) > 2
+        and comparison.chosen[arm.name].settings[arm.key] in (arm.values[0], arm.values[-1])
+    ]
+
+
+def sweeps(comparison: Comparison) -> dict[str, list[float]]:
+    """Mean validation accuracy of each setting, by title of the arm; nan where a trial diverged."""
+    return {
+        arm.title: [
+            math.nan if candidate.diverged else candidate.accuracy
+            for candidate in comparison.candidates
+            if candidate.arm == arm.name
+        ]
+        for arm in comparison.plan.arms
+    }
+
+
+def merged_bins(trials: Sequence[Trial]) -> list[tuple[float, float, float]]:
+    """Calibration bins of several runs' test splits as one: by tenths of confidence."""
+    table: dict[int, list[tuple[float, float, float]]] = {}
+    for trial in trials:
+        if trial.finished:
+            for share, confidence, right in trial.result["test"]["bins"]:
+                table.setdefault(min(9, int(10 * confidence)), []).append((share, confidence, right))
+    merged = []
+    for _, parts in sorted(table.items()):
+        weight = sum(share for share, _, _ in parts)
+        merged.append(
+            (
+                weight,
+                sum(share * confidence for share, confidence, _ in parts) / weight,
+                sum(share * right for share, _, right in parts) / weight,
+            )
+        )
+    return merged
+
+
+def noise_share(comparison: Comparison) -> float:
+    """Mean share of the training labels that label noise really changed."""
+    return fmean(
+        trial.result["label_noise_changed"] for trials in comparison.finals.values() for trial in trials
     )
-    text = "FAM's chosen setting is a finite radius: noise on the features, scaled by their norm, not kappa itself."
-    if exact is not None:
-        text += (
-            f" The best setting with kappa itself reached {100 * exact.accuracy:.1f} % on validation data, "
-            f"the chosen one {100 * chosen.accuracy:.1f} %."
-        )
-    return [text]
 
 
 def settings_text(settings: Values) -> str:
@@ -149,52 +232,42 @@ def settings_text(settings: Values) -> str:
     )
 
 
-def percent(pair: tuple[float, float]) -> str:
+def percent(pair: MeanSd) -> str:
     """Mean and deviation of a share, in percent."""
     return f"{100 * pair[0]:.1f} ± {100 * pair[1]:.1f}"
 
 
-def number(pair: tuple[float, float]) -> str:
-    """Mean and deviation with three significant digits."""
-    return f"{pair[0]:.3g} ± {pair[1]:.1g}"
+def number(pair: MeanSd) -> str:
+    """Mean and deviation: one significant digit of the deviation, and as many decimals of the mean."""
+    mean, sd = pair
+    if not (math.isfinite(sd) and sd > 0):
+        return f"{mean:.3g}" + (" ± 0" if sd == 0 else "")
+    decimals = max(0, -math.floor(math.log10(sd)))
+    return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
 
 
 def cost_text(cost: StepCost) -> str:
-    """Cost of a step relative to the first method."""
+    """Cost of a step relative to the first arm."""
     return f"{cost.ratio:.2f}x"
 
 
-HEADINGS = (
-    "method",
-    "test accuracy, %",
-    "test loss",
-    "kappa",
-    "confidence",
-    "||W||",
-    "step",
-    "n",
-    "chosen on validation",
-)
-SHORT_HEADINGS = ("method", "test accuracy, %", "kappa", "confidence", "||W||", "step")
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "arm": lambda line: line.title,
+    "test accuracy, %": lambda line: percent(line.accuracy),
+    "n": lambda line: str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else ""),
+    "test loss": lambda line: number(line.loss),
+    "ECE, %": lambda line: percent(line.ece),
+    "at equal time, %": lambda line: percent(line.equal_time),
+    "kappa": lambda line: number(line.kappa),
+    "confidence": lambda line: number(line.confidence),
+    "||W||": lambda line: number(line.weight_norm),
+    "step": lambda line: cost_text(line.cost),
+    "chosen on validation": lambda line: settings_text(line.settings),
+}
+HEADINGS = tuple(COLUMNS)
+SHORT_HEADINGS = ("arm", "test accuracy, %", "n", "kappa", "confidence", "||W||", "step")
 
 
-def short_cells(line: Row) -> tuple[str, ...]:
-    """A row for a terminal of 80 columns, in the order of ``SHORT_HEADINGS``."""
-    return tuple(
-        text for heading, text in zip(HEADINGS, cells(line), strict=True) if heading in SHORT_HEADINGS
-    )
-
-
-def cells(line: Row) -> tuple[str, ...]:
-    """A row of the table as text, in the order of ``HEADINGS``."""
-    return (
-        TITLES[line.method],
-        percent(line.accuracy),
-        number(line.loss),
-        number(line.kappa),
-        number(line.confidence),
-        number(line.weight_norm),
-        cost_text(line.cost),
-        str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else ""),
-        settings_text(line.settings),
-    )
+def cells(line: Row, headings: Sequence[str] = HEADINGS) -> tuple[str, ...]:
+    """A row of the table as text, in the order of the headings."""
+    return tuple(COLUMNS[heading](line) for heading in headings)

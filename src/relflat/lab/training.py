@@ -21,7 +21,7 @@ from relflat.errors import NonFiniteError
 from relflat.lab import checkpoint, store
 from relflat.lab.batches import EpochOrder, training_loader
 from relflat.lab.config import RunConfig
-from relflat.lab.evaluate import accuracy_and_loss, flatness
+from relflat.lab.evaluate import evaluate, flatness
 from relflat.lab.methods import METHODS, Learner, release
 from relflat.lab.scalars import Scalars
 from relflat.lab.splits import Splits
@@ -129,7 +129,7 @@ def train(
         store.open_run(folder, config, fresh=fresh)
         history = _resume(session, folder)
         diverged = _epochs(session, folder, history, tensorboard, on_epoch)
-        result = _result(session, history, diverged, test)
+        result = store.as_json(_result(session, history, diverged, test))
     finally:
         session.close()
     store.write_json(folder / store.RESULT, result)
@@ -207,8 +207,8 @@ def _monitor(session: Session) -> Record:
     device = session.learner.accelerator.device
     task, splits = TASKS[session.config.task], session.splits
     train = splits.train.take(slice(MONITORED))
-    fitted = accuracy_and_loss(session.model, session.loss, train, device)
-    held_out = accuracy_and_loss(session.model, session.loss, splits.validation, device)
+    fitted = evaluate(session.model, session.loss, train, device)
+    held_out = evaluate(session.model, session.loss, splits.validation, device)
     flat = flatness(session.model, session.loss, train, device, task.layer)
     return {
         "train_accuracy": fitted["accuracy"],
@@ -241,9 +241,9 @@ def _result(session: Session, history: list[Record], diverged: str | None, test:
         return result
     device, splits = session.learner.accelerator.device, session.splits
     layer = TASKS[session.config.task].layer
-    result["train"] = accuracy_and_loss(session.model, session.loss, splits.train, device)
-    result["validation"] = accuracy_and_loss(session.model, session.loss, splits.validation, device)
+    result["train"] = evaluate(session.model, session.loss, splits.train, device)
+    result["validation"] = evaluate(session.model, session.loss, splits.validation, device)
     result["flatness"] = flatness(session.model, session.loss, splits.train, device, layer).__dict__
     if test:
-        result["test"] = accuracy_and_loss(session.model, session.loss, splits.test(), device)
+        result["test"] = evaluate(session.model, session.loss, splits.test(), device)
     return result

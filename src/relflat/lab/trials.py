@@ -1,6 +1,8 @@
 """Running many configurations on local worker processes, one thread each."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 
+from relflat.lab import store
 from relflat.lab.config import RunConfig
 from relflat.lab.store import folder_of, metrics_of
 from relflat.lab.training import train
@@ -43,15 +46,33 @@ class Job:
     test: bool
 
 
-def one_thread() -> None:
-    """Start a worker: several processes share the machine, so each computes on one thread."""
+def start_worker() -> None:
+    """Compute on one thread, as several processes share the machine, and end when the parent is gone."""
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the parent, even by kill -9, then leave at once."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def run_job(job: Job) -> Trial:
-    """Do one run from the start and return what it left behind."""
+    """Do one run, go on with it, or read it if it is finished; return what it left behind."""
     folder = folder_of(job.config, job.runs)
     result = train(job.config, folder, test=job.test, tensorboard=False)
+    return Trial(job.config, result, metrics_of(folder))
+
+
+def read_trial(job: Job) -> Trial | None:
+    """A finished run, or None; a run that was to be tested must have been."""
+    folder = folder_of(job.config, job.runs)
+    result = store.result_of(folder)
+    if result is None or (job.test and result["test"] is None and result["status"] == "finished"):
+        return None
     return Trial(job.config, result, metrics_of(folder))
 
 
@@ -74,4 +95,6 @@ def run_all(
 
 def workers(count: int) -> ProcessPoolExecutor:
     """A pool of fresh single-thread processes."""
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=one_thread)
+    return ProcessPoolExecutor(
+        count, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
+    )

@@ -1,0 +1,96 @@
+"""Arms of a comparison: a method, what is held fixed, and the one value that is searched over.
+
+Every arm searches the same number of values. The values come from the methods' own papers and from a pre-study
+on Fashion-MNIST, never from the data a comparison is about.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from relflat.errors import ConfigError
+from relflat.lab.names import look_up
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One contender.
+
+    Attributes:
+        name: on the command line and in files.
+        title: in tables and figures.
+        method: name of the method it trains by.
+        key: the value that is searched over.
+        values: what is tried for it.
+        fixed: other values that differ from the method's defaults.
+        origin: where the values come from.
+    """
+
+    name: str
+    title: str
+    method: str
+    key: str
+    values: tuple[float, ...]
+    fixed: Values = field(default_factory=dict)
+    origin: str = ""
+
+    @property
+    def grid(self) -> list[Values]:
+        """The settings to try."""
+        return [{**self.fixed, self.key: value} for value in self.values]
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm(
+            "plain",
+            "plain",
+            "plain",
+            "weight_decay",
+            (5e-4, 2e-3, 8e-3, 3.2e-2),
+            origin="the usual 5e-4, quadrupled three times",
+        ),
+        Arm(
+            "sam",
+            "SAM",
+            "sam",
+            "rho",
+            (0.05, 0.1, 0.2, 0.4),
+            origin="0.05 of Foret et al. (2021), doubled three times",
+        ),
+        Arm(
+            "fam",
+            "FAM",
+            "fam",
+            "strength",
+            (0.01, 0.03, 0.1, 0.3),
+            {"gradient": "full"},
+            origin="half decades around the 0.1 of Adilova et al. (2023); all of their Lemma 1, output layer",
+        ),
+        Arm(
+            "fam-radius",
+            "FAM radius",
+            "fam",
+            "radius",
+            (0.25, 0.35, 0.5, 0.7),
+            {"strength": 1.0, "regularize": "*"},
+            origin="its square doubled from 1/16 to 1/2, about the range of the pre-study; every weight layer",
+        ),
+    )
+}
+
+
+def arms_named(names: Iterable[str]) -> tuple[Arm, ...]:
+    """The arms with these names, in that order.
+
+    Raises:
+        ConfigError: an unknown name (the nearest is named), or one that is given twice.
+    """
+    found = tuple(look_up("arm", name, ARMS) for name in names)
+    twice = sorted({arm.name for arm in found if found.count(arm) > 1})
+    if twice:
+        raise ConfigError(f"Arms {twice} are named more than once; name each once.")
+    return found

@@ -1,0 +1,166 @@
+"""A comparison on disk: its plan, its step costs, and the report in all its forms.
+
+plan.json          what is compared, and which folder keeps the runs
+costs.json         seconds a step
+environment.json   where it ran
+report.html, report.md, report.csv, report.tex, report.json
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relflat.errors import ConfigError, DataError
+from relflat.lab import export, store
+from relflat.lab.compare import Comparison, OnTrial, Plan, compare, conclude, plan_from
+from relflat.lab.environment import describe
+from relflat.lab.report import render
+from relflat.lab.summary import Row, accuracy_differences, rows, verdict
+from relflat.lab.timing import StepCost, step_costs
+from relflat.lab.trials import Job, Trial, read_trial, workers
+
+PLAN, COSTS, ENVIRONMENT = "plan.json", "costs.json", "environment.json"
+Costs = dict[str, StepCost]
+
+
+def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
+    """Write the plan of a comparison, or see that the folder holds the same one.
+
+    Raises:
+        ConfigError: it holds another comparison, or cannot be written.
+    """
+    values = {**plan.flat(), "notes": notes, "runs": os.path.relpath(runs, folder)}
+    if (folder / PLAN).is_file():
+        old = store.read_json(folder / PLAN)
+        new = store.as_json(values)
+        keys = [key for key in new if old.get(key) != new[key]]
+        if keys:
+            raise ConfigError(
+                f"{folder} holds a comparison with other values of {', '.join(keys)}. Choose another --out."
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        store.write_json(folder / PLAN, values)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write to {folder}: {error.strerror}. Choose another place with --out."
+        ) from error
+
+
+def carry_out(
+    folder: Path, plan: Plan, runs: Path, processes: int, on_trial: OnTrial
+) -> tuple[Comparison, Costs]:
+    """Do the runs that are missing, time the steps, and write the report.
+
+    Args:
+        folder: of the comparison, after ``open_study``.
+        plan: what to compare.
+        runs: folder that keeps the runs.
+        processes: how many runs at a time, on one thread each.
+        on_trial: called after each run.
+    """
+    with workers(processes) as pool:
+        comparison = compare(plan, runs, pool, on_trial)
+    costs = costs_of(folder, comparison)
+    if not (folder / ENVIRONMENT).is_file():
+        store.write_json(folder / ENVIRONMENT, describe())
+    write_report(folder, comparison, costs)
+    return comparison, costs
+
+
+def costs_of(folder: Path, comparison: Comparison) -> Costs:
+    """Seconds a step of each arm's chosen setting: those that were kept, else measured now and kept."""
+    arms = comparison.plan.arms
+    if (folder / COSTS).is_file():
+        return {name: StepCost(**values) for name, values in store.read_json(folder / COSTS).items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seed = comparison.plan.seeds[0]
+    configs = [comparison.plan.config(arm, comparison.chosen[arm.name].settings, seed) for arm in arms]
+    try:
+        costs = dict(zip((arm.name for arm in arms), step_costs(configs), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    store.write_json(folder / COSTS, {name: asdict(cost) for name, cost in costs.items()})
+    return costs
+
+
+def write_report(folder: Path, comparison: Comparison, costs: Costs) -> None:
+    """Write the report in all its forms."""
+    environment = store.read_json(folder / ENVIRONMENT)
+    notes = str(store.read_json(folder / PLAN)["notes"])
+    lines = rows(comparison, costs)
+    store.write_text(folder / "report.html", render(comparison, costs, environment, notes))
+    store.write_text(folder / "report.md", export.markdown(comparison, costs, environment, notes))
+    store.write_text(folder / "report.csv", export.comma_separated(lines))
+    store.write_text(folder / "report.tex", export.latex(lines))
+    store.write_json(folder / "report.json", {**summary(comparison, lines), "environment": environment})
+
+
+def summary(comparison: Comparison, lines: Sequence[Row]) -> dict[str, Any]:
+    """The numbers behind the report."""
+    pairs = accuracy_differences(comparison)
+    return {
+        "plan": comparison.plan.flat(),
+        "arms": [asdict(line) for line in lines],
+        "differences": [asdict(pair) for pair in pairs],
+        "verdict": verdict(pairs),
+        "search": [
+            {
+                "arm": candidate.arm,
+                "settings": dict(candidate.settings),
+                "validation_accuracy": candidate.accuracy,
+                "validation_loss": candidate.loss,
+                "diverged": candidate.diverged,
+                "chosen": candidate is comparison.chosen[candidate.arm],
+            }
+            for candidate in comparison.candidates
+        ],
+        "tested": {
+            name: [{"seed": trial.config.seed, "test": trial.result["test"]} for trial in trials]
+            for name, trials in comparison.finals.items()
+        },
+    }
+
+
+def rebuild(folder: Path) -> Comparison:
+    """Write the report of a finished comparison again, from its runs; nothing is trained.
+
+    Raises:
+        DataError: the folder holds no comparison, or one that is not finished.
+    """
+    missing = [name for name in (PLAN, COSTS, ENVIRONMENT) if not (folder / name).is_file()]
+    if PLAN in missing:
+        raise DataError(
+            f"{folder} is not a comparison: it has no {PLAN}. Make one with: relflat compare TASK --out {folder}"
+        )
+    values = store.read_json(folder / PLAN)
+    if missing:
+        raise DataError(
+            f"The comparison in {folder} is not finished: {', '.join(missing)} is missing. "
+            "Give its relflat compare command again; it goes on where it stopped."
+        )
+    comparison = conclude(plan_from(values), (folder / values["runs"]).resolve(), reader(folder))
+    write_report(folder, comparison, costs_of(folder, comparison))
+    return comparison
+
+
+def reader(folder: Path) -> Callable[[Sequence[Job]], list[Trial]]:
+    """Reads finished runs in place of doing them."""
+
+    def read(jobs: Sequence[Job]) -> list[Trial]:
+        trials = [read_trial(job) for job in jobs]
+        lost = sum(trial is None for trial in trials)
+        if lost:
+            raise DataError(
+                f"{lost} of {len(jobs)} runs of the comparison in {folder} are not in its folder of runs. "
+                "Give its relflat compare command again; it does what is missing."
+            )
+        return [trial for trial in trials if trial is not None]
+
+    return read

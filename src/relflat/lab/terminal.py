@@ -1,0 +1,31 @@
+"""A comparison on a terminal of 80 columns."""
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from relflat.lab.compare import Comparison
+from relflat.lab.report import findings
+from relflat.lab.study import Costs
+from relflat.lab.summary import SHORT_HEADINGS, cells, rows, settings_text
+
+
+def show(comparison: Comparison, costs: Costs, console: Console) -> None:
+    """Print the table, the chosen settings and the verdict."""
+    lines, plan = rows(comparison, costs), comparison.plan
+    noise = plan.common.get("label_noise")
+    what = Path(plan.task).name + (f", {100 * noise:g} % label noise" if noise else "")
+    table = Table(title=f"{what}: mean ± sd over n seeds", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in SHORT_HEADINGS:
+        table.add_column(heading)
+    for line in lines:
+        table.add_row(*cells(line, SHORT_HEADINGS))
+    console.print(table)
+    width = max(len(line.title) for line in lines)
+    console.print("chosen on validation data:")
+    for line in lines:
+        console.print(f"  {line.title:<{width}}  {settings_text(line.settings)}", highlight=False)
+    for text in findings(comparison, lines):
+        console.print(f"- {text}", highlight=False)
