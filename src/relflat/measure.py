@@ -1,5 +1,6 @@
 """Relative flatness of layers over a data set, with its error."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
