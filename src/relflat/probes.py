@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from relflat.losses import KnownLoss
@@ -155,37 +155,44 @@ def factors(
 def coupled(operator: Operator, site: Site, rng: Rng) -> bool:
     """Whether samples influence each other after the layer (BatchNorm in training mode, contrastive losses).
 
-    A direction that is zero on half of the samples has a product that is zero there too, exactly, unless they
-    are coupled. Cost: one product.
+    A direction that is zero on some samples has a product that is zero there too, exactly, unless they are
+    coupled. Any two samples are told apart by one of the directions. Cost: ``log2 g`` products.
     """
-    g, t = site.shape[:2]
-    if g < 2:
-        return False
-    u = rng.signs((g, t, site.weight.shape[0]), site.weight)
-    u[g // 2 :] = 0
-    response = site.join(operator(site.split(u))).detach().abs()
-    leak, own = response[g // 2 :].max(), response[: g // 2].max()
-    return bool(leak > 16 * torch.finfo(site.calls[0].output.dtype).eps * own)
+    (g, t, _, _), eps = site.shape, torch.finfo(site.calls[0].output.dtype).eps
+    for own in _bipartitions(g, site.weight.device):
+        u = rng.signs((g, t, site.weight.shape[0]), site.weight)
+        u[~own] = 0
+        response = site.join(operator(site.split(u))).detach().abs()
+        if response[~own].max() > 16 * eps * response[own].max():
+            return True
+    return False
 
 
 def coupled_outputs(outputs: Tensor, site: Site, rng: Rng) -> bool:
-    """The same question by first derivatives: do outputs of one half depend on features of the other?
+    """The same question by first derivatives: do outputs of some samples depend on features of others?
 
-    Cost: two backward passes of the tail.
+    Cost: ``2 log2 g`` backward passes of the tail.
     """
     g = site.shape[0]
     if g < 2:
         return False
     if outputs.ndim == 0 or outputs.shape[0] != g:
         return True  # no telling which output belongs to which sample; one group is right in any case
-    halves = slice(0, g // 2), slice(g // 2, g)
-    for own, other in (halves, halves[::-1]):
-        r = rng.signs(tuple(outputs.shape), outputs)
-        r[other] = 0
-        response = site.join(pull([outputs], site.calls, [r], create_graph=False)).abs()
-        if response[other].max() > 16 * torch.finfo(outputs.dtype).eps * response[own].max():
-            return True
+    for half in _bipartitions(g, outputs.device):
+        for own in (half, ~half):
+            r = rng.signs(tuple(outputs.shape), outputs)
+            r[~own] = 0
+            response = site.join(pull([outputs], site.calls, [r], create_graph=False)).abs()
+            if response[~own].max() > 16 * torch.finfo(outputs.dtype).eps * response[own].max():
+                return True
     return False
+
+
+def _bipartitions(g: int, device: torch.device) -> Iterator[Bool[Tensor, " g"]]:
+    """Splits of g samples in two, by the binary digits of their numbers: any two are separated by one."""
+    numbers = torch.arange(g, device=device)
+    for digit in range((g - 1).bit_length()):
+        yield numbers.bitwise_right_shift(digit).bitwise_and(1).bool()
 
 
 def _quadratic(operator: Operator, site: Site, u: Float[Tensor, "g t d"], gradient: Gradient) -> Tensor:
