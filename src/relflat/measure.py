@@ -25,6 +25,7 @@ from relflat.batches import (
 from relflat.errors import (
     ConfigError,
     DataError,
+    GraphError,
     LayerError,
     LossError,
     NonFiniteError,
@@ -34,7 +35,7 @@ from relflat.guards import Guards
 from relflat.losses import KnownLoss, known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor
 from relflat.probes import Contributions
-from relflat.record import Forward
+from relflat.record import Forward, depends_on
 from relflat.resolve import Layer
 from relflat.result import Flatness
 from relflat.rng import Rng
@@ -253,8 +254,10 @@ class Measurement:
         for i, (scene, scale) in enumerate(self.scenes(sums)):
             step = (first_probe << 32) + i
             parts = self._estimate(estimator, scene, step)
-            self._without_graph = all(p.method == "closed_form" for p in parts.values()) and all(
-                closed_form.seen_without_graph(c, scene.outputs, scene.known) for c in scene.calls
+            self._without_graph = (
+                self._now[0].alone
+                and all(p.method == "closed_form" for p in parts.values())
+                and all(closed_form.seen_without_graph(c, scene.outputs, scene.known) for c in scene.calls)
             )
             self._add(sums, scene, parts, scale)
         if sums.batches == 0:
@@ -303,8 +306,18 @@ class Measurement:
 
     def _forward(self, batch: Batch) -> tuple[Any, Any, Tensor, Forward]:
         outputs, targets = self.batches.forward(self.model, batch)
-        record = self.tap.take()[-1]
-        return outputs, targets, self._loss(outputs, targets), record
+        records, loss = self.tap.take(), self._loss(outputs, targets)
+        return outputs, targets, loss, records[-1] if len(records) == 1 else self._joint(records, loss)
+
+    def _joint(self, records: list[Forward], loss: Tensor) -> Forward:
+        """Several forward passes behind one loss (two views of a batch) as one record."""
+        if self.spec.method == "finite_difference":
+            raise GraphError(
+                f"finite differences repeat one forward pass, and forward= ran the model {len(records)} times a "
+                "batch; use another method"
+            )
+        calls = depends_on(loss, [c for r in records for c in r.calls])
+        return replace(records[-1], calls=calls, alone=False)
 
     def _loss(self, outputs: Any, targets: Any) -> Tensor:
         try:
@@ -419,7 +432,7 @@ class Measurement:
         for batch, _ in self.batches:
             with torch.no_grad():
                 self.batches.forward(self.model, batch)
-            for call in self.tap.take()[-1].calls:
+            for call in [c for record in self.tap.take() for c in record.calls]:
                 phi = Site.of([call], constant=True).features.flatten(0, 2).double()
                 count, mean, m2 = moments.setdefault(
                     call.layer, [0, torch.zeros_like(phi[0]), torch.zeros_like(phi[0])]

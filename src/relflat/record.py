@@ -74,7 +74,10 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Forward:
-    """What one forward pass of the model left: calls of tapped layers, tapped parameters, inputs, outputs."""
+    """What one forward pass of the model left: calls of tapped layers, tapped parameters, inputs, outputs.
+
+    ``alone`` is false where the calls are of several passes.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -83,6 +86,7 @@ class Forward:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     outputs: Any = None
     grad: bool = True
+    alone: bool = True
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
