@@ -54,7 +54,7 @@ def weight_of(module: Any) -> Tensor:
 def rows(kind: Kind, module: nn.Module, z: Tensor) -> Float[Tensor, "n t d"]:
     """A layer's output as (samples, positions, outputs)."""
     last = kind.outputs_last(module, z)
-    return last[None, None] if last.ndim == 1 else last.reshape(last.shape[0], -1, last.shape[-1])
+    return last[None, None] if last.ndim == 1 else last.flatten(1, -2) if last.ndim > 2 else last[:, None]
 
 
 def _same(module: nn.Module, z: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _runs(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
 def _dense_features(module: nn.Module, x: Float[Tensor, "... m"]) -> Float[Tensor, "n t 1 m"]:
     if x.ndim == 1:
         return x[None, None, None]
-    return x.reshape(x.shape[0], -1, 1, x.shape[-1])
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), 1, x.shape[-1])
 
 
 def _dense_project(module: nn.Module, x: Tensor, b: Float[Tensor, "n q m"]) -> Float[Tensor, "n t 1 q"]:

@@ -58,11 +58,15 @@ class Site:
     @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """Groups g, positions t, channel groups c, features m."""
-        samples = samples_of(self.calls[0])
-        d, m = self.weight.shape
-        positions = sum(c.output.numel() // d for c in self.calls)
+        groups = 1 if self.coupled else samples_of(self.calls[0])
         c = getattr(self.calls[0].module, "groups", 1)
-        return (1, positions, c, m) if self.coupled else (samples, positions // samples, c, m)
+        return groups, sum(self._positions), c, self.weight.shape[1]
+
+    @functools.cached_property
+    def _positions(self) -> list[int]:
+        """Positions of each call; none of its samples may be there (an expert that nothing was routed to)."""
+        sizes = [rows(c.kind, c.module, c.output).shape for c in self.calls]
+        return [n * t if self.coupled else t for n, t, _ in sizes]
 
     @functools.cached_property
     def features(self) -> Float[Tensor, "g t c m"]:
@@ -105,9 +109,8 @@ class Site:
 
     def split(self, u: Float[Tensor, "g t d"]) -> list[Tensor]:
         """Cut a direction into one tensor a call, each shaped and typed as that call's output."""
-        sizes = [c.output.numel() // (u.shape[0] * u.shape[-1]) for c in self.calls]
         parts = []
-        for part, call in zip(torch.split(u, sizes, dim=1), self.calls, strict=True):
+        for part, call in zip(torch.split(u, self._positions, dim=1), self.calls, strict=True):
             last = part.reshape(call.outputs_last().shape)
             back = call.kind.outputs_back(call.module, last).reshape(call.output.shape)
             parts.append(back.to(call.output.dtype).contiguous())
