@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from relflat import perturb
 from relflat.errors import ConfigError, GraphError, LayerError, LossError, SecondDerivativeError
 from relflat.guards import Guards
-from relflat.layers import supported_layers, weight_of
+from relflat.layers import kind_of, supported_layers, weight_of
 from relflat.losses import known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor, scene_calls
 from relflat.probes import Contributions, Gradient
@@ -139,9 +139,8 @@ class FAM(nn.Module):
         self.register_load_state_dict_pre_hook(_with_wrapper)  # type: ignore[no-untyped-call]
 
     def _check_trainable(self, gradient: Gradient) -> None:
-        for name, module in self._tap.layers.items():
-            weight = module if isinstance(module, nn.Parameter) else weight_of(module)
-            if gradient == "weights" and not weight.requires_grad:
+        for name, target in self._tap.layers.items():
+            if gradient == "weights" and not _weight(target).requires_grad:
                 raise LayerError(
                     f"gradient='weights' reaches the weight of layer {name!r} only, and that is frozen "
                     "(requires_grad=False); unfreeze it or use gradient='full'"
@@ -351,6 +350,14 @@ def _watched(scene: Scene) -> dict[str, Tensor]:
     """What should depend on the input."""
     found = {f"the features of layer {c.layer!r}": c.phi for c in scene.calls}
     return found if scene.outputs is None else found | {"the outputs": scene.outputs}
+
+
+def _weight(target: nn.Module | nn.Parameter) -> Tensor:
+    if isinstance(target, nn.Parameter):
+        return target
+    kind = kind_of(target)
+    assert kind is not None
+    return kind.matrix(target, weight_of(target))
 
 
 def _shaped(kappas: Mapping[str, Tensor], task: Tensor) -> Tensor:
