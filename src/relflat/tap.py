@@ -7,11 +7,13 @@ checkpointing, another model that shares it, a forward in evaluation mode.
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from relflat.errors import GraphError, LayerError
@@ -52,7 +54,8 @@ class Tap:
         self._open: Forward | None = None
         self._pending: list[Forward] = []
         self._overflow = False
-        self._replaying = self.copied = False
+        self._replaying = self.copied = self._moved = False
+        self._caches: list[Any] = []
         self.injector: Callable[[], Inject] | None = None
         self._inject: Inject | None = None
         self.keep_rng = False
@@ -66,8 +69,12 @@ class Tap:
         for name, module in self.layers.items():
             if isinstance(module, nn.Parameter):
                 continue
-            before = module.register_forward_pre_hook(_Hook(self, "_before_layer", name))
-            after = module.register_forward_hook(_Hook(self, "_after_layer", name), with_kwargs=True)
+            before = module.register_forward_pre_hook(_Hook(self, "_before_layer", name), with_kwargs=True)
+            after = module.register_forward_hook(
+                _Hook(self, "_after_layer", name),
+                with_kwargs=True,
+                always_call=parametrize.is_parametrized(module),
+            )
             self._handles[name] = [before, after]
         begin = model.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True, prepend=True)
         end = model.register_forward_hook(_Hook(self, "_end"), always_call=True)
@@ -78,12 +85,13 @@ class Tap:
         if self._depth > 1:
             return
         self._open = None
-        if self._replaying or torch._C._are_functorch_transforms_active():
-            return  # a pass of our own, or one inside torch.func that no criterion call will follow
+        if self._replaying or _recomputing() or torch._C._are_functorch_transforms_active():
+            return  # a pass of our own or of checkpointing, or one inside torch.func: no criterion call follows
         if model.training if self._when is None else self._when():
             rng = RngState.now() if self.keep_rng else None
             self._open = Forward(args, kwargs, rng, grad=torch.is_grad_enabled())
             self._inject = None if self.injector is None else self.injector()
+            self._moved = False
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -101,21 +109,47 @@ class Tap:
             self._overflow = True
         self._pending.append(record)
 
-    def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if self._inject is None or not args or (self._open is None and not self._replaying):
+    def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _recomputing():
+            self._refuse_to_recompute(name)
             return None
-        return (self._inject(name, args[0]), *args[1:])
+        if self._open is not None and parametrize.is_parametrized(module):
+            # The layer and the record read its weight: one evaluation for both (power iteration counts them).
+            self._caches.append(parametrize.cached())
+            self._caches[-1].__enter__()
+        if self._inject is None or (self._open is None and not self._replaying):
+            return None
+        self._moved = self._moved or torch.is_grad_enabled()
+        if args:
+            return (self._inject(name, args[0]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, kwargs | {first: self._inject(name, kwargs[first])}
 
     def _after_layer(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor | None,
     ) -> Tensor | None:
+        if _recomputing():
+            return None if output is None else _with_graph(output)
         if self._open is None:
             return None
+        cached = self._caches.pop() if self._caches and parametrize.is_parametrized(module) else nullcontext()
+        try:
+            return None if output is None else self._record(name, module, args, kwargs, output)
+        finally:
+            cached.__exit__(None, None, None)
+
+    def _record(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        assert self._open is not None
         phi = args[0] if args else next(iter(kwargs.values()))
-        replaced = None
-        if torch.is_grad_enabled() and not output.requires_grad:
-            # A frozen layer on constant input: give its output a graph so that the tail can be differentiated.
-            replaced = output = output.detach().requires_grad_().clone()
+        replaced = _with_graph(output)
+        output = output if replaced is None else replaced
         edge = get_gradient_edge(output) if output.requires_grad else None
         kind = kind_of(module)
         assert kind is not None
@@ -123,6 +157,14 @@ class Tap:
         versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
         self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions))
         return replaced
+
+    def _refuse_to_recompute(self, name: str) -> None:
+        if self._moved:
+            raise GraphError(
+                f"gradient checkpointing recomputes layer {name!r} without the change that radius= or "
+                "method='finite_difference' made to it; leave that layer out of the checkpointed part, or use another "
+                "method"
+            )
 
     def _narrow(self, record: Forward) -> None:
         """Find out which of the tapped layers is the output layer, and leave the others alone."""
@@ -221,6 +263,7 @@ class Tap:
         if change is not None:
             replaced |= {n: change[1] for n, p in model.named_parameters() if p is change[0]}
         self._inject, self._replaying = inject, True
+        self._moved = self._moved or torch.is_grad_enabled()
         try:
             with rng_preserved(record.rng):
                 return torch.func.functional_call(model, replaced, record.args, record.kwargs)
@@ -260,6 +303,18 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Hook, (None, self._method, *self._args))
+
+
+def _recomputing() -> bool:
+    """Whether this runs inside a backward pass, as the recomputation of gradient checkpointing does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _with_graph(output: Tensor) -> Tensor | None:
+    """In place of a frozen layer's output on constant input: one with a graph, so that the tail has one."""
+    if not torch.is_grad_enabled() or output.requires_grad:
+        return None
+    return output.detach().requires_grad_().clone()
 
 
 def _nothing() -> None:
