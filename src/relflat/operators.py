@@ -109,7 +109,9 @@ def pull(
             f"the loss does not depend on the output of layer {calls[0].layer!r} in the last forward pass of the "
             "model; give the criterion the outputs of that very pass, not detached and not of another model"
         )
-    sparse = [c.layer for g, c in zip(found, calls, strict=True) if g is not None and g.layout != torch.strided]
+    sparse = [
+        c.layer for g, c in zip(found, calls, strict=True) if g is not None and g.layout != torch.strided
+    ]
     if sparse:
         raise GraphError(
             f"the gradient in parameter {sparse[0]!r} is sparse and cannot be differentiated again; name the module "

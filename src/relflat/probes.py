@@ -234,7 +234,7 @@ def _squared_norms(
 
 
 def _by_group(g: Float[Tensor, "g t d"], c: int) -> Float[Tensor, "g t c o"]:
-    return g.unflatten(-1, (c, -1))
+    return g.reshape(*g.shape[:-1], c, g.shape[-1] // c)
 
 
 def _gram_product(x: Float[Tensor, "g p a"], y: Float[Tensor, "g p b"]) -> Float[Tensor, " g"]:

@@ -109,7 +109,9 @@ class Tap:
             self._overflow = True
         self._pending.append(record)
 
-    def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_layer(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if _recomputing():
             self._refuse_to_recompute(name)
             return None
@@ -162,8 +164,8 @@ class Tap:
         if self._moved:
             raise GraphError(
                 f"gradient checkpointing recomputes layer {name!r} without the change that radius= or "
-                "method='finite_difference' made to it; leave that layer out of the checkpointed part, or use another "
-                "method"
+                "method='finite_difference' made to it; leave that layer out of the checkpointed part, or use "
+                "another method"
             )
 
     def _narrow(self, record: Forward) -> None:
