@@ -54,11 +54,12 @@ class Tap:
         self._open: Forward | None = None
         self._pending: list[Forward] = []
         self._overflow = False
-        self._replaying = self.copied = self._moved = False
-        self._caches: list[Any] = []
+        self._replaying = self.copied = False
         self.injector: Callable[[], Inject] | None = None
         self._inject: Inject | None = None
         self.keep_rng = False
+        self._moved = False  # whether a layer's input or parameter was changed in a pass with a graph
+        self._caches: list[Any] = []
         self._handles: dict[str, list[Any]] = {}
         self._attach(model)
         self._finalizer = weakref.finalize(self, _remove, self._handles)
