@@ -8,6 +8,7 @@ To add a loss, write a function that turns a module or a call into a :class:`Kno
 ``_KNOWN``.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -34,6 +35,9 @@ class LogitHessian(Protocol):
 
     def product(self, v: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
         """``A_p v_p``."""
+
+    def times(self, constant: float) -> "LogitHessian":
+        """``constant * A_p``, for a constant that is not negative."""
 
     def detach(self) -> "LogitHessian":
         """The same numbers, constant."""
@@ -75,6 +79,12 @@ class SoftmaxHessian:
         p = self.log_p.exp()
         return self.mass[:, None] * p * (v - (p * v).sum(-1, keepdim=True))
 
+    def times(self, constant: float) -> "SoftmaxHessian":
+        """The mass times the constant."""
+        scaled = copy.copy(self)
+        scaled.mass = self.mass * constant
+        return scaled
+
     def detach(self) -> "SoftmaxHessian":
         """The same, constant."""
         return SoftmaxHessian(self.log_p.detach(), self.mass.detach())
@@ -101,6 +111,10 @@ class DiagonalHessian:
     def product(self, v: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
         """``a v``."""
         return self.a * v
+
+    def times(self, constant: float) -> "DiagonalHessian":
+        """The entries times the constant."""
+        return DiagonalHessian(self.a * constant)
 
     def detach(self) -> "DiagonalHessian":
         """The same, constant."""
@@ -130,6 +144,10 @@ class KnownLoss:
     normaliser: Callable[[Tensor, Tensor], Tensor]
     confidence: Callable[[Tensor], Tensor] | None
     elementwise: bool
+
+    def times(self, constant: float) -> "KnownLoss":
+        """The loss multiplied by a constant that is not negative."""
+        return replace(self, hessian=lambda outputs, targets: self.hessian(outputs, targets).times(constant))
 
     def classes_last(self, outputs: Float[Tensor, "..."]) -> Float[Tensor, "... d"]:
         """The logits with one row in the last dimension."""

@@ -16,7 +16,8 @@ from relflat.losses import known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor, scene_calls
 from relflat.probes import Contributions, Gradient
 from relflat.radius import Rise
-from relflat.record import Forward
+from relflat.read_loss import read_loss
+from relflat.record import Forward, depends_on
 from relflat.resolve import Layer
 from relflat.rng import Rng
 from relflat.site import feature_std
@@ -195,10 +196,12 @@ class FAM(nn.Module):
         """The penalty for a loss that was computed elsewhere: add it to that loss.
 
         ``strength * kappa(c L) = c strength * kappa(L)``, so the scale of the loss carries over. The criterion
-        given to FAM is not used; the loss is differentiated instead. In evaluation mode it is zero.
+        given to FAM is not used: a loss that is, up to a constant, a cross-entropy, BCE with logits or squared
+        error is recognised by its graph (:mod:`relflat.read_loss`) and gets the same closed forms; any other is
+        differentiated. In evaluation mode it is zero.
 
         Args:
-            loss: any scalar that the model's last forward pass led to.
+            loss: any scalar that the model's last forward pass led to, or what was run since :meth:`watch`.
 
         Returns:
             A scalar.
@@ -211,9 +214,16 @@ class FAM(nn.Module):
                 "radius= or method='finite_difference'"
             )
         forwards = self._tap.take()
+        if self._tap.watching and not forwards[0].parameters and not depends_on(loss, forwards[0].calls):
+            return loss.new_zeros(())  # one of several losses, and not one of these layers
+        calls = scene_calls(forwards, loss)
+        reading = read_loss(loss, calls)
+        if self._tap.searching:
+            calls = self._tap.settle(calls, None if reading is None else reading.call)
         outputs = output_tensor(forwards[-1].outputs) if len(forwards) == 1 else None
-        parameters = forwards[-1].parameters
-        scene = Scene(scene_calls(forwards, loss), loss, outputs, parameters=parameters)
+        scene = Scene(calls, loss, outputs, parameters=forwards[-1].parameters)
+        if reading is not None:
+            scene.outputs, scene.known, scene.targets = reading.outputs, reading.known, reading.targets
         penalty = self._penalty(scene, None, None)
         return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
 
@@ -233,8 +243,17 @@ class FAM(nn.Module):
         """Qualified names of the regularised layers; ``"output"`` is settled by the first forward pass."""
         return list(self._tap.layers)
 
+    def watch(self) -> None:
+        """Record from now on whatever calls the layers, until :meth:`reset`.
+
+        For trainers that run parts of the model, not the model itself; then only :meth:`penalty` may follow, as
+        often as there are losses, and is 0 for a loss that does not depend on the layers. Tensors recorded are
+        kept until :meth:`reset`.
+        """
+        self._tap.watch()
+
     def reset(self) -> None:
-        """Forget forward passes that were not followed by a call of the criterion."""
+        """Forget forward passes that were not followed by a call of the criterion; stop watching."""
         self._tap.reset()
 
     def close(self) -> None:

@@ -54,6 +54,7 @@ class Tap:
         self._open: Forward | None = None
         self._pending: list[Forward] = []
         self._overflow = False
+        self._watched: Forward | None = None
         self._replaying = self.copied = False
         self.injector: Callable[[], Inject] | None = None
         self._inject: Inject | None = None
@@ -180,13 +181,16 @@ class Tap:
                 f"'output' is ambiguous: {sorted(ends) or list(self.layers)} "
                 f"{'all feed' if ends else 'were not called, none feeds'} the output; name one of them"
             )
-        keep = ends.pop()
+        record.calls = self._keep(ends.pop(), record.calls)
+
+    def _keep(self, keep: str, calls: list[Call]) -> list[Call]:
+        """Remove the hooks of all layers but one, and their calls."""
         for name in [n for n in self.layers if n != keep]:
             for handle in self._handles.pop(name):
                 handle.remove()
             del self.layers[name]
-        record.calls = [c for c in record.calls if c.layer == keep]
         self.searching = False
+        return [c for c in calls if c.layer == keep]
 
     # -- use -----------------------------------------------------------------------------------------
 
@@ -222,6 +226,8 @@ class Tap:
         """
         model = self.model
         records, self._pending = self._pending, []
+        if self._watched is not None:
+            return [self._watched]
         overflow, self._overflow = self._overflow, False
         if overflow:
             raise GraphError(
@@ -273,9 +279,29 @@ class Tap:
         finally:
             self._inject, self._replaying = None, False
 
+    def watch(self) -> None:
+        """Record whatever calls the layers as one forward pass, whoever runs it, until :meth:`reset`.
+
+        :meth:`take` then hands over all of it each time.
+        """
+        self.reset()
+        parameters = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
+        self._depth, self._open = 1, Forward((), {}, parameters=parameters)
+        self._watched = self._open
+
+    @property
+    def watching(self) -> bool:
+        """Whether :meth:`watch` is in force."""
+        return self._watched is not None
+
+    def settle(self, calls: list[Call], end: Call | None) -> list[Call]:
+        """Find the output layer by what a loss was computed from: ``end`` if known, else the last call."""
+        return self._keep((calls[-1] if end is None else end).layer, calls)
+
     def reset(self) -> None:
-        """Forget the records kept so far."""
+        """Forget the records kept so far, and stop watching."""
         self._pending, self._open, self._depth, self._overflow = [], None, 0, False
+        self._watched = None
 
     def close(self) -> None:
         """Remove the hooks and forget everything."""
