@@ -18,6 +18,7 @@ from relflat.landscape import (
     per_sample_flatness,
     representativeness,
 )
+from relflat.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy_fam
 from relflat.measure import relative_flatness, relative_flatness_by_layer
 from relflat.regularizer import FAM
 from relflat.result import Flatness
@@ -32,12 +33,14 @@ __all__ = [
     "Flatness",
     "GraphError",
     "LayerError",
+    "LinearCrossEntropy",
     "LossError",
     "NonFiniteError",
     "RelflatError",
     "RelflatWarning",
     "SecondDerivativeError",
     "feature_robustness",
+    "linear_cross_entropy_fam",
     "max_eigenvalue_flatness",
     "per_sample_flatness",
     "relative_flatness",
