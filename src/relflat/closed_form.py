@@ -29,7 +29,7 @@ def why_not(calls: list[Call], outputs: Tensor | None, known: KnownLoss | None) 
         aligned = same_values(call, outputs, call.output)
     else:
         if known.classes_last(outputs).shape[-1] != call.weight.shape[0]:
-            return "the loss's classes are not the layer's outputs"
+            return "it is not the output layer, whose outputs are the classes of the loss"
         aligned = same_values(call, known.classes_last(outputs), call.outputs_last())
     return None if aligned else "something is computed between the layer's output and the loss"
 

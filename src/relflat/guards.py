@@ -53,7 +53,11 @@ class Guards:
 
     def falls_back(self, reason: Exception) -> None:
         """Say that finite differences stand in for derivatives."""
-        self._say("falls back", f"kappa is estimated by finite differences from now on, as {reason}")
+        self._say(
+            "falls back",
+            "kappa is estimated by finite differences from now on (noisy, and wrong where the network has kinks such "
+            f"as ReLU within a step), as {reason}",
+        )
 
     def collapse(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Look, every ``_EVERY`` steps, whether tensors (samples first) still depend on the input.

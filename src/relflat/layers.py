@@ -285,7 +285,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def nearest(name: str, candidates: list[str]) -> str:
-    """The candidates spelled most like ``name``, for error messages."""
+    """The candidates spelled most like ``name``, for error messages; none if nothing is like it."""
     ending = [c for c in candidates if c.endswith(f".{name}")]
-    close = ending or get_close_matches(name, candidates, n=3, cutoff=0.3) or candidates[:3]
-    return " or ".join(map(repr, close)) or "'output'"
+    close = ending or get_close_matches(name, candidates, n=3, cutoff=0.4)
+    return " or ".join(map(repr, close))

@@ -324,7 +324,14 @@ class Measurement:
             loss = self.loss_fn(outputs, targets)
         except IndexError as error:
             raise LossError(
-                f"{error}: a target lies outside the classes; mend the labels or set ignore_index"
+                f"{str(error).rstrip('.')}: a target lies outside the classes; mend the labels or set ignore_index"
+            ) from error
+        except TypeError as error:
+            if isinstance(outputs, Tensor):
+                raise
+            raise DataError(
+                f"the loss cannot take the model's outputs ({type(outputs).__name__}): {error}; pass "
+                "forward=lambda model, batch: (outputs, targets) that picks the tensor"
             ) from error
         if not isinstance(loss, Tensor):
             raise LossError(f"the loss is {type(loss).__name__}, not a tensor")

@@ -23,6 +23,9 @@ class Operator(Protocol):
     def __call__(self, v: Direction) -> list[Tensor]:
         """The product with ``v``."""
 
+    def slope_at_calls(self) -> list[Tensor]:
+        """The gradient of the loss with respect to the calls' outputs."""
+
 
 class HessianOperator:
     """``v -> (d2 L / dz2) v``. Setting up costs one backward of the tail, each product two more."""
@@ -42,6 +45,10 @@ class HessianOperator:
         pairs = [(g, x) for g, x in zip(self.gradient, v, strict=True) if g.requires_grad]
         of, along = [g for g, _ in pairs], [x for _, x in pairs]
         return pull(of, self.calls, along, create_graph=self.create_graph, required=False)
+
+    def slope_at_calls(self) -> list[Tensor]:
+        """The gradient the operator started from."""
+        return [g.detach() for g in self.gradient]
 
 
 class GGNOperator:
@@ -73,6 +80,10 @@ class GGNOperator:
         pushed = self._one(self.pullback, self.dual, v)
         curved = self._one([self.slope], self.outputs, [pushed])
         return pull([self.outputs], self.calls, [curved], create_graph=self.create_graph, required=False)
+
+    def slope_at_calls(self) -> list[Tensor]:
+        """The gradient, by one pull-back."""
+        return pull([self.outputs], self.calls, [self.slope.detach()], create_graph=False, required=False)
 
     def _one(self, of: Sequence[Tensor], at: Tensor, v: Direction) -> Tensor:
         pairs = [(f, x) for f, x in zip(of, v, strict=True) if f.requires_grad]

@@ -104,6 +104,7 @@ class Estimator:
         self.spec, self.seed = spec, seed
         self._coupled: dict[tuple[str, bool], bool] = {}
         self._checked = False
+        self._curved: set[str] = set()
 
     def __call__(self, scene: Scene, step: int) -> dict[str, Contributions]:
         """The contributions to kappa of every tapped layer, each with its method.
@@ -205,6 +206,12 @@ class Estimator:
         at_end = scene.outputs is not None and same_values(calls[0], scene.outputs, calls[0].output)
         operator = self._operator(scene, calls, at_end)
         site = self._site(scene, calls)
+        if site.layer not in self._curved and not probes.curved(operator, site, Rng(self.seed, -2)):
+            raise LossError(
+                f"the loss has a gradient in the output of layer {site.layer!r} but no curvature: its Hessian is "
+                "zero wherever it exists, as for a hinge or absolute error; use a smooth loss, or FAM(..., radius=...)"
+            )
+        self._curved.add(site.layer)
         if self._is_coupled(site, functools.partial(probes.coupled, operator)):
             site = self._site(scene, calls, coupled=True)
         products = probes.products_for_exact(site, adaptive=spec.adaptive, trace=spec.trace)

@@ -152,6 +152,15 @@ def factors(
         yield known.classes_back(hessian.factor(eps).reshape(arranged.shape)).to(outputs.dtype)
 
 
+def curved(operator: Operator, site: Site, rng: Rng) -> bool:
+    """Whether a random direction has a product other than zero, or there is no gradient to begin with."""
+    u = rng.signs((*site.shape[:2], site.weight.shape[0]), site.weight)
+    if bool(site.join(operator(site.split(u))).any()):
+        return True
+    slope = operator.slope_at_calls()
+    return not bool(site.join(slope).any())
+
+
 def coupled(operator: Operator, site: Site, rng: Rng) -> bool:
     """Whether samples influence each other after the layer (BatchNorm in training mode, contrastive losses).
 

@@ -113,6 +113,8 @@ class FAM(nn.Module):
             temperature=temperature,
             unit_features=unit_features,
         )
+        if gradient is None:
+            raise ConfigError("gradient=None: choose one of ['full', 'frozen', 'weights']")
         if not math.isfinite(strength):
             raise ConfigError(f"strength={strength}: a finite number is needed")
         if radius is not None and not radius > 0:
@@ -127,7 +129,8 @@ class FAM(nn.Module):
         self.strength, self.radius, self.every, self.warmup_steps = strength, radius, every, warmup_steps
         self.step = 0
         self._tap = Tap(model, layer)
-        self._check_trainable(gradient)
+        if not self._tap.searching:
+            self._check_trainable(gradient)
         self._estimator = Estimator(spec, torch.initial_seed() if seed is None else seed)
         self._rise = None if radius is None else Rise(radius, spec, self._estimator.seed, self._tap)
         self._replays = radius is not None or method == "finite_difference"
@@ -151,7 +154,13 @@ class FAM(nn.Module):
         """Perturb the forward pass itself, unless the last layer is meant: its head alone is as cheap."""
         last = list(supported_layers(self._tap.model))[-1:]
         if list(self._tap.layers) != last and not self._tap.searching:
-            self._tap.injector = lambda: rise.inject(self.step)
+            self._tap.injector = lambda: (
+                rise.inject(self.step + (self._tap.pending << 40)) if self._injects() else None
+            )
+
+    def _injects(self) -> bool:
+        """Whether this step's forward pass is perturbed itself; ``strength`` and the mode may have changed."""
+        return self._tap.injector is not None and self.training and self.strength == 1
 
     # -- use -----------------------------------------------------------------------------------------
 
@@ -170,7 +179,7 @@ class FAM(nn.Module):
             GraphError: if there was no forward pass since the last call, or the outputs are not its.
             LossError: if the loss has no curvature, or a target lies outside the classes.
         """
-        if self._tap.injector is not None and self._active():
+        if self._injects() and self._active():
             return self._injected_loss(outputs, targets, kwargs)
         task = self._task_loss(outputs, targets, kwargs)
         if not self._active():
@@ -234,7 +243,8 @@ class FAM(nn.Module):
         Keys: ``task``, ``penalty`` (``strength * kappa`` as added), ``total``; in training also ``kappa`` (or
         the loss increase, with ``radius``), ``by_layer``, ``method``, ``strength`` (after warm-up), ``skipped``
         (penalties left out so far as they were not finite) and ``collapsed`` (features or outputs that did not
-        depend on the input when last looked at, every tenth step).
+        depend on the input when last looked at, every tenth step). Where the forward pass itself was perturbed
+        (``radius`` on a hidden layer with strength 1) only ``total`` is known: ``task`` and ``penalty`` are nan.
         """
         return {k: _number(v) for k, v in self._last.items()}
 
@@ -281,7 +291,7 @@ class FAM(nn.Module):
             loss = self.loss_fn(outputs, *targets, **kwargs)
         except IndexError as error:
             raise LossError(
-                f"{error}: a target lies outside the classes (outputs of shape "
+                f"{str(error).rstrip('.')}: a target lies outside the classes (outputs of shape "
                 f"{tuple(getattr(outputs, 'shape', ()))}); mend the labels or set ignore_index"
             ) from error
         if not isinstance(loss, Tensor):
@@ -304,6 +314,7 @@ class FAM(nn.Module):
         penalty: Tensor | None = None
         report: dict[str, Any] = {"task": task, "penalty": 0.0, "total": task, "strength": strength}
         if self._guards.finite("the task loss", scene.loss, step) and strength != 0:
+            self._check_trainable(self._estimator.spec.mode)
             parts = self._contributions(scene, step, again, head)
             kappas = {layer: part.kappa for layer, part in parts.items()}
             if all(self._guards.finite(f"kappa of layer {k!r}", v, step) for k, v in kappas.items()):
@@ -315,7 +326,8 @@ class FAM(nn.Module):
             if self._estimator.spec.curvature == "hessian" and self._rise is None and strength > 0:
                 for layer, kappa in kappas.items():
                     self._guards.negative(layer, kappa)
-            report["by_layer"] = {k: v.detach().mean(0).sum() for k, v in kappas.items()}
+            rows = max(1, scene.loss.numel())  # shares of samples average as their losses do
+            report["by_layer"] = {k: v.detach().mean(0).sum() / rows for k, v in kappas.items()}
             report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
         self._guards.collapse(step, _watched(scene))
         self._last = report | {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}

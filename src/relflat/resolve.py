@@ -62,7 +62,8 @@ def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
             if matches:
                 return matches
     near = nearest(name, [*supported, *matrices(model)])
-    raise LayerError(f"no layer named {name!r}; did you mean {near}? {_candidates(model)}")
+    hint = f"did you mean {near}? " if near else ""
+    raise LayerError(f"no layer named {name!r}; {hint}{_candidates(model)}")
 
 
 def _target(model: nn.Module, name: str, found: Target) -> Target:

@@ -21,6 +21,7 @@ from relflat.layers import kind_of, supported_layers, weight_of
 from relflat.record import Call, Forward, same_values
 from relflat.resolve import Layer, resolve
 from relflat.rng import RngState, rng_preserved
+from relflat.sharding import freed_after_forward
 
 Inject = Callable[[str, Tensor], Tensor]
 _MAX_PENDING = 8
@@ -47,7 +48,13 @@ class Tap:
 
     def __init__(self, model: nn.Module, layer: Layer, when: Callable[[], bool] | None = None) -> None:
         self.layers = resolve(model, layer)
-        self.searching = layer == "output" and len(self.layers) > 1
+        named = [layer] if isinstance(layer, str | nn.Module | nn.Parameter) else list(layer)
+        others = [n for n in named if not (isinstance(n, str) and n == "output")]
+        self._asked_for = set(resolve(model, others)) if others else set()
+        candidates = set(self.layers) - self._asked_for
+        self.searching = (
+            len(others) < len(named) and len(candidates) > 1 and "output" not in dict(model.named_modules())
+        )
         self._model = weakref.ref(model)
         self._when = when
         self._depth = 0
@@ -55,8 +62,9 @@ class Tap:
         self._pending: list[Forward] = []
         self._overflow = False
         self._watched: Forward | None = None
+        self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
         self._replaying = self.copied = False
-        self.injector: Callable[[], Inject] | None = None
+        self.injector: Callable[[], Inject | None] | None = None
         self._inject: Inject | None = None
         self.keep_rng = False
         self._moved = False  # whether a layer's input or parameter was changed in a pass with a graph
@@ -121,6 +129,10 @@ class Tap:
             # The layer and the record read its weight: one evaluation for both (power iteration counts them).
             self._caches.append(parametrize.cached())
             self._caches[-1].__enter__()
+        if self._open is not None and freed_after_forward(self.model, name):
+            kind = kind_of(module)
+            assert kind is not None
+            self._whole[name] = kind.matrix(module, weight_of(module)).clone()
         if self._inject is None or (self._open is None and not self._replaying):
             return None
         self._moved = self._moved or torch.is_grad_enabled()
@@ -157,7 +169,8 @@ class Tap:
         edge = get_gradient_edge(output) if output.requires_grad else None
         kind = kind_of(module)
         assert kind is not None
-        weight = kind.matrix(module, weight_of(module))
+        whole = self._whole.pop(name, None)
+        weight = kind.matrix(module, weight_of(module)) if whole is None else whole
         versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
         self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions))
         return replaced
@@ -184,13 +197,14 @@ class Tap:
         record.calls = self._keep(ends.pop(), record.calls)
 
     def _keep(self, keep: str, calls: list[Call]) -> list[Call]:
-        """Remove the hooks of all layers but one, and their calls."""
-        for name in [n for n in self.layers if n != keep]:
+        """Remove the hooks of all layers but one and those asked for by name, and their calls."""
+        wanted = {keep} | self._asked_for
+        for name in [n for n in self.layers if n not in wanted]:
             for handle in self._handles.pop(name):
                 handle.remove()
             del self.layers[name]
         self.searching = False
-        return [c for c in calls if c.layer == keep]
+        return [c for c in calls if c.layer in wanted]
 
     # -- use -----------------------------------------------------------------------------------------
 
@@ -216,6 +230,11 @@ class Tap:
             )
         model = self._model()
         return model is not None and bool(self._handles) and model.training
+
+    @property
+    def pending(self) -> int:
+        """How many forward passes wait for their criterion call."""
+        return len(self._pending)
 
     def take(self) -> list[Forward]:
         """Hand over the records since the last call, oldest first, and forget them.
@@ -301,6 +320,7 @@ class Tap:
     def reset(self) -> None:
         """Forget the records kept so far, and stop watching."""
         self._pending, self._open, self._depth, self._overflow = [], None, 0, False
+        self._whole = {}
         self._watched = None
 
     def close(self) -> None:

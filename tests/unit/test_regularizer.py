@@ -476,7 +476,7 @@ class TestBadInput:
     def test_closed_form_that_does_not_apply_says_why(self) -> None:
         net, (x, y) = mlp(), batch()
         fam = FAM(CE(), net, "2", strength=1.0, method="closed_form")
-        with pytest.raises(LossError, match="classes are not the layer's outputs"):
+        with pytest.raises(LossError, match="not the output layer"):
             fam(net(x), y)
 
     def test_finite_radius_of_a_loss_tensor(self) -> None:
@@ -507,3 +507,36 @@ class TestSeveralLayers:
             fam(out, y)
             backwards.append(len(calls))
         assert backwards == [1, 1]
+
+
+class TestOutputAmongOthers:
+    def test_output_in_a_list_is_narrowed_too(self) -> None:
+        net, (x, y) = mlp(), batch()
+        fam = FAM(CE(), net, ["0", "output"], strength=0.5)
+        fam(net(x), y)
+        assert fam.layers == ["0", "4"]
+
+    def test_head_only_finetuning_with_gradient_weights(self) -> None:
+        net, (x, y) = mlp(), batch()
+        net[:4].requires_grad_(False)
+        fam = FAM(CE(), net, "output", strength=0.5, gradient="weights")
+        fam(net(x), y).backward()
+        assert net[4].weight.grad is not None
+
+    def test_strength_and_mode_may_change_while_noise_is_injected(self) -> None:
+        net, (x, y) = mlp(), batch()
+        fam = FAM(CE(), net, "2", strength=1.0, radius=0.5)
+        assert not torch.equal(net(x), net(x))
+        fam.reset()
+        fam.strength = 0.0
+        assert torch.equal(net(x), net(x))
+        fam.reset()
+        fam.strength = 1.0
+        fam.eval()
+        assert torch.equal(net(x), net(x))
+
+    def test_absolute_error_has_no_curvature(self) -> None:
+        net, (x, _) = mlp(), batch()
+        fam = FAM(nn.L1Loss(), net, "output", strength=0.5)
+        with pytest.raises(LossError, match="no curvature"):
+            fam(net(x), torch.zeros(8, 3, dtype=torch.float64))
