@@ -209,7 +209,7 @@ class Estimator:
         if site.layer not in self._curved and not probes.curved(operator, site, Rng(self.seed, -2)):
             raise LossError(
                 f"the loss has a gradient in the output of layer {site.layer!r} but no curvature: its Hessian is "
-                "zero wherever it exists, as for a hinge or absolute error; use a smooth loss, or FAM(..., radius=...)"
+                "zero wherever it exists, as for a hinge or absolute error; use a smooth loss, or radius="
             )
         self._curved.add(site.layer)
         if self._is_coupled(site, functools.partial(probes.coupled, operator)):

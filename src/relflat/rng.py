@@ -1,20 +1,26 @@
 """Random numbers: generators of our own, and the state of everybody else's."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-
-_MIX = 0x9E3779B97F4A7C15
 
 
 class Rng:
-    """Random numbers of one step: a function of ``(seed, step)`` alone, so that a resumed run draws the same."""
+    """Random numbers of one step: a function of ``(seed, step, rank)`` alone, so that a resumed run draws the same.
+
+    Ranks of ``torch.distributed`` draw differently, as each sees samples of its own; rank 0 draws what a single
+    process does.
+    """
 
     def __init__(self, seed: int, step: int) -> None:
-        self._seed = (seed * _MIX + step * 0xD1B54A32D192ED03 + 1) & (2**63 - 1)
+        # A hash, since generators on the CPU look at the lower 32 bits of a seed only.
+        name = f"{seed},{step},{_rank()}".encode()
+        self._seed = int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def on(self, device: torch.device) -> torch.Generator:
@@ -31,6 +37,10 @@ class Rng:
     def normal(self, like: Tensor) -> Tensor:
         """Independent standard normal numbers with the shape, dtype and device of ``like``."""
         return torch.randn(like.shape, generator=self.on(like.device), device=like.device, dtype=like.dtype)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 @dataclass(frozen=True)

@@ -524,7 +524,7 @@ class TestOutputAmongOthers:
         assert net[4].weight.grad is not None
 
     def test_strength_and_mode_may_change_while_noise_is_injected(self) -> None:
-        net, (x, y) = mlp(), batch()
+        net, (x, _) = mlp(), batch()
         fam = FAM(CE(), net, "2", strength=1.0, radius=0.5)
         assert not torch.equal(net(x), net(x))
         fam.reset()
