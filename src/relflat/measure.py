@@ -1,12 +1,15 @@
 """Relative flatness of layers over a data set, with its error."""
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from relflat import closed_form, perturb
@@ -35,10 +38,12 @@ from relflat.guards import Guards
 from relflat.losses import KnownLoss, known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor
 from relflat.probes import Contributions
+from relflat.ranks import gathered, several
 from relflat.record import Forward, depends_on
 from relflat.resolve import Layer
 from relflat.result import Flatness
 from relflat.rng import Rng
+from relflat.sharding import kept_whole, reshard
 from relflat.site import Site, safe_std
 from relflat.sums import LayerSums, Sums, mean_and_variance
 from relflat.tap import Inject, Tap
@@ -65,6 +70,7 @@ def relative_flatness(
     forward: ForwardFn | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
+    process_group: Any = None,
 ) -> Flatness:
     """Relative flatness of one layer: Petzka et al. 2021, Def. 3, of the loss over all of the data.
 
@@ -90,7 +96,10 @@ def relative_flatness(
         unit_features: features in the closed form have norm 1 (Han et al. 2025).
         forward: ``forward(model, batch) -> (outputs, targets)``, for batches of another kind.
         device: where to move batches; by default where the model's parameters are.
-        seed: of the probes.
+        seed: of the probes; ranks draw different ones.
+        process_group: a process group of ``torch.distributed``, each rank of which gives its own share of the data:
+            the sums are added up over the ranks, so that all get the value of all the data, whatever the sizes of
+            the shares. None: this process's data are all there is.
 
     Returns:
         The value with its standard error and companions; see :class:`relflat.Flatness`.
@@ -129,6 +138,7 @@ def relative_flatness(
         forward=forward,
         device=device,
         seed=seed,
+        process_group=process_group,
     )
     if len(by_layer) > 1:
         raise LayerError(
@@ -154,6 +164,7 @@ def relative_flatness_by_layer(
     forward: ForwardFn | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
+    process_group: Any = None,
 ) -> dict[str, Flatness]:
     """Relative flatness of several layers in one go; arguments as for :func:`relative_flatness`.
 
@@ -188,18 +199,20 @@ def relative_flatness_by_layer(
     with measuring(
         model, loss_fn, data, layer, spec, forward=forward, device=device, seed=seed
     ) as measurement:
+        measurement.group = process_group
         if rtol is not None:
             measurement.batches.must_be_repeatable("rtol")
         if normalize_features:
             measurement.scales = measurement.feature_scales()
-        sums = measurement.sweep(0)
+        sums = measurement.sweep_all(0)
+        sums.check()
         while rtol is not None and (short := sums.short_of(rtol)):
             if sums.probes * 2 > _MOST_PROBES:
                 raise ConfigError(
                     f"rtol={rtol} is out of reach: after {sums.probes} probes {short}; ask for less, or use "
                     "method='exact'"
                 )
-            sums.merge(measurement.sweep(sums.probes, probes=sums.probes))
+            sums.merge(measurement.sweep_all(sums.probes, probes=sums.probes))
         return sums.results(spec)
 
 
@@ -225,6 +238,7 @@ def measuring(
             yield Measurement(model, loss_fn, tap, batches, spec, seed)
     finally:
         tap.close()
+        reshard(model)
 
 
 # -- one pass over the data ----------------------------------------------------------------------------------
@@ -242,6 +256,7 @@ class Measurement:
     seed: int
     scales: dict[str, Tensor] = field(default_factory=dict)
     guards: Guards = field(default_factory=Guards)
+    group: Any = None  # ranks that measure other shares of the data
     _without_graph: bool = False  # whether later batches can run under no_grad
     _now: Any = None  # record, outputs and targets of the last batch
     _additive: str | None = None  # how an unknown loss adds up over batches
@@ -260,13 +275,12 @@ class Measurement:
                 and all(closed_form.seen_without_graph(c, scene.outputs, scene.known) for c in scene.calls)
             )
             self._add(sums, scene, parts, scale)
-        if sums.batches == 0:
-            raise DataError(
-                "the data holds no target that counts: every one is ignored (ignore_index)"
-                if sums.samples
-                else "the data is empty: no batch to measure on"
-            )
         return sums
+
+    def sweep_all(self, first_probe: int, probes: int | None = None) -> Sums:
+        """Go over the data of all ranks once: the same sums on each."""
+        parts = gathered(lambda: self.sweep(first_probe, probes), self.group)
+        return functools.reduce(operator.add, parts)
 
     def scenes(self, sums: Sums | None = None) -> Iterator[tuple[Scene, tuple[float, float]]]:
         """Run the model over the data.
@@ -340,7 +354,8 @@ class Measurement:
     def _estimate(self, estimator: Estimator, scene: Scene, step: int) -> dict[str, Contributions]:
         if self.spec.method != "finite_difference":
             try:
-                return estimator(scene, step)
+                with kept_whole(self.model):
+                    return estimator(scene, step)
             except SecondDerivativeError as error:
                 if self.spec.method != "auto" or self.spec.curvature != "hessian":
                     raise
@@ -372,6 +387,11 @@ class Measurement:
         if known is not None and known.reduction != "sum":
             divisor = float(known.normaliser(outputs, targets))
             return (divisor, divisor) if known.reduction == "mean" else (1.0, divisor)
+        if known is None and loss.ndim == 0 and first and other is None and several(self.group):
+            raise LossError(
+                "whether this loss is a mean or a sum over samples cannot be told from one batch a rank; give each "
+                "rank two batches or more, or use a known loss"
+            )
         if known is not None or (first and other is None):
             return (1.0, 0.0) if loss.ndim == 0 else (1.0, float(loss.numel()))
         if loss.ndim > 0:
@@ -410,7 +430,7 @@ class Measurement:
             weight = Matrix.of(name, scene.parameters[name]).weight() if site is None else site.weight
             x.weight_norm = float(torch.linalg.vector_norm(weight.detach().double()))
         if scene.known is not None and scene.known.confidence and scene.outputs is not None:
-            sums.known = scene.known
+            sums.confident = True
             sums.confidence += samples * float(scene.known.confidence(scene.outputs))
         sums.samples += samples
 
@@ -435,22 +455,41 @@ class Measurement:
     def feature_scales(self) -> dict[str, Tensor]:
         """Standard deviation of each layer's features over the data, by one extra pass."""
         self.batches.must_be_repeatable("normalize_features")
-        moments: dict[str, list[Any]] = {}
+        total: dict[str, Moments] = {}
+        for part in gathered(self._moments, self.group):
+            for name, x in part.items():
+                total[name] = total[name] + x.to(total[name].mean.device) if name in total else x
+        return {name: safe_std(x.squares / x.count) for name, x in total.items()}
+
+    def _moments(self) -> dict[str, "Moments"]:
+        found: dict[str, Moments] = {}
         for batch, _ in self.batches:
             with torch.no_grad():
                 self.batches.forward(self.model, batch)
             for call in [c for record in self.tap.take() for c in record.calls]:
                 phi = Site.of([call], constant=True).features.flatten(0, 2).double()
-                count, mean, m2 = moments.setdefault(
-                    call.layer, [0, torch.zeros_like(phi[0]), torch.zeros_like(phi[0])]
-                )
-                delta, n = phi.mean(0) - mean, phi.shape[0]
-                moments[call.layer] = [
-                    count + n,
-                    mean + delta * n / (count + n),
-                    m2 + phi.var(0, correction=0) * n + delta.square() * count * n / (count + n),
-                ]
-        return {name: safe_std(m2 / count) for name, (count, _, m2) in moments.items()}
+                seen = Moments(phi.shape[0], phi.mean(0), phi.var(0, correction=0) * phi.shape[0])
+                found[call.layer] = found[call.layer] + seen if call.layer in found else seen
+        return found
+
+
+@dataclass(frozen=True)
+class Moments:
+    """How many rows of features there were, their mean, and their summed squared deviations from it."""
+
+    count: int
+    mean: Float[Tensor, " m"]
+    squares: Float[Tensor, " m"]
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Moments of both parts together (Chan et al. 1983)."""
+        count, delta = self.count + other.count, other.mean - self.mean
+        between = delta.square() * self.count * other.count / count
+        return Moments(count, self.mean + delta * other.count / count, self.squares + other.squares + between)
+
+    def to(self, device: torch.device) -> "Moments":
+        """The same on another device."""
+        return Moments(self.count, self.mean.to(device), self.squares.to(device))
 
 
 def _check_finite(loss: Tensor) -> None:

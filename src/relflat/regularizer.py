@@ -20,6 +20,7 @@ from relflat.read_loss import read_loss
 from relflat.record import Forward, depends_on
 from relflat.resolve import Layer
 from relflat.rng import Rng
+from relflat.sharding import kept_whole
 from relflat.site import feature_std
 from relflat.tap import Inject, Tap
 from relflat.weight_space import Matrix
@@ -339,7 +340,8 @@ class FAM(nn.Module):
         spec = self._estimator.spec
         if again is None or not self._replays:
             try:
-                return self._estimator(scene, step)
+                with kept_whole(self._tap.model):
+                    return self._estimator(scene, step)
             except SecondDerivativeError as error:
                 if again is None or spec.method != "auto" or spec.curvature != "hessian":
                     raise

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from relflat.errors import NonFiniteError
-from relflat.losses import KnownLoss
+from relflat.errors import DataError, NonFiniteError
 from relflat.penalty import Spec
 from relflat.result import Flatness
 
@@ -34,16 +33,29 @@ class LayerSums:
     method: str = ""
     exact: bool = True
 
+    def __add__(self, other: "LayerSums") -> "LayerSums":
+        """The sums over both parts of the data."""
+        return LayerSums(
+            self.kappa + other.kappa,
+            self.kappa_var + other.kappa_var,
+            self.trace + other.trace,
+            self.trace_var + other.trace_var,
+            self.energy + other.energy,
+            self.weight_norm or other.weight_norm,
+            self.method or other.method,
+            self.exact and other.exact,
+        )
+
 
 @dataclass
 class Sums:
-    """What a sweep over the data adds up."""
+    """What a sweep over the data adds up; sums of ranks or of other cuts of the data are added up too."""
 
     layers: dict[str, LayerSums]
     probes: int
     loss: float = 0.0
     confidence: float = 0.0
-    known: KnownLoss | None = None
+    confident: bool = False  # whether the loss defines a confidence
     samples: int = 0
     weight: float = 0.0  # what a mean reduction divides by, or 0 for sums
     batches: int = 0
@@ -61,6 +73,30 @@ class Sums:
 
     def _error(self, variance: float) -> float:
         return self._scaled(math.sqrt(max(variance, 0.0)))
+
+    def __add__(self, other: "Sums") -> "Sums":
+        """The sums over both parts of the data, of the same layers and probes."""
+        layers = {name: x + other.layers.get(name, LayerSums()) for name, x in self.layers.items()}
+        layers |= {name: x for name, x in other.layers.items() if name not in layers}
+        return Sums(
+            layers,
+            self.probes,
+            self.loss + other.loss,
+            self.confidence + other.confidence,
+            self.confident or other.confident,
+            self.samples + other.samples,
+            self.weight + other.weight,
+            self.batches + other.batches,
+        )
+
+    def check(self) -> None:
+        """Refuse data that hold nothing to measure on."""
+        if self.batches == 0:
+            raise DataError(
+                "the data holds no target that counts: every one is ignored (ignore_index)"
+                if self.samples
+                else "the data is empty: no batch to measure on"
+            )
 
     def merge(self, other: "Sums") -> None:
         """Average with a sweep that used other probes, by number of probes."""
@@ -90,7 +126,7 @@ class Sums:
                 weight_norm=x.weight_norm,
                 feature_norm2=x.energy / self.samples,
                 loss=self._scaled(self.loss),
-                confidence=self.confidence / self.samples if self.known and self.known.confidence else None,
+                confidence=self.confidence / self.samples if self.confident else None,
                 samples=self.samples,
             )
             if not math.isfinite(found[name].value):

@@ -70,6 +70,11 @@ class Matrix:
 
     def as_call(self) -> Call:
         """The parameter in the place of a layer's output, as an endpoint of differentiation."""
+        if hasattr(self.parameter, "full_tensor"):
+            raise LayerError(
+                f"the curvature of layer {self.layer!r} is taken in its weight, and that is sharded (FSDP); name a "
+                "dense or convolutional layer that the network calls, whose curvature is taken in its output"
+            )
         if not self.parameter.requires_grad:
             raise LayerError(
                 f"the curvature of layer {self.layer!r} is taken in its weight, and that is frozen "
