@@ -76,9 +76,63 @@ def test_measure_agrees_with_training(relflat):
     assert "kappa(fc2)" in out
 
 
+def test_measure_several_layers_with_a_bound_on_the_error(relflat):
+    _, out, _ = relflat("train", "digits", *SHORT, "--json")
+    run = json.loads(out)["run"]
+    ways = ("--curvature", "ggn", "--method", "probe", "--rtol", "0.05", "--samples", "64", "--json")
+    code, out, err = relflat("measure", run, "--layer", "fc*,output", *ways)
+    assert (code, err) == (0, "")
+    layers = json.loads(out)["layers"]
+    assert list(layers) == ["fc1", "fc2", "output"]
+    assert all(0 < flat["stderr"] <= 0.05 * flat["value"] for flat in layers.values())
+    assert {flat["samples"] for flat in layers.values()} == {64}
+
+
+def test_measure_convolutions_and_parameters(relflat, tmp_path):
+    """Fresh weights of the small CNN stand in for a trained run: no data set but digits is needed."""
+    task = tmp_path / "cnn.py"
+    task.write_text(
+        "from dataclasses import replace\nfrom relflat.lab.models import small_cnn\n"
+        "from relflat.lab.tasks import TASKS\ntask = replace(TASKS['digits'], model=small_cnn)\n"
+    )
+    _, out, _ = relflat("train", "cnn.py:task", *SHORT, "--json")
+    ways = ("--samples", "20", "--probes", "2", "--curvature", "ggn", "--json")
+    _, out, _ = relflat("measure", json.loads(out)["run"], "--layer", "conv*,fc.weight", *ways)
+    layers = json.loads(out)["layers"]
+    assert list(layers) == ["conv1", "conv2", "conv3", "fc.weight"]
+    assert all(flat["value"] > 0 for flat in layers.values())
+
+
+TINY = ["--seeds", "1", "--search-seeds", "1", "--trials", "1", "--workers", "1", *SHORT]
+
+
+def test_compare_and_report_for_people_and_machines(relflat, tmp_path):
+    ways = ("compare", "digits", "--arms", "plain", "fam", *TINY)
+    code, out, _ = relflat(*ways, "--out", "out")
+    assert code == 0
+    assert "FAM against plain: no difference shown" in out
+    assert "Report: out/report.html" in out
+    code, out, err = relflat("report", "out", "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert [line["arm"] for line in answer["arms"]] == ["plain", "fam"]
+    assert answer["folder"] == "out"
+    _, again, _ = relflat(*ways, "--json")  # in its own folder, out of the same runs
+    folder = tmp_path / json.loads(again)["folder"]
+    assert folder.parent == tmp_path / "runs"
+    assert json.loads(again)["tested"] == answer["tested"]
+    assert (folder / "report.tex").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["compare", "digist"], "did you mean 'digits'"),
+        (["compare", "digits", "--arms", "plain"], "two arms or more"),
+        (["compare", "digits", "--arms", "plain", "famm"], "did you mean 'fam'"),
+        (["compare", "digits", "--trials", "0"], "trials=0"),
+        (["compare", "none.py:task"], "Cannot read the task file"),
+        (["report", "nowhere"], "nowhere is not a comparison"),
         (["train", "digist"], "Unknown task 'digist'; did you mean 'digits'"),
         (["train", "digits", "--method", "famm"], "did you mean 'fam'"),
         (["train", "digits", "--rho", "1"], "'rho' is a setting of method sam"),
@@ -157,7 +211,7 @@ def test_interrupt_leaves_with_130(relflat, monkeypatch):
 def test_help_names_every_command(relflat):
     code, out, _ = relflat("--help")
     assert code == 0
-    assert all(name in out for name in ("train", "measure", "data"))
+    assert all(name in out for name in ("train", "measure", "compare", "report", "data"))
 
 
 def test_module_is_the_command():

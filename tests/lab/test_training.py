@@ -194,11 +194,14 @@ def test_digits_train_above_the_sanity_bar(tmp_path, config, method):
 
 def test_measuring_a_run_agrees_with_its_result(tmp_path, config):
     result = train(config(), tmp_path / "run", tensorboard=False)
-    flat = measure_run(tmp_path / "run")
+    flat = measure_run(tmp_path / "run")["output"]
     assert flat.value == pytest.approx(result["flatness"]["value"], rel=1e-6)
     assert flat.samples == 200
-    assert measure_run(tmp_path / "run", split="validation").samples == 400
-    assert measure_run(tmp_path / "run", layer="fc2", method="exact").layer == "fc2"
+    assert measure_run(tmp_path / "run", split="validation")["output"].samples == 400
+    assert list(measure_run(tmp_path / "run", layer="fc2", samples=50)) == ["fc2"]
+    assert list(measure_run(tmp_path / "run", layer="fc2,output", samples=50)) == ["fc2", "output"]
+    with pytest.raises(ConfigError, match="samples=0"):
+        measure_run(tmp_path / "run", samples=0)
 
 
 def test_measuring_something_else_is_an_error(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import tyro
 from tyro.extras import SubcommandApp
 
+from relflat.cli.compare import compare, report
 from relflat.cli.console import fail
 from relflat.cli.data import data
 from relflat.cli.measure import measure
@@ -15,6 +16,8 @@ from relflat.errors import RelflatError
 app = SubcommandApp()
 app.command(name="train")(train)
 app.command(name="measure")(measure)
+app.command(name="compare")(compare)
+app.command(name="report")(report)
 app.command(data, name="data", help="List and fetch data sets.")
 
 

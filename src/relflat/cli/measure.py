@@ -15,23 +15,27 @@ def measure(
     *,
     layer: str | None = None,
     split: Literal["train", "validation", "test"] = "train",
+    samples: int | None = None,
     curvature: Literal["hessian", "ggn"] = "hessian",
     method: Literal["auto", "closed_form", "exact", "probe", "finite_difference"] = "auto",
     probes: int | None = None,
+    rtol: float | None = None,
     adaptive: bool = False,
     normalize_features: bool = False,
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Measure the relative flatness of a layer of a trained run.
+    """Measure the relative flatness of layers of a trained run.
 
     Args:
         run: the run's folder.
-        layer: name of the layer; by default the output layer.
+        layer: name or glob of layers or parameters ("conv2", "*", "fc,output"); by default the output layer.
         split: which samples to measure on.
+        samples: the first so many of them only.
         curvature: the Hessian or its Gauss-Newton part.
         method: how to compute it.
         probes: number of random probes where it is not exact.
+        rtol: draw probes until the standard error is below this share of the value.
         adaptive: the elementwise form.
         normalize_features: divide features by their deviation first.
         seed: of the probes.
@@ -39,20 +43,25 @@ def measure(
     """
     from relflat.lab.measuring import measure_run
 
-    flat = measure_run(
+    found = measure_run(
         run,
         layer=layer,
         split=split,
+        samples=samples,
         curvature=curvature,
         method=method,
         probes=probes,
+        rtol=rtol,
         adaptive=adaptive,
         normalize_features=normalize_features,
         seed=seed,
     )
     if json:
-        print_json({"run": str(run), "split": split, **asdict(flat)})
+        layers = {name: asdict(flat) for name, flat in found.items()}
+        only = next(iter(layers.values())) if len(layers) == 1 else {"layers": layers}
+        print_json({"run": str(run), "split": split, **only})
         return
-    out.print(str(flat))
-    for name, value in asdict(flat).items():
-        out.print(f"  {name:<14} {value}")
+    for flat in found.values():
+        out.print(str(flat), soft_wrap=True)
+        for name, value in asdict(flat).items():
+            out.print(f"  {name:<14} {value}")

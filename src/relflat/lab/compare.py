@@ -5,7 +5,7 @@ that was interrupted goes on where it stopped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -114,7 +114,7 @@ class Comparison:
 RunAll = Callable[[Sequence[Job]], list[Trial]]
 
 
-def compare(plan: Plan, runs: Path, pool: ProcessPoolExecutor, on_trial: OnTrial) -> Comparison:
+def compare(plan: Plan, runs: Path, pool: Executor, on_trial: OnTrial) -> Comparison:
     """Search on validation data, then test the chosen settings once on the fresh seeds.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from relflat.errors import ConfigError
 from relflat.lab.methods import METHODS
 from relflat.lab.names import look_up, unknown
-from relflat.lab.tasks import TASKS
+from relflat.lab.tasks import TASKS, full_name, source_of, task_named
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class RunConfig:
     """One run.
 
     Attributes:
-        task: name of the task.
+        task: name of the task, or ``/path/to/file.py:name``.
+        source: hash of that file's content; None for a built-in task.
         method: name of the method.
         seed: of initial weights, data order, label noise, training subset and probes.
         epochs: passes over the training data.
@@ -37,6 +38,7 @@ class RunConfig:
     """
 
     task: str
+    source: str | None
     method: str
     seed: int
     epochs: int
@@ -50,6 +52,8 @@ class RunConfig:
     def flat(self) -> dict[str, Any]:
         """All values as one flat mapping; ``make`` turns it back into this configuration."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "settings"}
+        if self.source is None:
+            del values["source"]
         return {**values, **asdict(self.settings)}
 
     @property
@@ -70,10 +74,12 @@ def make(given: Mapping[str, Any]) -> RunConfig:
     """
     if "task" not in given:
         raise ConfigError(f"No task given. Known: {', '.join(sorted(TASKS))}.")
-    task = look_up("task", _text("task", given["task"]), TASKS)
+    name = _text("task", given["task"])
+    task = task_named(name)
     method = look_up("method", _text("method", given.get("method", "plain")), METHODS)
     common: dict[str, Any] = {
-        "task": task.name,
+        "task": name,
+        "source": None,
         "method": "plain",
         "seed": 0,
         "epochs": task.epochs,
@@ -91,11 +97,22 @@ def make(given: Mapping[str, Any]) -> RunConfig:
     values = {
         key: check(key, given.get(key, default), hints[key]) for key, default in {**common, **own}.items()
     }
+    values |= {"task": full_name(name), "source": _unchanged(name, values["source"])}
     config = RunConfig(
         **{key: values[key] for key in common}, settings=method.settings(**{key: values[key] for key in own})
     )
     _check_ranges(config)
     return config
+
+
+def _unchanged(name: str, recorded: str | None) -> str | None:
+    """What stands for the task's file now; if it was recorded, it must be the same."""
+    now = source_of(name)
+    if recorded not in (None, now):
+        raise ConfigError(
+            f"The task file {name.rpartition(':')[0]} has changed since this run was trained; train it again."
+        )
+    return now
 
 
 def _text(key: str, value: Any) -> str:

@@ -6,14 +6,15 @@ from typing import Any, Literal
 
 import torch
 
-from relflat import Flatness, relative_flatness
+from relflat import Flatness, relative_flatness_by_layer
+from relflat.errors import ConfigError
 from relflat.lab import checkpoint
 from relflat.lab.batches import in_order
 from relflat.lab.data import Arrays
-from relflat.lab.names import look_up
+from relflat.lab.names import look_up, names_in
 from relflat.lab.splits import Splits
 from relflat.lab.store import config_of
-from relflat.lab.tasks import TASKS
+from relflat.lab.tasks import task_named
 
 Split = Literal["train", "validation", "test"]
 
@@ -24,30 +25,36 @@ SPLITS: dict[str, Callable[[Splits], Arrays]] = {
 }
 
 
-def measure_run(run: Path, *, layer: str | None = None, split: str = "train", **options: Any) -> Flatness:
-    """Rebuild a run's data and network from its folder and measure one layer.
+def measure_run(
+    run: Path, *, layer: str | None = None, split: str = "train", samples: int | None = None, **options: Any
+) -> dict[str, Flatness]:
+    """Rebuild a run's data and network from its folder and measure some of its layers.
 
     Args:
         run: the run's folder.
-        layer: the layer's name; by default the one its task follows.
+        layer: name or glob of layers or parameters, several with commas; by default the layer its task follows.
         split: which samples, with the labels the run saw.
-        **options: further arguments of `relflat.relative_flatness`.
+        samples: measure on the first so many of them only.
+        **options: further arguments of `relflat.relative_flatness_by_layer`.
+
+    Returns:
+        The measurement of each layer, by its qualified name.
 
     Raises:
         DataError: the folder holds no run, no checkpoint, or the data set was not fetched.
-        ConfigError: no such split.
+        ConfigError: no such split, or fewer samples than 1.
         LayerError: no such layer.
     """
     config = config_of(run)
     choose = look_up("split", split, SPLITS)
-    task = TASKS[config.task]
+    if samples is not None and samples < 1:
+        raise ConfigError(f"samples={samples} must be above 0; leave it out to measure on all of them.")
+    task = task_named(config.task)
     model = task.model()
     checkpoint.load_weights(run, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    samples = choose(
-        task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
-    )
-    batches = list(in_order(samples, device))
-    return relative_flatness(
-        model.to(device), task.loss(), batches, layer=layer or task.layer, device=device, **options
+    data = choose(task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed))
+    batches = list(in_order(data.take(slice(samples)), device))
+    return relative_flatness_by_layer(
+        model.to(device), task.loss(), batches, layer=names_in(layer or task.layer), device=device, **options
     )

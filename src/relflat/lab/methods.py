@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relflat import FAM
+from relflat.lab.names import names_in
 
 BaseOptimizer = Callable[[Iterable[Any]], Optimizer]
 
@@ -73,7 +74,7 @@ class FamSettings:
 
     Attributes:
         strength: lambda of the paper, on kappa without division by m.
-        regularize: the layer, by name or glob.
+        regularize: the layer, by name or glob; several with commas.
         radius: finite radius of the feature noise; None for kappa itself.
         curvature: what kappa is made of.
         gradient: which part of Lemma 1 is used.
@@ -156,7 +157,7 @@ def fam_loss(loss: nn.Module, model: nn.Module, settings: FamSettings, seed: int
     return FAM(
         loss,
         model,
-        settings.regularize,
+        names_in(settings.regularize),
         strength=settings.strength,
         radius=settings.radius,
         curvature=settings.curvature,

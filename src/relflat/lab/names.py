@@ -28,3 +28,9 @@ def look_up(kind: str, value: str, table: Mapping[str, T]) -> T:
     if value not in table:
         raise unknown(kind, value, table)
     return table[value]
+
+
+def names_in(text: str) -> str | list[str]:
+    """One name as it is; several with commas between them as a list."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return parts if len(parts) > 1 else text

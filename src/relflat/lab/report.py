@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from scipy.stats import kendalltau
@@ -23,6 +22,7 @@ from relflat.lab.summary import (
     sweeps,
     verdict,
 )
+from relflat.lab.tasks import short_name
 from relflat.lab.timing import StepCost
 
 
@@ -60,7 +60,7 @@ def render(
 
 def title(comparison: Comparison) -> str:
     """The question that the report answers."""
-    return f"Does flatness-aware training help on {Path(comparison.plan.task).name}?"
+    return f"Does flatness-aware training help on {short_name(comparison.plan.task)}?"
 
 
 def findings(comparison: Comparison, lines: Sequence[Row]) -> list[str]:

@@ -37,7 +37,7 @@ class Splits:
 
 
 def classification(
-    data: str,
+    data: str | Callable[[], RawData],
     *,
     validation: int,
     test: int | None,
@@ -48,7 +48,7 @@ def classification(
     """Cut a data set into its splits.
 
     Args:
-        data: name of the data set.
+        data: name of the data set, or a function that reads it.
         validation: number of validation samples, drawn from the pool.
         test: number of test samples drawn from the pool, or None to use the official test set.
         train_size: how many of the remaining samples to train on; None for all.
@@ -60,11 +60,16 @@ def classification(
     """
     if not 0 <= label_noise <= 1:
         raise ConfigError(f"label_noise={label_noise} is not a probability; give a number from 0 to 1.")
-    raw = read(data)
+    raw = read(data) if isinstance(data, str) else data()
     order = torch.randperm(len(raw.pool), generator=torch.Generator().manual_seed(SPLIT_SEED))
     validation_index, rest = order[:validation], order[validation:]
     test_index, rest = (None, rest) if test is None else (rest[:test], rest[test:])
 
+    if len(rest) < 2:
+        raise ConfigError(
+            f"{len(raw.pool)} samples are too few for {validation} validation and {test or 0} test samples and "
+            "at least 2 to train on; make those splits smaller."
+        )
     generator = torch.Generator().manual_seed(seed)
     train = raw.pool.take(subset(rest, train_size, generator))
     noisy = redraw(train, label_noise, raw.classes, generator)

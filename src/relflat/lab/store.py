@@ -20,13 +20,14 @@ from relflat.errors import ConfigError, DataError
 from relflat.lab.config import RunConfig, make
 from relflat.lab.environment import describe
 from relflat.lab.jsonable import finite
+from relflat.lab.tasks import short_name
 
 RESULT, CONFIG, METRICS, ENVIRONMENT = "result.json", "config.json", "metrics.jsonl", "environment.json"
 
 
 def folder_of(config: RunConfig, root: Path, name: str | None = None) -> Path:
     """Where a run lives: ``root/<name>``, by default ``root/<task>-<method>-<hash of the configuration>``."""
-    return root / (name or f"{config.task}-{config.method}-{config.digest}")
+    return root / (name or f"{short_name(config.task)}-{config.method}-{config.digest}")
 
 
 def check_folder(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
@@ -62,7 +63,6 @@ def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
         if fresh and (folder / CONFIG).is_file():
             shutil.rmtree(folder)
         if (folder / CONFIG).is_file():
-            remove_unfinished(folder)
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / ENVIRONMENT, describe())
@@ -74,7 +74,7 @@ def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process had begun to write; such names start with a dot."""
+    """Remove what a killed process had begun to write; such names start with a dot. Hold the folder meanwhile."""
     for entry in folder.glob(".*"):
         if entry.is_dir():
             shutil.rmtree(entry)

@@ -6,9 +6,11 @@ environment.json   where it ran
 report.html, report.md, report.csv, report.tex, report.json
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,71 @@ import torch
 
 from relflat.errors import ConfigError, DataError
 from relflat.lab import export, store
+from relflat.lab.arms import arms_named
 from relflat.lab.compare import Comparison, OnTrial, Plan, compare, conclude, plan_from
 from relflat.lab.environment import describe
 from relflat.lab.report import render
 from relflat.lab.summary import Row, accuracy_differences, rows, verdict
+from relflat.lab.tasks import short_name, source_of, task_named
 from relflat.lab.timing import StepCost, step_costs
 from relflat.lab.trials import Job, Trial, read_trial, workers
 
 PLAN, COSTS, ENVIRONMENT = "plan.json", "costs.json", "environment.json"
+FIRST_SEARCH_SEED = 100
 Costs = dict[str, StepCost]
+
+
+def plan_for(
+    task: str, arms: Sequence[str], *, seeds: int, search_seeds: int, trials: int, **common: Any
+) -> Plan:
+    """The plan of a comparison as the command line gives it.
+
+    Args:
+        task: name of the task.
+        arms: names of the arms.
+        seeds: number of tested seeds: 0, 1, ...
+        search_seeds: number of seeds to choose by: 100, 101, ...
+        trials: number of settings an arm.
+        **common: values of all runs; those that are None are the task's own.
+
+    Raises:
+        ConfigError: an unknown name, or numbers that do not fit.
+    """
+    contenders = arms_named(arms)
+    most = min(len(arm.values) for arm in contenders) if contenders else 0
+    if not 1 <= trials <= most:
+        raise ConfigError(f"trials={trials} must lie between 1 and {most}, the settings in the arms' grids.")
+    if not 1 <= seeds <= FIRST_SEARCH_SEED:
+        raise ConfigError(f"seeds={seeds} must lie between 1 and {FIRST_SEARCH_SEED}.")
+    plan = Plan(
+        task,
+        {key: value for key, value in common.items() if value is not None},
+        tuple(replace(arm, values=arm.values[:trials]) for arm in contenders),
+        tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + search_seeds)),
+        tuple(range(seeds)),
+    )
+    for arm in plan.arms:  # a wrong value is found before anything runs
+        plan.config(arm, arm.grid[0], 0)
+    return plan
+
+
+def folder_for(plan: Plan, runs: Path) -> Path:
+    """Where the report of a comparison goes by default: a name made of its task and a hash of the plan."""
+    text = json.dumps({**plan.flat(), "source": source_of(plan.task)}, sort_keys=True)
+    return runs / f"compare-{short_name(plan.task)}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def describe_plan(plan: Plan) -> str:
+    """What is run, in a few sentences."""
+    config = plan.config(plan.arms[0], plan.arms[0].grid[0], plan.seeds[0])
+    size = "all training samples" if config.train_size is None else f"{config.train_size:,} training samples"
+    noise = (
+        f", each training label redrawn with probability {config.label_noise:g}" if config.label_noise else ""
+    )
+    return (
+        f"{task_named(plan.task).summary}. {size}{noise}; {config.epochs} epochs, batches of {config.batch_size}. "
+        "Settings were chosen on validation data, the same number for each arm, and tested once on fresh seeds."
+    )
 
 
 def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
@@ -33,7 +91,12 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
     Raises:
         ConfigError: it holds another comparison, or cannot be written.
     """
-    values = {**plan.flat(), "notes": notes, "runs": os.path.relpath(runs, folder)}
+    values = {
+        **plan.flat(),
+        "source": source_of(plan.task),
+        "notes": notes,
+        "runs": os.path.relpath(runs, folder),
+    }
     if (folder / PLAN).is_file():
         old = store.read_json(folder / PLAN)
         new = store.as_json(values)

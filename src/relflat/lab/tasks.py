@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from torch import nn, optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
+from relflat.lab import own
 from relflat.lab.models import mlp, small_cnn
+from relflat.lab.names import look_up
 from relflat.lab.splits import Splits, classification
 
 
@@ -130,3 +132,32 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
+
+
+def task_named(name: str) -> Task:
+    """The task of this name, or the one that ``path/to/file.py:name`` defines.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    place = own.split_name(name)
+    task: Task = look_up("task", name, TASKS) if place is None else own.load(*place, Task)
+    return task
+
+
+def full_name(name: str) -> str:
+    """The name of a task with the whole path of its file, if it has one."""
+    place = own.split_name(name)
+    return name if place is None else f"{place[0]}:{place[1]}"
+
+
+def short_name(name: str) -> str:
+    """The name of a task for titles and folders."""
+    place = own.split_name(name)
+    return name if place is None else f"{place[0].stem}-{place[1]}"
+
+
+def source_of(name: str) -> str | None:
+    """What stands for the content of the task's file; None for a built-in task."""
+    place = own.split_name(name)
+    return None if place is None else own.fingerprint(place[0])

@@ -1,7 +1,5 @@
 """A comparison on a terminal of 80 columns."""
 
-from pathlib import Path
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -10,13 +8,14 @@ from relflat.lab.compare import Comparison
 from relflat.lab.report import findings
 from relflat.lab.study import Costs
 from relflat.lab.summary import SHORT_HEADINGS, cells, rows, settings_text
+from relflat.lab.tasks import short_name
 
 
 def show(comparison: Comparison, costs: Costs, console: Console) -> None:
     """Print the table, the chosen settings and the verdict."""
     lines, plan = rows(comparison, costs), comparison.plan
     noise = plan.common.get("label_noise")
-    what = Path(plan.task).name + (f", {100 * noise:g} % label noise" if noise else "")
+    what = short_name(plan.task) + (f", {100 * noise:g} % label noise" if noise else "")
     table = Table(title=f"{what}: mean ± sd over n seeds", title_justify="left", box=box.SIMPLE_HEAD)
     for heading in SHORT_HEADINGS:
         table.add_column(heading)

@@ -22,10 +22,11 @@ from relflat.lab import checkpoint, store
 from relflat.lab.batches import EpochOrder, training_loader
 from relflat.lab.config import RunConfig
 from relflat.lab.evaluate import evaluate, flatness
+from relflat.lab.lock import alone_in
 from relflat.lab.methods import METHODS, Learner, release
 from relflat.lab.scalars import Scalars
 from relflat.lab.splits import Splits
-from relflat.lab.tasks import TASKS
+from relflat.lab.tasks import task_named
 
 MONITORED = 5000  # training samples that the metrics of an epoch are taken on
 
@@ -71,7 +72,7 @@ class Session:
 
 def build(config: RunConfig) -> Session:
     """Seed everything and build a run's data, network, criterion and optimiser."""
-    task, method = TASKS[config.task], METHODS[config.method]
+    task, method = task_named(config.task), METHODS[config.method]
     splits = task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
     set_seed(config.seed)
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
@@ -127,12 +128,14 @@ def train(
     session = build(config)
     try:
         store.open_run(folder, config, fresh=fresh)
-        history = _resume(session, folder)
-        diverged = _epochs(session, folder, history, tensorboard, on_epoch)
-        result = store.as_json(_result(session, history, diverged, test))
+        with alone_in(folder):
+            store.remove_unfinished(folder)
+            history = _resume(session, folder)
+            diverged = _epochs(session, folder, history, tensorboard, on_epoch)
+            result = store.as_json(_result(session, history, diverged, test))
+            store.write_json(folder / store.RESULT, result)
     finally:
         session.close()
-    store.write_json(folder / store.RESULT, result)
     return result
 
 
@@ -205,7 +208,7 @@ def run_epoch(session: Session, epoch: int) -> Record:
 def _monitor(session: Session) -> Record:
     """Accuracy, loss and kappa after an epoch, on the first training samples and the validation split."""
     device = session.learner.accelerator.device
-    task, splits = TASKS[session.config.task], session.splits
+    task, splits = task_named(session.config.task), session.splits
     train = splits.train.take(slice(MONITORED))
     fitted = evaluate(session.model, session.loss, train, device)
     held_out = evaluate(session.model, session.loss, splits.validation, device)
@@ -240,7 +243,7 @@ def _result(session: Session, history: list[Record], diverged: str | None, test:
     if diverged:
         return result
     device, splits = session.learner.accelerator.device, session.splits
-    layer = TASKS[session.config.task].layer
+    layer = task_named(session.config.task).layer
     result["train"] = evaluate(session.model, session.loss, splits.train, device)
     result["validation"] = evaluate(session.model, session.loss, splits.validation, device)
     result["flatness"] = flatness(session.model, session.loss, splits.train, device, layer).__dict__

@@ -4,17 +4,20 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from relflat.errors import ConfigError
 from relflat.lab import store
 from relflat.lab.config import RunConfig
 from relflat.lab.store import folder_of, metrics_of
 from relflat.lab.training import train
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,24 +80,58 @@ def read_trial(job: Job) -> Trial | None:
 
 
 def run_all(
-    pool: ProcessPoolExecutor, jobs: Sequence[Job], on_done: Callable[[Trial], None] = lambda trial: None
+    pool: Executor, jobs: Sequence[Job], on_done: Callable[[Trial], None] = lambda trial: None
 ) -> list[Trial]:
     """Do all runs and return them in the order of the jobs; the first error stops the rest."""
-    futures = {pool.submit(run_job, job): place for place, job in enumerate(jobs)}
+    places: dict[Future[Trial], int] = {}
     trials: dict[int, Trial] = {}
+
+    def collect(future: Future[Trial]) -> None:
+        trials[places[future]] = future.result()
+        on_done(trials[places[future]])
+
     try:
-        for future in as_completed(futures):
-            trials[futures[future]] = future.result()
-            on_done(trials[futures[future]])
+        for place, job in enumerate(jobs):
+            future = pool.submit(run_job, job)
+            places[future] = place
+            if future.done():
+                collect(future)
+        for future in as_completed([future for future, place in places.items() if place not in trials]):
+            collect(future)
     except BaseException:
-        for future in futures:
+        for future in places:
             future.cancel()
         raise
     return [trials[place] for place in range(len(jobs))]
 
 
-def workers(count: int) -> ProcessPoolExecutor:
-    """A pool of fresh single-thread processes."""
+class Here(Executor):
+    """Does the work in this process, on one thread; what a pool of one would do without starting a process."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Do it now."""
+        future: Future[T] = Future()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        finally:
+            torch.set_num_threads(threads)
+        return future
+
+
+def workers(count: int) -> Executor:
+    """A pool of single-thread processes; for one worker this process itself.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    if count < 1:
+        raise ConfigError(f"workers={count} must be above 0.")
+    if count == 1:
+        return Here()
     return ProcessPoolExecutor(
         count, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
     )

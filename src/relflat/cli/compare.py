@@ -1,0 +1,104 @@
+"""``relflat compare`` and ``relflat report``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from relflat.cli.console import err, out, print_json
+
+
+def compare(
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")],
+    /,
+    *,
+    arms: tuple[str, ...] = ("plain", "sam", "fam", "fam-radius"),
+    seeds: int = 8,
+    search_seeds: int = 2,
+    trials: int = 4,
+    train_size: int | None = None,
+    label_noise: float = 0.0,
+    epochs: int | None = None,
+    runs: Path = Path("runs"),
+    out: Path | None = None,
+    workers: int = 2,
+    json: bool = False,
+) -> None:
+    """Does flatness-aware training help on this task, at what cost, and how sure is that?
+
+    The same number of settings of each arm is tried on validation data; the best setting of each runs on fresh seeds
+    and is tested once. Interrupted, the same command goes on where it stopped; finished runs are used again.
+
+    Args:
+        task: name of a task.
+        arms: what to compare; the first is what the others are held against.
+        seeds: number of tested seeds an arm (0, 1, ...).
+        search_seeds: number of seeds that settings are chosen by (100, 101, ...).
+        trials: number of settings an arm, at most as many as its grid has.
+        train_size: train on so many samples only.
+        label_noise: redraw each training label with this probability.
+        epochs: passes over the training data; by default the task's.
+        runs: folder that keeps the runs.
+        out: folder of the report; by default one of its own in the folder of runs.
+        workers: processes, one thread each.
+        json: print one JSON object.
+    """
+    from relflat.lab import store, study
+    from relflat.lab.terminal import show
+
+    plan = study.plan_for(
+        task,
+        arms,
+        seeds=seeds,
+        search_seeds=search_seeds,
+        trials=trials,
+        train_size=train_size,
+        label_noise=label_noise,
+        epochs=epochs,
+    )
+    folder = out or study.folder_for(plan, runs)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    study.open_study(folder, plan, runs, study.describe_plan(plan))
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        line = bar.add_task("runs", total=plan.runs)
+
+        def on_trial(trial: Any) -> None:
+            bar.advance(line)
+
+        comparison, costs = study.carry_out(folder, plan, runs, workers, on_trial)
+    if json:
+        print_json({"folder": str(folder), **store.read_json(folder / "report.json")})
+        return
+    show(comparison, costs, console())
+    say_where(folder)
+
+
+def report(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")], /, *, json: bool = False
+) -> None:
+    """Write the report of a comparison again from its runs: HTML, Markdown, CSV, LaTeX and JSON.
+
+    Args:
+        folder: of the comparison.
+        json: print one JSON object.
+    """
+    from relflat.lab import store, study
+    from relflat.lab.terminal import show
+
+    comparison = study.rebuild(folder)
+    if json:
+        print_json({"folder": str(folder), **store.read_json(folder / "report.json")})
+        return
+    show(comparison, study.costs_of(folder, comparison), console())
+    say_where(folder)
+
+
+def console() -> Any:
+    """The terminal; ``out`` is an option's name inside the commands."""
+    return out
+
+
+def say_where(folder: Path) -> None:
+    """Print the path of the report."""
+    out.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

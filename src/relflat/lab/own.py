@@ -1,0 +1,88 @@
+"""Tasks from a file of the user's: ``path/to/file.py:name``."""
+
+import hashlib
+import importlib.util
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from relflat.errors import ConfigError, RelflatError
+from relflat.lab.names import unknown
+
+
+def split_name(task: str) -> tuple[Path, str] | None:
+    """Path and name of ``path/to/file.py:name``, or None for the name of a built-in task."""
+    path, _, name = task.rpartition(":")
+    return (Path(path).expanduser().resolve(), name) if path.endswith(".py") else None
+
+
+def fingerprint(path: Path) -> str:
+    """Twelve hexadecimal digits that stand for the content of the file."""
+    return hashlib.sha256(content(path)).hexdigest()[:12]
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a task file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"Cannot read the task file {path}: {error.strerror}. Check the path.") from error
+
+
+def load(path: Path, name: str, kind: type[Any]) -> Any:
+    """The object of this name in the file.
+
+    Args:
+        path: the file.
+        name: of the object.
+        kind: what it must be.
+
+    Raises:
+        ConfigError: the file cannot be read or raises, or it has no such object.
+    """
+    module = module_of(path, fingerprint(path))
+    found = vars(module).get(name)
+    if isinstance(found, kind):
+        return found
+    known = [key for key, value in vars(module).items() if isinstance(value, kind)]
+    if not known:
+        raise ConfigError(
+            f"{path} defines no {kind.__name__}; write  {name or 'task'} = {kind.__name__}(...)  in it "
+            f"(from {kind.__module__} import {kind.__name__})."
+        )
+    raise unknown(f"task in {path.name}", name, known)
+
+
+@cache
+def module_of(path: Path, digest: str) -> Any:
+    """Import the file, once for each content of it."""
+    name = f"relflat_task_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that classes defined in the file know their module
+    try:
+        spec.loader.exec_module(module)
+    except RelflatError:
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        raise ConfigError(
+            f"The task file {path} raises an error; mend it:\n{of_file(error, path)}"
+        ) from error
+    return module
+
+
+def of_file(error: Exception, path: Path) -> str:
+    """The traceback from the task file on, without what called it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    start = next((place for place, frame in enumerate(frames) if frame.filename == str(path)), 0)
+    lines = traceback.format_list(frames[start:]) + traceback.format_exception_only(error)
+    return "".join(lines).rstrip()

@@ -1,0 +1,72 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from relflat.errors import ConfigError
+from relflat.lab import store
+from relflat.lab.config import make
+from relflat.lab.measuring import measure_run
+from relflat.lab.tasks import Task, task_named
+from relflat.lab.training import train
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "study" / "own_task.py"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the documented example that may be changed."""
+    path = tmp_path / "mine.py"
+    path.write_text(EXAMPLE.read_text())
+    return path
+
+
+def test_the_documented_example_learns(tmp_path, copy):
+    config = make({"task": f"{copy}:task", "epochs": 5})
+    folder = store.folder_of(config, tmp_path)
+    result = train(config, folder, tensorboard=False)
+    assert result["validation"]["accuracy"] > 0.9
+    assert result["test"]["accuracy"] > 0.9
+    assert folder.name.startswith("mine-task-plain-")
+    assert measure_run(folder)["output"].samples == 299
+
+
+def test_configuration_round_trips_and_follows_the_files_content(copy):
+    config = make({"task": f"{copy}:task"})
+    assert isinstance(task_named(config.task), Task)
+    assert make(json.loads(json.dumps(config.flat()))) == config
+    copy.write_text(copy.read_text().replace("lr=0.05", "lr=0.01"))
+    changed = make({"task": f"{copy}:task"})
+    assert (changed.lr, config.lr) == (0.01, 0.05)
+    assert changed.digest != config.digest
+    with pytest.raises(ConfigError, match="has changed since this run was trained"):
+        make(config.flat())
+
+
+def test_relative_paths_are_made_whole(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    assert make({"task": "mine.py:task"}).task == f"{copy}:task"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        (None, "task", "Cannot read the task file"),
+        ("x = 1\n", "task", r"defines no Task; write  task = Task\(...\)"),
+        ("def f(:\n", "task", "SyntaxError"),
+        ("def f():\n    return 1 / 0\n\n\nf()\n", "task", r"line 2, in f(.|\n)*ZeroDivisionError"),
+        ("from relflat.lab.tasks import TASKS\n\nmine = TASKS['digits']\n", "mien", "did you mean 'mine'"),
+    ],
+)
+def test_files_that_do_not_work_are_explained(tmp_path, text, name, message):
+    path = tmp_path / "broken.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        make({"task": f"{path}:{name}"})
+
+
+def test_splits_larger_than_the_data_are_rejected(copy):
+    copy.write_text(copy.read_text().replace("validation=120", "validation=500"))
+    with pytest.raises(ConfigError, match="569 samples are too few for 500 validation and 150 test"):
+        train(make({"task": f"{copy}:task"}), copy.parent / "run", tensorboard=False)
