@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from relflat.errors import LayerError
@@ -55,12 +56,15 @@ def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
     if name == "output":
         if not supported:
             raise LayerError(f"{type(model).__name__} has no supported layer; {_candidates(model)}")
-        return dict(supported)
+        usable: dict[str, Target] = {n: m for n, m in supported.items() if _unusable(n, m) is None}
+        if not usable:
+            raise LayerError(_unusable(*next(iter(supported.items()))))
+        return usable
     if any(c in name for c in "*?["):
         for choices in (supported, matrices(model)):
             matches: dict[str, Target] = {n: m for n, m in choices.items() if fnmatchcase(n, name)}
             if matches:
-                return matches
+                return {n: _target(model, n, m) for n, m in matches.items()}
     near = nearest(name, [*supported, *matrices(model)])
     hint = f"did you mean {near}? " if near else ""
     raise LayerError(f"no layer named {name!r}; {hint}{_candidates(model)}")
@@ -68,6 +72,9 @@ def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
 
 def _target(model: nn.Module, name: str, found: Target) -> Target:
     """Check a match: a known kind, a matrix, or a module with a single matrix of its own."""
+    problem = _unusable(name, found)
+    if problem is not None:
+        raise LayerError(problem)
     if isinstance(found, nn.Parameter):
         if found.ndim < 2:
             raise LayerError(
@@ -84,6 +91,38 @@ def _target(model: nn.Module, name: str, found: Target) -> Target:
         f"layer {name!r}: {type(found).__name__} is not a layer that acts linearly on its input by one weight; "
         + (f"candidates: {inside}" if inside else _candidates(model))
     )
+
+
+def _unusable(name: str, found: Target) -> str | None:
+    """Why a layer's weight cannot be differentiated, and what to do; None if it can."""
+    if isinstance(found, nn.Parameter):
+        weights = [found]
+    elif ".quantized." in type(found).__module__:
+        return (
+            f"layer {name!r} is quantised ({type(found).__module__}): take the model before it is quantised"
+        )
+    else:
+        own = getattr(found, "base_layer", found).parameters(recurse=False)
+        weights = [p for p in own if p.ndim >= 2]
+    for w in weights:
+        if w.is_meta:
+            return (
+                f"the weight of {name!r} is on the meta device and holds no numbers; first call "
+                "model.to_empty(device=...) and load the weights"
+            )
+        if w.layout != torch.strided:
+            return f"the weight of {name!r} is {w.layout}; make it dense: weight.to_dense()"
+        if w.is_complex():
+            return (
+                f"the weight of {name!r} is {w.dtype}; kappa is defined for real weights: keep the real and the "
+                "imaginary part as two parameters (torch.view_as_real)"
+            )
+        if not w.is_floating_point():
+            return (
+                f"the weight of {name!r} is {w.dtype}, and its curvature needs real numbers; take the model before "
+                "it is quantised"
+            )
+    return None
 
 
 def _candidates(model: nn.Module) -> str:
