@@ -33,6 +33,7 @@ class HessianOperator:
     def __init__(self, loss: Tensor, calls: Sequence[Call], *, create_graph: bool) -> None:
         self.calls, self.create_graph = calls, create_graph
         self.gradient = pull([loss], calls, None, create_graph=True)
+        _check_no_dead_end(self.gradient, calls)
         if not any(g.requires_grad for g in self.gradient):
             raise LossError(
                 f"the gradient of the loss does not change with the output of layer {calls[0].layer!r}: its "
@@ -74,6 +75,7 @@ class GGNOperator:
         self.slope = slope
         self.dual = torch.zeros_like(outputs, requires_grad=True)
         self.pullback = pull([outputs], calls, [self.dual], create_graph=True)
+        _check_no_dead_end([*self.pullback, slope], calls)
 
     def __call__(self, v: Direction) -> list[Tensor]:
         """The product: push ``v`` forward, curve it, pull it back."""
@@ -158,6 +160,18 @@ def check_differentiable_again(value: Tensor) -> None:
             raise _explained(_error_of(node))
 
 
+def _check_no_dead_end(gradients: Sequence[Tensor], calls: Sequence[Call]) -> None:
+    """Refuse gradients through ``once_differentiable`` operations: autograd takes them for constants there.
+
+    Walks the graph of the tail.
+    """
+    trunk = {c.edge.node for c in calls if c.edge is not None}
+    for gradient in gradients:
+        for node in ancestors(gradient.grad_fn, trunk):
+            if node.name() in ("Error", "torch::autograd::Error"):
+                raise _explained(_error_of(node))
+
+
 def _error_of(node: Any) -> RuntimeError:
     """What the node would say if it were reached; it takes as many tensors as its operation has outputs."""
     for count in range(1, 9):
@@ -177,7 +191,7 @@ def _explained(error: RuntimeError) -> Exception:
             f"a hinge loss has no Hessian at its kink and a zero one elsewhere ({text}); use a smooth loss, or "
             "FAM(..., radius=...)"
         )
-    markers = ("is not implemented", "once_differentiable", "does not support double backward")
+    markers = ("is not implemented", "once_differentiable", "support double backward")
     if any(m in text for m in markers):
         return SecondDerivativeError(
             f"an operation after the layer cannot be differentiated twice ({text}); use gradient='frozen' with "

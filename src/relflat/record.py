@@ -1,6 +1,6 @@
 """What one forward pass leaves behind: the calls of the tapped layers, and how other tensors relate to them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,9 +131,9 @@ def feeds_itself(calls: Sequence[Call]) -> bool:
     return any(depends_on(later.phi, calls[:i]) for i, later in enumerate(calls) if i)
 
 
-def ancestors(root: Node | None) -> Iterator[Node]:
-    """All nodes of the graph that a node leads to, itself included."""
-    seen, stack = {root}, [root]
+def ancestors(root: Node | None, without: Collection[Node] = ()) -> Iterator[Node]:
+    """All nodes of the graph that a node leads to, itself included, but not past those ``without``."""
+    seen, stack = {root, *without}, [root]
     while stack:
         node = stack.pop()
         if node is None:
