@@ -233,6 +233,8 @@ def measuring(
     tap = Tap(model, layer, when=lambda: recording.on)
     place = device_of(model) if device is None else torch.device(device)
     try:
+        if spec.normalize:
+            tap.must_have_features("normalize_features")
         batches = Batches(data, forward or default_forward, place)
         with undisturbed(model), recording:
             yield Measurement(model, loss_fn, tap, batches, spec, seed)

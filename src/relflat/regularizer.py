@@ -132,6 +132,8 @@ class FAM(nn.Module):
         self._tap = Tap(model, layer)
         if not self._tap.searching:
             self._check_trainable(gradient)
+            if normalize_features:
+                self._tap.must_have_features("normalize_features")
         self._estimator = Estimator(spec, torch.initial_seed() if seed is None else seed)
         self._rise = None if radius is None else Rise(radius, spec, self._estimator.seed, self._tap)
         self._replays = radius is not None or method == "finite_difference"

@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from relflat.errors import GraphError, LayerError
+from relflat.errors import ConfigError, GraphError, LayerError
 from relflat.layers import kind_of, supported_layers, weight_of
 from relflat.record import Call, Forward, same_values
 from relflat.resolve import Layer, resolve
@@ -269,6 +269,16 @@ class Tap:
                 f"If its weight is used all the same (as in attention), name the parameter: {unused[0] + '.weight'!r}"
             )
         return records
+
+    def must_have_features(self, option: str) -> None:
+        """Refuse tapped parameters.
+
+        Raises:
+            ConfigError: naming the option and the parameter.
+        """
+        for name, target in self.layers.items():
+            if isinstance(target, nn.Parameter):
+                raise ConfigError(f"{option} needs features, and {name!r} is a parameter; name a layer")
 
     def replay(
         self,
