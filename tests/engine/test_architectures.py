@@ -17,11 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from relflat import FAM, relative_flatness
+from relflat import FAM, reference, relative_flatness
 
 VALUE, GRADIENT = 1e-9, 1e-7
 N, IN, CLASSES = 5, 4, 3
 CE = nn.CrossEntropyLoss()
+pytestmark = pytest.mark.filterwarnings("ignore:kappa of layer")
 Loss = Callable[[Any, Tensor], Tensor]
 
 
@@ -943,3 +944,68 @@ def assert_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
     for key, a in one.items():
         b = two[key]
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, key
+
+
+# -- on paper --------------------------------------------------------------------------------------------------
+
+
+def test_convolution_average_pool_linear_on_paper() -> None:
+    """Taleghani et al.: logits ``V mean_t (W phi_t + b) + c`` see the pooled features alone.
+
+    With ``psi_i = mean_t phi_it`` they are ``V W psi_i + ...``, so ``H_z,i`` in the pooled output is ``V' A_i V``
+    and ``kappa = mean_i ||psi_i||^2 Tr(W W' V' A_i V)``, ``A_i = diag p_i - p_i p_i'``.
+    """
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(2, 3, 2).double(), nn.Linear(3, CLASSES).double()
+    model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    x, y = torch.randn(N, 2, 3, 4).double(), torch.tensor([0, 2, 1, 1, 0])
+    psi = F.unfold(x, 2).mean(2)
+    W, V, p = conv.weight.flatten(1), linear.weight, model(x).softmax(1)
+    A = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    on_paper = (psi.square().sum(1) * torch.einsum("de,ce,ncb,bd->n", W @ W.T, V, A, V)).mean().item()
+    loss, W = reference.at_layer(model, CE, x, y, "0")
+    assert reference.kappa(loss, W).item() == pytest.approx(on_paper, rel=1e-9)
+    for curvature in ("hessian", "ggn"):
+        flat = relative_flatness(model, CE, (x, y), layer="0", method="exact", curvature=curvature)
+        assert flat.value == pytest.approx(on_paper, rel=1e-9)
+
+
+def test_a_convolution_unrolled_to_a_dense_layer_has_another_kappa() -> None:
+    """The view of the paper's code: every weight of the Toeplitz matrix is free, so zeros have curvature too."""
+    torch.manual_seed(0)
+    conv, linear = nn.Conv1d(2, 3, 2).double(), nn.Linear(9, CLASSES).double()
+    model = nn.Sequential(conv, nn.Flatten(), nn.Tanh(), linear)
+    x, y = torch.randn(N, 2, 4).double(), torch.tensor([0, 2, 1, 1, 0])
+    dense = nn.Linear(8, 9).double()
+    with torch.no_grad():
+        dense.bias.copy_(conv.bias.repeat_interleave(3))
+        basis = torch.eye(8).double().reshape(8, 2, 4)
+        dense.weight.copy_((F.conv1d(basis, conv.weight)).flatten(1).T)
+    unrolled = nn.Sequential(nn.Flatten(), dense, nn.Tanh(), linear)
+    torch.testing.assert_close(unrolled(x), model(x), rtol=1e-12, atol=1e-12)
+    values = []
+    for net, layer in ((model, "0"), (unrolled, "1")):
+        want = reference.kappa(*reference.at_layer(net, CE, x, y, layer)).item()
+        flat = relative_flatness(net, CE, (x, y), layer=layer, method="exact")
+        assert flat.value == pytest.approx(want, rel=1e-9)
+        values.append(want)
+    assert abs(values[0] - values[1]) > 0.1 * abs(values[0])
+
+
+def test_adapters_on_a_frozen_base_can_be_trained_by_their_weight() -> None:
+    net = lora_adapters().double()
+    x, y = torch.randn(N, IN).double(), torch.tensor([0, 2, 1, 1, 0])
+    fam = FAM(CE, net, "fc", strength=1.0, gradient="weights")
+    outputs = net(x)
+    added = fam(outputs, y) - CE(outputs, y)
+    factors = [net.fc.lora_B["a"].weight, net.fc.lora_A["a"].weight]
+    assert all(bool(g.any()) for g in torch.autograd.grad(added, factors))
+
+
+def test_a_checkpointed_model_leaves_no_record_behind() -> None:
+    net = nn.Sequential(nn.Linear(IN, 3), nn.Tanh(), nn.Linear(3, CLASSES))
+    fam = FAM(CE, net, "0", strength=1.0, curvature="hessian", method="exact")
+    x, y = torch.randn(N, IN), torch.tensor([0, 2, 1, 1, 0])
+    for _ in range(12):
+        fam(checkpoint(net, x, use_reentrant=False), y).backward()
+    assert fam.last["method"] == "exact"
