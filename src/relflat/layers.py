@@ -103,7 +103,12 @@ _TRANSPOSED_LINEAR = Kind(
 
 
 def _lora_matrix(module: Any, w: Tensor) -> Float[Tensor, "d m"]:
-    """Effective weight of a dense layer wrapped by ``peft``: frozen base plus trainable factors."""
+    """Effective weight of a dense layer wrapped by ``peft``: frozen base plus trainable factors.
+
+    Adapters that are switched off, or merged into the base, add nothing.
+    """
+    if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+        return w
     for name in module.active_adapters:
         if name in module.lora_A:
             w = w + module.scaling[name] * (module.lora_B[name].weight @ module.lora_A[name].weight)

@@ -1002,6 +1002,18 @@ def test_adapters_on_a_frozen_base_can_be_trained_by_their_weight() -> None:
     assert all(bool(g.any()) for g in torch.autograd.grad(added, factors))
 
 
+@pytest.mark.parametrize("switch", ["disable_adapters", "merged"])
+def test_adapters_that_are_off_add_nothing(switch: str) -> None:
+    net = lora_adapters().double()
+    setattr(net.fc, switch, True)
+    x, y = torch.randn(N, IN).double(), torch.tensor([0, 2, 1, 1, 0])
+    plain = Net(net.run, fc=net.fc.base_layer, head=net.head)
+    plain.fc.weight.requires_grad_()
+    want = Dense(plain, "fc", lambda m: m(x)).kappa(lambda z: CE(z, y)).item()
+    flat = relative_flatness(net, CE, (x, y), layer="fc", method="exact")
+    assert flat.value == pytest.approx(want, rel=1e-9)
+
+
 def test_a_checkpointed_model_leaves_no_record_behind() -> None:
     net = nn.Sequential(nn.Linear(IN, 3), nn.Tanh(), nn.Linear(3, CLASSES))
     fam = FAM(CE, net, "0", strength=1.0, curvature="hessian", method="exact")
