@@ -1,0 +1,190 @@
+"""Lightning: ``FAMCallback`` adds the penalty to any module's loss, ``FlatnessMonitor`` logs relative flatness."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relflat.batches import Batch, ForwardFn
+from relflat.errors import DataError, GraphError, LayerError
+from relflat.integrations.common import check_every, check_options, extra, fam_for_computed_loss, metrics
+from relflat.measure import relative_flatness_by_layer
+from relflat.regularizer import FAM
+
+with extra("lightning"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class FAMCallback(Callback):
+    """Adds ``strength * kappa`` of some layers to the loss just before each backward pass.
+
+    The module stays as it is. What is logged as its loss is the plain task loss; the penalty is logged as
+    ``fam/penalty`` and kappa as ``fam/kappa``, both of the plain loss, whatever accumulation and gradient scaling
+    made of it. Precision, accumulation, gradient clipping, several optimisers and manual optimisation work as
+    without it; with several losses, those that depend on the layers count. Steps are calls of backward. The step
+    and the seed are kept in checkpoints, so that a resumed run is the uninterrupted one.
+
+    Args:
+        layer: qualified name, glob, or list of those, within the LightningModule (or ``module``), or ``"output"``:
+            the layer whose outputs the loss is computed from.
+        strength: lambda, as in :class:`relflat.FAM`.
+        module: name of the submodule that is called as the network. By default all of ``training_step`` is
+            watched; give it where the loss is not a cross-entropy, BCE with logits or squared error and
+            ``curvature="ggn"`` needs to know the network's outputs.
+        **options: of :class:`relflat.FAM`, except ``radius`` and ``method="finite_difference"``: they need the
+            criterion itself, so use FAM as the criterion in ``training_step``.
+
+    Raises:
+        LayerError: when fitting starts, if there is no such layer; lists the candidates.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[FAMCallback("output", strength=0.01)], logger=False)
+    """
+
+    def __init__(
+        self, layer: str | Sequence[str], *, strength: float, module: str | None = None, **options: Any
+    ) -> None:
+        self.layer, self.module = layer, module
+        self.options = {"strength": strength, **options}
+        check_options(self.options, "FAMCallback")
+        self.criterion: FAM | None = None
+        self._step, self._seed = 0, options.get("seed")
+        self._losses = 0
+        self._scale = 1.0
+
+    @property
+    def state_key(self) -> str:
+        """One for each set of layers, so that several callbacks can be used together."""
+        return self._generate_state_key(layer=self.layer, module=self.module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the step and the seed."""
+        return {"step": self._step if self.criterion is None else self.criterion.step, "seed": self._seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._step, self._seed = state_dict["step"], state_dict["seed"]
+        if self.criterion is not None:
+            self._build(self.criterion_model)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the layers."""
+        if stage != "fit":
+            return
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+        self._build(pl_module if self.module is None else self._submodule(pl_module, self.module))
+
+    def _submodule(self, pl_module: LightningModule, name: str) -> nn.Module:
+        try:
+            return pl_module.get_submodule(name)
+        except AttributeError as error:
+            raise LayerError(
+                f"module={name!r}: {type(pl_module).__name__} has {[n for n, _ in pl_module.named_children()]}"
+            ) from error
+
+    def _build(self, model: nn.Module) -> None:
+        self._close()
+        self.criterion_model = model
+        options = self.options | {"seed": self._seed}
+        self.criterion = fam_for_computed_loss(
+            model, self.layer if isinstance(self.layer, str) else list(self.layer), options, "FAMCallback"
+        )
+        self.criterion.step = self._step
+
+    def _close(self) -> None:
+        if self.criterion is not None:
+            self.criterion.close()
+        self.criterion = None
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to watch."""
+        assert self.criterion is not None
+        self._losses, self._step = 0, self.criterion.step
+        if self.module is None:
+            self.criterion.watch()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Add the penalty, in place: Lightning passes on the tensor it gave."""
+        assert self.criterion is not None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._scale = 1.0 if scaler is None else scaler.get_scale()
+        if pl_module.automatic_optimization:
+            self._scale /= trainer.accumulate_grad_batches
+        self._losses += 1
+        loss.add_(self.criterion.penalty(loss))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and forget the batch.
+
+        Raises:
+            GraphError: if no loss of the batch depended on the layers.
+        """
+        assert self.criterion is not None
+        self.criterion.reset()
+        if self._losses and self.criterion.step == self._step:
+            raise GraphError(
+                f"no loss of this batch was computed from layer {self.layer!r}: it was not called in training_step, "
+                f"or its outputs were detached; name a layer that is used (of {self.criterion.layers})"
+            )
+        last = self.criterion.last
+        if batch_idx % (getattr(trainer, "log_every_n_steps", 0) or 1) == 0 and "kappa" in last:
+            for name in ("kappa", "penalty"):
+                pl_module.log(f"fam/{name}", last[name] / self._scale)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the hooks; the step is kept."""
+        if self.criterion is not None:
+            self._step = self.criterion.step
+        self._close()
+
+
+class FlatnessMonitor(Callback):
+    """Measures layers every so many epochs and logs them through the module's loggers.
+
+    Logged are ``flatness/LAYER``, its standard error where it has one, the norm of its weight, and loss and mean
+    confidence over the same data. With several processes each measures its share of the data and the values are
+    averaged, which is exact for equal shares.
+
+    Args:
+        layer: as for :func:`relflat.relative_flatness_by_layer`, within the LightningModule.
+        loss_fn: ``loss_fn(outputs, targets)``.
+        data: batches; by default the first validation loader.
+        every: epochs from one measurement to the next.
+        forward: ``(module, batch) -> (outputs, targets)``; by default the module is called on the inputs.
+        **options: of :func:`relflat.relative_flatness_by_layer`.
+    """
+
+    def __init__(
+        self,
+        layer: str | Sequence[str],
+        loss_fn: Callable[..., Any],
+        data: Iterable[Batch] | None = None,
+        *,
+        every: int = 1,
+        forward: ForwardFn | None = None,
+        **options: Any,
+    ) -> None:
+        check_every(every)
+        self.layer, self.loss_fn, self.data, self.every = layer, loss_fn, data, every
+        self.options = {"forward": forward, **options}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure; here, not in the validation hooks, as those run where gradients cannot be taken."""
+        if (trainer.current_epoch + 1) % self.every:
+            return
+        data = self.data
+        if data is None:
+            loaders = trainer.val_dataloaders
+            data = loaders[0] if isinstance(loaders, list | tuple) else loaders
+        if data is None:
+            raise DataError("FlatnessMonitor: there is no validation loader; give data=")
+        layer = self.layer if isinstance(self.layer, str) else list(self.layer)
+        found = relative_flatness_by_layer(pl_module, self.loss_fn, data, layer=layer, **self.options)
+        pl_module.log_dict(metrics(found), sync_dist=trainer.world_size > 1)
