@@ -39,7 +39,10 @@ def test_whole_numbers_are_accepted_for_fractions():
         ({"task": "digist"}, "Unknown task 'digist'; did you mean 'digits'"),
         ({"task": "digits", "method": "fma"}, "Unknown method 'fma'; did you mean 'fam'"),
         ({"task": "digits", "sede": 1}, "Unknown config key 'sede'; did you mean 'seed'"),
-        ({"task": "digits", "rho": 0.1}, "'rho' is a setting of method sam, not of 'plain'"),
+        (
+            {"task": "digits", "rho": 0.1},
+            "'rho' is a setting of method sam and fam-sam and looksam, not of 'plain'",
+        ),
         ({"task": "digits", "method": "fam", "gradient": "froze"}, "did you mean 'frozen'"),
         ({"task": "digits", "seed": 1.5}, "seed=1.5 is not a valid value; expected int"),
         ({"task": "digits", "seed": True}, "seed=True is not a valid value; expected int"),

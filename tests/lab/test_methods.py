@@ -5,9 +5,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from relflat.errors import ConfigError
 from relflat.lab.config import make
-from relflat.lab.methods import METHODS, Learner, buffers_kept
-from relflat.lab.models import small_cnn
+from relflat.lab.disturb import noise
+from relflat.lab.methods import METHODS, Learner, buffers_kept, release
+from relflat.lab.models import mlp, small_cnn
 from relflat.lab.tasks import SGD
 
 
@@ -69,7 +71,8 @@ def test_batchnorm_statistics_move_once_a_step(method):
     model = small_cnn()
     untouched = copy.deepcopy(model)
     inputs, targets = batch()
-    METHODS[method].step(learner(method, model.train()), inputs, targets)
+    without = {"dropout": {"rate": 0.0}, "noise": {"sigma": 0.0}}.get(method, {})
+    METHODS[method].step(learner(method, model.train(), **without), inputs, targets)
     untouched.train()(inputs)
     for (name, found), expected in zip(model.named_buffers(), untouched.buffers(), strict=True):
         assert torch.equal(found, expected), name
@@ -115,3 +118,124 @@ def test_fam_descends_the_regularised_loss():
     for found, w, g in zip(model.parameters(), by_hand.parameters(), grads, strict=True):
         torch.testing.assert_close(found, w - 0.1 * g)
     assert float(losses.penalty) == pytest.approx(0.5 * kappa.item(), rel=1e-5)
+
+
+def moved(method: str, steps: int, **settings) -> tuple[list[torch.Tensor], int]:
+    """Weights after so many steps on one batch, and the number of forward passes they took."""
+    inputs, targets = batch()
+    model = linear()
+    passes = []
+    model.register_forward_hook(lambda *args: passes.append(1))
+    one = learner(method, model, **settings)
+    for _ in range(steps):
+        METHODS[method].step(one, inputs, targets)
+    return list(model.parameters()), len(passes)
+
+
+def test_looksam_passes_twice_only_when_it_is_time():
+    assert [moved("looksam", steps, period=3)[1] for steps in (1, 2, 3, 4)] == [2, 3, 4, 6]
+
+
+def test_first_step_of_looksam_is_sams():
+    look, _ = moved("looksam", 1, rho=0.3, period=3)
+    sam, _ = moved("sam", 1, rho=0.3)
+    for found, expected in zip(look, sam, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_second_step_of_looksam_adds_the_kept_direction():
+    """g + alpha ||g|| / ||g_v|| g_v, with g_v the part of SAM's gradient orthogonal to the plain one."""
+    inputs, targets = batch()
+    by_hand = linear()
+    first = gradient(by_hand, inputs, targets)
+    norm = torch.sqrt(sum(g.square().sum() for g in first))
+    uphill = copy.deepcopy(by_hand)
+    with torch.no_grad():
+        for w, g in zip(uphill.parameters(), first, strict=True):
+            w += 0.3 * g / norm
+    sharp = gradient(uphill, inputs, targets)
+    kept = [s - (s * g).sum() / g.square().sum() * g for s, g in zip(sharp, first, strict=True)]
+    with torch.no_grad():
+        for w, s in zip(by_hand.parameters(), sharp, strict=True):
+            w -= 0.1 * s
+    second = gradient(by_hand, inputs, targets)
+    expected = [
+        w - 0.1 * (g + 0.7 * g.norm() / v.norm() * v)
+        for w, g, v in zip(by_hand.parameters(), second, kept, strict=True)
+    ]
+    found, _ = moved("looksam", 2, rho=0.3, period=3)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_label_smoothing_spreads_the_targets():
+    inputs, targets = batch()
+    found, _ = moved("smoothing", 1, smoothing=0.2)
+    by_hand = linear()
+    loss = nn.functional.cross_entropy(by_hand(inputs), targets, label_smoothing=0.2)
+    for w, g, one in zip(
+        by_hand.parameters(), torch.autograd.grad(loss, list(by_hand.parameters())), found, strict=True
+    ):
+        torch.testing.assert_close(one, w - 0.1 * g)
+    config = make({"task": "digits", "method": "smoothing"})
+    with pytest.raises(ConfigError, match="CrossEntropyLoss, not MSELoss"):
+        METHODS["smoothing"].criterion(nn.MSELoss(), by_hand, config.settings, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("dropout", {"rate": 0.5}), ("noise", {"sigma": 0.5})], ids=["dropout", "noise"]
+)
+def test_disturbance_acts_on_the_layers_inputs_while_training_only(method, settings):
+    inputs, _ = batch()
+    model = mlp(64)
+    before = model(inputs)
+    seen = {}
+    criterion = learner(method, model, regularize="fc2,output", **settings).criterion
+    for name in ("fc1", "fc2", "output"):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: args[0]})
+        )
+    assert torch.equal(model.eval()(inputs), before)
+    clean = dict(seen)
+    model.train()(inputs)
+    assert torch.equal(seen["fc1"], clean["fc1"])
+    assert not torch.equal(seen["fc2"], clean["fc2"])
+    if method == "dropout":
+        kept = seen["fc2"] != 0
+        torch.testing.assert_close(seen["fc2"][kept], 2 * clean["fc2"][kept])
+    release(criterion)
+    assert torch.equal(model(inputs), before)
+
+
+def test_gaussian_noise_has_the_given_deviation():
+    change = noise(0.3)
+    assert (change(torch.zeros(20_000)).std()).item() == pytest.approx(0.3, rel=0.05)
+
+
+def test_fam_and_sam_together_count_one_step_and_draw_the_same_probes():
+    inputs, targets = batch()
+    settings = {"strength": 0.1, "regularize": "fc2", "estimator": "probe", "rho": 0.0}
+    both, alone = mlp(64), mlp(64)
+    both.load_state_dict(alone.state_dict())
+    one = learner("fam-sam", both, **settings)
+    del settings["rho"]
+    METHODS["fam-sam"].step(one, inputs, targets)
+    METHODS["fam"].step(learner("fam", alone, **settings), inputs, targets)
+    assert one.criterion.step == 1
+    for found, expected in zip(both.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("dropout", {"rate": 1.0}, "rate=1.0 must lie between 0 and 1"),
+        ("noise", {"sigma": -1.0}, "sigma=-1.0 must not be negative"),
+        ("noise", {"regularize": "output.weight"}, "is a parameter, which has no input"),
+        ("smoothing", {"smoothing": 2.0}, "smoothing=2.0 must lie between 0 and 1"),
+        ("looksam", {"period": 0}, "period=0 must be above 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_rejected(method, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        learner(method, mlp(64), **settings)

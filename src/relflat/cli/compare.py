@@ -31,7 +31,7 @@ def compare(
     and is tested once. Interrupted, the same command goes on where it stopped; finished runs are used again.
 
     Args:
-        task: name of a task.
+        task: name of a task, or path/to/file.py:name for one of your own.
         arms: what to compare; the first is what the others are held against.
         seeds: number of tested seeds an arm (0, 1, ...).
         search_seeds: number of seeds that settings are chosen by (100, 101, ...).

@@ -41,6 +41,7 @@ def measure(
         seed: of the probes.
         json: print one JSON object.
     """
+    from relflat.lab.launch import rank
     from relflat.lab.measuring import measure_run
 
     found = measure_run(
@@ -56,6 +57,8 @@ def measure(
         normalize_features=normalize_features,
         seed=seed,
     )
+    if rank() != 0:
+        return
     if json:
         layers = {name: asdict(flat) for name, flat in found.items()}
         only = next(iter(layers.values())) if len(layers) == 1 else {"layers": layers}

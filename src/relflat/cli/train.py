@@ -17,7 +17,7 @@ class Values(TypedDict, total=False):
     """Values of the run; what is left out comes from the config file, the task or the method.
 
     Attributes:
-        method: plain, sam or fam.
+        method: plain, smoothing, dropout, noise, sam, looksam, fam or fam-sam.
         seed: of initial weights, data order, label noise and probes.
         epochs: passes over the training data.
         batch_size: samples a step.
@@ -26,8 +26,13 @@ class Values(TypedDict, total=False):
         train_size: train on so many samples only.
         label_noise: redraw each training label with this probability.
         rho: radius of the step uphill.
+        period: steps from one second pass to the next.
+        alpha: weight of the direction kept in between.
+        smoothing: share of each target that is spread over all classes.
+        rate: probability of dropping an entry.
+        sigma: deviation of plain noise.
         strength: lambda of the paper.
-        regularize: the layer FAM acts on.
+        regularize: the layers it acts on, by name or glob; several with commas.
         radius: finite radius of the feature noise instead of kappa.
         curvature: ggn or hessian.
         gradient: full, frozen or weights.
@@ -47,9 +52,14 @@ class Values(TypedDict, total=False):
     weight_decay: Annotated[float, option("FLOAT", "default: the task's")]
     train_size: Annotated[int, option("INT", "default: all")]
     label_noise: Annotated[float, option("FLOAT", "default: 0")]
-    rho: Annotated[float, option("FLOAT", "sam; default: 0.05")]
+    rho: Annotated[float, option("FLOAT", "sam, looksam, fam-sam; default: 0.05")]
+    period: Annotated[int, option("INT", "looksam; default: 5")]
+    alpha: Annotated[float, option("FLOAT", "looksam; default: 0.7")]
+    smoothing: Annotated[float, option("FLOAT", "smoothing; default: 0.1")]
+    rate: Annotated[float, option("FLOAT", "dropout; default: 0.1")]
+    sigma: Annotated[float, option("FLOAT", "noise; default: 0.1")]
     strength: Annotated[float, option("FLOAT", "fam; default: 0.1")]
-    regularize: Annotated[str, option("LAYER", "fam; default: output")]
+    regularize: Annotated[str, option("LAYER", "fam; default: output; dropout, noise: *")]
     radius: Annotated[float, option("FLOAT", "fam; default: none")]
     curvature: Annotated[str, option("NAME", "fam; default: ggn")]
     gradient: Annotated[str, option("NAME", "fam; default: full")]
@@ -80,7 +90,7 @@ def train(
     An interrupted run goes on where it stopped, to the same numbers; a finished one is only read.
 
     Args:
-        task: digits, fashion-mnist or cifar10.
+        task: name of a task, or path/to/file.py:name for one of your own.
         run: what the numbers depend on.
         config: TOML or JSON file with values under the same names; options given here win.
         runs: folder that keeps the runs.

@@ -42,6 +42,10 @@ class Arm:
         return [{**self.fixed, self.key: value} for value in self.values]
 
 
+RHO = (0.05, 0.1, 0.2, 0.4)
+STRENGTH = (0.01, 0.03, 0.1, 0.3)
+EVERY_LAYER = "on the input of every weight layer"
+
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
@@ -51,24 +55,86 @@ ARMS: dict[str, Arm] = {
             "plain",
             "weight_decay",
             (5e-4, 2e-3, 8e-3, 3.2e-2),
-            origin="the usual 5e-4, quadrupled three times",
+            origin="the usual weight decay 5e-4, quadrupled three times",
         ),
         Arm(
-            "sam",
-            "SAM",
+            "smoothing",
+            "label smoothing",
+            "smoothing",
+            "smoothing",
+            (0.05, 0.1, 0.2, 0.4),
+            origin="around the usual 0.1, doubled three times",
+        ),
+        Arm(
+            "dropout",
+            "dropout",
+            "dropout",
+            "rate",
+            (0.05, 0.1, 0.2, 0.4),
+            origin=f"around the 0.1 and 0.33 of the pre-study, doubled three times; {EVERY_LAYER}",
+        ),
+        Arm(
+            "noise",
+            "Gaussian noise",
+            "noise",
+            "sigma",
+            (0.1, 0.2, 0.4, 0.8),
+            origin=f"up to the deviation of standardised inputs, doubled three times; {EVERY_LAYER}",
+        ),
+        Arm("sam", "SAM", "sam", "rho", RHO, origin="0.05 of Foret et al. (2021), doubled three times"),
+        Arm(
+            "asam",
+            "ASAM",
             "sam",
             "rho",
-            (0.05, 0.1, 0.2, 0.4),
-            origin="0.05 of Foret et al. (2021), doubled three times",
+            (0.25, 0.5, 1.0, 2.0),
+            {"adaptive": True},
+            origin="around the 0.5 and 1 of Kwon et al. (2021), doubled three times",
+        ),
+        Arm(
+            "looksam",
+            "LookSAM",
+            "looksam",
+            "rho",
+            RHO,
+            {"period": 5},
+            origin="as SAM; a second pass every 5 steps (Liu et al. 2022)",
         ),
         Arm(
             "fam",
             "FAM",
             "fam",
             "strength",
-            (0.01, 0.03, 0.1, 0.3),
+            STRENGTH,
             {"gradient": "full"},
             origin="half decades around the 0.1 of Adilova et al. (2023); all of their Lemma 1, output layer",
+        ),
+        Arm(
+            "fam-frozen",
+            "FAM frozen",
+            "fam",
+            "strength",
+            STRENGTH,
+            {"gradient": "frozen"},
+            origin="as FAM, the curvature held constant in the gradient",
+        ),
+        Arm(
+            "fam-weights",
+            "FAM weights",
+            "fam",
+            "strength",
+            STRENGTH,
+            {"gradient": "weights"},
+            origin="as FAM, only the part of the gradient that reaches the layer itself, as in the released code",
+        ),
+        Arm(
+            "fam-all",
+            "FAM all layers",
+            "fam",
+            "strength",
+            (0.001, 0.003, 0.01, 0.03),
+            {"regularize": "*"},
+            origin="a decade below FAM, as the kappas of all weight layers add up; Gauss-Newton probes",
         ),
         Arm(
             "fam-radius",
@@ -78,6 +144,15 @@ ARMS: dict[str, Arm] = {
             (0.25, 0.35, 0.5, 0.7),
             {"strength": 1.0, "regularize": "*"},
             origin="its square doubled from 1/16 to 1/2, about the range of the pre-study; every weight layer",
+        ),
+        Arm(
+            "fam-sam",
+            "FAM + SAM",
+            "fam-sam",
+            "strength",
+            STRENGTH,
+            {"rho": 0.1},
+            origin="as FAM, under SAM of rho 0.1",
         ),
     )
 }

@@ -4,11 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from relflat import Flatness, relative_flatness_by_layer
 from relflat.errors import ConfigError
-from relflat.lab import checkpoint
+from relflat.lab import checkpoint, launch
 from relflat.lab.batches import in_order
 from relflat.lab.data import Arrays
 from relflat.lab.names import look_up, names_in
@@ -29,6 +27,8 @@ def measure_run(
     run: Path, *, layer: str | None = None, split: str = "train", samples: int | None = None, **options: Any
 ) -> dict[str, Flatness]:
     """Rebuild a run's data and network from its folder and measure some of its layers.
+
+    Under ``torchrun`` each process measures its share of the samples and all get the result for all of them.
 
     Args:
         run: the run's folder.
@@ -52,9 +52,18 @@ def measure_run(
     task = task_named(config.task)
     model = task.model()
     checkpoint.load_weights(run, model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = launch.device()
     data = choose(task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed))
-    batches = list(in_order(data.take(slice(samples)), device))
-    return relative_flatness_by_layer(
-        model.to(device), task.loss(), batches, layer=names_in(layer or task.layer), device=device, **options
-    )
+    data = data.take(slice(samples))
+    with launch.process_group() as group:
+        ranks = 1 if group is None else group.size()
+        share = slice(*(len(data) * (launch.rank() + i) // ranks for i in (0, 1)))
+        return relative_flatness_by_layer(
+            model.to(device),
+            task.loss(),
+            list(in_order(data.take(share), device)),
+            layer=names_in(layer or task.layer),
+            device=device,
+            process_group=group,
+            **options,
+        )

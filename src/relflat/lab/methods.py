@@ -4,6 +4,7 @@ A step takes one batch, updates the parameters once and returns what it minimise
 move once a step, whatever the number of forward passes.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from pytorch_optimizer import SAM
+from pytorch_optimizer import SAM, LookSAM
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relflat import FAM
+from relflat.errors import ConfigError
+from relflat.lab.disturb import Disturbed, dropout, noise
 from relflat.lab.names import names_in
 
 BaseOptimizer = Callable[[Iterable[Any]], Optimizer]
@@ -69,6 +72,58 @@ class SamSettings:
 
 
 @dataclass(frozen=True)
+class LookSamSettings:
+    """SAM's second pass every few steps, its direction kept in between (Liu et al. 2022).
+
+    Attributes:
+        rho: radius of the step uphill.
+        period: steps from one second pass to the next.
+        alpha: weight of the kept direction.
+    """
+
+    rho: float = 0.05
+    period: int = 5
+    alpha: float = 0.7
+
+
+@dataclass(frozen=True)
+class SmoothingSettings:
+    """Label smoothing (Szegedy et al. 2016).
+
+    Attributes:
+        smoothing: share of each target that is spread over all classes.
+    """
+
+    smoothing: float = 0.1
+
+
+@dataclass(frozen=True)
+class DropoutSettings:
+    """Dropout on the inputs of layers.
+
+    Attributes:
+        rate: probability with which an entry is dropped.
+        regularize: the layers, by name or glob; several with commas.
+    """
+
+    rate: float = 0.1
+    regularize: str = "*"
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """Plain Gaussian noise on the inputs of layers.
+
+    Attributes:
+        sigma: its standard deviation.
+        regularize: the layers, by name or glob; several with commas.
+    """
+
+    sigma: float = 0.1
+    regularize: str = "*"
+
+
+@dataclass(frozen=True)
 class FamSettings:
     """Relative flatness aware minimisation; the meanings are those of `relflat.FAM`.
 
@@ -99,40 +154,76 @@ class FamSettings:
     normalize_features: bool = False
 
 
+@dataclass(frozen=True)
+class FamSamSettings(FamSettings):
+    """FAM's criterion under SAM's optimiser.
+
+    Attributes:
+        rho: radius of the step uphill.
+    """
+
+    rho: float = 0.05
+
+
 def plain_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
     """One gradient step on the task loss."""
-    learner.optimizer.zero_grad()
-    loss = learner.criterion(learner.model(inputs), targets)
-    learner.accelerator.backward(loss)
+    loss = backward(learner, inputs, targets)
     learner.optimizer.step()
-    return Losses(loss.detach(), 0.0)
+    return Losses(loss, 0.0)
 
 
 def sam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
-    """A step uphill, then the gradient from there applied to the old weights; two passes."""
+    """A step uphill, then the gradient from there applied to the old weights; two passes.
 
-    def backward() -> Tensor:
-        learner.optimizer.zero_grad()
-        loss: Tensor = learner.criterion(learner.model(inputs), targets)
-        learner.accelerator.backward(loss)
-        return loss
+    FAM as the criterion draws the same probes in both and counts them as one step.
+    """
+    step = get_counter(learner.criterion)
+    loss = backward(learner, inputs, targets)
+    penalty = penalty_of(learner.criterion)
 
-    def backward_uphill() -> float:
+    def uphill() -> float:
+        set_counter(learner.criterion, step)
         with buffers_kept(learner.model):
-            return float(backward().detach())
+            return float(backward(learner, inputs, targets))
 
-    loss = backward()
-    learner.optimizer.step(backward_uphill)
-    return Losses(loss.detach(), 0.0)
+    learner.optimizer.step(uphill)
+    return Losses(loss, penalty)
+
+
+def looksam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
+    """SAM's two passes when it is time for them, else one pass and the direction kept from then."""
+    inner = cast(LookSAM, getattr(learner.optimizer, "optimizer", learner.optimizer))
+    done: int = inner.param_groups[0].get("looksam_step", 0)  # part of the optimiser's state
+    if done % inner.k == 0:
+        return sam_step(learner, inputs, targets)
+    losses: list[Tensor] = []
+
+    def here() -> float:
+        losses.append(backward(learner, inputs, targets))
+        return 0.0
+
+    learner.optimizer.step(here)
+    return Losses(losses[0], 0.0)
 
 
 def fam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
     """One gradient step on the task loss plus the penalty, which `relflat.FAM` adds inside the criterion."""
-    learner.optimizer.zero_grad()
-    loss = learner.criterion(learner.model(inputs), targets)
-    learner.accelerator.backward(loss)
+    loss = backward(learner, inputs, targets)
     learner.optimizer.step()
-    return Losses(loss.detach(), cast(FAM, learner.criterion).last["penalty"])
+    return Losses(loss, penalty_of(learner.criterion))
+
+
+def backward(learner: Learner, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Fresh gradients of the criterion on a batch; returns its value."""
+    learner.optimizer.zero_grad()
+    loss: Tensor = learner.criterion(learner.model(inputs), targets)
+    learner.accelerator.backward(loss)
+    return loss.detach()
+
+
+def penalty_of(criterion: nn.Module) -> float:
+    """What FAM added in its last call; 0 for other criteria."""
+    return float(criterion.last["penalty"]) if isinstance(criterion, FAM) else 0.0
 
 
 @contextmanager
@@ -172,6 +263,30 @@ def fam_loss(loss: nn.Module, model: nn.Module, settings: FamSettings, seed: int
     )
 
 
+def smoothed_loss(loss: nn.Module, model: nn.Module, settings: SmoothingSettings, seed: int) -> nn.Module:
+    """Cross-entropy against smoothed targets."""
+    if type(loss) is not nn.CrossEntropyLoss:
+        raise ConfigError(
+            f"Label smoothing needs a task whose loss is CrossEntropyLoss, not {type(loss).__name__}; "
+            "choose another method."
+        )
+    if not 0 <= settings.smoothing <= 1:
+        raise ConfigError(f"smoothing={settings.smoothing} must lie between 0 and 1.")
+    smoothed = copy.deepcopy(loss)
+    smoothed.label_smoothing = settings.smoothing
+    return smoothed
+
+
+def dropout_loss(loss: nn.Module, model: nn.Module, settings: DropoutSettings, seed: int) -> nn.Module:
+    """The task loss, with dropout hooked into the model."""
+    return Disturbed(loss, model, settings.regularize, dropout(settings.rate))
+
+
+def noise_loss(loss: nn.Module, model: nn.Module, settings: NoiseSettings, seed: int) -> nn.Module:
+    """The task loss, with noise hooked into the model."""
+    return Disturbed(loss, model, settings.regularize, noise(settings.sigma))
+
+
 def base_optimizer(parameters: Iterable[nn.Parameter], base: BaseOptimizer, settings: Any) -> Optimizer:
     """The task's own optimiser."""
     return base(parameters)
@@ -182,6 +297,28 @@ def sam_optimizer(
 ) -> Optimizer:
     """The task's optimiser inside pytorch_optimizer's SAM."""
     return SAM(parameters, cast(type[Optimizer], base), rho=settings.rho, adaptive=settings.adaptive)
+
+
+def looksam_optimizer(
+    parameters: Iterable[nn.Parameter], base: BaseOptimizer, settings: LookSamSettings
+) -> Optimizer:
+    """The task's optimiser inside pytorch_optimizer's LookSAM."""
+    if settings.period < 1:
+        raise ConfigError(f"period={settings.period} must be above 0.")
+    return LookSAM(
+        parameters,
+        cast(type[Optimizer], base),
+        rho=settings.rho,
+        k=settings.period,
+        alpha=settings.alpha,
+    )
+
+
+def fam_sam_optimizer(
+    parameters: Iterable[nn.Parameter], base: BaseOptimizer, settings: FamSamSettings
+) -> Optimizer:
+    """As ``sam_optimizer``; ``adaptive`` is FAM's here."""
+    return SAM(parameters, cast(type[Optimizer], base), rho=settings.rho)
 
 
 @dataclass(frozen=True)
@@ -205,12 +342,17 @@ METHODS: dict[str, Method] = {
     "plain": Method(PlainSettings, plain_step),
     "sam": Method(SamSettings, sam_step, optimizer=sam_optimizer),
     "fam": Method(FamSettings, fam_step, criterion=fam_loss),
+    "fam-sam": Method(FamSamSettings, sam_step, criterion=fam_loss, optimizer=fam_sam_optimizer),
+    "looksam": Method(LookSamSettings, looksam_step, optimizer=looksam_optimizer),
+    "smoothing": Method(SmoothingSettings, plain_step, criterion=smoothed_loss),
+    "dropout": Method(DropoutSettings, plain_step, criterion=dropout_loss),
+    "noise": Method(NoiseSettings, plain_step, criterion=noise_loss),
 }
 
 
 def release(criterion: nn.Module) -> None:
     """Remove what the criterion hooked into the model."""
-    if isinstance(criterion, FAM):
+    if isinstance(criterion, FAM | Disturbed):
         criterion.close()
 
 

@@ -104,8 +104,8 @@ def pictures(comparison: Comparison, costs: Mapping[str, StepCost]) -> str:
         (
             "Validation error by epoch",
             curves(finals, "validation_accuracy", "validation error, %", error=True),
-            "Error on the validation labels, which are as published. Line: mean over the tested seeds; band: "
-            "their range.",
+            "Error on up to 1,000 validation samples, whose labels are as published. Line: mean over the tested "
+            "seeds; band: their range.",
         ),
         (
             "Validation error by training time",

@@ -28,7 +28,7 @@ from relflat.lab.scalars import Scalars
 from relflat.lab.splits import Splits
 from relflat.lab.tasks import task_named
 
-MONITORED = 5000  # training samples that the metrics of an epoch are taken on
+MONITORED = 1000  # samples of the training and validation splits that the metrics of an epoch are taken on
 
 Record = dict[str, Any]
 OnEpoch = Callable[[Record], None]
@@ -206,12 +206,12 @@ def run_epoch(session: Session, epoch: int) -> Record:
 
 
 def _monitor(session: Session) -> Record:
-    """Accuracy, loss and kappa after an epoch, on the first training samples and the validation split."""
+    """Accuracy, loss and kappa after an epoch, on the first samples of the training and validation splits."""
     device = session.learner.accelerator.device
     task, splits = task_named(session.config.task), session.splits
     train = splits.train.take(slice(MONITORED))
     fitted = evaluate(session.model, session.loss, train, device)
-    held_out = evaluate(session.model, session.loss, splits.validation, device)
+    held_out = evaluate(session.model, session.loss, splits.validation.take(slice(MONITORED)), device)
     flat = flatness(session.model, session.loss, train, device, task.layer)
     return {
         "train_accuracy": fitted["accuracy"],
