@@ -195,8 +195,13 @@ class _Options:
     differentiate: bool
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _apply(*args: Any) -> Any:
+    if torch.compiler.is_compiling():  # not as a decorator: that would import the compiler along with relflat
+        return torch.compiler.disable(_eagerly)(*args)  # type: ignore[no-untyped-call]
+    return _eagerly(*args)
+
+
+def _eagerly(*args: Any) -> Any:
     return _LinearCrossEntropy.apply(*args)  # type: ignore[no-untyped-call]
 
 

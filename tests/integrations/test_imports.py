@@ -1,0 +1,67 @@
+"""``import relflat`` is quick and brings no framework; each integration says what to install."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORKS = (
+    "lightning",
+    "transformers",
+    "accelerate",
+    "skorch",
+    "peft",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "keras",
+)
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_brings_no_framework() -> None:
+    modules = json.loads(python("import sys, json, relflat; print(json.dumps(sorted(sys.modules)))"))
+    roots = {name.split(".")[0] for name in modules}
+    assert not roots & set(FRAMEWORKS)
+    assert not [name for name in modules if name.startswith(("relflat.lab", "relflat.integrations"))]
+
+
+def test_import_takes_less_than_a_fifth_of_a_second_beyond_torch() -> None:
+    """The first quick one of a few processes: others share the machine."""
+    code = """if True:
+        import time, torch, torch.utils._pytree
+        start = time.process_time()
+        import relflat
+        print(time.process_time() - start)
+    """
+    assert any(float(python(code)) < 0.2 for _ in range(3))
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers", "accelerate", "skorch"])
+def test_a_missing_framework_is_named_with_its_extra(name, monkeypatch) -> None:
+    for module in [
+        m for m in sys.modules if m == name or m.startswith((f"{name}.", f"relflat.integrations.{name}"))
+    ]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [Missing(name), *sys.meta_path])
+    with pytest.raises(ImportError) as caught:
+        importlib.import_module(f"relflat.integrations.{name}")
+    assert str(caught.value) == (f'relflat.integrations.{name} needs {name}: pip install "relflat[{name}]"')
+
+
+class Missing:
+    """Finds no framework of that name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.split(".")[0] == self.name:
+            raise ModuleNotFoundError(f"No module named {self.name!r}", name=self.name)
