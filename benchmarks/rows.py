@@ -52,6 +52,15 @@ OUTPUT = (
 )
 
 HIDDEN: dict[str, tuple[Row, ...]] = {
+    "resnet18": (
+        PLAIN,
+        CONTROL,
+        fam("blocks.7.conv2", "last block's convolution"),
+        fam("blocks.7.conv2", "last block's convolution", gradient="frozen"),
+        fam("*", "all convolutions + output"),
+        fam("*", "all convolutions + output", gradient="frozen"),
+        SAM_ROW,
+    ),
     "mlp": (
         PLAIN,
         CONTROL,
