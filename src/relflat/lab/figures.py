@@ -126,6 +126,7 @@ def curves(
             low, high = [min(column) for column in by_epoch], [max(column) for column in by_epoch]
             axes.fill_between(across, low, high, alpha=0.15, linewidth=0, **look(place))
         axes.set_xlabel("epoch" if seconds is None else "training time, s")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_ylabel(label)
         log_if_wide(axes, "y")
         legend(axes)

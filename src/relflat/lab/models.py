@@ -55,32 +55,41 @@ class BasicBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 for small pictures: a 3x3 stem without pooling, four stages of two blocks.
+class ResNet(nn.Module):
+    """Residual network for small pictures: a 3x3 stem without pooling, then stages of equally many blocks.
+
+    Every stage after the first halves the picture's sides and doubles the channels.
 
     Attributes:
         output: the last Linear layer.
     """
 
     def __init__(
-        self, num_classes: int = 10, in_channels: int = 3, width: int = 64, feature_width: int | None = None
+        self,
+        stages: int,
+        blocks: int,
+        width: int,
+        *,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        feature_width: int | None = None,
     ) -> None:
         super().__init__()
         stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU())
-        widths = [width, width, 2 * width, 4 * width, 8 * width]
-        self.blocks = nn.Sequential(
-            *(
-                BasicBlock(widths[stage] if first else widths[stage + 1], widths[stage + 1], stride)
-                for stage in range(4)
-                for first, stride in ((True, 1 if stage == 0 else 2), (False, 1))
-            )
-        )
+        body: list[nn.Module] = []
+        inputs = width
+        for stage in range(stages):
+            outputs = width * 2**stage
+            for place in range(blocks):
+                body.append(BasicBlock(inputs, outputs, 2 if stage and place == 0 else 1))
+                inputs = outputs
+        self.blocks = nn.Sequential(*body)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.features: nn.Module = nn.Identity()
         if feature_width is not None:
-            self.features = nn.Linear(widths[-1], feature_width)
-        self.output = nn.Linear(feature_width or widths[-1], num_classes)
+            self.features = nn.Linear(inputs, feature_width)
+        self.output = nn.Linear(feature_width or inputs, num_classes)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         """Return the logits."""
@@ -89,7 +98,7 @@ class ResNet18(nn.Module):
 
 def resnet18(
     num_classes: int = 10, in_channels: int = 3, width: int = 64, *, feature_width: int | None = None
-) -> ResNet18:
+) -> ResNet:
     """Build a ResNet-18 for 28x28 or 32x32 pictures.
 
     Args:
@@ -98,4 +107,12 @@ def resnet18(
         width: channels of the first stage; the others have 2, 4 and 8 times as many.
         feature_width: size of an extra Linear layer before the output (64 in the FAM paper); None for none.
     """
-    return ResNet18(num_classes, in_channels, width, feature_width)
+    return ResNet(4, 2, width, num_classes=num_classes, in_channels=in_channels, feature_width=feature_width)
+
+
+def resnet20(num_classes: int = 10, in_channels: int = 3) -> ResNet:
+    """Build the ResNet-20 of He et al. (2016, section 4.2): three stages of three blocks, 16 to 64 channels.
+
+    Its shortcuts across stages are 1x1 convolutions (their option B).
+    """
+    return ResNet(3, 3, 16, num_classes=num_classes, in_channels=in_channels)

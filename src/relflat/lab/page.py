@@ -35,7 +35,7 @@ th, td {
   vertical-align: top; white-space: nowrap;
 }
 th { white-space: normal; vertical-align: bottom; color: var(--quiet); font-weight: 600; }
-td:last-child { min-width: 12rem; white-space: normal; }
+td:last-child { min-width: 15rem; white-space: normal; }
 .figures {
   display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
 }

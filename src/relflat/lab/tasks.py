@@ -12,7 +12,7 @@ from torch import nn, optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from relflat.lab import own
-from relflat.lab.models import mlp, small_cnn
+from relflat.lab.models import mlp, resnet20, small_cnn
 from relflat.lab.names import look_up
 from relflat.lab.splits import Splits, classification
 
@@ -129,6 +129,18 @@ TASKS: dict[str, Task] = {
             schedule=cosine,
             epochs=25,
             batch_size=64,
+        ),
+        Task(
+            name="cifar10-resnet20",
+            summary="32x32 pictures, ResNet-20; 45,000 train, 5,000 validation, the official 10,000 test",
+            splits=partial(classification, "cifar10", validation=5000, test=None),
+            model=resnet20,
+            loss=nn.CrossEntropyLoss,
+            layer="output",
+            optimizer=SGD(lr=0.1, weight_decay=5e-4),
+            schedule=cosine,
+            epochs=15,
+            batch_size=128,
         ),
     )
 }

@@ -16,7 +16,13 @@ def show(comparison: Comparison, costs: Costs, console: Console) -> None:
     lines, plan = rows(comparison, costs), comparison.plan
     noise = plan.common.get("label_noise")
     what = short_name(plan.task) + (f", {100 * noise:g} % label noise" if noise else "")
-    table = Table(title=f"{what}: mean ± sd over n seeds", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{what}: mean ± sd over n seeds",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     for heading in SHORT_HEADINGS:
         table.add_column(heading)
     for line in lines:
