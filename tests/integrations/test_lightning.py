@@ -145,6 +145,25 @@ def test_fp16_scales_the_penalty_with_the_loss() -> None:
         torch.testing.assert_close(mine, other, rtol=0.05, atol=0.02)
 
 
+class Saving(Module):
+    """Each rank gets its half of the samples; rank 0 writes down the gradients that both then have."""
+
+    def __init__(self, folder) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.global_rank == 0:
+            torch.save(gradients(self.net), self.folder / "gradients.pt")
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path) -> None:
+    run = trainer(FAMCallback("output", strength=0.5), strategy="ddp_fork", devices=2)
+    run.fit(Saving(tmp_path), loader(8))
+    assert_same(torch.load(tmp_path / "gradients.pt"), plain_gradient())
+
+
 class Overflowing(Module):
     def loss(self, x, y):
         return super().loss(1e6 * x, y)
