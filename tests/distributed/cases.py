@@ -142,7 +142,7 @@ def ddp(rank: int, ranks: int) -> dict[str, Any]:
     ) -> None:
         net = Net(**options)
         if compiled:
-            net.trunk.compile(backend="aot_eager")
+            net.trunk = torch.compile(net.trunk, backend="aot_eager")
         model = DistributedDataParallel(net)
         at = share_of(rank, ranks, uneven=uneven)
         x, y = (t[at] for t in data(options.get("dtype", torch.float64)))
