@@ -191,7 +191,7 @@ def _explained(error: RuntimeError) -> Exception:
             f"a hinge loss has no Hessian at its kink and a zero one elsewhere ({text}); use a smooth loss, or "
             "FAM(..., radius=...)"
         )
-    markers = ("is not implemented", "once_differentiable", "support double backward")
+    markers = ("is not implemented", "once_differentiable", "support double backward", "donated buffers")
     if any(m in text for m in markers):
         return SecondDerivativeError(
             f"an operation after the layer cannot be differentiated twice ({text}); use gradient='frozen' with "
