@@ -91,7 +91,7 @@ def length(outputs: Any) -> int:
 
 
 def samples_in(batch: Batch) -> int:
-    """Number of samples of a batch: the length of its first tensor, or 1 if that has no batch dimension."""
+    """Number of samples of a batch: the length of its first tensor of two dimensions, else of its last."""
     tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
     if not tensors:
         raise DataError(

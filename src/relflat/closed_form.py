@@ -59,13 +59,14 @@ def logit_hessian(
 def kappa_rows(
     site: Site, hessian: LogitHessian, *, adaptive: bool, unit_features: bool = False
 ) -> Float[Tensor, " p"]:
-    """Each row's share of kappa. Cost: two products of the size of the layer's own; memory: that of phi."""
-    diagonal = hessian.diagonal(site.weight)
+    """Each row's share of kappa. Cost: one product of the size of the layer's own (adaptive: two)."""
     energy = site.features.flatten(0, 2).square()
     if unit_features:
         total = energy.sum(-1, keepdim=True)
         energy = energy / torch.where(total > 0, total, 1.0)
-    return (energy * diagonal).sum(-1) if adaptive else energy.sum(-1) * diagonal.sum(-1)
+    if adaptive:
+        return (energy * hessian.diagonal(site.weight)).sum(-1)
+    return energy.sum(-1) * hessian.total(site.weight)
 
 
 def trace_rows(site: Site, hessian: LogitHessian) -> Float[Tensor, " p"]:

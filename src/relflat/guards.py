@@ -42,13 +42,15 @@ class Guards:
         return False
 
     def negative(self, layer: str, kappa: Tensor) -> None:
-        """Say that a Hessian's kappa went below zero, where less is not flatter."""
+        """Say that kappa went below zero, where less is not flatter."""
+        if "negative" in self._said:
+            return
         value = float(kappa.detach().mean(0).sum())
         if value < 0:
             self._say(
                 "negative",
-                f"kappa of layer {layer!r} by the Hessian is {value:.3g}: away from a minimum it may be so, and "
-                "minimising it then seeks negative curvature, not flatness; curvature='ggn' is never negative",
+                f"kappa of layer {layer!r} is {value:.3g}, or estimated so: off a minimum it may be, and minimising it "
+                "then seeks negative curvature, not flatness; curvature='ggn' of a convex loss is never negative",
             )
 
     def falls_back(self, reason: Exception) -> None:

@@ -57,8 +57,8 @@ def per_sample_flatness(
 ) -> Float[Tensor, " n"]:
     """Kappa of each sample's own loss, in the order of the data (Walter et al., arXiv 2405.16918).
 
-    With a mean reduction their mean is kappa of the whole. Confident samples are flat, right or wrong, so a
-    small value says nothing about correctness.
+    For a mean reduction without class weights and ignored targets their mean is kappa of the whole. Confident
+    samples are flat, right or wrong, so a small value says nothing about correctness.
 
     Args:
         model: the network.
@@ -104,9 +104,7 @@ def per_sample_flatness(
                     f"kappa of layer {layer!r} has {shares.numel()} shares for {n} samples: they are coupled after "
                     "it, so no sample has a share of its own"
                 )
-            reduced = scene.known.reduction if scene.known else ("none" if scene.loss.ndim else "mean")
-            weight = n if reduced == "mean" else 1
-            found.append(shares.reshape(n, -1).sum(1) * weight)
+            found.append(shares.reshape(n, -1).sum(1) * (n if measurement.averages(scene) else 1))
     return torch.cat(found)
 
 
@@ -139,7 +137,8 @@ def max_eigenvalue_flatness(
         seed: of the starting vectors.
 
     Returns:
-        The value; ``stderr`` holds a bound on the error, ``sum_s ||w_s||^2 r_s``, r_s the residual norms.
+        The value; ``stderr`` holds ``sum_s ||w_s||^2 r_s``, r_s the residual norms: that near to each value used
+        there is an eigenvalue of its block, almost surely the largest from a random start.
 
     Cost: d times the number of Lanczos steps, each a forward and two backward passes over the data.
 
@@ -195,7 +194,8 @@ def feature_robustness(
     """``E_A[L(phi + radius A phi) - L(phi)]``, A random orthogonal (Petzka et al. 2021, Def. 2, at finite radius).
 
     ``A phi`` is uniform on the sphere of radius ``||phi||``; it is drawn for each sample and position, together
-    with its negative. For small radius the value is ``radius^2 / (2 m) kappa + O(radius^4)`` (I8).
+    with its negative. For small radius and one position a sample the value is ``radius^2 / (2 m) kappa +
+    O(radius^4)`` (I8); with tokens or pixels, which move independently, what couples them is not in it.
 
     Args:
         model: the network.
@@ -324,8 +324,15 @@ def _the_matrix(measurement: Measurement, layer: Layer) -> Matrix:
 def _scott(measurement: Measurement) -> Float[Tensor, " m"]:
     """Scott's rule for the bandwidth of each feature."""
     measurement.batches.must_be_repeatable("Scott's rule for the bandwidth")
-    (scale,) = measurement.feature_scales().values()
-    n = sum(_samples(scene) for scene, _ in measurement.scenes())
+    scales = measurement.feature_scales()
+    n, width = 0, 0
+    for scene, _ in measurement.scenes():
+        n, width = n + _samples(scene), scene.calls[0].phi.shape[-1]
+    scale = next(iter(scales.values()))
+    if len(scales) != 1 or width != scale.numel():
+        raise ConfigError(
+            f"Scott's rule needs one dense layer, and {list(scales)} were given; give bandwidth="
+        )
     return scale * n ** (-1 / (scale.numel() + 4))
 
 

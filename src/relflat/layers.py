@@ -116,7 +116,11 @@ def _lora_matrix(module: Any, w: Tensor) -> Float[Tensor, "d m"]:
 
 
 _LORA = Kind(
-    lambda module: hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), nn.Linear),
+    lambda module: (
+        hasattr(module, "lora_A")
+        and isinstance(getattr(module, "base_layer", None), nn.Linear)
+        and not getattr(module, "lora_magnitude_vector", None)  # DoRA has another effective weight
+    ),
     _lora_matrix,
     _dense_features,
     _dense_project,

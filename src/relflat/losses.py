@@ -27,6 +27,9 @@ class LogitHessian(Protocol):
     def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
         """The diagonal of ``W' A_p W``."""
 
+    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
+        """``Tr(W' A_p W)``."""
+
     def trace(self) -> Float[Tensor, " p"]:
         """``Tr A_p``."""
 
@@ -38,9 +41,6 @@ class LogitHessian(Protocol):
 
     def times(self, constant: float) -> "LogitHessian":
         """``constant * A_p``, for a constant that is not negative."""
-
-    def detach(self) -> "LogitHessian":
-        """The same numbers, constant."""
 
 
 class SoftmaxHessian:
@@ -60,9 +60,20 @@ class SoftmaxHessian:
 
     def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
         """``E_p w^2 - (E_p w)^2`` feature by feature, times the mass."""
+        q, centred, mean = self._deviations(weight)
+        return self.mass[:, None] * (q @ centred.square() - mean * (2 * centred[self.k[:, 0]] + mean))
+
+    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
+        """``E_p ||w||^2 - ||E_p w||^2``, times the mass."""
+        q, centred, mean = self._deviations(weight)
+        spread = (mean * (2 * centred[self.k[:, 0]] + mean)).sum(-1)
+        return self.mass * (q @ centred.square().sum(-1) - spread)
+
+    def _deviations(self, weight: Float[Tensor, "d m"]) -> tuple[Tensor, Tensor, Tensor]:
+        """``q``, the weight without its mean row (which kappa does not see, but rounding does), ``q W``."""
         q = self.others.scatter(-1, self.k, -self.missing[:, None])
-        mean = q @ weight
-        return self.mass[:, None] * (q @ weight.square() - mean * (2 * weight[self.k[:, 0]] + mean))
+        centred = weight - weight.detach().mean(0)
+        return q, centred, q @ centred
 
     def trace(self) -> Float[Tensor, " p"]:
         """``1 - ||p||^2`` times the mass."""
@@ -85,10 +96,6 @@ class SoftmaxHessian:
         scaled.mass = self.mass * constant
         return scaled
 
-    def detach(self) -> "SoftmaxHessian":
-        """The same, constant."""
-        return SoftmaxHessian(self.log_p.detach(), self.mass.detach())
-
 
 class DiagonalHessian:
     """``A_p = diag(a_p)``: losses that are sums over the outputs, each of one output (identity I2)."""
@@ -100,13 +107,18 @@ class DiagonalHessian:
         """``sum_c a_c w_c^2`` feature by feature."""
         return self.a @ weight.square()
 
+    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
+        """``sum_c a_c ||w_c||^2``."""
+        return self.a @ weight.square().sum(-1)
+
     def trace(self) -> Float[Tensor, " p"]:
         """``sum_c a_c``."""
         return self.a.sum(-1)
 
     def factor(self, eps: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
-        """``sqrt(a) eps``."""
-        return self.a.sqrt() * eps
+        """``sqrt(a) eps``; without the infinite slope of the root where ``a`` is 0."""
+        live = self.a > 0
+        return torch.where(live, torch.where(live, self.a, 1.0).sqrt(), 0.0) * eps
 
     def product(self, v: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
         """``a v``."""
@@ -115,10 +127,6 @@ class DiagonalHessian:
     def times(self, constant: float) -> "DiagonalHessian":
         """The entries times the constant."""
         return DiagonalHessian(self.a * constant)
-
-    def detach(self) -> "DiagonalHessian":
-        """The same, constant."""
-        return DiagonalHessian(self.a.detach())
 
 
 Hessian = Callable[[Tensor, Tensor], LogitHessian]

@@ -45,7 +45,7 @@ from relflat.result import Flatness
 from relflat.rng import Rng
 from relflat.sharding import kept_whole, reshard
 from relflat.site import Site, safe_std
-from relflat.sums import LayerSums, Sums, mean_and_variance
+from relflat.sums import LayerSums, Sums, joined, mean_and_variance
 from relflat.tap import Inject, Tap
 from relflat.weight_space import Matrix
 
@@ -182,6 +182,7 @@ def relative_flatness_by_layer(
     if rtol is not None and not rtol > 0:
         raise ConfigError(f"rtol={rtol}: a positive number is needed")
     count = _DEFAULT_PROBES if probes is None else probes
+    count = max(count, 2) if rtol is not None and count == 1 else count  # one probe has no error
     spec = Spec(
         curvature,
         method,
@@ -229,6 +230,8 @@ def measuring(
     seed: int,
 ) -> Iterator["Measurement"]:
     """Tap a model for a measurement: evaluation mode and nothing disturbed inside, hooks gone after it."""
+    if torch.is_inference_mode_enabled():
+        raise GraphError("torch.inference_mode() is on, and curvature needs gradients; leave it out")
     recording = Switch()
     tap = Tap(model, layer, when=lambda: recording.on)
     place = device_of(model) if device is None else torch.device(device)
@@ -274,10 +277,15 @@ class Measurement:
             self._without_graph = (
                 self._now[0].alone
                 and all(p.method == "closed_form" for p in parts.values())
-                and all(closed_form.seen_without_graph(c, scene.outputs, scene.known) for c in scene.calls)
+                and self._recognised(self._now[0], self._now[1], scene.known)
             )
             self._add(sums, scene, parts, scale)
         return sums
+
+    def _recognised(self, record: Forward, outputs: Any, known: KnownLoss | None) -> bool:
+        """Whether a closed form is seen to apply without a graph."""
+        tensor = output_tensor(outputs)
+        return all(closed_form.seen_without_graph(c, tensor, known) for c in record.calls)
 
     def sweep_all(self, first_probe: int, probes: int | None = None) -> Sums:
         """Go over the data of all ranks once: the same sums on each."""
@@ -296,6 +304,9 @@ class Measurement:
             with torch.set_grad_enabled(not self._without_graph):
                 outputs, targets, loss, record = self._forward(batch)
             known = known_loss(self.loss_fn, outputs, (targets,), {})
+            if self._without_graph and not self._recognised(record, outputs, known):
+                outputs, targets, loss, record = self._forward(batch)
+                known = known_loss(self.loss_fn, outputs, (targets,), {})
             self._now = (record, outputs, targets)
             scene = Scene(
                 record.calls,
@@ -304,6 +315,7 @@ class Measurement:
                 known,
                 targets if known else None,
                 record.parameters,
+                record.mode,
                 self.scales,
             )
             if sums is not None:
@@ -339,6 +351,8 @@ class Measurement:
         try:
             loss = self.loss_fn(outputs, targets)
         except IndexError as error:
+            if "arget" not in str(error):
+                raise
             raise LossError(
                 f"{str(error).rstrip('.')}: a target lies outside the classes; mend the labels or set ignore_index"
             ) from error
@@ -403,6 +417,18 @@ class Measurement:
         n = float(length(outputs))
         return (n, n) if self._additive == "mean" else (1.0, 0.0)
 
+    def averages(self, scene: Scene) -> bool:
+        """Whether the loss of a batch is a mean; an unknown one is tried on the batch given twice."""
+        if scene.known is not None:
+            return scene.known.reduction == "mean"
+        if scene.loss.ndim > 0:
+            return False
+        _, outputs, targets = self._now
+        with torch.no_grad():
+            twice = float(self._loss(join(outputs, outputs), join(targets, targets)))
+        once = float(scene.loss.detach())
+        return abs(twice - once) <= abs(twice - 2 * once)
+
     def _how_it_adds_up(self, outputs: Any, targets: Any, loss: Tensor, other: Batch) -> str:
         """Whether an unknown loss is the mean or the sum over samples; tried on the first two batches."""
         with torch.no_grad():
@@ -430,7 +456,7 @@ class Measurement:
             x, site = sums.layers.setdefault(name, LayerSums()), self._site(scene, name)
             x.energy += math.nan if site is None else site.energy()
             weight = Matrix.of(name, scene.parameters[name]).weight() if site is None else site.weight
-            x.weight_norm = float(torch.linalg.vector_norm(weight.detach().double()))
+            x.weight_norm = x.weight_norm or float(torch.linalg.vector_norm(weight.detach().double()))
         if scene.known is not None and scene.known.confidence and scene.outputs is not None:
             sums.confident = True
             sums.confidence += samples * float(scene.known.confidence(scene.outputs))
@@ -442,11 +468,11 @@ class Measurement:
         factor, divisor = scale
         for name, part in parts.items():
             x = sums.layers[name]
-            kappa, kappa_var = mean_and_variance(part.kappa)
-            trace, trace_var = mean_and_variance(part.trace)
+            kappa, kappa_var = mean_and_variance(part.kappa, part.exact)
+            trace, trace_var = mean_and_variance(part.trace, part.exact)
             x.kappa, x.kappa_var = x.kappa + factor * kappa, x.kappa_var + factor**2 * kappa_var
             x.trace, x.trace_var = x.trace + factor * trace, x.trace_var + factor**2 * trace_var
-            x.method, x.exact = part.method, part.exact
+            x.method, x.exact = joined(x.method, part.method), x.exact and part.exact
         sums.loss += factor * float(scene.loss.detach().sum())
         sums.weight, sums.batches = sums.weight + divisor, sums.batches + 1
 
@@ -461,7 +487,7 @@ class Measurement:
         for part in gathered(self._moments, self.group):
             for name, x in part.items():
                 total[name] = total[name] + x.to(total[name].mean.device) if name in total else x
-        return {name: safe_std(x.squares / x.count) for name, x in total.items()}
+        return {name: safe_std(x.squares / x.count, x.mean) for name, x in total.items()}
 
     def _moments(self) -> dict[str, "Moments"]:
         found: dict[str, Moments] = {}

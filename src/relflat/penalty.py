@@ -1,6 +1,7 @@
 """The one place that chooses how kappa is computed for the layers of a forward pass, and says what it chose."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from relflat import closed_form, probes
-from relflat.errors import ConfigError, GraphError, LossError
+from relflat.errors import ConfigError, GraphError, LossError, RelflatWarning
 from relflat.losses import KnownLoss
 from relflat.operators import GGNOperator, HessianOperator, Operator, check_differentiable_again
 from relflat.probes import Contributions, Gradient
-from relflat.record import Call, Forward, depends_on, feeds_itself, same_values
+from relflat.record import Call, Forward, ancestors, depends_on, feeds_itself, same_values
 from relflat.rng import Rng
 from relflat.site import Site, feature_std
 from relflat.weight_space import Matrix, WeightSpace
@@ -85,6 +86,7 @@ class Scene:
         known: what is known of the loss.
         targets: the targets, if ``known``.
         parameters: tapped parameters, whose curvature is taken in themselves.
+        mode: stands for which modules of the model are in training mode.
         scales: standard deviation of the features by layer, if they are to be normalised by a given one.
     """
 
@@ -94,6 +96,7 @@ class Scene:
     known: KnownLoss | None = None
     targets: Tensor | None = None
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    mode: int = 0
     scales: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -102,9 +105,10 @@ class Estimator:
 
     def __init__(self, spec: Spec, seed: int) -> None:
         self.spec, self.seed = spec, seed
-        self._coupled: dict[tuple[str, bool], bool] = {}
+        self._coupled: dict[tuple[str, int], bool] = {}
         self._checked = False
         self._curved: set[str] = set()
+        self._through: set[str] = set()
 
     def __call__(self, scene: Scene, step: int) -> dict[str, Contributions]:
         """The contributions to kappa of every tapped layer, each with its method.
@@ -169,9 +173,11 @@ class Estimator:
         assert scene.outputs is not None
         assert scene.targets is not None
         site = self._site(scene, calls)
-        outputs = scene.outputs if self.spec.temperature == 1 else scene.outputs / self.spec.temperature
+        outputs = scene.outputs if self.spec.mode == "full" else scene.outputs.detach()
+        if self.spec.temperature != 1 and scene.known.elementwise:
+            raise ConfigError(f"temperature={self.spec.temperature} needs a softmax: only for cross-entropy")
+        outputs = outputs / self.spec.temperature if self.spec.temperature != 1 else outputs
         hessian = closed_form.logit_hessian(site, scene.known, outputs, scene.targets)
-        hessian = hessian if self.spec.mode == "full" else hessian.detach()
         kappa = closed_form.kappa_rows(
             site, hessian, adaptive=self.spec.adaptive, unit_features=self.spec.unit_features
         )[None]
@@ -185,7 +191,7 @@ class Estimator:
         spec, outputs, sites = self.spec, scene.outputs, []
         for calls in layers:
             site = self._site(scene, calls)
-            coupled = self._is_coupled(site, functools.partial(probes.coupled_outputs, outputs))
+            coupled = self._is_coupled(site, scene.mode, functools.partial(probes.coupled_outputs, outputs))
             sites.append(self._site(scene, calls, coupled=True) if coupled else site)
         parts = probes.ggn_factored(
             sites,
@@ -207,12 +213,14 @@ class Estimator:
         operator = self._operator(scene, calls, at_end)
         site = self._site(scene, calls)
         if site.layer not in self._curved and not probes.curved(operator, site, Rng(self.seed, -2)):
-            raise LossError(
-                f"the loss has a gradient in the output of layer {site.layer!r} but no curvature: its Hessian is "
-                "zero wherever it exists, as for a hinge or absolute error; use a smooth loss, or radius="
+            warnings.warn(
+                f"the loss has a gradient in the output of layer {site.layer!r} but no curvature on this batch, so "
+                "kappa is 0 there; a hinge or absolute error has none anywhere: use a smooth loss, or radius=",
+                RelflatWarning,
+                stacklevel=8,
             )
         self._curved.add(site.layer)
-        if self._is_coupled(site, functools.partial(probes.coupled, operator)):
+        if self._is_coupled(site, scene.mode, functools.partial(probes.coupled, operator)):
             site = self._site(scene, calls, coupled=True)
         products = probes.products_for_exact(site, adaptive=spec.adaptive, trace=spec.trace)
         cheap = products <= spec.exact_up_to and (at_end or spec.gradient is None)
@@ -238,6 +246,9 @@ class Estimator:
                 "curvature='ggn' needs the tensor that the loss was computed from, and the model's outputs are no "
                 "single tensor; use curvature='hessian' or call the criterion with (outputs, targets)"
             )
+        if calls[0].layer not in self._through:
+            _only_through(scene.outputs, scene.loss, calls)
+            self._through.add(calls[0].layer)
         return GGNOperator(loss, scene.outputs, calls, create_graph=create_graph)
 
     def _in_weight(self, scene: Scene, matrix: Matrix, scale: Tensor | None, rng: Rng) -> Contributions:
@@ -267,14 +278,26 @@ class Estimator:
             return space.exact(operator, trace=spec.trace)
         return space.sampled(operator, probes=spec.probes, trace=spec.trace, rng=rng, name=spec.curvature)
 
-    def _is_coupled(self, site: Site, test: Callable[[Site, Rng], bool]) -> bool:
-        """Ask once for each layer and mode of its model, when a batch first has two samples."""
+    def _is_coupled(self, site: Site, mode: int, test: Callable[[Site, Rng], bool]) -> bool:
+        """Ask once for each layer and mode of all modules of its model, when a batch first has two samples."""
         if site.shape[0] < 2:
             return False
-        key = (site.layer, site.calls[0].module.training)
+        key = (site.layer, mode)
         if key not in self._coupled:
             self._coupled[key] = test(site, Rng(self.seed, -1))
         return self._coupled[key]
+
+
+def _only_through(outputs: Tensor, loss: Tensor, calls: Sequence[Call]) -> None:
+    """Refuse a loss that sees the layer past the outputs: its Gauss-Newton matrix would lack that part."""
+    if outputs.grad_fn is None:
+        return
+    past = set(ancestors(loss.grad_fn, without=[outputs.grad_fn]))
+    if any(c.edge is not None and c.edge.node in past for c in calls):
+        raise GraphError(
+            f"the loss depends on layer {calls[0].layer!r} also past the tensor taken for the outputs (an auxiliary "
+            "loss, a second head), so there is no Gauss-Newton matrix; use curvature='hessian'"
+        )
 
 
 def scene_calls(forwards: Sequence[Forward], loss: Tensor) -> list[Call]:

@@ -91,9 +91,11 @@ def noise(
     last = wide if kind.outputs_last(module, wide).shape == wide.shape else kind.outputs_last(module, wide)
     eps = rng.normal(last)
     rows = last.reshape(last.shape[0] if last.ndim > 1 else 1, -1, last.shape[-1])
-    scale = safe_std(rows.detach().flatten(0, 1).var(0, correction=0)) if normalize else 1.0
+    flat = rows.detach().flatten(0, 1)
+    scale = safe_std(flat.var(0, correction=0), flat.mean(0)) if normalize else 1.0
     size = torch.linalg.vector_norm(rows / scale, dim=(1, 2)) / math.sqrt(rows.shape[1])
-    unit = eps / torch.linalg.vector_norm(eps, dim=-1, keepdim=True)
+    length = torch.linalg.vector_norm(eps, dim=-1, keepdim=True)
+    unit = eps / length.clamp_min(torch.finfo(eps.dtype).tiny)  # a draw of exactly 0 stays 0
     size = size.reshape(-1, *[1] * (last.ndim - 1)) if last.ndim > 1 else size
     change = radius * size * scale * unit
     return change if last is wide else kind.outputs_back(module, change).reshape(wide.shape)

@@ -142,8 +142,7 @@ def factors(
     outputs: Tensor, known: KnownLoss, targets: Tensor, *, probes: int, constant: bool, rng: Rng
 ) -> Iterator[Tensor]:
     """Random vectors in the space of the outputs whose second moment is the Hessian of the loss there."""
-    hessian = known.hessian(outputs, targets)
-    hessian = hessian.detach() if constant else hessian
+    hessian = known.hessian(outputs.detach() if constant else outputs, targets)
     arranged = known.classes_last(outputs)
     d = arranged.shape[-1]
     like = arranged.new_zeros((), dtype=torch.promote_types(outputs.dtype, torch.float32))
@@ -192,7 +191,7 @@ def coupled_outputs(outputs: Tensor, site: Site, rng: Rng) -> bool:
             r = rng.signs(tuple(outputs.shape), outputs)
             r[~own] = 0
             response = site.join(pull([outputs], site.calls, [r], create_graph=False)).abs()
-            if response[~own].max() > 16 * torch.finfo(outputs.dtype).eps * response[own].max():
+            if response[~own].max() > _LEAK * response[own].max():
                 return True
     return False
 
@@ -215,6 +214,7 @@ def _quadratic(operator: Operator, site: Site, u: Float[Tensor, "g t d"], gradie
 
 _FEW_POSITIONS = 8
 _SKETCH = 8
+_LEAK = 1e-6  # what counts as exactly zero, relative to the response of a sample itself
 
 
 def _squared_norms(

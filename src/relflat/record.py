@@ -84,6 +84,7 @@ class Forward:
     rng: RngState | None = None
     calls: list[Call] = field(default_factory=list)
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    mode: int = 0
     outputs: Any = None
     grad: bool = True
     alone: bool = True

@@ -1,6 +1,7 @@
 """FAM: relative flatness aware minimization (Adilova et al. 2023), as a criterion around the criterion."""
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from relflat import perturb
 from relflat.errors import ConfigError, GraphError, LayerError, LossError, SecondDerivativeError
 from relflat.guards import Guards
-from relflat.layers import kind_of, supported_layers, weight_of
+from relflat.layers import supported_layers
 from relflat.losses import known_loss
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor, scene_calls
 from relflat.probes import Contributions, Gradient
@@ -42,11 +43,13 @@ class FAM(nn.Module):
             several layers are added. A weight shared with another module counts as used in this layer only.
         strength: the paper's lambda, on the paper's kappa (not divided by m). May be negative.
         radius: if given, the penalty is ``E[L(phi + radius ||phi|| u) - L(phi)]``, u a random unit vector, in
-            place of kappa; for small radius it is ``radius^2 / (2 m) kappa`` (Petzka et al., Def. 2). Kin of
+            place of kappa; for small radius and a layer with one position a sample it is ``radius^2 / (2 m) kappa``
+            (Petzka et al., Def. 2); tokens and pixels move independently. Kin of
             Gaussian noise injection (Camuto et al. 2020); with ``adaptive`` it is Gaussian dropout of variance
             ``radius^2``.
-        curvature: ``"ggn"`` (never negative) or ``"hessian"``. They agree for an output layer, and where the
-            network is piecewise linear after the layer. For ``radius`` neither is used.
+        curvature: ``"ggn"`` (never negative for losses convex in the outputs) or ``"hessian"``. They agree for
+            an output layer, and where the network is piecewise linear after the layer. For ``radius`` neither is
+            used.
         gradient: ``"full"`` differentiates all of kappa (Lemma 1); ``"frozen"`` holds the curvature constant;
             ``"weights"`` lets the gradient reach this layer's weight only.
         method: ``"auto"``, ``"closed_form"``, ``"exact"``, ``"probe"`` or ``"finite_difference"``.
@@ -114,6 +117,18 @@ class FAM(nn.Module):
             temperature=temperature,
             unit_features=unit_features,
         )
+        ignored = {
+            "gradient": gradient != "full",
+            "method": method != "auto",
+            "temperature": temperature != 1,
+        }
+        ignored["unit_features"] = unit_features
+        for name in [k for k, v in ignored.items() if v and radius is not None]:
+            raise ConfigError(
+                f"{name} has no meaning with radius={radius}, which needs no curvature; leave it out"
+            )
+        if method == "finite_difference" and gradient != "full":
+            raise ConfigError(f"gradient={gradient!r}: finite differences have the full gradient only")
         if gradient is None:
             raise ConfigError("gradient=None: choose one of ['full', 'frozen', 'weights']")
         if not math.isfinite(strength):
@@ -147,7 +162,8 @@ class FAM(nn.Module):
 
     def _check_trainable(self, gradient: Gradient) -> None:
         for name, target in self._tap.layers.items():
-            if gradient == "weights" and not _weight(target).requires_grad:
+            parameters = [target] if isinstance(target, nn.Parameter) else list(target.parameters())
+            if gradient == "weights" and not any(p.requires_grad for p in parameters if p.ndim > 1):
                 raise LayerError(
                     f"gradient='weights' reaches the weight of layer {name!r} only, and that is frozen "
                     "(requires_grad=False); unfreeze it or use gradient='full'"
@@ -157,9 +173,13 @@ class FAM(nn.Module):
         """Perturb the forward pass itself, unless the last layer is meant: its head alone is as cheap."""
         last = list(supported_layers(self._tap.model))[-1:]
         if list(self._tap.layers) != last and not self._tap.searching:
-            self._tap.injector = lambda: (
-                rise.inject(self.step + (self._tap.pending << 40)) if self._injects() else None
-            )
+            me = weakref.ref(self)  # no cycle: dropping the criterion removes its hooks at once
+
+            def injector() -> Inject | None:
+                fam = me()
+                return rise.inject(fam.step + (fam._tap.pending << 40)) if fam and fam._injects() else None
+
+            self._tap.injector = injector
 
     def _injects(self) -> bool:
         """Whether this step's forward pass is perturbed itself; ``strength`` and the mode may have changed."""
@@ -186,6 +206,7 @@ class FAM(nn.Module):
             return self._injected_loss(outputs, targets, kwargs)
         task = self._task_loss(outputs, targets, kwargs)
         if not self._active():
+            self._forget()
             self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
             return task
         forwards = self._tap.take()
@@ -199,7 +220,8 @@ class FAM(nn.Module):
         if known is None and any(isinstance(t, Tensor) and t.requires_grad for t in targets):
             tensor = None  # the loss depends on the model through its targets too: no Gauss-Newton matrix
         target = targets[0] if known else None
-        scene = Scene(scene_calls(forwards, task), task, tensor, known, target, forwards[-1].parameters)
+        calls, last = scene_calls(forwards, task), forwards[-1]
+        scene = Scene(calls, task, tensor, known, target, last.parameters, last.mode)
         head = (lambda out: self._task_loss(out, targets, kwargs)) if isinstance(outputs, Tensor) else None
         penalty = self._penalty(scene, again, head)
         return task if penalty is None else task + penalty.to(task.dtype)
@@ -219,6 +241,7 @@ class FAM(nn.Module):
             A scalar.
         """
         if not self._active():
+            self._forget()
             return loss.new_zeros(())
         if self._replays:
             raise ConfigError(
@@ -233,7 +256,7 @@ class FAM(nn.Module):
         if self._tap.searching:
             calls = self._tap.settle(calls, None if reading is None else reading.call)
         outputs = output_tensor(forwards[-1].outputs) if len(forwards) == 1 else None
-        scene = Scene(calls, loss, outputs, parameters=forwards[-1].parameters)
+        scene = Scene(calls, loss, outputs, parameters=forwards[-1].parameters, mode=forwards[-1].mode)
         if reading is not None:
             scene.outputs, scene.known, scene.targets = reading.outputs, reading.known, reading.targets
         penalty = self._penalty(scene, None, None)
@@ -286,6 +309,11 @@ class FAM(nn.Module):
 
     # -- how -----------------------------------------------------------------------------------------
 
+    def _forget(self) -> None:
+        """Drop forward passes of a training model that this criterion, in evaluation mode, will not use."""
+        if not (self._tap.copied or self._tap.watching):
+            self._tap.reset()
+
     def _active(self) -> bool:
         return self.training and self._tap.training
 
@@ -293,6 +321,8 @@ class FAM(nn.Module):
         try:
             loss = self.loss_fn(outputs, *targets, **kwargs)
         except IndexError as error:
+            if "arget" not in str(error):
+                raise
             raise LossError(
                 f"{str(error).rstrip('.')}: a target lies outside the classes (outputs of shape "
                 f"{tuple(getattr(outputs, 'shape', ()))}); mend the labels or set ignore_index"
@@ -326,7 +356,8 @@ class FAM(nn.Module):
                 report["penalty"] = penalty.detach().mean()
                 report["total"] = task + report["penalty"]
                 report["kappa"] = value.detach().mean()
-            if self._estimator.spec.curvature == "hessian" and self._rise is None and strength > 0:
+            convex = scene.known is not None and self._estimator.spec.curvature == "ggn"
+            if not convex and self._rise is None and strength > 0:
                 for layer, kappa in kappas.items():
                     self._guards.negative(layer, kappa)
             rows = max(1, scene.loss.numel())  # shares of samples average as their losses do
@@ -345,20 +376,23 @@ class FAM(nn.Module):
                 with kept_whole(self._tap.model):
                     return self._estimator(scene, step)
             except SecondDerivativeError as error:
-                if again is None or spec.method != "auto" or spec.curvature != "hessian":
+                plain = spec.method == "auto" and spec.curvature == "hessian" and spec.gradient == "full"
+                if again is None or not plain:
                     raise
                 self._guards.falls_back(error)
                 self._replays = True
         if self._rise is not None:
             return self._rise(scene, step, again, head)
-        calls = {c.layer: c for c in scene.calls}
+        calls: dict[str, list[Call]] = {}
+        for call in scene.calls:
+            calls.setdefault(call.layer, []).append(call)
         return perturb.finite_difference(
             lambda old, new: again(change=(old, new)),
             scene.loss,
             [Matrix.of(name, target) for name, target in self._tap.layers.items()],
             probes=spec.probes,
             adaptive=spec.adaptive,
-            scales={name: feature_std([c]) for name, c in calls.items()} if spec.normalize else {},
+            scales={name: feature_std(group) for name, group in calls.items()} if spec.normalize else {},
             rng=Rng(self._estimator.seed, step),
         )
 
@@ -387,14 +421,6 @@ def _watched(scene: Scene) -> dict[str, Tensor]:
     return found if scene.outputs is None else found | {"the outputs": scene.outputs}
 
 
-def _weight(target: nn.Module | nn.Parameter) -> Tensor:
-    if isinstance(target, nn.Parameter):
-        return target
-    kind = kind_of(target)
-    assert kind is not None
-    return kind.matrix(target, weight_of(target))
-
-
 def _shaped(kappas: Mapping[str, Tensor], task: Tensor) -> Tensor:
     """Mean over probes, summed to the shape of the task loss: all of it, or each sample's share."""
     total: Tensor | None = None
@@ -410,8 +436,7 @@ def _shaped(kappas: Mapping[str, Tensor], task: Tensor) -> Tensor:
                 f"{share.numel()} shares (samples coupled, or not one loss a row); use a criterion that reduces"
             )
         total = share if total is None else total + share
-    assert total is not None
-    return total
+    return torch.zeros_like(task.detach()) if total is None else total
 
 
 def _single(forwards: list[Forward]) -> Forward:

@@ -142,9 +142,9 @@ def samples_of(call: Call) -> int:
 def feature_std(calls: Sequence[Call]) -> Float[Tensor, " m"]:
     """Standard deviation of each feature over the calls' rows; 1 where a feature is constant (dead)."""
     phi = Site.of(calls, constant=True).features.flatten(0, 2)
-    return safe_std(phi.var(0, correction=0))
+    return safe_std(phi.var(0, correction=0), phi.mean(0))
 
 
-def safe_std(variance: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Square root, with 1 in place of 0."""
-    return torch.where(variance > 0, variance, 1.0).sqrt()
+def safe_std(variance: Float[Tensor, " m"], mean: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Square root, with 1 for a feature that is constant up to rounding (a millionth of its mean)."""
+    return torch.where(variance > (1e-6 * mean).square(), variance, 1.0).sqrt()

@@ -10,14 +10,19 @@ from relflat.penalty import Spec
 from relflat.result import Flatness
 
 
-def mean_and_variance(values: Tensor | None) -> tuple[float, float]:
+def mean_and_variance(values: Tensor | None, exact: bool) -> tuple[float, float]:
     """Sum over groups of the mean over probes, and the variance of that sum (probes independent)."""
     if values is None:
         return math.nan, math.nan
     v = values.detach().double()
     k = v.shape[0]
-    variance = float(v.var(0).sum()) / k if k > 1 else math.nan
+    variance = 0.0 if exact else float(v.var(0).sum()) / k if k > 1 else math.nan
     return float(v.mean(0).sum()), variance
+
+
+def joined(one: str, two: str) -> str:
+    """The methods of two parts of the data, each named once."""
+    return ", ".join(dict.fromkeys(m for m in (*one.split(", "), *two.split(", ")) if m))
 
 
 @dataclass
@@ -42,7 +47,7 @@ class LayerSums:
             self.trace_var + other.trace_var,
             self.energy + other.energy,
             self.weight_norm or other.weight_norm,
-            self.method or other.method,
+            joined(self.method, other.method),
             self.exact and other.exact,
         )
 
@@ -64,7 +69,7 @@ class Sums:
         """Say which layer's error is too large, or nothing."""
         for name, x in self.layers.items():
             value, error = self._scaled(x.kappa), self._error(x.kappa_var)
-            if error > rtol * abs(value):
+            if not x.exact and not error <= rtol * abs(value):
                 return f"kappa({name}) = {value:.4g} ± {error:.2g}"
         return ""
 

@@ -50,6 +50,7 @@ class Tap:
         self.layers = resolve(model, layer)
         named = [layer] if isinstance(layer, str | nn.Module | nn.Parameter) else list(layer)
         others = [n for n in named if not (isinstance(n, str) and n == "output")]
+        self._called: set[str] = set()
         self._asked_for = set(resolve(model, others)) if others else set()
         candidates = set(self.layers) - self._asked_for
         self.searching = (
@@ -99,7 +100,8 @@ class Tap:
             return  # a pass of our own or of checkpointing, or one inside torch.func: no criterion call follows
         if model.training if self._when is None else self._when():
             rng = RngState.now() if self.keep_rng else None
-            self._open = Forward(args, kwargs, rng, grad=torch.is_grad_enabled())
+            mode = hash(tuple(m.training for m in model.modules()))
+            self._open = Forward(args, kwargs, rng, grad=torch.is_grad_enabled(), mode=mode)
             self._inject = None if self.injector is None else self.injector()
             self._moved = False
 
@@ -261,7 +263,8 @@ class Tap:
                 "and the criterion once after it"
             )
         called = {c.layer for r in records for c in r.calls}
-        unused = [n for n, m in self.layers.items() if isinstance(m, nn.Module) and n not in called]
+        self._called |= called  # a layer that rests in one step, such as an expert, has kappa 0 there
+        unused = [n for n, m in self.layers.items() if isinstance(m, nn.Module) and n not in self._called]
         if unused:
             raise LayerError(
                 f"layer {unused[0]!r} was not called in the forward pass; candidates: "
