@@ -49,8 +49,8 @@ class Guards:
         if value < 0:
             self._say(
                 "negative",
-                f"kappa of layer {layer!r} is {value:.3g}, or estimated so: off a minimum it may be. Minimising it then "
-                "seeks negative curvature, not flatness; curvature='ggn' of a convex loss is never negative",
+                f"kappa of layer {layer!r} is {value:.3g}, or estimated so: off a minimum it may be. Minimising it "
+                "then seeks negative curvature, not flatness; curvature='ggn' of a convex loss is never negative",
             )
 
     def falls_back(self, reason: Exception) -> None:
