@@ -43,7 +43,10 @@ class Batches:
         self.data: Iterable[Batch] = [data] if single else data
         self.forward, self.device = forward, device
         if not isinstance(self.data, Iterable):
-            raise DataError(f"data must be batches or one (inputs, targets) tuple, not {type(data).__name__}")
+            raise DataError(
+                f"data must be batches or one (inputs, targets) tuple, not {type(data).__name__} (wrap a Dataset in "
+                "a DataLoader)"
+            )
 
     def must_be_repeatable(self, why: str) -> None:
         """Refuse one-shot iterators."""

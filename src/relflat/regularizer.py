@@ -18,7 +18,7 @@ from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_te
 from relflat.probes import Contributions, Gradient
 from relflat.radius import Rise
 from relflat.read_loss import read_loss
-from relflat.record import Forward, depends_on
+from relflat.record import Call, Forward, depends_on
 from relflat.resolve import Layer
 from relflat.rng import Rng
 from relflat.sharding import kept_whole

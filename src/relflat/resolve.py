@@ -128,4 +128,5 @@ def _unusable(name: str, found: Target) -> str | None:
 def _candidates(model: nn.Module) -> str:
     layers = list(supported_layers(model))
     others = [n for n in matrices(model) if n.removesuffix(".weight") not in layers]
-    return f"layers: {layers}, or 'output'" + (f"; parameters: {others}" if others else "")
+    last = "" if "output" in layers else ", or 'output'"
+    return f"layers: {layers}{last}" + (f"; parameters: {others}" if others else "")

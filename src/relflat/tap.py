@@ -51,6 +51,7 @@ class Tap:
         named = [layer] if isinstance(layer, str | nn.Module | nn.Parameter) else list(layer)
         others = [n for n in named if not (isinstance(n, str) and n == "output")]
         self._called: set[str] = set()
+        self._used = False  # whether the last forward pass was handed over
         self._asked_for = set(resolve(model, others)) if others else set()
         candidates = set(self.layers) - self._asked_for
         self.searching = (
@@ -120,6 +121,7 @@ class Tap:
             self._pending.clear()
             self._overflow = True
         self._pending.append(record)
+        self._used = False
 
     def _before_layer(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -257,11 +259,17 @@ class Tap:
                 "torch.no_grad() with model.eval(), or call its reset() first"
             )
         if not records:
+            if self._used:
+                raise GraphError(
+                    "no training forward pass to go with this criterion call: an earlier call used the last one; run "
+                    "the model again before each call, or add the losses and call the criterion once"
+                )
             raise GraphError(
                 "no training forward pass to go with this criterion call: call the model "
                 f"({type(model).__name__}, as given to FAM, in training mode and not one of its parts) first, "
                 "and the criterion once after it"
             )
+        self._used = True
         called = {c.layer for r in records for c in r.calls}
         self._called |= called  # a layer that rests in one step, such as an expert, has kappa 0 there
         unused = [n for n, m in self.layers.items() if isinstance(m, nn.Module) and n not in self._called]
@@ -334,6 +342,7 @@ class Tap:
         """Forget the records kept so far, and stop watching."""
         self._pending, self._open, self._depth, self._overflow = [], None, 0, False
         self._whole = {}
+        self._used = False
         self._watched = None
 
     def close(self) -> None:
