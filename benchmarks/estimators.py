@@ -201,7 +201,8 @@ def main() -> None:
             ours = ours or cells[12]["seconds"]
             # error falls as products^-1/2 or faster; a budget of the default's time at 12 products
             affordable = max(1, int(12 * ours / cells[12]["seconds"]))
-            budget = max(affordable - affordable % 6, 6) if "+" in label or "X" in label else affordable
+            unit = {"Hutch++": 3, "XTrace": 2}.get(label, 1)  # they spend products in groups
+            budget = max(affordable - affordable % unit, unit)
             equal = assess(estimate, true, budget, options.repeats)
             table[label] = {
                 **{str(k): v for k, v in cells.items()},

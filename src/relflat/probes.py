@@ -212,7 +212,7 @@ def _quadratic(operator: Operator, site: Site, u: Float[Tensor, "g t d"], gradie
     return 2 * linear - linear.detach()
 
 
-_FEW_POSITIONS = 8
+_FEW_POSITIONS = 16
 _SKETCH = 8
 _LEAK = 1e-6  # what counts as exactly zero, relative to the response of a sample itself
 
