@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from relflat.batches import Batch, ForwardFn
 from relflat.errors import ConfigError, LayerError, LossError
 from relflat.layers import kind_of
-from relflat.measure import Measurement, measuring
+from relflat.measurement import Measurement, measuring
 from relflat.operators import HessianOperator
 from relflat.penalty import Curvature, Estimator, Method, Scene, Spec, output_tensor
 from relflat.perturb import noise
