@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -145,12 +146,15 @@ class FAM(nn.Module):
         self.strength, self.radius, self.every, self.warmup_steps = strength, radius, every, warmup_steps
         self.step = 0
         self._tap = Tap(model, layer)
-        if not self._tap.searching:
-            self._check_trainable(gradient)
-            if normalize_features:
-                self._tap.must_have_features("normalize_features")
         self._estimator = Estimator(spec, torch.initial_seed() if seed is None else seed)
-        self._rise = None if radius is None else Rise(radius, spec, self._estimator.seed, self._tap)
+        with ExitStack() as on_error:
+            on_error.callback(self._tap.close)
+            if not self._tap.searching:
+                self._check_trainable(gradient)
+                if normalize_features:
+                    self._tap.must_have_features("normalize_features")
+            self._rise = None if radius is None else Rise(radius, spec, self._estimator.seed, self._tap)
+            on_error.pop_all()
         self._replays = radius is not None or method == "finite_difference"
         self._tap.keep_rng = self._replays or (method == "auto" and curvature == "hessian")
         if self._rise is not None and strength == 1 and every == 1 and warmup_steps == 0 and probes == 1:

@@ -220,3 +220,13 @@ def test_an_expert_that_rests_has_no_kappa_in_that_step() -> None:
     net.turn = "a"
     fam(net(x), y).backward()
     assert fam.last["kappa"] == 0
+
+
+def test_a_criterion_that_cannot_be_built_leaves_no_hooks() -> None:
+    net = mlp()
+    net[0].requires_grad_(False)
+    for options in ({"layer": "0", "gradient": "weights"}, {"layer": "0.weight", "radius": 0.1}):
+        with pytest.raises(ValueError, match=r"frozen|parameter") as held:
+            FAM(CE(), net, strength=1.0, **options)
+        assert held.value is not None
+        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in net.modules())
