@@ -29,7 +29,7 @@ class Spec:
     """What is to be estimated and how; the options that FAM and relative_flatness share.
 
     Attributes:
-        curvature: which matrix: the Hessian, or its Gauss-Newton part (never negative).
+        curvature: the Hessian, or its Gauss-Newton part (never negative for losses convex in the outputs).
         method: how; ``"auto"`` takes the cheapest that is exact or unbiased for ``curvature``.
         probes: products for a stochastic method.
         adaptive: the adaptive form (I9) in place of kappa.

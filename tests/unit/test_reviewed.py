@@ -93,11 +93,12 @@ def test_a_constant_feature_is_not_divided_by_rounding() -> None:
         assert value == pytest.approx(whole, rel=1e-9)
 
 
-def test_coupling_is_seen_in_half_precision_and_again_when_modes_change() -> None:
-    x, y = data(64)
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_coupling_is_seen_in_half_precision_and_again_when_modes_change(curvature: str) -> None:
+    x, y = data(2048)
     for dtype in (torch.float32, torch.bfloat16):
         net = mlp(nn.BatchNorm1d(6), nn.Tanh()).to(dtype)
-        fam = FAM(CE(), net, "0", strength=1.0)
+        fam = FAM(CE(), net, "0", strength=1.0, curvature=curvature)
         net[1].eval()
         fam(net(x.to(dtype)), y)
         net[1].train()

@@ -96,7 +96,7 @@ def train(
         runs: folder that keeps the runs.
         name: name of this run's folder; by default task, method and a hash of all values.
         fresh: remove an earlier run of this folder and start again.
-        test: evaluate the test split at the end.
+        test: whether the test split is evaluated at the end.
         json: print one JSON object.
     """
     from relflat.lab import training

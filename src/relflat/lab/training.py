@@ -107,7 +107,7 @@ def train(
     Args:
         config: the run.
         folder: where its files go.
-        test: evaluate the test split at the end.
+        test: whether the test split is evaluated at the end.
         fresh: remove an earlier run of this folder.
         tensorboard: write scalars for TensorBoard.
         on_epoch: called with each epoch's record.
