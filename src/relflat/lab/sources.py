@@ -75,5 +75,16 @@ SOURCES: dict[str, Source] = {
             licence="package ISC; pictures without a licence (Krizhevsky 2009, research use)",
             content="50,000 + 10,000 pictures, 32x32 colour, 10 classes",
         ),
+        Source(
+            name="skulls",
+            registry="apt",
+            package="invesalius-examples",
+            version="3.1.99998-4",
+            sha256="f2f14bdfef6dc3812eafc5013d133c6c18370aaab5666b78d54af2e7db432f97",
+            folder="usr/share/doc/invesalius-examples/examples",
+            megabytes=19,
+            licence="GPL-2 (Centro de Tecnologia da Informação Renato Archer)",
+            content="one head CT, 108x256x256 at 1.5 x .957 x .957 mm (Cranium.inv3)",
+        ),
     )
 }
