@@ -31,3 +31,46 @@ def test_measure_on_two_processes(tmp_path):
     assert found["samples"] == expected.samples
     for key in ("value", "trace", "loss", "confidence"):
         assert found[key] == pytest.approx(getattr(expected, key), rel=1e-6)
+
+
+def launch(*arguments):
+    return subprocess.run(
+        (sys.executable, "-m", *TORCHRUN, "-m", "relflat", *arguments),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+
+
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parametrize("method", ["plain", "fam", "sam"])
+def test_training_on_two_processes_is_training_on_one(method, tmp_path):
+    values = {"task": "digits", "method": method, "epochs": 2, "lr": 0.01}
+    alone = training.train(make(values), tmp_path / "alone", tensorboard=False)
+    done = launch(
+        "train",
+        "digits",
+        *("--method", method, "--epochs", "2", "--lr", "0.01", "--runs", str(tmp_path), "--name", "two"),
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["result"]  # one object: one process prints
+    assert found["steps"] == alone["steps"]
+    for split in ("train", "validation", "test"):
+        assert found[split]["loss"] == pytest.approx(alone[split]["loss"], rel=1e-4)
+    assert found["flatness"]["value"] == pytest.approx(alone["flatness"]["value"], rel=1e-4)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("alone", "two")
+    ]
+    for one, two in zip(*lines, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["penalty"] == pytest.approx(one["penalty"], rel=1e-4)
+
+
+@pytest.mark.xdist_group("distributed")
+def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path):
+    done = launch("train", "digits", "--batch-size", "31", "--epochs", "1", "--runs", str(tmp_path))
+    assert done.returncode != 0
+    assert "batch_size=31 cannot be shared evenly by 2 processes" in done.stderr

@@ -11,8 +11,8 @@ from synthetic import COSTS, comparison
 from relflat.lab import export
 from relflat.lab.environment import describe
 from relflat.lab.report import render
-from relflat.lab.summary import accuracy_differences as compared
-from relflat.lab.summary import at_the_edge, merged_bins, number, remarks, rows, verdict
+from relflat.lab.summary import at_the_edge, columns, merged_bins, number, remarks, rows, verdict
+from relflat.lab.summary import score_differences as compared
 
 PLAIN = [0.80, 0.81, 0.82, 0.80, 0.81, 0.82, 0.80]
 CLEAR = [PLAIN, [x + 0.1 + k / 1000 for k, x in enumerate(PLAIN)], [x - 0.05 for x in PLAIN]]
@@ -55,9 +55,9 @@ def test_remarks_name_edges_divergence_and_what_radius_is():
 def test_accuracy_at_equal_time_counts_the_epochs_that_fit():
     one = comparison(CLEAR)
     plain, sam, radius = rows(one, COSTS)
-    assert sam.equal_time[0] == pytest.approx(sam.accuracy[0] - 0.1)  # half of two epochs
-    assert plain.equal_time[0] == pytest.approx(plain.accuracy[0])
-    assert radius.equal_time[0] == pytest.approx(radius.accuracy[0])  # 1.05x is within noise
+    assert sam.equal_time[0] == pytest.approx(sam.score[0] - 0.1)  # half of two epochs
+    assert plain.equal_time[0] == pytest.approx(plain.score[0])
+    assert radius.equal_time[0] == pytest.approx(radius.score[0])  # 1.05x is within noise
 
 
 def test_numbers_show_the_digits_that_the_deviation_supports():
@@ -87,11 +87,11 @@ def test_markdown_csv_and_latex_hold_the_same_table():
     text = export.markdown(one, COSTS, describe(), "Notes.")
     assert "| SAM | 91.2 ± 0.9 | 7 |" in text
     assert "SAM is better than plain" in text
-    table = list(csv.DictReader(io.StringIO(export.comma_separated(lines))))
+    table = list(csv.DictReader(io.StringIO(export.comma_separated(lines, "accuracy"))))
     assert [row["arm"] for row in table] == ["plain", "sam", "fam-radius"]
-    assert float(table[1]["accuracy_mean"]) == lines[1].accuracy[0]
+    assert float(table[1]["accuracy_mean"]) == lines[1].score[0]
     assert table[1]["settings"] == "rho=0.4"
-    tex = export.latex(lines)
+    tex = export.latex(lines, columns(one, "p"))
     assert r"SAM & 91.2 $\pm$ 0.9 & 7" in tex
     assert r"accuracy, \%" in tex
     assert tex.count(r"\\") == 4

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from relflat.lab.jsonable import finite
+from relflat.lab.launch import rank
 
 out = Console()
 err = Console(stderr=True)
@@ -47,8 +48,12 @@ def escape(text: str) -> str:
 
 
 @contextmanager
-def progress(epochs: int) -> Iterator[Any]:
+def progress(epochs: int, metric: str) -> Iterator[Any]:
     """A progress bar over epochs on stderr, shown only when that is a terminal.
+
+    Args:
+        epochs: how many there are.
+        metric: name of what the task is judged by.
 
     Yields:
         A function to call with each epoch's record.
@@ -59,12 +64,14 @@ def progress(epochs: int) -> Iterator[Any]:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, disable=not sys.stderr.isatty(), transient=True) as bar:
+    with Progress(
+        *columns, console=err, disable=rank() != 0 or not sys.stderr.isatty(), transient=True
+    ) as bar:
         task = bar.add_task("", total=epochs, note="")
 
         def on_epoch(record: Mapping[str, Any]) -> None:
             note = f"loss {record['loss']:.4f}  kappa {record['kappa']:.4g}"
-            note += f"  validation {record['validation_accuracy']:.2%}"
+            note += f"  validation {record[f'validation_{metric}']:.2%}"
             bar.update(task, completed=record["epoch"], note=note)
 
         yield on_epoch

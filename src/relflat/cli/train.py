@@ -99,15 +99,19 @@ def train(
         test: whether the test split is evaluated at the end.
         json: print one JSON object.
     """
-    from relflat.lab import training
+    from relflat.lab import launch, training
     from relflat.lab.config import make, read_file
     from relflat.lab.store import folder_of
+    from relflat.lab.tasks import task_named
 
     from_file = read_file(config) if config else {}
     resolved = make({**from_file, **run, "task": task})
     folder = folder_of(resolved, runs, name)
-    with progress(resolved.epochs) as on_epoch:
+    metric = task_named(task).metric
+    with launch.process_group(), progress(resolved.epochs, metric.name) as on_epoch:
         result = training.train(resolved, folder, test=test, fresh=fresh, on_epoch=on_epoch)
+    if launch.rank() != 0:
+        return
     if json:
         print_json({"run": str(folder), "config": resolved.flat(), "result": result})
         return
@@ -116,13 +120,17 @@ def train(
     for split in ("train", "validation", "test"):
         if result[split]:
             out.print(
-                f"{split:<10} accuracy {result[split]['accuracy']:.4f}  loss {result[split]['loss']:.4f}"
+                f"{split:<10} {metric.title} {result[split][metric.name]:.4f}  loss {result[split]['loss']:.4f}"
             )
+    for name, found in result.get("shifts", {}).items():
+        out.print(
+            f"{name:<10} {metric.title} {found[metric.name]:.4f}  loss {found['loss']:.4f}  (test, shifted)"
+        )
     if result["flatness"]:
         flat = result["flatness"]
         out.print(
             f"kappa      {flat['value']:.5g} ({flat['layer']}, {flat['method']})  "
-            f"confidence {flat['confidence']:.4f}  ||W|| {flat['weight_norm']:.4g}  "
-            f"||phi||^2 {flat['feature_norm2']:.4g}"
+            + ("" if flat["confidence"] is None else f"confidence {flat['confidence']:.4f}  ")
+            + f"||W|| {flat['weight_norm']:.4g}  ||phi||^2 {flat['feature_norm2']:.4g}"
         )
     out.print(f"run        {folder}", soft_wrap=True)

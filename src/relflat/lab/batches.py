@@ -6,27 +6,39 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from relflat.lab.data import Arrays
+from relflat.lab.augment import Augment, draws_for
+from relflat.lab.data import Arrays, Inputs
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Inputs, Tensor]
 
 
 class InMemory(Dataset[Batch]):
-    """Samples that are fetched a whole batch at a time."""
+    """Samples that are fetched a whole batch at a time, changed at random where the task says so.
 
-    def __init__(self, samples: Arrays) -> None:
-        self.samples = samples
+    Args:
+        samples: what there is.
+        order: says which epoch it is.
+        augment: changes the inputs.
+    """
+
+    def __init__(self, samples: Arrays, order: "EpochOrder", augment: Augment | None) -> None:
+        self.samples, self.order, self.augment = samples, order, augment
+        self._epoch, self._draws = -1, torch.empty(0)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.samples.inputs[index], self.samples.targets[index]
-
     def __getitems__(self, index: list[int]) -> Batch:
         """The hook that torch's loader looks for: all samples of a batch at once."""
         positions = torch.as_tensor(index)
-        return self.samples.inputs[positions], self.samples.targets[positions]
+        part = self.samples.take(positions)
+        if self.augment is None:
+            return part.inputs, part.targets
+        if self._epoch != self.order.epoch:
+            self._epoch = self.order.epoch
+            self._draws = draws_for(len(self.samples), self.order.seed, self._epoch)
+        assert isinstance(part.inputs, Tensor), "augmentation is for pictures"
+        return self.augment(part.inputs, self._draws[positions]), part.targets
 
 
 class EpochOrder(Sampler[list[int]]):
@@ -55,15 +67,18 @@ class EpochOrder(Sampler[list[int]]):
             yield order[start : start + self.batch_size]
 
 
-def training_loader(samples: Arrays, order: EpochOrder) -> DataLoader[Batch]:
+def training_loader(samples: Arrays, order: EpochOrder, augment: Augment | None = None) -> DataLoader[Batch]:
     """A loader over ``samples`` in the given order, drawing nothing from the global generator."""
     return DataLoader(
-        InMemory(samples), batch_sampler=order, collate_fn=lambda batch: batch, generator=torch.Generator()
+        InMemory(samples, order, augment),
+        batch_sampler=order,
+        collate_fn=lambda batch: batch,
+        generator=torch.Generator(),
     )
 
 
 def in_order(samples: Arrays, device: torch.device, size: int = 1000) -> Iterator[Batch]:
     """All samples in their order, for evaluating."""
     for start in range(0, len(samples), size):
-        part = samples.take(slice(start, start + size))
-        yield part.inputs.to(device), part.targets.to(device)
+        part = samples.take(slice(start, start + size)).to(device)
+        yield part.inputs, part.targets

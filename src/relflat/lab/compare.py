@@ -4,6 +4,7 @@ Every arm gets the same number of trials. Runs are kept by the hash of their con
 that was interrupted goes on where it stopped.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from typing import Any
 from relflat.errors import ConfigError
 from relflat.lab.arms import Arm, Values
 from relflat.lab.config import RunConfig, make
+from relflat.lab.evaluate import ACCURACY
+from relflat.lab.tasks import task_named
 from relflat.lab.trials import Job, Trial, run_all
 
 OnTrial = Callable[[Trial], None]
@@ -80,7 +83,7 @@ class Candidate:
     Attributes:
         arm: name of the arm.
         settings: what was tried.
-        accuracy: mean validation accuracy over the search seeds; 0 if any trial diverged.
+        score: mean of the task's metric on validation data over the search seeds; -infinite if any trial diverged.
         loss: mean validation loss; infinite if any trial diverged.
         diverged: number of trials that diverged.
         trials: the runs.
@@ -88,7 +91,7 @@ class Candidate:
 
     arm: str
     settings: Values
-    accuracy: float
+    score: float
     loss: float
     diverged: int
     trials: Sequence[Trial]
@@ -158,22 +161,29 @@ def search(plan: Plan, runs: Path, do: RunAll) -> list[Candidate]:
     )
     per_setting = len(plan.search_seeds)
     return [
-        judge(arm.name, settings, trials[place * per_setting : (place + 1) * per_setting])
+        judge(
+            arm.name,
+            settings,
+            trials[place * per_setting : (place + 1) * per_setting],
+            task_named(plan.task).metric.name,
+        )
         for place, (arm, settings) in enumerate(pairs)
     ]
 
 
-def judge(arm: str, settings: Values, trials: Sequence[Trial]) -> Candidate:
+def judge(
+    arm: str, settings: Values, trials: Sequence[Trial], metric: str = ACCURACY.name
+) -> Candidate:
     """Score one setting by its validation results."""
     diverged = sum(not trial.finished for trial in trials)
     if diverged:
-        return Candidate(arm, settings, 0.0, float("inf"), diverged, trials)
-    accuracy = fmean(trial.result["validation"]["accuracy"] for trial in trials)
+        return Candidate(arm, settings, -math.inf, math.inf, diverged, trials)
+    score = fmean(trial.result["validation"][metric] for trial in trials)
     loss = fmean(trial.result["validation"]["loss"] for trial in trials)
-    return Candidate(arm, settings, accuracy, loss, 0, trials)
+    return Candidate(arm, settings, score, loss, 0, trials)
 
 
 def choose(candidates: Sequence[Candidate], arm: str) -> Candidate:
-    """The setting with the best validation accuracy; of equal ones the one with the lower loss."""
+    """The setting with the best validation score; of equal ones the one with the lower loss."""
     own = [candidate for candidate in candidates if candidate.arm == arm]
-    return max(own, key=lambda candidate: (candidate.accuracy, -candidate.loss))
+    return max(own, key=lambda candidate: (candidate.score, -candidate.loss))

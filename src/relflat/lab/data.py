@@ -6,53 +6,65 @@ where the data set has one.
 
 import gzip
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from relflat.errors import DataError
 from relflat.lab.fetch import files
 from relflat.lab.names import look_up
 
+Inputs = Tensor | dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Arrays:
-    """Pictures and their labels.
+    """Samples held in memory: what the network is given and what it should answer.
 
     Attributes:
-        inputs: float32, channels first.
-        targets: class indices.
+        inputs: one tensor, or the network's keyword arguments by name (token ids, mask); samples come first.
+        targets: class indices, or whatever else the task's loss compares outputs with.
     """
 
-    inputs: Float[Tensor, "n ..."]
-    targets: Int[Tensor, " n"]
+    inputs: Inputs
+    targets: Tensor
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, index: Tensor | slice) -> "Arrays":
         """The samples at these positions."""
-        return Arrays(self.inputs[index], self.targets[index])
+        return self._each(lambda values: values[index])
+
+    def to(self, device: torch.device) -> "Arrays":
+        """The same samples on a device."""
+        return self._each(lambda values: values.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Arrays":
+        if isinstance(self.inputs, Tensor):
+            return Arrays(change(self.inputs), change(self.targets))
+        return Arrays({name: change(values) for name, values in self.inputs.items()}, change(self.targets))
 
 
 @dataclass(frozen=True)
 class RawData:
-    """A data set as it was published, pixels scaled to 0..1.
+    """A data set of a classification task as it was published, pixels scaled to 0..1.
 
     Attributes:
         pool: what may be trained and validated on.
         test: the official test set, or None where none was published.
         classes: how many classes there are.
+        shifts: further test sets from elsewhere, by name.
     """
 
     pool: Arrays
     test: Arrays | None
     classes: int
+    shifts: Mapping[str, Arrays] = field(default_factory=dict)
 
 
 def read(name: str) -> RawData:

@@ -1,5 +1,7 @@
-"""Accuracy, loss and calibration of a network on one split, and the kappa of a layer."""
+"""What a network is judged by on one split, and the kappa of a layer."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,42 +9,79 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from relflat import Flatness, relative_flatness
-from relflat.lab.batches import in_order
-from relflat.lab.data import Arrays
+from relflat.lab.batches import Batch
+from relflat.lab.data import Inputs
 
 BINS = 15
 
 
-def evaluate(model: nn.Module, loss: nn.Module, samples: Arrays, device: torch.device) -> dict[str, Any]:
-    """Evaluate a classifier in eval mode; the mode is put back afterwards.
+Evaluate = Callable[[nn.Module, nn.Module, Iterable[Batch]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a task is judged by: a number of at most 1, where higher is better.
+
+    Attributes:
+        name: its key in the results.
+        title: as it is written in reports.
+        error: what one minus it is called in reports.
+        evaluate: given the model in eval mode, the loss and the batches of a split, returns ``name``, ``loss`` and
+            whatever else is worth keeping; it runs without gradients.
+    """
+
+    name: str
+    title: str
+    error: str
+    evaluate: Evaluate
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """The model's outputs; inputs by name are given as keyword arguments."""
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def evaluate(metric: Metric, model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+    """Evaluate a network in eval mode; the mode is put back afterwards.
 
     Args:
-        model: gives logits.
+        metric: what to evaluate.
+        model: the network.
         loss: mean over samples.
-        samples: the split.
-        device: where the model is.
+        batches: of the split.
+
+    Returns:
+        What the metric's function returns.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        found = metric.evaluate(model, loss, batches)
+    model.train(was_training)
+    return found
+
+
+def classify(model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+    """Evaluate a classifier.
 
     Returns:
         ``accuracy``, ``loss``, ``ece`` (expected calibration error, 15 bins of equal width), and its
         ``bins``: (share of the samples, mean confidence, accuracy) of each bin that holds any.
     """
-    was_training = model.training
-    model.eval()
     table = torch.zeros(BINS, 3, dtype=torch.float64)
     total = 0.0
-    with torch.no_grad():
-        for inputs, targets in in_order(samples, device):
-            logits = model(inputs)
-            total += float(loss(logits, targets)) * len(targets)
-            table += calibration(logits, targets)
-    model.train(was_training)
+    for inputs, targets in batches:
+        logits = run(model, inputs)
+        total += float(loss(logits, targets)) * len(targets)
+        table += calibration(logits, targets)
     counts, confidence, right = table.unbind(1)
+    samples = float(counts.sum())
     return {
-        "accuracy": float(right.sum()) / len(samples),
-        "loss": total / len(samples),
-        "ece": float((confidence - right).abs().sum()) / len(samples),
+        "accuracy": float(right.sum()) / samples,
+        "loss": total / samples,
+        "ece": float((confidence - right).abs().sum()) / samples,
         "bins": [
-            (float(n) / len(samples), float(c / n), float(r / n))
+            (float(n) / samples, float(c / n), float(r / n))
             for n, c, r in zip(counts, confidence, right, strict=True)
             if n > 0
         ],
@@ -58,8 +97,9 @@ def calibration(logits: Float[Tensor, "n d"], targets: Tensor) -> Float[Tensor, 
     return table.index_add_(0, place.cpu(), columns.double().cpu())
 
 
-def flatness(
-    model: nn.Module, loss: nn.Module, samples: Arrays, device: torch.device, layer: str
-) -> Flatness:
+def flatness(model: nn.Module, loss: nn.Module, batches: Iterable[Batch], layer: str) -> Flatness:
     """Relative flatness of one layer on the samples."""
-    return relative_flatness(model, loss, list(in_order(samples, device)), layer=layer, device=device)
+    return relative_flatness(model, loss, list(batches), layer=layer)
+
+
+ACCURACY = Metric("accuracy", "accuracy", "error", classify)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from relflat.lab.compare import Comparison
-from relflat.lab.report import TRIED_HEADINGS, findings, protocol, reading, title, tried, where
-from relflat.lab.summary import HEADINGS, Row, cells, rows
+from relflat.lab.report import findings, protocol, reading, title, tried, tried_headings, where
+from relflat.lab.summary import Column, Row, cells, columns, headings, rows
 from relflat.lab.timing import StepCost
 
 
@@ -15,16 +15,16 @@ def markdown(
     comparison: Comparison, costs: Mapping[str, StepCost], environment: Mapping[str, Any], notes: str
 ) -> str:
     """The report's text and tables."""
-    lines = rows(comparison, costs)
+    lines, shown = rows(comparison, costs), columns(comparison)
     parts = [
         f"# {title(comparison)}",
         notes,
         "\n".join(f"- {text}" for text in findings(comparison, lines)),
-        markdown_table(HEADINGS, [cells(line) for line in lines]),
-        reading(lines),
+        markdown_table(headings(shown), [cells(line, shown) for line in lines]),
+        reading(comparison, lines),
         "## What was tried",
         protocol(comparison),
-        markdown_table(TRIED_HEADINGS, tried(comparison)),
+        markdown_table(tried_headings(comparison), tried(comparison)),
         where(environment),
     ]
     return "\n\n".join(parts) + "\n"
@@ -36,15 +36,20 @@ def markdown_table(headings: Sequence[str], body: Iterable[Sequence[str]]) -> st
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
-PAIRS = ("accuracy", "loss", "ece", "equal_time", "kappa", "confidence", "weight_norm")
+PAIRS = ("score", "loss", "ece", "equal_time", "kappa", "confidence", "weight_norm")
 
 
-def comma_separated(lines: Sequence[Row]) -> str:
-    """The table as CSV with all digits: a mean and a deviation of each number."""
+def comma_separated(lines: Sequence[Row], metric: str) -> str:
+    """The table as CSV with all digits: a mean and a deviation of each number.
+
+    Args:
+        lines: an arm each.
+        metric: name of what the task is judged by.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    headings = [f"{name}_{part}" for name in PAIRS for part in ("mean", "sd")]
-    writer.writerow(["arm", "n", "diverged", *headings, "seconds_per_step", "step_ratio", "settings"])
+    titles = [f"{metric if name == 'score' else name}_{part}" for name in PAIRS for part in ("mean", "sd")]
+    writer.writerow(["arm", "n", "diverged", *titles, "seconds_per_step", "step_ratio", "settings"])
     for line in lines:
         numbers = [value for name in PAIRS for value in getattr(line, name)]
         settings = " ".join(f"{key}={value}" for key, value in line.settings.items())
@@ -53,24 +58,27 @@ def comma_separated(lines: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-LATEX = {"arm", "test accuracy, %", "n", "test loss", "ECE, %", "kappa", "step"}
 SPECIAL = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "kappa": r"$\kappa$"}
 
 
-def latex(lines: Sequence[Row]) -> str:
-    """The table for a paper; needs the package booktabs."""
-    headings = [heading for heading in HEADINGS if heading in LATEX]
+def latex(lines: Sequence[Row], shown: Sequence[Column]) -> str:
+    """The table for a paper; needs the package booktabs.
+
+    Args:
+        lines: an arm each.
+        shown: the columns.
+    """
 
     def written(texts: Iterable[str]) -> str:
         return " & ".join(map(latex_text, texts)) + r" \\"
 
     return "\n".join(
         [
-            rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(shown) - 1)}}}",
             r"\toprule",
-            written(headings),
+            written(headings(shown)),
             r"\midrule",
-            *(written(cells(line, headings)) for line in lines),
+            *(written(cells(line, shown)) for line in lines),
             r"\bottomrule",
             r"\end{tabular}",
             "",

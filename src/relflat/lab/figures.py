@@ -88,9 +88,9 @@ def dashes(place: int) -> str:
     return DASHES[place // len(COLOURS) % len(DASHES)]
 
 
-def error_of(accuracy: float) -> float:
-    """Error in percent."""
-    return 100 * (1 - accuracy)
+def error_of(score: float) -> float:
+    """What a score is short of 1, in percent."""
+    return 100 * (1 - score)
 
 
 def curves(
@@ -165,25 +165,26 @@ def scatter(groups: Runs, height: Callable[[Record], float], label: str) -> Call
     return paint
 
 
-def sweep(scores: Mapping[str, Sequence[float]]) -> Callable[[Axes], None]:
+def sweep(scores: Mapping[str, Sequence[float]], label: str) -> Callable[[Axes], None]:
     """Paint the validation error of each setting of the search, from an arm's first value to its last.
 
     Args:
-        scores: mean validation accuracies of the settings of each arm, by title; nan where one diverged.
+        scores: mean validation scores of the settings of each arm, by title; nan where one diverged.
+        label: of the axis.
     """
 
     def paint(axes: Axes) -> None:
-        for place, (title, accuracies) in enumerate(scores.items()):
+        for place, (title, values) in enumerate(scores.items()):
             axes.plot(
-                range(1, len(accuracies) + 1),
-                [error_of(accuracy) for accuracy in accuracies],
+                range(1, len(values) + 1),
+                [error_of(value) for value in values],
                 marker=MARKERS[place % len(MARKERS)],
                 linestyle=dashes(place),
                 label=title,
                 **look(place),
             )
         axes.set_xlabel("place in the arm's grid")
-        axes.set_ylabel("validation error, %")
+        axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(axes)
 

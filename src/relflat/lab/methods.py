@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 
 from relflat import FAM
 from relflat.errors import ConfigError
+from relflat.lab.data import Inputs
 from relflat.lab.disturb import Disturbed, dropout, noise
+from relflat.lab.evaluate import run
 from relflat.lab.names import names_in
 
 BaseOptimizer = Callable[[Iterable[Any]], Optimizer]
@@ -165,14 +167,14 @@ class FamSamSettings(FamSettings):
     rho: float = 0.05
 
 
-def plain_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
+def plain_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
     """One gradient step on the task loss."""
     loss = backward(learner, inputs, targets)
     learner.optimizer.step()
     return Losses(loss, 0.0)
 
 
-def sam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
+def sam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
     """A step uphill, then the gradient from there applied to the old weights; two passes.
 
     FAM as the criterion draws the same probes in both and counts them as one step.
@@ -190,7 +192,7 @@ def sam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
     return Losses(loss, penalty)
 
 
-def looksam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
+def looksam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
     """SAM's two passes when it is time for them, else one pass and the direction kept from then."""
     inner = cast(LookSAM, getattr(learner.optimizer, "optimizer", learner.optimizer))
     done: int = inner.param_groups[0].get("looksam_step", 0)  # part of the optimiser's state
@@ -206,17 +208,17 @@ def looksam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
     return Losses(losses[0], 0.0)
 
 
-def fam_step(learner: Learner, inputs: Tensor, targets: Tensor) -> Losses:
+def fam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
     """One gradient step on the task loss plus the penalty, which `relflat.FAM` adds inside the criterion."""
     loss = backward(learner, inputs, targets)
     learner.optimizer.step()
     return Losses(loss, penalty_of(learner.criterion))
 
 
-def backward(learner: Learner, inputs: Tensor, targets: Tensor) -> Tensor:
+def backward(learner: Learner, inputs: Inputs, targets: Tensor) -> Tensor:
     """Fresh gradients of the criterion on a batch; returns its value."""
     learner.optimizer.zero_grad()
-    loss: Tensor = learner.criterion(learner.model(inputs), targets)
+    loss: Tensor = learner.criterion(run(learner.model, inputs), targets)
     learner.accelerator.backward(loss)
     return loss.detach()
 
@@ -333,7 +335,7 @@ class Method:
     """
 
     settings: type[Any]
-    step: Callable[[Learner, Tensor, Tensor], Losses]
+    step: Callable[[Learner, Inputs, Tensor], Losses]
     criterion: Callable[[nn.Module, nn.Module, Any, int], nn.Module] = task_loss
     optimizer: Callable[[Iterable[nn.Parameter], BaseOptimizer, Any], Optimizer] = base_optimizer
 

@@ -55,6 +55,64 @@ class BasicBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
+class WideBlock(nn.Module):
+    """BatchNorm, ReLU and convolution twice, dropout between, and a shortcut (Zagoruyko and Komodakis 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.start = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+        )
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
+        """Apply the block; a shortcut that changes the shape starts from the activated input."""
+        active = self.start(x)
+        return self.body(active) + (x if self.shortcut is None else self.shortcut(active))
+
+
+def wide_resnet(
+    num_classes: int = 10,
+    in_channels: int = 3,
+    depth: int = 28,
+    widen: int = 10,
+    *,
+    dropout: float = 0.3,
+    feature_width: int = 64,
+) -> nn.Sequential:
+    """Build a wide ResNet with a Linear layer before the output (WRN-28-10 + FC-64 in the FAM paper).
+
+    Args:
+        num_classes: outputs.
+        in_channels: channels of the pictures.
+        depth: layers with weights, of the form 6 k + 4.
+        widen: how many times 16, 32 and 64 channels the stages have.
+        dropout: probability inside each block.
+        feature_width: size of the Linear layer before the output.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["stem"] = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+    width = 16
+    for stage in range(3):
+        outputs = 16 * widen * 2**stage
+        blocks: list[nn.Module] = []
+        for place in range((depth - 4) // 6):
+            blocks.append(WideBlock(width, outputs, 2 if stage and place == 0 else 1, dropout))
+            width = outputs
+        layers[f"stage{stage + 1}"] = nn.Sequential(*blocks)
+    layers["end"] = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    layers["features"] = nn.Linear(width, feature_width)
+    layers["output"] = nn.Linear(feature_width, num_classes)
+    return nn.Sequential(layers)
+
+
 class ResNet(nn.Module):
     """Residual network for small pictures: a 3x3 stem without pooling, then stages of equally many blocks.
 

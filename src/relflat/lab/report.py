@@ -10,14 +10,16 @@ from relflat.lab.compare import Candidate, Comparison
 from relflat.lab.figures import curves, draw, error_of, reliability, scatter, sweep
 from relflat.lab.page import page, table
 from relflat.lab.summary import (
-    HEADINGS,
     Row,
-    accuracy_differences,
     cells,
+    columns,
+    headings,
     merged_bins,
+    metric_of,
     noise_share,
     remarks,
     rows,
+    score_differences,
     settings_text,
     sweeps,
     verdict,
@@ -37,7 +39,7 @@ def render(
         environment: where it ran.
         notes: what was run, in a sentence or two.
     """
-    lines = rows(comparison, costs)
+    lines, shown = rows(comparison, costs), columns(comparison)
     body = [
         f"<h1>{html.escape(title(comparison))}</h1>",
         f'<p class="lead">{html.escape(notes)}</p>',
@@ -45,13 +47,13 @@ def render(
         *(f"<li>{html.escape(text)}</li>" for text in findings(comparison, lines)),
         "</ul></section>",
         "<h2>Results</h2>",
-        table(HEADINGS, [cells(line) for line in lines]),
-        f'<p class="small">{html.escape(reading(lines))}</p>',
+        table(headings(shown), [cells(line, shown) for line in lines]),
+        f'<p class="small">{html.escape(reading(comparison, lines))}</p>',
         "<h2>Pictures</h2>",
         pictures(comparison, costs),
         "<h2>What was tried</h2>",
         f'<p class="small">{html.escape(protocol(comparison))}</p>',
-        table(TRIED_HEADINGS, tried(comparison)),
+        table(tried_headings(comparison), tried(comparison)),
         "<h2>Where</h2>",
         f'<p class="small">{html.escape(where(environment))}</p>',
     ]
@@ -65,19 +67,19 @@ def title(comparison: Comparison) -> str:
 
 def findings(comparison: Comparison, lines: Sequence[Row]) -> list[str]:
     """The verdict, then what else one should know."""
-    return [*verdict(accuracy_differences(comparison)), *remarks(comparison, lines)]
+    return [*verdict(score_differences(comparison), metric_of(comparison)), *remarks(comparison, lines)]
 
 
-def reading(lines: Sequence[Row]) -> str:
+def reading(comparison: Comparison, lines: Sequence[Row]) -> str:
     """How to read the table."""
-    first = lines[0]
+    first, what = lines[0], metric_of(comparison).title
     return (
         "Mean ± standard deviation over n seeds. kappa is the relative flatness of the task's layer on the "
         "training data (smaller is flatter); it also falls when a network only grows more confident, so read "
         f"it beside confidence and ||W||. A step of {first.title} takes {1000 * first.cost.seconds:.2f} ms; "
         "“step” is the median ratio to it, all arms taking turns in one single-thread process. On a network of "
         "a few small layers that is mostly call overhead; benchmarks/step_cost.py has the cost on ResNet-18. "
-        "“At equal time” is the validation accuracy when the first arm's training is over; an arm whose steps cost "
+        f"“At equal time” is the validation {what} when the first arm's training is over; an arm whose steps cost "
         "more is then in mid-schedule, at a learning rate that has not come down, so this is a lower bound. "
         "p-values: paired sign-flip permutation test, Holm-corrected. Intervals: BCa bootstrap over seeds, 95 % "
         "for all pairs together; with under about ten seeds they come out too narrow, so the verdict goes by p. "
@@ -100,22 +102,25 @@ def pictures(comparison: Comparison, costs: Mapping[str, StepCost]) -> str:
         for arm in arms
     }
     bins = {name: merged_bins(trials) for name, trials in finals.items()}
+    metric = metric_of(comparison)
+    error = metric.error
+    validation, training = f"validation_{metric.name}", f"train_{metric.name}"
     figures = [
         (
-            "Validation error by epoch",
-            curves(finals, "validation_accuracy", "validation error, %", error=True),
-            "Error on up to 1,000 validation samples, whose labels are as published. Line: mean over the tested "
-            "seeds; band: their range.",
+            f"Validation {error} by epoch",
+            curves(finals, validation, f"validation {error}, %", error=True),
+            f"{error.capitalize()} on up to 1,000 validation samples, targets as published. Line: mean over the "
+            "tested seeds; band: their range.",
         ),
         (
-            "Validation error by training time",
-            curves(finals, "validation_accuracy", "validation error, %", error=True, seconds=seconds),
+            f"Validation {error} by training time",
+            curves(finals, validation, f"validation {error}, %", error=True, seconds=seconds),
             "The same against steps times the median seconds of a step.",
         ),
         (
-            "Training error by epoch",
-            curves(finals, "train_accuracy", "training error, %", error=True),
-            "Error on the training labels as given. " + noise_remark(comparison),
+            f"Training {error} by epoch",
+            curves(finals, training, f"training {error}, %", error=True),
+            f"{error.capitalize()} on the training samples as given. {noise_remark(comparison)}",
         ),
         (
             "Kappa by epoch",
@@ -123,8 +128,8 @@ def pictures(comparison: Comparison, costs: Mapping[str, StepCost]) -> str:
             "Relative flatness of the task's layer on the training data.",
         ),
         (
-            "Kappa against test error",
-            scatter(finals, lambda result: error_of(result["test"]["accuracy"]), "test error, %"),
+            f"Kappa against test {error}",
+            scatter(finals, lambda result: error_of(result["test"][metric.name]), f"test {error}, %"),
             "Each point is one tested run.",
         ),
         (
@@ -133,16 +138,19 @@ def pictures(comparison: Comparison, costs: Mapping[str, StepCost]) -> str:
             "Each point is one trial of the search. " + rank_correlation(comparison.candidates),
         ),
         (
-            "Validation error by setting",
-            sweep(sweeps(comparison)),
+            f"Validation {error} by setting",
+            sweep(sweeps(comparison), f"validation {error}, %"),
             "Mean over the search seeds, from the first value of each arm's grid to the last.",
         ),
-        (
-            "Calibration on test data",
-            reliability(bins),
-            "Above the line: right more often than the network believes. All tested runs together.",
-        ),
     ]
+    if any(bins.values()):
+        figures.append(
+            (
+                "Calibration on test data",
+                reliability(bins),
+                "Above the line: right more often than the network believes. All tested runs together.",
+            )
+        )
     return (
         '<div class="figures">'
         + "".join(
@@ -175,7 +183,9 @@ def rank_correlation(candidates: Sequence[Candidate]) -> str:
     return f"Rank correlation (Kendall's tau) {tau.statistic:+.2f} over {len(done)} trials."
 
 
-TRIED_HEADINGS = ("arm", "validation accuracy, %", "validation loss", "settings")
+def tried_headings(comparison: Comparison) -> tuple[str, str, str, str]:
+    """The first line of the table of trials."""
+    return ("arm", f"validation {metric_of(comparison).title}, %", "validation loss", "settings")
 
 
 def tried(comparison: Comparison) -> list[tuple[str, str, str, str]]:
@@ -184,7 +194,7 @@ def tried(comparison: Comparison) -> list[tuple[str, str, str, str]]:
     return [
         (
             titles[candidate.arm],
-            f"{100 * candidate.accuracy:.2f}" if not candidate.diverged else f"{candidate.diverged} diverged",
+            f"{100 * candidate.score:.2f}" if not candidate.diverged else f"{candidate.diverged} diverged",
             f"{candidate.loss:.3f}",
             settings_text(candidate.settings)
             + (" ← chosen" if candidate is comparison.chosen[candidate.arm] else ""),
@@ -199,9 +209,9 @@ def protocol(comparison: Comparison) -> str:
     origins = "; ".join(f"{arm.title}: {arm.origin}" for arm in plan.arms if arm.origin)
     return (
         f"{len(plan.arms[0].values)} settings an arm, each on search seeds {', '.join(map(str, plan.search_seeds))}. "
-        "The setting with the highest mean validation accuracy was chosen; the test split was not evaluated in "
-        f"these trials. The chosen settings then ran on fresh seeds {', '.join(map(str, plan.seeds))} and were "
-        f"tested once. Where the grids come from: {origins}."
+        f"The setting with the highest mean validation {metric_of(comparison).title} was chosen; the test split was "
+        "not evaluated in these trials. The chosen settings then ran on fresh seeds "
+        f"{', '.join(map(str, plan.seeds))} and were tested once. Where the grids come from: {origins}."
     )
 
 

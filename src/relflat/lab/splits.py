@@ -5,11 +5,12 @@ seed draws is the training subset (``train_size``) and the label noise; so runs 
 the same training data whatever their method.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from relflat.errors import ConfigError
 from relflat.lab.data import Arrays, RawData, read
@@ -19,21 +20,21 @@ SPLIT_SEED = 20261124  # of the cut itself; the seed of a run never moves a samp
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits of a task, standardised by the training split.
+    """The three splits of a task, ready for the network.
 
     Attributes:
         train: training samples, their labels noisy if asked for.
         validation: for choosing settings; clean labels.
         test: call it to get the test split; clean labels. A function, so that nothing touches it early.
-        classes: how many classes there are.
         changed: share of the training labels that noise really changed.
+        shifts: further test sets, from elsewhere than the training data, by name; evaluated once with the test split.
     """
 
     train: Arrays
     validation: Arrays
     test: Callable[[], Arrays]
-    classes: int
-    changed: float = field(default=0.0)
+    changed: float = 0.0
+    shifts: Mapping[str, Callable[[], Arrays]] = field(default_factory=dict)
 
 
 def classification(
@@ -44,8 +45,9 @@ def classification(
     train_size: int | None,
     label_noise: float,
     seed: int,
+    standardise: bool = True,
 ) -> Splits:
-    """Cut a data set into its splits.
+    """Cut a data set of a classification task into its splits.
 
     Args:
         data: name of the data set, or a function that reads it.
@@ -54,6 +56,7 @@ def classification(
         train_size: how many of the remaining samples to train on; None for all.
         label_noise: probability with which each training label is redrawn uniformly over all classes.
         seed: of the subset and the noise.
+        standardise: give each channel zero mean and unit deviation over the training samples.
 
     Raises:
         ConfigError: the noise is no probability or there are not that many samples.
@@ -73,13 +76,13 @@ def classification(
     generator = torch.Generator().manual_seed(seed)
     train = raw.pool.take(subset(rest, train_size, generator))
     noisy = redraw(train, label_noise, raw.classes, generator)
-    scale = standardiser(train)
+    scale = standardiser(train) if standardise else unchanged
     return Splits(
         train=scale(noisy),
         validation=scale(raw.pool.take(validation_index)),
         test=partial(_test_split, raw, test_index, scale),
-        classes=raw.classes,
         changed=(noisy.targets != train.targets).double().mean().item(),
+        shifts={name: partial(scale, samples) for name, samples in raw.shifts.items()},
     )
 
 
@@ -110,9 +113,20 @@ def redraw(samples: Arrays, probability: float, classes: int, generator: torch.G
     return Arrays(samples.inputs, torch.where(chosen, drawn, samples.targets))
 
 
+def unchanged(samples: Arrays) -> Arrays:
+    """The samples as they are."""
+    return samples
+
+
 def standardiser(train: Arrays) -> Callable[[Arrays], Arrays]:
     """Zero mean and unit deviation of each channel, taken from the training samples."""
+    assert isinstance(train.inputs, Tensor), "inputs by name cannot be standardised: standardise=False"
     axes = (0, *range(2, train.inputs.dim()))
     mean = train.inputs.mean(axes, keepdim=True)
     deviation = train.inputs.std(axes, keepdim=True).clamp_min(1e-8)
-    return lambda samples: Arrays((samples.inputs - mean) / deviation, samples.targets)
+
+    def scale(samples: Arrays) -> Arrays:
+        assert isinstance(samples.inputs, Tensor)
+        return Arrays((samples.inputs - mean) / deviation, samples.targets)
+
+    return scale

@@ -22,7 +22,7 @@ from relflat.lab.arms import arms_named
 from relflat.lab.compare import Comparison, OnTrial, Plan, compare, conclude, plan_from
 from relflat.lab.environment import describe
 from relflat.lab.report import render
-from relflat.lab.summary import Row, accuracy_differences, rows, verdict
+from relflat.lab.summary import Row, columns, metric_of, rows, score_differences, verdict
 from relflat.lab.tasks import short_name, source_of, task_named
 from relflat.lab.timing import StepCost, step_costs
 from relflat.lab.trials import Job, Trial, read_trial, workers
@@ -160,24 +160,24 @@ def write_report(folder: Path, comparison: Comparison, costs: Costs) -> None:
     lines = rows(comparison, costs)
     store.write_text(folder / "report.html", render(comparison, costs, environment, notes))
     store.write_text(folder / "report.md", export.markdown(comparison, costs, environment, notes))
-    store.write_text(folder / "report.csv", export.comma_separated(lines))
-    store.write_text(folder / "report.tex", export.latex(lines))
+    store.write_text(folder / "report.csv", export.comma_separated(lines, metric_of(comparison).name))
+    store.write_text(folder / "report.tex", export.latex(lines, columns(comparison, "p")))
     store.write_json(folder / "report.json", {**summary(comparison, lines), "environment": environment})
 
 
 def summary(comparison: Comparison, lines: Sequence[Row]) -> dict[str, Any]:
     """The numbers behind the report."""
-    pairs = accuracy_differences(comparison)
+    pairs = score_differences(comparison)
     return {
         "plan": comparison.plan.flat(),
         "arms": [asdict(line) for line in lines],
         "differences": [asdict(pair) for pair in pairs],
-        "verdict": verdict(pairs),
+        "verdict": verdict(pairs, metric_of(comparison)),
         "search": [
             {
                 "arm": candidate.arm,
                 "settings": dict(candidate.settings),
-                "validation_accuracy": candidate.accuracy,
+                f"validation_{metric_of(comparison).name}": candidate.score,
                 "validation_loss": candidate.loss,
                 "diverged": candidate.diverged,
                 "chosen": candidate is comparison.chosen[candidate.arm],

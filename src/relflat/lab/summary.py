@@ -3,11 +3,14 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from relflat.lab.arms import Values
 from relflat.lab.compare import Comparison
+from relflat.lab.evaluate import ACCURACY, Metric
 from relflat.lab.statistics import Difference, differences, mean_sd, seeds_needed
+from relflat.lab.tasks import task_named
 from relflat.lab.timing import StepCost
 from relflat.lab.trials import Trial
 
@@ -24,12 +27,13 @@ class Row:
         settings: what was chosen on validation data.
         n: number of tested runs that finished.
         diverged: number that did not.
-        accuracy: on the test split.
+        score: the task's metric on the test split.
         loss: on the test split.
-        ece: expected calibration error on the test split.
-        equal_time: validation accuracy at the moment when the first arm's training was over.
+        ece: expected calibration error on the test split; nan where the task has none.
+        equal_time: the metric on validation data at the moment when the first arm's training was over.
+        shifts: the metric on further test sets, by name.
         kappa: of the task's layer on the training data, after training.
-        confidence: mean of the largest probability on the training data.
+        confidence: mean of the largest probability on the training data; nan where there are none.
         weight_norm: of the task's layer.
         cost: seconds a step.
     """
@@ -39,10 +43,11 @@ class Row:
     settings: Values
     n: int
     diverged: int
-    accuracy: MeanSd
+    score: MeanSd
     loss: MeanSd
     ece: MeanSd
     equal_time: MeanSd
+    shifts: Mapping[str, MeanSd]
     kappa: MeanSd
     confidence: MeanSd
     weight_norm: MeanSd
@@ -63,17 +68,24 @@ def rows(comparison: Comparison, costs: Mapping[str, StepCost]) -> list[Row]:
             comparison.chosen[arm.name].settings,
             comparison.finals[arm.name],
             costs[arm.name],
+            metric_of(comparison).name,
         )
         for arm in comparison.plan.arms
     ]
 
 
-def row(arm: str, title: str, settings: Values, trials: Sequence[Trial], cost: StepCost) -> Row:
+def metric_of(comparison: Comparison) -> Metric:
+    """What the comparison's task is judged by."""
+    return task_named(comparison.plan.task).metric
+
+
+def row(arm: str, title: str, settings: Values, trials: Sequence[Trial], cost: StepCost, metric: str) -> Row:
     """Summarise the tested runs of one arm."""
     done = [trial for trial in trials if trial.finished]
 
     def over_seeds(part: str, key: str) -> MeanSd:
-        return spread([trial.result[part][key] for trial in done])
+        values = [trial.result[part].get(key) for trial in done]
+        return spread([math.nan if value is None else value for value in values])
 
     return Row(
         arm=arm,
@@ -81,10 +93,14 @@ def row(arm: str, title: str, settings: Values, trials: Sequence[Trial], cost: S
         settings=settings,
         n=len(done),
         diverged=len(trials) - len(done),
-        accuracy=over_seeds("test", "accuracy"),
+        score=over_seeds("test", metric),
         loss=over_seeds("test", "loss"),
         ece=over_seeds("test", "ece"),
-        equal_time=spread([at_equal_time(trial, cost) for trial in done]),
+        equal_time=spread([at_equal_time(trial, cost, metric) for trial in done]),
+        shifts={
+            name: spread([trial.result["shifts"][name][metric] for trial in done])
+            for name in (done[0].result.get("shifts", {}) if done else {})
+        },
         kappa=over_seeds("flatness", "value"),
         confidence=over_seeds("flatness", "confidence"),
         weight_norm=over_seeds("flatness", "weight_norm"),
@@ -97,19 +113,20 @@ def spread(values: Sequence[float]) -> MeanSd:
     return mean_sd(values) if values else (math.nan, math.nan)
 
 
-def at_equal_time(trial: Trial, cost: StepCost) -> float:
-    """Validation accuracy of the last epoch that was over when the first arm had done all of its steps.
+def at_equal_time(trial: Trial, cost: StepCost, metric: str) -> float:
+    """The metric on validation data after the last epoch that was over when the first arm had done all of its steps.
 
     A ratio within the noise of timing, below 1.1, counts as 1.
     """
     history = trial.history
     share = 1.0 if cost.ratio < 1.1 else 1 / cost.ratio
     last = max(1, int(share * len(history) + 1e-9))
-    return float(history[last - 1]["validation_accuracy"])
+    return float(history[last - 1][f"validation_{metric}"])
 
 
-def accuracy_differences(comparison: Comparison) -> list[Difference]:
-    """Paired differences of test accuracy to the first arm, over the seeds on which every arm finished."""
+def score_differences(comparison: Comparison) -> list[Difference]:
+    """Paired differences of the metric on test data to the first arm, over the seeds on which every arm finished."""
+    metric = metric_of(comparison).name
     whole = [
         place
         for place in range(len(comparison.plan.seeds))
@@ -119,17 +136,17 @@ def accuracy_differences(comparison: Comparison) -> list[Difference]:
         return []
     return differences(
         {
-            arm.title: [comparison.finals[arm.name][place].result["test"]["accuracy"] for place in whole]
+            arm.title: [comparison.finals[arm.name][place].result["test"][metric] for place in whole]
             for arm in comparison.plan.arms
         }
     )
 
 
-def verdict(pairs: Sequence[Difference]) -> list[str]:
+def verdict(pairs: Sequence[Difference], metric: Metric = ACCURACY) -> list[str]:
     """Say in plain English what the differences show, one sentence a pair."""
     if not pairs:
         return ["Nothing can be compared: on every seed some arm diverged."]
-    found = [sentence(pair) for pair in pairs]
+    found = [sentence(pair, metric) for pair in pairs]
     if all(pair.least_p >= 0.05 for pair in pairs):
         found.append(
             f"With {pairs[0].n} seeds this test can show nothing, whatever comes out; "
@@ -138,9 +155,9 @@ def verdict(pairs: Sequence[Difference]) -> list[str]:
     return found
 
 
-def sentence(pair: Difference) -> str:
+def sentence(pair: Difference, metric: Metric) -> str:
     """What one difference shows."""
-    points = f"{100 * pair.mean:+.1f} points of test accuracy"
+    points = f"{100 * pair.mean:+.1f} points of test {metric.title}"
     interval = f"interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
     detail = f"{points} ({interval}, p = {pair.p:.2g}, {pair.n} seeds)"
     if pair.shown:
@@ -154,11 +171,11 @@ def remarks(comparison: Comparison, lines: Sequence[Row]) -> list[str]:
     done = [line for line in lines if line.n]
     if done:
         flattest = min(done, key=lambda line: line.kappa[0])
-        best = max(done, key=lambda line: line.accuracy[0])
+        best = max(done, key=lambda line: line.score[0])
         agree = "is also" if flattest is best else "is not"
         found.append(
             f"The arm with the lowest kappa, {flattest.title}, {agree} the one with the highest mean test "
-            f"accuracy{'' if flattest is best else f', {best.title}'}."
+            f"{metric_of(comparison).title}{'' if flattest is best else f', {best.title}'}."
         )
     edge = at_the_edge(comparison)
     if edge:
@@ -186,10 +203,10 @@ def at_the_edge(comparison: Comparison) -> list[str]:
 
 
 def sweeps(comparison: Comparison) -> dict[str, list[float]]:
-    """Mean validation accuracy of each setting, by title of the arm; nan where a trial diverged."""
+    """Mean validation score of each setting, by title of the arm; nan where a trial diverged."""
     return {
         arm.title: [
-            math.nan if candidate.diverged else candidate.accuracy
+            math.nan if candidate.diverged else candidate.score
             for candidate in comparison.candidates
             if candidate.arm == arm.name
         ]
@@ -202,7 +219,7 @@ def merged_bins(trials: Sequence[Trial]) -> list[tuple[float, float, float]]:
     table: dict[int, list[tuple[float, float, float]]] = {}
     for trial in trials:
         if trial.finished:
-            for share, confidence, right in trial.result["test"]["bins"]:
+            for share, confidence, right in trial.result["test"].get("bins", ()):
                 table.setdefault(min(9, int(10 * confidence)), []).append((share, confidence, right))
     merged = []
     for _, parts in sorted(table.items()):
@@ -251,23 +268,61 @@ def cost_text(cost: StepCost) -> str:
     return f"{cost.ratio:.2f}x"
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "arm": lambda line: line.title,
-    "test accuracy, %": lambda line: percent(line.accuracy),
-    "n": lambda line: str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else ""),
-    "test loss": lambda line: number(line.loss),
-    "ECE, %": lambda line: percent(line.ece),
-    "at equal time, %": lambda line: percent(line.equal_time),
-    "kappa": lambda line: number(line.kappa),
-    "confidence": lambda line: number(line.confidence),
-    "||W||": lambda line: number(line.weight_norm),
-    "step": lambda line: cost_text(line.cost),
-    "chosen on validation": lambda line: settings_text(line.settings),
-}
-HEADINGS = tuple(COLUMNS)
-SHORT_HEADINGS = ("arm", "test accuracy, %", "n", "kappa", "confidence", "||W||", "step")
+@dataclass(frozen=True)
+class Column:
+    """One column of the table.
+
+    Attributes:
+        heading: above it.
+        cell: an arm's text in it.
+        where: the narrower tables that have it too: ``"t"`` the terminal's, ``"p"`` a paper's.
+    """
+
+    heading: str
+    cell: Callable[[Row], str]
+    where: str = ""
 
 
-def cells(line: Row, headings: Sequence[str] = HEADINGS) -> tuple[str, ...]:
-    """A row of the table as text, in the order of the headings."""
-    return tuple(COLUMNS[heading](line) for heading in headings)
+def columns(comparison: Comparison, where: str = "") -> list[Column]:
+    """The columns of a comparison's table; those of numbers that its task does not have are left out.
+
+    Args:
+        comparison: what is shown.
+        where: only the columns of this narrower table; all of them by default.
+    """
+    title = metric_of(comparison).title
+    done = [trial.result for trials in comparison.finals.values() for trial in trials if trial.finished]
+    shifts = list(done[0].get("shifts", {})) if done else []
+    probabilities = not done or "ece" in done[0]["test"]
+    found = [
+        Column("arm", lambda line: line.title, "tp"),
+        Column(f"test {title}, %", lambda line: percent(line.score), "tp"),
+        Column(
+            "n", lambda line: str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else ""), "tp"
+        ),
+        Column("test loss", lambda line: number(line.loss), "p"),
+        *(Column(f"on {name}, %", partial(shifted, name), "p") for name in shifts),
+        *([Column("ECE, %", lambda line: percent(line.ece), "p")] if probabilities else []),
+        Column("at equal time, %", lambda line: percent(line.equal_time)),
+        Column("kappa", lambda line: number(line.kappa), "tp"),
+        *([Column("confidence", lambda line: number(line.confidence), "t")] if probabilities else []),
+        Column("||W||", lambda line: number(line.weight_norm), "t"),
+        Column("step", lambda line: cost_text(line.cost), "tp"),
+        Column("chosen on validation", lambda line: settings_text(line.settings)),
+    ]
+    return [column for column in found if not where or where in column.where]
+
+
+def shifted(name: str, line: Row) -> str:
+    """The metric on a further test set."""
+    return percent(line.shifts[name]) if name in line.shifts else ""
+
+
+def headings(columns: Sequence[Column]) -> list[str]:
+    """The first line of the table."""
+    return [column.heading for column in columns]
+
+
+def cells(line: Row, columns: Sequence[Column]) -> list[str]:
+    """A row of the table as text."""
+    return [column.cell(line) for column in columns]

@@ -4,15 +4,17 @@ A task is a frozen record. A new one is one more entry in ``TASKS``; nothing els
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 from torch import nn, optim
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
 
 from relflat.lab import own
-from relflat.lab.models import mlp, resnet20, small_cnn
+from relflat.lab.augment import Augment, crop_flip, cutout
+from relflat.lab.evaluate import ACCURACY, Metric
+from relflat.lab.models import mlp, resnet18, resnet20, small_cnn, wide_resnet
 from relflat.lab.names import look_up
 from relflat.lab.splits import Splits, classification
 
@@ -38,15 +40,46 @@ class SGD:
 
 
 @dataclass(frozen=True)
+class Adam:
+    """Settings of Adam, weight decay as an L2 penalty; called with parameters, it builds the optimiser."""
+
+    lr: float
+    weight_decay: float = 0.0
+
+    def __call__(self, params: Iterable[Any]) -> optim.Optimizer:
+        """Build the optimiser."""
+        return optim.Adam(params, lr=self.lr, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
 class AdamW:
     """Settings of AdamW; called with parameters, it builds the optimiser."""
 
     lr: float
     weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
 
     def __call__(self, params: Iterable[Any]) -> optim.Optimizer:
         """Build the optimiser."""
-        return optim.AdamW(params, lr=self.lr, weight_decay=self.weight_decay)
+        return optim.AdamW(params, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas)
+
+
+def constant(optimizer: optim.Optimizer, steps: int) -> LRScheduler:
+    """Learning rate as it is."""
+    return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def staircase(optimizer: optim.Optimizer, steps: int) -> LRScheduler:
+    """Learning rate times 0.2 after .3, .6 and .8 of all steps (Zagoruyko and Komodakis 2016; the FAM paper)."""
+    return MultiStepLR(optimizer, [round(share * steps) for share in (0.3, 0.6, 0.8)], gamma=0.2)
+
+
+def linear(optimizer: optim.Optimizer, steps: int) -> LRScheduler:
+    """Learning rate rises over a tenth of the steps and falls linearly to zero, as is usual for fine-tuning."""
+    rise = max(1, steps // 10)
+    return LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, max(0.0, (steps - step) / max(1, steps - rise)))
+    )
 
 
 def cosine(optimizer: optim.Optimizer, steps: int) -> LRScheduler:
@@ -77,6 +110,9 @@ class Task:
         schedule: learning rate over the steps.
         epochs: passes over the training data.
         batch_size: samples a step.
+        metric: what it is judged by.
+        augment: changes the training pictures at random; None for none.
+        evaluation_size: samples at a time when evaluating.
     """
 
     name: str
@@ -85,62 +121,100 @@ class Task:
     model: Callable[[], nn.Module]
     loss: Callable[[], nn.Module]
     layer: str
-    optimizer: SGD | AdamW
+    optimizer: SGD | Adam | AdamW
     schedule: Callable[[optim.Optimizer, int], LRScheduler]
     epochs: int
     batch_size: int
+    metric: Metric = ACCURACY
+    augment: Augment | None = None
+    evaluation_size: int = 1000
 
+
+DIGITS = Task(
+    name="digits",
+    summary="8x8 digits, MLP 64-128-128-10; 897 train, 400 validation, 500 test",
+    splits=partial(classification, "digits", validation=400, test=500),
+    model=partial(mlp, 64),
+    loss=nn.CrossEntropyLoss,
+    layer="output",
+    optimizer=SGD(lr=0.05, weight_decay=5e-4),
+    schedule=cosine,
+    epochs=40,
+    batch_size=32,
+)
+
+FASHION_MNIST = Task(
+    name="fashion-mnist",
+    summary="28x28 clothes, small CNN; 55,000 train, 5,000 validation, the official 10,000 test",
+    splits=partial(classification, "fashion-mnist", validation=5000, test=None),
+    model=partial(small_cnn, in_channels=1),
+    loss=nn.CrossEntropyLoss,
+    layer="output",
+    optimizer=SGD(lr=0.05, weight_decay=5e-4),
+    schedule=cosine,
+    epochs=25,
+    batch_size=64,
+)
+
+CIFAR10 = replace(
+    FASHION_MNIST,
+    name="cifar10",
+    summary="32x32 pictures, small CNN; 45,000 train, 5,000 validation, the official 10,000 test",
+    splits=partial(classification, "cifar10", validation=5000, test=None),
+    model=partial(small_cnn, in_channels=3),
+)
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(
-            name="digits",
-            summary="8x8 digits, MLP 64-128-128-10; 897 train, 400 validation, 500 test",
-            splits=partial(classification, "digits", validation=400, test=500),
-            model=partial(mlp, 64),
-            loss=nn.CrossEntropyLoss,
-            layer="output",
-            optimizer=SGD(lr=0.05, weight_decay=5e-4),
-            schedule=cosine,
-            epochs=40,
-            batch_size=32,
+        DIGITS,
+        FASHION_MNIST,
+        replace(
+            FASHION_MNIST,
+            name="fashion-mnist-resnet18",
+            summary="28x28 clothes, ResNet-18 + Linear-64",
+            model=partial(resnet18, in_channels=1, feature_width=64),
         ),
-        Task(
-            name="fashion-mnist",
-            summary="28x28 clothes, small CNN; 55,000 train, 5,000 validation, the official 10,000 test",
-            splits=partial(classification, "fashion-mnist", validation=5000, test=None),
-            model=partial(small_cnn, in_channels=1),
-            loss=nn.CrossEntropyLoss,
-            layer="output",
-            optimizer=SGD(lr=0.05, weight_decay=5e-4),
-            schedule=cosine,
-            epochs=25,
-            batch_size=64,
+        replace(
+            FASHION_MNIST,
+            name="fashion-mnist-wrn",
+            summary="28x28 clothes with cutout, WRN-28-10 + Linear-64 and the FAM paper's schedule; for a GPU",
+            model=partial(wide_resnet, in_channels=1),
+            optimizer=SGD(lr=0.01, weight_decay=5e-4, nesterov=True),
+            schedule=staircase,
+            epochs=200,
+            augment=cutout,
         ),
-        Task(
-            name="cifar10",
-            summary="32x32 pictures, small CNN; 45,000 train, 5,000 validation, the official 10,000 test",
-            splits=partial(classification, "cifar10", validation=5000, test=None),
-            model=partial(small_cnn, in_channels=3),
-            loss=nn.CrossEntropyLoss,
-            layer="output",
-            optimizer=SGD(lr=0.05, weight_decay=5e-4),
-            schedule=cosine,
-            epochs=25,
-            batch_size=64,
-        ),
-        Task(
+        CIFAR10,
+        replace(
+            CIFAR10,
             name="cifar10-resnet20",
-            summary="32x32 pictures, ResNet-20; 45,000 train, 5,000 validation, the official 10,000 test",
-            splits=partial(classification, "cifar10", validation=5000, test=None),
+            summary="32x32 pictures, shifted and mirrored, ResNet-20",
             model=resnet20,
-            loss=nn.CrossEntropyLoss,
-            layer="output",
             optimizer=SGD(lr=0.1, weight_decay=5e-4),
-            schedule=cosine,
             epochs=15,
             batch_size=128,
+            augment=crop_flip,
+        ),
+        replace(
+            CIFAR10,
+            name="cifar10-resnet18",
+            summary="32x32 pictures, shifted and mirrored, ResNet-18 + Linear-64, the FAM paper's budget; for a GPU",
+            model=partial(resnet18, feature_width=64),
+            optimizer=SGD(lr=0.03, weight_decay=5e-4),
+            epochs=250,
+            augment=crop_flip,
+        ),
+        replace(
+            CIFAR10,
+            name="cifar10-wrn",
+            summary="32x32 pictures, shifted and mirrored, WRN-28-10 + Linear-64; for a GPU",
+            model=wide_resnet,
+            optimizer=SGD(lr=0.1, weight_decay=5e-4, nesterov=True),
+            schedule=staircase,
+            epochs=200,
+            batch_size=128,
+            augment=crop_flip,
         ),
     )
 }

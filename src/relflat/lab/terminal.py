@@ -7,7 +7,7 @@ from rich.table import Table
 from relflat.lab.compare import Comparison
 from relflat.lab.report import findings
 from relflat.lab.study import Costs
-from relflat.lab.summary import SHORT_HEADINGS, cells, rows, settings_text
+from relflat.lab.summary import cells, columns, headings, rows, settings_text
 from relflat.lab.tasks import short_name
 
 
@@ -23,10 +23,11 @@ def show(comparison: Comparison, costs: Costs, console: Console) -> None:
         padding=(0, 1),
         pad_edge=False,
     )
-    for heading in SHORT_HEADINGS:
+    shown = columns(comparison, "t")
+    for heading in headings(shown):
         table.add_column(heading)
     for line in lines:
-        table.add_row(*cells(line, SHORT_HEADINGS))
+        table.add_row(*cells(line, shown))
     console.print(table)
     width = max(len(line.title) for line in lines)
     console.print("chosen on validation data:")

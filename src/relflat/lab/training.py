@@ -6,21 +6,24 @@ when the caller asks for it.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from relflat.errors import NonFiniteError
+from relflat.errors import ConfigError, NonFiniteError
 from relflat.lab import checkpoint, store
-from relflat.lab.batches import EpochOrder, training_loader
+from relflat.lab.batches import Batch, EpochOrder, in_order, training_loader
 from relflat.lab.config import RunConfig
+from relflat.lab.data import Arrays
 from relflat.lab.evaluate import evaluate, flatness
 from relflat.lab.lock import alone_in
 from relflat.lab.methods import METHODS, Learner, release
@@ -65,6 +68,29 @@ class Session:
         """The network without the wrappers that Accelerate may have put around it."""
         return self.learner.accelerator.unwrap_model(self.learner.model)
 
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that keeps the run's folder; always, where there is but one."""
+        return bool(self.learner.accelerator.is_main_process)
+
+    @contextmanager
+    def first_alone(self, folder: Path, fresh: bool) -> Iterator[None]:
+        """Make the folder ready and hold it; the other processes wait until it is, and go on together."""
+        if not self.writes:
+            self.learner.accelerator.wait_for_everyone()
+            yield
+            return
+        store.open_run(folder, self.config, fresh=fresh)
+        with alone_in(folder):
+            store.remove_unfinished(folder)
+            self.learner.accelerator.wait_for_everyone()
+            yield
+
+    def batches(self, samples: Arrays) -> Iterator[Batch]:
+        """Samples in their order on the run's device, for evaluating."""
+        size = task_named(self.config.task).evaluation_size
+        return in_order(samples, self.learner.accelerator.device, size)
+
     def close(self) -> None:
         """Let go of what the criterion hooked into the model."""
         release(self.learner.criterion)
@@ -75,13 +101,22 @@ def build(config: RunConfig) -> Session:
     task, method = task_named(config.task), METHODS[config.method]
     splits = task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
     set_seed(config.seed)
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), dataloader_config=DataLoaderConfiguration(split_batches=True)
+    )
+    if config.batch_size % accelerator.num_processes:
+        raise ConfigError(
+            f"batch_size={config.batch_size} cannot be shared evenly by {accelerator.num_processes} processes; "
+            f"give a multiple of {accelerator.num_processes}."
+        )
     model, loss = task.model(), task.loss()
     base = replace(task.optimizer, lr=config.lr, weight_decay=config.weight_decay)
     optimizer = method.optimizer(model.parameters(), base, config.settings)
     order = EpochOrder(len(splits.train), config.batch_size, config.seed)
     scheduler = task.schedule(_base(optimizer), config.epochs * len(order))
-    wrapped, prepared, loader = accelerator.prepare(model, optimizer, training_loader(splits.train, order))
+    wrapped, prepared, loader = accelerator.prepare(
+        model, optimizer, training_loader(splits.train, order, task.augment)
+    )
     criterion = method.criterion(loss, model, config.settings, config.seed)
     return Session(
         config, splits, Learner(accelerator, wrapped, criterion, prepared), loss, scheduler, order, loader
@@ -127,13 +162,12 @@ def train(
         return finished
     session = build(config)
     try:
-        store.open_run(folder, config, fresh=fresh)
-        with alone_in(folder):
-            store.remove_unfinished(folder)
+        with session.first_alone(folder, fresh):
             history = _resume(session, folder)
-            diverged = _epochs(session, folder, history, tensorboard, on_epoch)
+            diverged = _epochs(session, folder, history, tensorboard and session.writes, on_epoch)
             result = store.as_json(_result(session, history, diverged, test))
-            store.write_json(folder / store.RESULT, result)
+            if session.writes:
+                store.write_json(folder / store.RESULT, result)
     finally:
         session.close()
     return result
@@ -160,19 +194,24 @@ def _epochs(
             except NonFiniteError as error:
                 return str(error)
             history.append(record)
-            checkpoint.save(
-                folder,
-                epoch=epoch + 1,
-                model=session.model,
-                criterion=session.learner.criterion,
-                optimizer=session.learner.optimizer,
-                scheduler=session.scheduler,
-                history=history,
-            )
-            store.write_lines(folder / store.METRICS, history)
-            scalars.add(record)
-            on_epoch(record)
+            if session.writes:
+                _keep(session, folder, history)
+                scalars.add(record)
+                on_epoch(record)
     return None
+
+
+def _keep(session: Session, folder: Path, history: list[Record]) -> None:
+    checkpoint.save(
+        folder,
+        epoch=len(history),
+        model=session.model,
+        criterion=session.learner.criterion,
+        optimizer=session.learner.optimizer,
+        scheduler=session.scheduler,
+        history=history,
+    )
+    store.write_lines(folder / store.METRICS, history)
 
 
 def run_epoch(session: Session, epoch: int) -> Record:
@@ -190,7 +229,8 @@ def run_epoch(session: Session, epoch: int) -> Record:
         total += losses.total
         penalty += losses.penalty
     steps = len(session.order)
-    loss = float(total) / steps
+    loss, penalty = (_mean(session, value) for value in (float(total), penalty))
+    loss /= steps
     seconds = time.perf_counter() - start
     if not math.isfinite(loss):
         raise NonFiniteError(f"The training loss of epoch {epoch + 1} is {loss}; lower lr or strength.")
@@ -205,18 +245,29 @@ def run_epoch(session: Session, epoch: int) -> Record:
     }
 
 
+def _mean(session: Session, value: float) -> float:
+    """The mean over all processes."""
+    accelerator = session.learner.accelerator
+    if accelerator.num_processes == 1:
+        return value
+    here = torch.tensor(value, dtype=torch.float32, device=accelerator.device)
+    return float(accelerator.reduce(here, "mean"))
+
+
 def _monitor(session: Session) -> Record:
-    """Accuracy, loss and kappa after an epoch, on the first samples of the training and validation splits."""
-    device = session.learner.accelerator.device
+    """Metric, loss and kappa after an epoch, on the first samples of the training and validation splits.
+
+    Every process takes them, on all of these samples; they agree, as the weights do.
+    """
     task, splits = task_named(session.config.task), session.splits
-    train = splits.train.take(slice(MONITORED))
-    fitted = evaluate(session.model, session.loss, train, device)
-    held_out = evaluate(session.model, session.loss, splits.validation.take(slice(MONITORED)), device)
-    flat = flatness(session.model, session.loss, train, device, task.layer)
+    train, name = splits.train.take(slice(MONITORED)), task.metric.name
+    fitted = _evaluate(session, train)
+    held_out = _evaluate(session, splits.validation.take(slice(MONITORED)))
+    flat = flatness(session.model, session.loss, session.batches(train), task.layer)
     return {
-        "train_accuracy": fitted["accuracy"],
+        f"train_{name}": fitted[name],
         "train_loss": fitted["loss"],
-        "validation_accuracy": held_out["accuracy"],
+        f"validation_{name}": held_out[name],
         "validation_loss": held_out["loss"],
         "kappa": flat.value,
         "confidence": flat.confidence,
@@ -242,11 +293,18 @@ def _result(session: Session, history: list[Record], diverged: str | None, test:
     }
     if diverged:
         return result
-    device, splits = session.learner.accelerator.device, session.splits
-    layer = task_named(session.config.task).layer
-    result["train"] = evaluate(session.model, session.loss, splits.train, device)
-    result["validation"] = evaluate(session.model, session.loss, splits.validation, device)
-    result["flatness"] = flatness(session.model, session.loss, splits.train, device, layer).__dict__
+    splits, layer = session.splits, task_named(session.config.task).layer
+    result["train"] = _evaluate(session, splits.train)
+    result["validation"] = _evaluate(session, splits.validation)
+    batches = session.batches(splits.train)
+    result["flatness"] = flatness(session.model, session.loss, batches, layer).__dict__
     if test:
-        result["test"] = evaluate(session.model, session.loss, splits.test(), device)
+        result["test"] = _evaluate(session, splits.test())
+        if splits.shifts:
+            result["shifts"] = {name: _evaluate(session, other()) for name, other in splits.shifts.items()}
     return result
+
+
+def _evaluate(session: Session, samples: Arrays) -> Record:
+    metric = task_named(session.config.task).metric
+    return evaluate(metric, session.model, session.loss, session.batches(samples))
