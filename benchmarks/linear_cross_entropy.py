@@ -40,7 +40,7 @@ class Options:
         chunk_classes: as there.
         dtype: of features and weight.
         threads: threads of torch; 0 for its own choice.
-        contestants: which to run beside the plain one.
+        contestants: which to run beside the plain one: a value of gradient, with ", K probes" or without, or "value".
         json: where to write the results.
         only: run this contestant here and print what it took (used by the benchmark itself).
     """
@@ -53,7 +53,7 @@ class Options:
     chunk_classes: int = 4096
     dtype: str = "float32"
     threads: int = 0
-    contestants: tuple[str, ...] = ("frozen", "full", "value")
+    contestants: tuple[str, ...] = ("frozen", "full, 64 probes", "full, 128 probes", "full", "value")
     json: Path = RESULTS / "linear_cross_entropy.json"
     only: str = ""
 
@@ -124,23 +124,28 @@ def run(options: Options, name: str) -> tuple[float, float, float]:
 
 
 def contestant(options: Options, name: str) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """A step by name: the plain one, a gradient mode, or the value alone."""
+    """A step by name."""
+    gradient, _, probes = name.partition(", ")
+    value = gradient == "value"
+    k = int(probes.removesuffix(" probes")) if probes else None
 
     def plain(x: Tensor, w: Tensor, y: Tensor) -> None:
         F.cross_entropy(x @ w.T, y).backward()
 
     def chunked(x: Tensor, w: Tensor, y: Tensor) -> None:
-        with torch.set_grad_enabled(name != "value"):
+        with torch.set_grad_enabled(not value):
             loss = linear_cross_entropy_fam(
                 x,
                 w,
                 y,
                 strength=0.1,
-                gradient="frozen" if name == "frozen" else "full",
+                gradient="full" if value else gradient,
+                probes=None if k is None else min(k, x.shape[1]),
+                step=0,
                 chunk_tokens=options.chunk_tokens or None,
                 chunk_classes=options.chunk_classes,
             )
-        if name != "value":
+        if not value:
             loss.total.backward()
 
     return plain if name == PLAIN else chunked

@@ -15,48 +15,51 @@ size of what is missing to certainty, so nothing cancels when a token is certain
 **Gradient.** Write ``D = pi - t``, ``beta_p = strength a_p ||phi_p||^2``, and for the third derivatives
 ``K_pc = pi_pc (||w_c - mu_p||^2 - v_p)``, which is ``d v_p / d z_pc``. Then
 
-    dL/dphi                = a (D W) = a (mu - t W)
-    dL/dW                  = D' (a phi)
-    strength dkappa/dphi   = 2 strength a v phi  +  beta (K W)
-    strength dkappa/dw_c   = 2 sum_p beta_p pi_pc (w_c - mu_p)  +  (K' (beta phi))_c
-    d/db                   = D' a + K' beta
+    d/dz     = a D + beta K
+    d/dphi   = 2 strength a v phi + (d/dz) W
+    d/dw_c   = ((d/dz)' phi)_c + 2 sum_p beta_p pi_pc (w_c - mu_p)
+    d/db     = sum_p d/dz_p
 
 The terms with K are the part of Lemma 1 that goes through the third derivatives: ``gradient="full"``. Without them
 the curvature is constant (``"frozen"``), and without ``2 strength a v phi`` too, only W sees kappa (``"weights"``).
 
+**Sketch.** With ``probes=k``, kappa sees ``V = (W - mean row) G``, (d, k), in the place of W. ``G = sqrt(m / k) Q``
+has orthogonal columns in random directions, so that ``E[G G'] = I``, and ``v(V)`` is an unbiased estimate of
+``v(W)``. The gradient is the exact one of the estimate, and so an unbiased one of ``v(W)``. With C the covariance of
+the rows of W under pi, averaged over tokens with weights ``a ||phi||^2``, and ``r = (Tr C)^2 / ||C||_F^2`` the number
+of directions in which it is spread (1 to m), kappa has the relative standard error
+
+    sqrt(2 (m - k) (m / r - 1) / (k (m - 1) (m + 2)))  =  about sqrt(2 / (k r)),  at most sqrt(2 / k)
+
 **Cost**, in products of n d m multiplications, of which plain logits and cross-entropy take three:
 
-    logits; mu                                              2   all there is to do under torch.no_grad()
-    D' (a phi - 2 beta mu), one product for both losses     1   frozen and weights end here: 3, as plain
-    W mu for K; K W; K' (beta phi)                          3   full: 6, twice plain
+                                    value                gradient                                        together
+    "frozen", "weights"             logits, pi W         D' (a phi - 2 beta mu); D W costs no more       3
+    "full"                          logits, pi W         mu W', (d/dz) W, (d/dz)' phi, pi' (beta mu)     6
+    any, k probes                   logits, pi V: k/m    nu V': k/m, (d/dz) W, (d/dz)' phi, pi' nu: k/m  3 + 3 k/m
 
-``D W`` costs nothing, as mu is there already. The three of ``"full"`` cannot be folded into the others: K W is the
-covariance of the rows of W under pi, applied to a vector, for which both products need the finished mu, and K' and D'
-are two different matrices applied to two different ones. Gradients are made in the forward pass, while a chunk of
+The three of ``"full"`` cannot be folded into the others: K W is the covariance of the rows of W under pi, applied to
+a vector, for which both products need the finished mu. Gradients are made in the forward pass, while a chunk of
 probabilities is at hand, which saves computing the logits twice; backward multiplies them by the incoming scalar.
 ``reduction="none"`` has no such scalar and goes through everything again in backward: 2 products more.
 
-**Memory** beyond inputs and gradients: one buffer of ``chunk_tokens`` x d and a few of ``chunk_tokens`` x
-``chunk_classes``, in float32 (float64 for such inputs). Half-precision inputs are widened a chunk at a time.
+**Memory** beyond inputs and gradients: one buffer of ``chunk_tokens`` x d, one or two of ``chunk_tokens`` x
+``chunk_classes``, and for a sketch two of d x k; in float32 (float64 for such inputs). Half-precision inputs are
+widened a chunk at a time.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from relflat.errors import ConfigError, DataError, LayerError
+from relflat.errors import ConfigError, DataError, GraphError, LayerError
 from relflat.probes import Gradient
+from relflat.rng import Rng
+from relflat.vocabulary_sweep import Reduction, Sweep, SweepOptions
 
-Reduction = Literal["mean", "sum", "none"]
-
-_BUFFER = (
-    2**26
-)  # entries of the buffer of probabilities unless chunk_tokens says otherwise: 256 MiB in float32
+_BUFFER = 2**26  # probabilities at a time, unless chunk_tokens says otherwise: 256 MiB in float32
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -84,6 +87,9 @@ def linear_cross_entropy_fam(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     gradient: Gradient = "full",
+    probes: int | None = None,
+    seed: int = 0,
+    step: int | None = None,
     chunk_tokens: int | None = None,
     chunk_classes: int = 4096,
 ) -> LinearCrossEntropy:
@@ -102,6 +108,11 @@ def linear_cross_entropy_fam(
         reduction: ``"mean"`` over tokens not ignored, ``"sum"``, or ``"none"``: one value a token, 0 where ignored.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
         gradient: ``"full"``, ``"frozen"`` or ``"weights"``, as in :class:`relflat.FAM`.
+        probes: kappa seen along so many random directions of the features, at most m: unbiased, with the exact
+            gradient of the estimate, and the full gradient for little more than cross-entropy alone. None: exact.
+        seed: of the directions.
+        step: number of this step, which the directions depend on (and on the rank of the process), so that each
+            step sees others and a resumed run the same; needed with ``probes``.
         chunk_tokens: tokens at a time; by default as many as make a buffer of 2^26 probabilities.
         chunk_classes: classes at a time.
 
@@ -113,6 +124,7 @@ def linear_cross_entropy_fam(
         ConfigError: an option has no such value.
         LayerError: the shapes of features, weight and bias do not fit.
         DataError: the targets are no class indices of the right shape and range.
+        GraphError: in backward, if the gradient is differentiated again.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -123,9 +135,12 @@ def linear_cross_entropy_fam(
         True
 
     Cost: ``gradient="full"`` twice the multiplications of logits and cross-entropy, forward and backward, with exact
-    gradients; ``"frozen"`` and ``"weights"`` as many as those. See the module for the count and the formulas.
+    gradients; ``"frozen"`` and ``"weights"`` as many as those; any with k probes 1 + k/m times as many. The relative
+    standard error of an estimate is at most ``sqrt(2 / k)``, and ``sqrt(2 / (k r))`` where the weights are spread
+    over r directions. See the module for the count and the formulas.
     """
     _check(features, weight, bias, targets, reduction, label_smoothing, gradient, chunk_tokens, chunk_classes)
+    _check_probes(probes, step, weight)
     d, m = weight.shape
     phi, y = features.reshape(-1, m), targets.reshape(-1)
     counted = y != ignore_index
@@ -139,8 +154,9 @@ def linear_cross_entropy_fam(
         )
     size = chunk_tokens or max(1, _BUFFER // d)
     differentiate = torch.is_grad_enabled()
-    options = _Options(strength, label_smoothing, gradient, size, chunk_classes, reduction, differentiate)
-    total, task, kappa = _apply(phi, weight, bias, y, options)
+    options = SweepOptions(strength, label_smoothing, gradient, size, chunk_classes, reduction, differentiate)
+    g = None if probes is None or step is None else _directions(probes, weight, Rng(seed, step))
+    total, task, kappa = _apply(phi, weight, bias, y, g, options)
     if reduction != "none":
         return LinearCrossEntropy(total, task, kappa)
     everywhere = [x.new_zeros(len(counted)).masked_scatter(counted, x) for x in (total, task, kappa)]
@@ -184,15 +200,26 @@ def _check(
         )
 
 
-@dataclass(frozen=True)
-class _Options:
-    strength: float
-    smoothing: float
-    gradient: Gradient
-    chunk_tokens: int
-    chunk_classes: int
-    reduction: Reduction
-    differentiate: bool
+def _check_probes(probes: int | None, step: int | None, weight: Tensor) -> None:
+    if probes is None:
+        return
+    if not 1 <= probes <= weight.shape[1]:
+        raise ConfigError(
+            f"probes={probes}: from 1 to {weight.shape[1]}, the number of features, or None for the exact value"
+        )
+    if step is None:
+        raise ConfigError(
+            f"probes={probes} without step: pass step=, the number of the training step; with the same directions "
+            "in all steps only these would become flat"
+        )
+
+
+def _directions(k: int, weight: Float[Tensor, "d m"], rng: Rng) -> Float[Tensor, "m k"]:
+    """``G = sqrt(m / k) Q``, Q the first k columns of a random rotation."""
+    m, wide = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        q = torch.linalg.qr(rng.normal(weight.new_empty(m, k, dtype=wide)))[0]
+    return q * (m / k) ** 0.5
 
 
 def _apply(*args: Any) -> Any:
@@ -206,21 +233,26 @@ def _eagerly(*args: Any) -> Any:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Runs the sweep below and hands its gradients to autograd."""
+    """Runs the sweep and hands its gradients to autograd."""
 
     @staticmethod
     def forward(
-        ctx: Any, phi: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, options: _Options
+        ctx: Any,
+        phi: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        directions: Tensor | None,
+        options: SweepOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Value, and unless ``reduction="none"`` the gradients too."""
         ctx.options, wanted = options, ctx.needs_input_grad[:3]
-        ctx.types = [None if x is None else x.dtype for x in (phi, weight, bias)]
         each = options.reduction == "none"
         later = each or not options.differentiate
         size = 1 / max(len(y), 1) if options.reduction == "mean" else 1.0
-        sweep = _Sweep(phi, weight, bias, y, options, (False,) * 3 if later else wanted)
+        sweep = Sweep(phi, weight, bias, y, directions, options, (False,) * 3 if later else wanted)
         sweep.run(torch.full_like(sweep.task, size))
-        ctx.save_for_backward(*((phi, weight, bias, y) if each else sweep.gradients))
+        ctx.save_for_backward(phi, weight, bias, *((y, directions) if each else sweep.gradients))
         task, kappa = sweep.task, sweep.kappa
         if not each:
             reduce = torch.mean if options.reduction == "mean" else torch.sum
@@ -229,177 +261,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return task + options.strength * kappa, task, kappa
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients times the incoming one, in the types of the inputs."""
-        if ctx.options.reduction == "none":
-            phi, weight, bias, y = ctx.saved_tensors
-            sweep = _Sweep(phi, weight, bias, y, ctx.options, ctx.needs_input_grad[:3])
-            sweep.run(grad)
-            grads = sweep.gradients
-        else:
-            grads = [None if g is None else g * grad for g in ctx.saved_tensors]
-        return (*(None if g is None else g.to(t) for g, t in zip(grads, ctx.types, strict=True)), None, None)
+        inputs, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        with torch.no_grad():
+            if ctx.options.reduction == "none":
+                phi, weight, bias = inputs
+                y, directions = saved
+                wanted = ctx.needs_input_grad[:3]
+                sweep = Sweep(phi, weight, bias, y, directions, ctx.options, wanted)
+                sweep.run(grad)
+                grads = sweep.gradients
+            else:
+                grads = [None if g is None else g * grad for g in saved]
+            grads = [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = [None if g is None else _Once.apply(g, grad, *inputs) for g in grads]  # type: ignore[no-untyped-call]
+        return (*grads, None, None, None)
 
 
-class _Sweep:
-    """One pass over tokens and classes; names are those of the module's docstring.
+class _Once(torch.autograd.Function):
+    """Passes a gradient on as one that depends on all inputs, in a way that is not known."""
 
-    Attributes:
-        task: cross-entropy of each token, not weighted.
-        kappa: ``||phi||^2 v`` of each token, not weighted.
-        gradients: of the weighted total in features, weight and bias; None where not wanted.
-    """
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        """The gradient."""
+        return gradient.view_as(gradient)
 
-    def __init__(
-        self,
-        phi: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        y: Tensor,
-        options: _Options,
-        wanted: tuple[bool, ...],
-    ) -> None:
-        self.phi, self.weight, self.bias, self.y, self.options = phi, weight, bias, y, options
-        wide = torch.promote_types(torch.promote_types(phi.dtype, weight.dtype), torch.float32)
-        self.task, self.kappa = (torch.empty(len(y), dtype=wide, device=phi.device) for _ in range(2))
-        blanks = [None if x is None else torch.zeros_like(x, dtype=wide) for x in (phi, weight, bias)]
-        self.gradients = [x if wants else None for x, wants in zip(blanks, wanted, strict=True)]
-        self.wide = wide
-
-    def run(self, mass: Float[Tensor, " n"]) -> None:
-        """Fill the attributes, with ``mass`` as the weights a."""
-        with torch.autocast(self.phi.device.type, enabled=False), torch.no_grad():
-            self.centre = self.weight.mean(0, dtype=self.wide)
-            centred = ((self._rows(c) - self.centre).square_().sum(1) for c in self._classes())
-            self.norms = torch.cat(list(centred))
-            self.scales = torch.zeros_like(self.norms)  # D' beta, and below what smoothing adds to all rows
-            self.pull = torch.zeros_like(self.centre)
-            n, size = len(self.y), min(self.options.chunk_tokens, len(self.y))
-            buffer = self.norms.new_empty(size, len(self.norms))
-            for tokens in _slices(n, size or 1):
-                self._tokens(tokens, mass[tokens], buffer[: tokens.stop - tokens.start])
-            if self.gradients[1] is not None and self.options.strength:
-                for c in self._classes():
-                    self.gradients[1][c] += (
-                        2 * self.scales[c, None] * (self._rows(c) - self.centre) - self.pull
-                    )
-
-    def _tokens(self, at: slice, a: Float[Tensor, " p"], z: Float[Tensor, "p d"]) -> None:
-        x = self._softmax(at, z)
-        if any(g is not None for g in self.gradients):
-            self._gradients(at, x, a[:, None])
-
-    def _softmax(self, at: slice, z: Float[Tensor, "p d"]) -> "_Softmax":
-        """Losses and kappas of some tokens; their probabilities, not divided by the largest, end up in z."""
-        o, phi = self.options, self.phi[at].to(self.wide)
-        for c in self._classes():
-            torch.mm(phi, self._rows(c).mT, out=z[:, c])
-        if self.bias is not None:
-            z += self.bias.to(self.wide)
-        top, k = (x[:, None] for x in z.max(1))
-        expected = z.gather(1, self.y[at, None])  # logit under the target
-        if o.smoothing:
-            expected = (1 - o.smoothing) * expected + o.smoothing * z.mean(1, keepdim=True)
-        z.scatter_(1, k, -torch.inf)  # class k apart: what it adds to the sums is known without rounding
-        others, second, delta = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(phi)
-        for c in self._classes():
-            e = z[:, c].sub_(top).exp_()
-            others += e.sum(1, keepdim=True)
-            second += e @ self.norms[c, None]
-            delta.addmm_(e, self._rows(c))
-        z.scatter_(1, k, 1.0)
-        largest, w_k = 1 / (1 + others), self.weight[k[:, 0]].to(self.wide)
-        delta = largest * (delta - others * w_k)
-        around = delta * (2 * (w_k - self.centre) + delta)
-        v = largest * (second - others * self.norms[k]) - around.sum(1, keepdim=True)
-        self.task[at] = (top - expected + others.log1p())[:, 0]
-        self.kappa[at] = phi.square().sum(1) * v[:, 0]
-        return _Softmax(z, largest, k, w_k, delta, v)
-
-    def _gradients(self, at: slice, x: "_Softmax", a: Float[Tensor, "p 1"]) -> None:
-        """Add what some tokens, of weights ``a``, give to the gradients."""
-        o, y, phi = self.options, self.y[at], self.phi[at].to(self.wide)
-        d_phi, d_weight, d_bias = self.gradients
-        beta = o.strength * a * phi.square().sum(1, keepdim=True)
-        w_y = self.weight[y].to(self.wide)
-        mu, past = x.w_k - self.centre + x.delta, x.w_k - w_y + x.delta  # mu - centre, mu - w_y
-        if d_phi is not None:
-            d_phi[at] = a * (past + o.smoothing * (w_y - self.centre))  # D W
-            if o.gradient != "weights":
-                d_phi[at] += 2 * o.strength * a * x.v * phi
-        even, both = o.smoothing / len(self.norms), a * phi - 2 * beta * mu
-        for c in self._classes():
-            pi = x.scaled[:, c].mul_(x.largest)
-            if o.gradient == "full" and o.strength:
-                third = beta * self._third(x, mu, pi, c)
-                if d_phi is not None:
-                    d_phi[at].addmm_(third, self._rows(c))
-                if d_weight is not None:
-                    d_weight[c].addmm_(third.mT, phi)
-                if d_bias is not None:
-                    d_bias[c] += third.sum(0)
-            difference = _add(pi, y[:, None], c, o.smoothing - 1).sub_(even)
-            if d_weight is not None:
-                d_weight[c].addmm_(difference.mT, both)
-                self.scales[c] += (difference.mT @ beta)[:, 0]
-            if d_bias is not None:
-                d_bias[c] += (difference.mT @ a)[:, 0]
-        if d_weight is not None and o.strength:  # pi = D + t: what t has of 2 beta pi (w - mu)
-            d_weight.index_add_(0, y, (2 * o.smoothing - 2) * beta * past)
-            self.scales += even * beta.sum()
-            self.pull += 2 * even * (beta * mu).sum(0)
-
-    def _third(
-        self, x: "_Softmax", mu: Float[Tensor, "p m"], pi: Float[Tensor, "p c"], c: slice
-    ) -> Float[Tensor, "p c"]:
-        """``K = pi (||w - mu||^2 - v)`` of a chunk of classes."""
-        offset = 2 * (mu @ self.centre[:, None]) + mu.square().sum(1, keepdim=True) - x.v
-        distance = torch.addmm(self.norms[c], mu, self._rows(c).mT, alpha=-2).add_(offset)
-        _set(distance, x.k, c, x.delta.square().sum(1, keepdim=True) - x.v)  # the same, without cancellation
-        return distance.mul_(pi)
-
-    def _rows(self, c: slice) -> Float[Tensor, "c m"]:
-        return self.weight[c].to(self.wide)
-
-    def _classes(self) -> Iterator[slice]:
-        return _slices(len(self.weight), self.options.chunk_classes)
-
-
-class _Softmax(NamedTuple):
-    """Softmax of a chunk of tokens.
-
-    Attributes:
-        scaled: probabilities divided by the largest; overwritten as they are used.
-        largest: the largest probability.
-        k: its class.
-        w_k: the weight of that class.
-        delta: ``mu - w_k``.
-        v: as in the module's docstring.
-    """
-
-    scaled: Float[Tensor, "p d"]
-    largest: Float[Tensor, "p 1"]
-    k: Int[Tensor, "p 1"]
-    w_k: Float[Tensor, "p m"]
-    delta: Float[Tensor, "p m"]
-    v: Float[Tensor, "p 1"]
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
-
-
-def _within(chunk: Float[Tensor, "p c"], column: Int[Tensor, "p 1"], at: slice) -> tuple[Tensor, Tensor]:
-    """Whether a row's column lies in this chunk of columns, and where; anywhere in it if not."""
-    return (column >= at.start) & (column < at.stop), (column - at.start).clamp(0, chunk.shape[1] - 1)
-
-
-def _set(chunk: Float[Tensor, "p c"], column: Int[Tensor, "p 1"], at: slice, value: Tensor) -> None:
-    inside, i = _within(chunk, column, at)
-    chunk.scatter_(1, i, torch.where(inside, value, chunk.gather(1, i)))
-
-
-def _add(chunk: Float[Tensor, "p c"], column: Int[Tensor, "p 1"], at: slice, value: float) -> Tensor:
-    inside, i = _within(chunk, column, at)
-    return chunk.scatter_add_(1, i, value * inside.to(chunk.dtype))
+    @staticmethod
+    def backward(ctx: Any, *unused: Tensor) -> NoReturn:
+        """Say so."""
+        raise GraphError(
+            "linear_cross_entropy_fam can be differentiated once, and its gradient was differentiated again; where "
+            "second derivatives are needed (kappa of a hidden layer, a gradient penalty) write the logits out: "
+            "FAM(nn.CrossEntropyLoss(), model, [layers])(logits, targets)"
+        )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from relflat import FAM, ConfigError, DataError, LayerError, linear_cross_entropy_fam, reference
+from relflat import FAM, ConfigError, DataError, GraphError, LayerError, linear_cross_entropy_fam, reference
 
 MODES = ("full", "frozen", "weights")
 
@@ -238,13 +238,34 @@ def test_training_lowers_both():
     assert seen[-1].kappa < seen[0].kappa
 
 
-def test_backward_may_be_repeated_and_has_no_derivative():
+def test_backward_may_be_repeated():
     phi, weight, b, y = problem()
     total = linear_cross_entropy_fam(phi, weight, y, strength=0.3, bias=b).total
     (one,) = torch.autograd.grad(total, [weight], retain_graph=True)
     (two,) = torch.autograd.grad(2 * total, [weight], create_graph=True)
     assert_same([two], [2 * one], 1e-12)
-    assert not two.requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("again", range(3))
+def test_second_derivatives_are_refused(reduction, again):
+    """In any input, also where nothing that comes in depends on it."""
+    phi, weight, b, y = problem()
+    total = linear_cross_entropy_fam(phi, weight, y, strength=0.3, bias=b, reduction=reduction).total.sum()
+    (first,) = torch.autograd.grad(total, [weight], create_graph=True)
+    with pytest.raises(GraphError, match="differentiated once"):
+        torch.autograd.grad(first.square().sum(), [(phi, weight, b)[again]])
+    with pytest.raises(GraphError, match="differentiated once"):
+        (total + first.sum()).backward()
+
+
+def test_kappa_of_a_hidden_layer_is_refused_not_wrong():
+    """Beside a chunked output layer: the probes of FAM differentiate twice."""
+    model, (_, weight, b, y) = nn.Sequential(nn.Linear(5, 5), nn.Tanh()).double(), problem()
+    fam = FAM(None, model, "0", strength=0.1, curvature="hessian")
+    loss = linear_cross_entropy_fam(model(torch.randn(17, 5).double()), weight, y, strength=0.0, bias=b).total
+    with pytest.raises(GraphError, match="write the logits out"):
+        (loss + fam.penalty(loss)).backward()
 
 
 def test_inside_a_compiled_step():
@@ -269,6 +290,9 @@ def test_inside_a_compiled_step():
         ({"label_smoothing": 1.5}, ConfigError, "label_smoothing"),
         ({"chunk_tokens": 0}, ConfigError, "chunk_tokens"),
         ({"chunk_classes": 0}, ConfigError, "chunk_classes"),
+        ({"probes": 6, "step": 0}, ConfigError, "from 1 to 5"),
+        ({"probes": 0, "step": 0}, ConfigError, "probes=0"),
+        ({"probes": 2}, ConfigError, "step="),
         ({"bias": torch.zeros(4)}, LayerError, "bias"),
         ({"features": torch.zeros(17, 6)}, LayerError, "do not fit"),
         ({"weight": torch.zeros(23, 5, 1)}, LayerError, "do not fit"),
