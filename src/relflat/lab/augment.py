@@ -18,18 +18,25 @@ def draws_for(samples: int, seed: int, epoch: int) -> Float[Tensor, "n draws"]:
     return torch.rand(samples, DRAWS, generator=generator)
 
 
-def crop_flip(
+def shift(
     pictures: Float[Tensor, "n c h w"], draws: Float[Tensor, "n draws"], pad: int = 4
 ) -> Float[Tensor, "n c h w"]:
-    """Shift by up to ``pad`` pixels each way, zeros coming in, and mirror every other picture; draws 0 to 2."""
+    """Shift by up to ``pad`` pixels each way, zeros coming in; draws 0 and 1."""
     height, width = pictures.shape[-2:]
     padded = functional.pad(pictures, (pad, pad, pad, pad))
     down, right = (draws[:, :2] * (2 * pad + 1)).long().unbind(1)
     rows = down[:, None] + torch.arange(height)
     columns = right[:, None] + torch.arange(width)
-    columns = torch.where(draws[:, 2:3] < 0.5, columns, columns.flip(1))
     sample = torch.arange(len(pictures))[:, None, None]
     return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def crop_flip(
+    pictures: Float[Tensor, "n c h w"], draws: Float[Tensor, "n draws"], pad: int = 4
+) -> Float[Tensor, "n c h w"]:
+    """Shift, and mirror every other picture; draws 0 to 2."""
+    mirrored = draws[:, 2] >= 0.5
+    return shift(torch.where(mirrored[:, None, None, None], pictures.flip(3), pictures), draws, pad)
 
 
 def cutout(

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from torch import nn, optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
 
-from relflat.lab import own
-from relflat.lab.augment import Augment, crop_flip, cutout
+from relflat.lab import mnist1d, own, text
+from relflat.lab.augment import Augment, crop_flip, cutout, shift
 from relflat.lab.evaluate import ACCURACY, Metric
 from relflat.lab.models import mlp, resnet18, resnet20, small_cnn, wide_resnet
 from relflat.lab.names import look_up
@@ -132,15 +132,16 @@ class Task:
 
 DIGITS = Task(
     name="digits",
-    summary="8x8 digits, MLP 64-128-128-10; 897 train, 400 validation, 500 test",
+    summary="8x8 digits shifted by up to a pixel, MLP 64-128-128-10; 897 train, 400 validation, 500 test",
     splits=partial(classification, "digits", validation=400, test=500),
     model=partial(mlp, 64),
     loss=nn.CrossEntropyLoss,
     layer="output",
     optimizer=SGD(lr=0.05, weight_decay=5e-4),
     schedule=cosine,
-    epochs=40,
+    epochs=80,
     batch_size=32,
+    augment=partial(shift, pad=1),
 )
 
 FASHION_MNIST = Task(
