@@ -12,7 +12,8 @@ from torch import nn, optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
 
 from relflat.lab import mnist1d, own, text
-from relflat.lab.augment import Augment, crop_flip, cutout, shift
+from relflat.lab.augment import Augment, crop_flip, crop_flip_cutout, cutout, shift
+from relflat.lab.efficientnet import efficientnet_lite0
 from relflat.lab.evaluate import ACCURACY, Metric
 from relflat.lab.models import mlp, resnet18, resnet20, small_cnn, wide_resnet
 from relflat.lab.names import look_up
@@ -165,6 +166,76 @@ CIFAR10 = replace(
     model=partial(small_cnn, in_channels=3),
 )
 
+CIFAR10_FINETUNE = replace(
+    CIFAR10,
+    name="cifar10-finetune",
+    summary="32x32 pictures enlarged to 64x64, pretrained EfficientNet-Lite0",
+    splits=partial(classification, "cifar10", validation=5000, test=None, standardise=False),
+    model=efficientnet_lite0,
+    optimizer=AdamW(lr=1e-3),
+    schedule=linear,
+    epochs=2,
+    augment=crop_flip,
+    evaluation_size=500,
+)
+
+CIFAR100 = replace(
+    CIFAR10,
+    name="cifar100",
+    summary="32x32 pictures of 100 classes, shifted and mirrored, ResNet-20; from the Hugging Face hub",
+    splits=partial(classification, "cifar100", validation=5000, test=None),
+    model=partial(resnet20, num_classes=100),
+    optimizer=SGD(lr=0.1, weight_decay=5e-4),
+    epochs=30,
+    batch_size=128,
+    augment=crop_flip,
+)
+
+SVHN = replace(
+    CIFAR10,
+    name="svhn",
+    summary="32x32 house numbers, shifted, ResNet-20; 68,257 train, 5,000 validation, the official 26,032 test; "
+    "from the Hugging Face hub",
+    splits=partial(classification, "svhn", validation=5000, test=None),
+    model=resnet20,
+    optimizer=SGD(lr=0.1, weight_decay=5e-4),
+    epochs=15,
+    batch_size=128,
+    augment=shift,
+)
+
+REVIEWS = Task(
+    name="reviews",
+    summary="sentences of film reviews, good or bad, pretrained MiniLM; 7,070 train, 1,000 validation, 2,000 test; "
+    "Amazon, news and tweets as further test sets",
+    splits=partial(classification, text.read_reviews, validation=1000, test=2000, standardise=False),
+    model=text.minilm,
+    loss=nn.CrossEntropyLoss,
+    layer="output",
+    optimizer=AdamW(lr=5e-5),
+    schedule=linear,
+    epochs=2,
+    batch_size=32,
+    evaluation_size=200,
+)
+
+
+def glue(name: str, validation: int) -> SplitFunction:
+    """Splits of a GLUE task; the official validation set is the test set."""
+    return partial(
+        classification, partial(text.read_glue, name), validation=validation, test=None, standardise=False
+    )
+
+
+RTE = replace(
+    REVIEWS,
+    name="rte",
+    summary="does a sentence follow from another, pretrained MiniLM; 2,240 train, 250 validation, GLUE's 277 test; "
+    "from the Hugging Face hub",
+    splits=glue("rte", 250),
+    epochs=20,
+)
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -216,6 +287,57 @@ TASKS: dict[str, Task] = {
             epochs=200,
             batch_size=128,
             augment=crop_flip,
+        ),
+        CIFAR10_FINETUNE,
+        CIFAR100,
+        replace(
+            CIFAR10_FINETUNE,
+            name="cifar100-finetune",
+            summary="32x32 pictures of 100 classes enlarged to 64x64, pretrained EfficientNet-Lite0; from the hub",
+            splits=partial(classification, "cifar100", validation=5000, test=None, standardise=False),
+            model=partial(efficientnet_lite0, num_classes=100),
+            epochs=5,
+        ),
+        SVHN,
+        replace(
+            SVHN,
+            name="svhn-wrn",
+            summary="32x32 house numbers, WRN-28-10 + Linear-64, the FAM paper's schedule; from the hub, for a GPU",
+            model=wide_resnet,
+            optimizer=SGD(lr=0.1, weight_decay=5e-4, nesterov=True),
+            schedule=staircase,
+            epochs=100,
+            augment=crop_flip_cutout,
+        ),
+        Task(
+            name="mnist1d",
+            summary="synthetic signals of length 40, three convolutions; 3,500 train, 500 validation, 1,000 test",
+            splits=partial(classification, mnist1d.read, validation=500, test=None),
+            model=mnist1d.signal_cnn,
+            loss=nn.CrossEntropyLoss,
+            layer="output",
+            optimizer=AdamW(lr=3e-3),
+            schedule=cosine,
+            epochs=40,
+            batch_size=64,
+        ),
+        REVIEWS,
+        RTE,
+        replace(
+            RTE,
+            name="mrpc",
+            summary="do two sentences say the same, pretrained MiniLM; 3,268 train, 400 validation, GLUE's 408 test; "
+            "from the hub",
+            splits=glue("mrpc", 400),
+            epochs=5,
+        ),
+        replace(
+            RTE,
+            name="sst2",
+            summary="phrases of film reviews, pretrained MiniLM; 64,349 train, 3,000 validation, GLUE's 872 test; "
+            "from the hub",
+            splits=glue("sst2", 3000),
+            epochs=2,
         ),
     )
 }
