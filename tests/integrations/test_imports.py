@@ -44,7 +44,7 @@ def test_import_takes_less_than_a_fifth_of_a_second_beyond_torch() -> None:
     assert any(float(python(code)) < 0.2 for _ in range(3))
 
 
-@pytest.mark.parametrize("name", ["lightning", "transformers", "accelerate", "skorch"])
+@pytest.mark.parametrize("name", ["lightning", "transformers", "accelerate", "skorch", "keras"])
 def test_a_missing_framework_is_named_with_its_extra(name, monkeypatch) -> None:
     for module in [
         m for m in sys.modules if m == name or m.startswith((f"{name}.", f"relflat.integrations.{name}"))

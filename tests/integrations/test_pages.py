@@ -16,7 +16,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.stem)
 def test_examples_run(page, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if page.stem in ("lightning", "transformers", "accelerate", "skorch"):
+    if page.stem in ("lightning", "transformers", "accelerate", "skorch", "keras"):
+        monkeypatch.setenv("KERAS_BACKEND", "torch")
         pytest.importorskip(page.stem)
     if page.stem == "accelerate":
         from accelerate.state import AcceleratorState
