@@ -38,6 +38,7 @@ def trial(
         "train": None if diverged else split,
         "validation": None if diverged else split,
         "test": None if diverged else split,
+        "kappa_before": 2.5,
         "flatness": None if diverged else {"value": kappa, "confidence": 0.9, "weight_norm": 3.0},
     }
     history = [

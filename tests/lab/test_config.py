@@ -9,7 +9,7 @@ from relflat.lab.methods import METHODS
 
 def test_defaults_come_from_task_and_method():
     config = make({"task": "digits", "method": "sam"})
-    assert (config.epochs, config.batch_size, config.lr, config.seed) == (40, 32, 0.05, 0)
+    assert (config.epochs, config.batch_size, config.lr, config.seed) == (80, 32, 0.05, 0)
     assert config.settings.rho == 0.05
 
 

@@ -85,14 +85,14 @@ def test_markdown_csv_and_latex_hold_the_same_table():
     one = comparison(CLEAR)
     lines = rows(one, COSTS)
     text = export.markdown(one, COSTS, describe(), "Notes.")
-    assert "| SAM | 91.2 ± 0.9 | 7 |" in text
+    assert "| SAM | 91.2 ± 0.9 | +10.3 (+10.1 to +10.5) | 7 |" in text
     assert "SAM is better than plain" in text
     table = list(csv.DictReader(io.StringIO(export.comma_separated(lines, "accuracy"))))
     assert [row["arm"] for row in table] == ["plain", "sam", "fam-radius"]
     assert float(table[1]["accuracy_mean"]) == lines[1].score[0]
     assert table[1]["settings"] == "rho=0.4"
     tex = export.latex(lines, columns(one, "p"))
-    assert r"SAM & 91.2 $\pm$ 0.9 & 7" in tex
+    assert r"SAM & 91.2 $\pm$ 0.9 & +10.3 (+10.1 to +10.5) & 7" in tex
     assert r"accuracy, \%" in tex
     assert tex.count(r"\\") == 4
 

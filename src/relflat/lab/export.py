@@ -36,7 +36,7 @@ def markdown_table(headings: Sequence[str], body: Iterable[Sequence[str]]) -> st
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
-PAIRS = ("score", "loss", "ece", "equal_time", "kappa", "confidence", "weight_norm")
+PAIRS = ("score", "loss", "ece", "equal_time", "kappa", "kappa_before", "confidence", "weight_norm")
 
 
 def comma_separated(lines: Sequence[Row], metric: str) -> str:

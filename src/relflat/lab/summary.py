@@ -33,6 +33,7 @@ class Row:
         equal_time: the metric on validation data at the moment when the first arm's training was over.
         shifts: the metric on further test sets, by name.
         kappa: of the task's layer on the training data, after training.
+        kappa_before: the same before training; nan where an older version did not measure it.
         confidence: mean of the largest probability on the training data; nan where there are none.
         weight_norm: of the task's layer.
         cost: seconds a step.
@@ -49,6 +50,7 @@ class Row:
     equal_time: MeanSd
     shifts: Mapping[str, MeanSd]
     kappa: MeanSd
+    kappa_before: MeanSd
     confidence: MeanSd
     weight_norm: MeanSd
     cost: StepCost
@@ -102,6 +104,7 @@ def row(arm: str, title: str, settings: Values, trials: Sequence[Trial], cost: S
             for name in (done[0].result.get("shifts", {}) if done else {})
         },
         kappa=over_seeds("flatness", "value"),
+        kappa_before=spread([trial.result.get("kappa_before", math.nan) for trial in done]),
         confidence=over_seeds("flatness", "confidence"),
         weight_norm=over_seeds("flatness", "weight_norm"),
         cost=cost,
@@ -109,8 +112,9 @@ def row(arm: str, title: str, settings: Values, trials: Sequence[Trial], cost: S
 
 
 def spread(values: Sequence[float]) -> MeanSd:
-    """Mean and deviation; nan without values."""
-    return mean_sd(values) if values else (math.nan, math.nan)
+    """Mean and deviation; nan without values, or where one of them is not known."""
+    known = values and not any(math.isnan(value) for value in values)
+    return mean_sd(values) if known else (math.nan, math.nan)
 
 
 def at_equal_time(trial: Trial, cost: StepCost, metric: str) -> float:
@@ -293,10 +297,13 @@ def columns(comparison: Comparison, where: str = "") -> list[Column]:
     title = metric_of(comparison).title
     done = [trial.result for trials in comparison.finals.values() for trial in trials if trial.finished]
     shifts = list(done[0].get("shifts", {})) if done else []
+    known = any("kappa_before" in result for result in done)
+    against = {pair.second: pair for pair in score_differences(comparison)}
     probabilities = not done or "ece" in done[0]["test"]
     found = [
         Column("arm", lambda line: line.title, "tp"),
         Column(f"test {title}, %", lambda line: percent(line.score), "tp"),
+        Column("difference, points", lambda line: points(against.get(line.title)), "p"),
         Column(
             "n", lambda line: str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else ""), "tp"
         ),
@@ -305,12 +312,18 @@ def columns(comparison: Comparison, where: str = "") -> list[Column]:
         *([Column("ECE, %", lambda line: percent(line.ece), "p")] if probabilities else []),
         Column("at equal time, %", lambda line: percent(line.equal_time)),
         Column("kappa", lambda line: number(line.kappa), "tp"),
+        *([Column("kappa before", lambda line: number(line.kappa_before))] if known else []),
         *([Column("confidence", lambda line: number(line.confidence), "t")] if probabilities else []),
         Column("||W||", lambda line: number(line.weight_norm), "t"),
         Column("step", lambda line: cost_text(line.cost), "tp"),
         Column("chosen on validation", lambda line: settings_text(line.settings)),
     ]
     return [column for column in found if not where or where in column.where]
+
+
+def points(pair: Difference | None) -> str:
+    """The mean paired difference to the first arm with its interval, in percentage points."""
+    return "" if pair is None else f"{100 * pair.mean:+.1f} ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})"
 
 
 def shifted(name: str, line: Row) -> str:

@@ -163,9 +163,10 @@ def train(
     session = build(config)
     try:
         with session.first_alone(folder, fresh):
+            before = _kappa_before(session)
             history = _resume(session, folder)
             diverged = _epochs(session, folder, history, tensorboard and session.writes, on_epoch)
-            result = store.as_json(_result(session, history, diverged, test))
+            result = store.as_json(_result(session, before, history, diverged, test))
             if session.writes:
                 store.write_json(folder / store.RESULT, result)
     finally:
@@ -276,7 +277,9 @@ def _monitor(session: Session) -> Record:
     }
 
 
-def _result(session: Session, history: list[Record], diverged: str | None, test: bool) -> Record:
+def _result(
+    session: Session, before: float, history: list[Record], diverged: str | None, test: bool
+) -> Record:
     """Everything worth keeping of a run, after its last epoch."""
     seconds = sorted(record["seconds_per_step"] for record in history)
     result: Record = {
@@ -288,6 +291,7 @@ def _result(session: Session, history: list[Record], diverged: str | None, test:
         "train": None,
         "validation": None,
         "test": None,
+        "kappa_before": before,
         "flatness": None,
         "seconds_per_step": seconds[len(seconds) // 2] if seconds else None,
     }
@@ -303,6 +307,12 @@ def _result(session: Session, history: list[Record], diverged: str | None, test:
         if splits.shifts:
             result["shifts"] = {name: _evaluate(session, other()) for name, other in splits.shifts.items()}
     return result
+
+
+def _kappa_before(session: Session) -> float:
+    """Kappa of the untrained network on the first training samples; a resumed run takes it from the same one."""
+    layer, train = task_named(session.config.task).layer, session.splits.train.take(slice(MONITORED))
+    return flatness(session.model, session.loss, session.batches(train), layer).value
 
 
 def _evaluate(session: Session, samples: Arrays) -> Record:
