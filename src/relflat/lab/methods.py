@@ -21,6 +21,7 @@ from relflat.errors import ConfigError
 from relflat.lab.data import Inputs
 from relflat.lab.disturb import Disturbed, dropout, noise
 from relflat.lab.evaluate import run
+from relflat.lab.knobs import KnobbedFAM
 from relflat.lab.names import names_in
 
 BaseOptimizer = Callable[[Iterable[Any]], Optimizer]
@@ -141,6 +142,10 @@ class FamSettings:
         every: add the penalty every so many steps.
         warmup_steps: steps over which the strength grows from 0.
         normalize_features: divide features by their deviation.
+        temperature: of the softmax in kappa, for an output layer.
+        unit_features: kappa with features of norm 1, for an output layer.
+        remove_after: steps after which the penalty is taken away; None: it stays.
+        weight_cap: greatest norm of the layer's weight while the penalty is there; None: any.
     """
 
     strength: float = 0.1
@@ -154,6 +159,10 @@ class FamSettings:
     every: int = 1
     warmup_steps: int = 0
     normalize_features: bool = False
+    temperature: float = 1.0
+    unit_features: bool = False
+    remove_after: int | None = None
+    weight_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,7 @@ def sam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
             return float(backward(learner, inputs, targets))
 
     learner.optimizer.step(uphill)
+    cap_weights(learner.criterion)
     return Losses(loss, penalty)
 
 
@@ -212,6 +222,7 @@ def fam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
     """One gradient step on the task loss plus the penalty, which `relflat.FAM` adds inside the criterion."""
     loss = backward(learner, inputs, targets)
     learner.optimizer.step()
+    cap_weights(learner.criterion)
     return Losses(loss, penalty_of(learner.criterion))
 
 
@@ -221,6 +232,12 @@ def backward(learner: Learner, inputs: Inputs, targets: Tensor) -> Tensor:
     loss: Tensor = learner.criterion(run(learner.model, inputs), targets)
     learner.accelerator.backward(loss)
     return loss.detach()
+
+
+def cap_weights(criterion: nn.Module) -> None:
+    """Keep the weights of FAM's layers within their cap, where there is one."""
+    if isinstance(criterion, KnobbedFAM):
+        criterion.cap()
 
 
 def penalty_of(criterion: nn.Module) -> float:
@@ -247,7 +264,7 @@ def task_loss(loss: nn.Module, model: nn.Module, settings: Any, seed: int) -> nn
 
 def fam_loss(loss: nn.Module, model: nn.Module, settings: FamSettings, seed: int) -> nn.Module:
     """The task loss wrapped by `relflat.FAM`."""
-    return FAM(
+    return KnobbedFAM(
         loss,
         model,
         names_in(settings.regularize),
@@ -261,6 +278,10 @@ def fam_loss(loss: nn.Module, model: nn.Module, settings: FamSettings, seed: int
         every=settings.every,
         warmup_steps=settings.warmup_steps,
         normalize_features=settings.normalize_features,
+        temperature=settings.temperature,
+        unit_features=settings.unit_features,
+        remove_after=settings.remove_after,
+        weight_cap=settings.weight_cap,
         seed=seed,
     )
 
