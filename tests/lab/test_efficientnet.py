@@ -1,8 +1,8 @@
 import pytest
 import torch
+from fetched import have
 from torch.nn import functional
 
-from lab.fetched import have
 from relflat.errors import DataError
 from relflat.lab import efficientnet
 from relflat.lab.efficientnet import WEIGHTS, EfficientNetLite0, SameConv2d, load_pretrained
