@@ -17,10 +17,10 @@ def kernels_for(x: Tensor) -> ModuleType:
     """
     if x.is_cuda and x.dtype == torch.float32:
         try:
-            from relflat import vocabulary_triton
+            import relflat.vocabulary_triton as kernels
         except ImportError:
             return sys.modules[__name__]
-        return vocabulary_triton
+        return kernels
     return sys.modules[__name__]
 
 

@@ -307,3 +307,25 @@ def test_bad_input(change, error, says):
     given = {"features": phi, "weight": weight, "targets": y, "bias": b, "strength": 0.1} | change
     with pytest.raises(error, match=says):
         linear_cross_entropy_fam(**given)
+
+
+def test_features_that_overflow_in_half_precision_leave_the_weights_alone():
+    """The task loss is not a number then, and GradScaler skips the step; the next one trains."""
+    body, head = nn.Linear(5, 5), nn.Linear(5, 23)
+    parameters = [*body.parameters(), *head.parameters()]
+    optimizer, scaler = torch.optim.SGD(parameters, lr=0.1), torch.amp.GradScaler("cpu", init_scale=16.0)
+    x, y = torch.randn(17, 5), torch.randint(23, (17,))
+    changed = []
+    for size in (1e7, 1.0):
+        before = [p.detach().clone() for p in parameters]
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = linear_cross_entropy_fam(
+                body(x * size), head.weight, y, strength=0.3, bias=head.bias, probes=2, step=0
+            )
+        scaler.scale(loss.total).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        changed.append(not all(torch.equal(a, p) for a, p in zip(before, parameters, strict=True)))
+        assert all(bool(p.isfinite().all()) for p in parameters)
+    assert changed == [False, True]
