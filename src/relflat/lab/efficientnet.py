@@ -112,7 +112,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def efficientnet_lite0(num_classes: int = 10, side: int | None = 64) -> EfficientNetLite0:
-    """EfficientNet-Lite0 with ImageNet weights (75.1 % top-1 at 224 pixels, as released) and a new output layer.
+    """EfficientNet-Lite0 with ImageNet weights and a new output layer.
 
     Raises:
         DataError: the weights were not fetched or are damaged.
