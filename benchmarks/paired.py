@@ -63,7 +63,7 @@ def compare(contestants: Mapping[str, Callable[[], Any]], rounds: int, *, seed: 
     clocks = _run(contestants, rounds, random.Random(seed))
     first = next(iter(contestants))
     return {
-        name: Times(*(_ratio(clock[name], clock[first], seed) for clock in clocks)) for name in contestants
+        name: Times(*(ratio_to(clock[name], clock[first], seed) for clock in clocks)) for name in contestants
     }
 
 
@@ -83,7 +83,8 @@ def _run(
     return wall, processor
 
 
-def _ratio(own: Sequence[float], first: Sequence[float], seed: int) -> Ratio:
+def ratio_to(own: Sequence[float], first: Sequence[float], seed: int = 0) -> Ratio:
+    """Median ratio of paired times, with its bootstrap interval."""
     ratios = np.array(own) / np.array(first)
     low = high = float(np.median(ratios))
     if np.ptp(ratios):
