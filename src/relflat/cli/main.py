@@ -10,6 +10,7 @@ from relflat.cli.compare import compare, report
 from relflat.cli.console import fail
 from relflat.cli.data import data
 from relflat.cli.measure import measure
+from relflat.cli.reproduce import reproduce
 from relflat.cli.train import train
 from relflat.errors import RelflatError
 
@@ -18,6 +19,7 @@ app.command(name="train")(train)
 app.command(name="measure")(measure)
 app.command(name="compare")(compare)
 app.command(name="report")(report)
+app.command(name="reproduce")(reproduce)
 app.command(data, name="data", help="List and fetch data sets.")
 
 

@@ -1,0 +1,59 @@
+"""``relflat reproduce``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from relflat.cli.console import err, out, print_json, print_table, say
+
+
+def reproduce(
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = None,
+    /,
+    *,
+    scale: Literal["small", "paper"] = "small",
+    out: Path | None = None,
+    runs: Path = Path("runs"),
+    workers: int = 2,
+    json: bool = False,
+) -> None:
+    """Run an experiment of the papers, and report its numbers beside theirs; without a name, list the experiments.
+
+    Interrupted, the same command goes on where it stopped; finished runs are used again.
+
+    Args:
+        name: table1, table2, table3, cost, correlation, invariance, layers or grokking.
+        scale: small fits two cores in minutes and says what it scaled; paper uses the paper's settings.
+        out: folder of the report; by default one of its own in the folder of runs.
+        runs: folder that keeps the runs.
+        workers: processes, one thread each.
+        json: print one JSON object.
+    """
+    from relflat.lab.reproduce import EXPERIMENTS, experiment_named
+    from relflat.lab.reproduce.experiment import Context
+    from relflat.lab.reproduce.write import open_folders, write
+
+    if name is None:
+        summaries = {known: EXPERIMENTS[known].summary for known in EXPERIMENTS}
+        print_json(summaries) if json else print_table("experiments", ("name", "what"), summaries.items())
+        return
+    experiment = experiment_named(name)
+    folder = out or runs / f"reproduce-{name}-{scale}"
+    context = Context(scale, folder, runs, workers, say if err.is_terminal else lambda line: None)
+    open_folders(context)
+    values = write(experiment, context, experiment.run(context))
+    if json:
+        print_json({"folder": str(folder), **values})
+    else:
+        show(values, folder)
+
+
+def show(values: Mapping[str, Any], folder: Path) -> None:
+    """Print the findings, the tables, and where the report is."""
+    for line in values["findings"]:
+        out.print(f"- {line}", highlight=False, markup=False)
+    for table in values["tables"]:
+        print_table(table["title"], table["headings"], table["rows"])
+    out.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
