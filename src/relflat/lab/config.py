@@ -14,9 +14,21 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from relflat.errors import ConfigError
-from relflat.lab.methods import METHODS
+from relflat.lab.methods import METHODS, base_optimizer
 from relflat.lab.names import look_up, unknown
 from relflat.lab.tasks import TASKS, full_name, source_of, task_named
+
+Precision = Literal["no", "bf16", "fp16"]
+
+# Keys that came later, and what earlier runs had: left out where that still holds, so that old runs keep their hash.
+LATER: dict[str, Any] = {
+    "source": None,
+    "precision": "no",
+    "temperature": 1.0,
+    "unit_features": False,
+    "remove_after": None,
+    "weight_cap": None,
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,8 @@ class RunConfig:
         weight_decay: of the base optimiser.
         train_size: number of training samples; None for all.
         label_noise: probability with which a training label is redrawn.
+        precision: what training computes in: ``"no"`` (float32), or ``"bf16"`` or ``"fp16"`` where autocast allows;
+            evaluation is always in float32.
         settings: the method's own settings.
     """
 
@@ -47,14 +61,14 @@ class RunConfig:
     weight_decay: float
     train_size: int | None
     label_noise: float
+    precision: Precision
     settings: Any
 
     def flat(self) -> dict[str, Any]:
         """All values as one flat mapping; ``make`` turns it back into this configuration."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "settings"}
-        if self.source is None:
-            del values["source"]
-        return {**values, **asdict(self.settings)}
+        values |= asdict(self.settings)
+        return {key: value for key, value in values.items() if key not in LATER or value != LATER[key]}
 
     @property
     def digest(self) -> str:
@@ -88,6 +102,7 @@ def make(given: Mapping[str, Any]) -> RunConfig:
         "weight_decay": task.optimizer.weight_decay,
         "train_size": None,
         "label_noise": 0.0,
+        "precision": "no",
     }
     own = {field.name: field.default for field in fields(method.settings)}
     for key in given:
@@ -166,6 +181,11 @@ def _check_ranges(config: RunConfig) -> None:
     if not 0 <= config.label_noise <= 1:
         raise ConfigError(
             f"label_noise={config.label_noise} is not a probability; give a number from 0 to 1."
+        )
+    if config.precision == "fp16" and METHODS[config.method].optimizer is not base_optimizer:
+        raise ConfigError(
+            f"precision='fp16' scales the loss, which method {config.method!r} with its two passes a step cannot "
+            "follow; use precision='bf16'."
         )
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed={config.seed} must lie between 0 and 2**32 - 1.")
