@@ -4,6 +4,7 @@ The data order of an epoch follows from the seed and the epoch's number, so the 
 to be kept of it. Weights are safetensors; the rest is a torch file read with ``weights_only=True``.
 """
 
+import io
 import random
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim import Optimizer
@@ -31,29 +33,51 @@ def save(
     criterion: nn.Module,
     optimizer: Optimizer,
     scheduler: LRScheduler,
+    scaler: Any,
     history: list[dict[str, Any]],
 ) -> None:
-    """Write the checkpoint of an epoch and remove older ones."""
+    """Write the checkpoint of an epoch and remove older ones.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left, and the older ones are.
+    """
     state = {
         "epoch": epoch,
         "criterion_step": get_counter(criterion),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
         "rng": rng_state(),
         "history": history,
     }
 
     def fill(folder: Path) -> None:
-        save_model(model, str(folder / WEIGHTS))
-        torch.save(state, folder / STATE)
+        try:
+            save_model(model, str(folder / WEIGHTS))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        content = io.BytesIO()  # torch.save into a file that fails ends in an error that does not say why
+        torch.save(state, content)
+        (folder / STATE).write_bytes(content.getbuffer())
 
     write_folder(run / f"checkpoint-{epoch:04d}", fill)
+    remove_old(run)
+
+
+def remove_old(run: Path) -> None:
+    """Remove all checkpoints but the newest."""
     for old in checkpoints(run)[:-1]:
         shutil.rmtree(old)
 
 
 def load(
-    run: Path, *, model: nn.Module, criterion: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+    run: Path,
+    *,
+    model: nn.Module,
+    criterion: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    scaler: Any,
 ) -> list[dict[str, Any]]:
     """Put everything back as the newest checkpoint has it; return the history, empty without a checkpoint."""
     found = checkpoints(run)
@@ -64,6 +88,8 @@ def load(
         load_model(model, str(found[-1] / WEIGHTS))
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+        if scaler is not None:
+            scaler.load_state_dict(state["scaler"])
     except Exception as error:
         raise DataError(
             f"The checkpoint {found[-1]} cannot be read ({error}). Run again with --fresh."

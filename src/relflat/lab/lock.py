@@ -9,7 +9,9 @@ from pathlib import Path
 
 from relflat.errors import ConfigError
 
-PATIENCE = 30.0  # seconds: a killed process's workers are gone long before
+PATIENCE = (
+    120.0  # seconds: a killed process is gone at once, but a network file system may take 90 s to notice
+)
 
 
 @contextmanager
@@ -28,7 +30,10 @@ def alone_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         return
     import fcntl
 
-    handle = os.open(folder, os.O_RDONLY)
+    held = (
+        folder / "config.json"
+    )  # network file systems lock files only, and only such as are open for writing
+    handle = os.open(held, os.O_RDWR) if held.is_file() else os.open(folder, os.O_RDONLY)
     try:
         deadline = time.monotonic() + patience
         while True:

@@ -4,6 +4,8 @@ import hashlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,31 @@ def load(path: Path, name: str, kind: type[Any]) -> Any:
             f"(from {kind.__module__} import {kind.__name__})."
         )
     raise unknown(f"task in {path.name}", name, known)
+
+
+@contextmanager
+def blamed(task: str) -> Iterator[None]:
+    """Explain an error that comes out of the file of a task by the part of the traceback that is in it.
+
+    Args:
+        task: name of the task; errors of built-in ones pass as they are.
+
+    Raises:
+        ConfigError: code of the file raised something.
+    """
+    place = split_name(task)
+    try:
+        yield
+    except RelflatError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if place is None or not any(frame.filename == str(place[0]) for frame in frames):
+            raise
+        raise ConfigError(
+            f"The task file {place[0]} raises an error; mend it, and the same command goes on:\n"
+            f"{of_file(error, place[0])}"
+        ) from error
 
 
 @cache

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,33 @@ def check_folder(folder: Path, config: RunConfig, *, fresh: bool = False) -> Non
     if (folder / CONFIG).is_file():
         if not fresh:
             _same(folder, config)
-    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    elif folder.exists() and not (folder.is_dir() and all(map(_begins, folder.iterdir()))):
         raise ConfigError(f"{folder} exists and is not a run's folder; choose another name.")
+
+
+def _begins(entry: Path) -> bool:
+    """Whether this is what a process leaves that is killed while it makes a run's folder."""
+    return entry.name == ENVIRONMENT or entry.name.startswith((f".{ENVIRONMENT}-", f".{CONFIG}-"))
+
+
+@contextmanager
+def writing(place: Path, option: str = "--runs") -> Iterator[None]:
+    """Explain why something cannot be written, and what helps.
+
+    Args:
+        place: where to.
+        option: of the command line, that chooses another place.
+
+    Raises:
+        ConfigError: the disk is full, the folder is read-only, ...
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write to {place}: {error.strerror or error}. Free some space or choose another place with "
+            f"{option}; the same command goes on with what is kept."
+        ) from error
 
 
 def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
@@ -59,7 +85,7 @@ def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    try:
+    with writing(folder):
         if fresh and (folder / CONFIG).is_file():
             shutil.rmtree(folder)
         if (folder / CONFIG).is_file():
@@ -67,10 +93,6 @@ def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / ENVIRONMENT, describe())
         write_json(folder / CONFIG, config.flat())
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write to {folder}: {error.strerror}. Choose another place with --runs."
-        ) from error
 
 
 def remove_unfinished(folder: Path) -> None:

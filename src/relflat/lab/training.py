@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from relflat.errors import ConfigError, NonFiniteError
-from relflat.lab import checkpoint, store
+from relflat.lab import checkpoint, own, store
 from relflat.lab.batches import Batch, EpochOrder, in_order, training_loader
 from relflat.lab.config import RunConfig
 from relflat.lab.data import Arrays
@@ -91,6 +92,16 @@ class Session:
         size = task_named(self.config.task).evaluation_size
         return in_order(samples, self.learner.accelerator.device, size)
 
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """The network as it is, in float32: Accelerate's forward pass, which casts, is put aside meanwhile."""
+        casting = vars(self.model).pop("forward", None) if self.config.precision != "no" else None
+        try:
+            yield
+        finally:
+            if casting is not None:
+                self.model.forward = casting
+
     def close(self) -> None:
         """Let go of what the criterion hooked into the model."""
         release(self.learner.criterion)
@@ -101,9 +112,7 @@ def build(config: RunConfig) -> Session:
     task, method = task_named(config.task), METHODS[config.method]
     splits = task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
     set_seed(config.seed)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), dataloader_config=DataLoaderConfiguration(split_batches=True)
-    )
+    accelerator = accelerator_for(config)
     if config.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"batch_size={config.batch_size} cannot be shared evenly by {accelerator.num_processes} processes; "
@@ -120,6 +129,23 @@ def build(config: RunConfig) -> Session:
     criterion = method.criterion(loss, model, config.settings, config.seed)
     return Session(
         config, splits, Learner(accelerator, wrapped, criterion, prepared), loss, scheduler, order, loader
+    )
+
+
+def accelerator_for(config: RunConfig) -> Accelerator:
+    """What moves a run to its devices and casts its forward passes.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("precision='fp16' needs a GPU; use precision='bf16' on a CPU.")
+    if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
+        AcceleratorState._reset_state()  # it belongs to the process and would keep the last run's precision
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.precision,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
 
 
@@ -160,28 +186,48 @@ def train(
         finished["test"] is not None or not test or finished["status"] != "finished"
     ):
         return finished
-    session = build(config)
-    try:
-        with session.first_alone(folder, fresh):
-            before = _kappa_before(session)
-            history = _resume(session, folder)
-            diverged = _epochs(session, folder, history, tensorboard and session.writes, on_epoch)
-            result = store.as_json(_result(session, before, history, diverged, test))
-            if session.writes:
-                store.write_json(folder / store.RESULT, result)
-    finally:
-        session.close()
+    with own.blamed(config.task):
+        session = build(config)
+        try:
+            with session.first_alone(folder, fresh):
+                return _run(session, folder, test, tensorboard, on_epoch)
+        finally:
+            session.close()
+
+
+def _run(session: Session, folder: Path, test: bool, tensorboard: bool, on_epoch: OnEpoch) -> Record:
+    """Do what is left of the run in a folder that is held."""
+    with session.full_precision():
+        before = _kappa_before(session)
+    history = _resume(session, folder)
+    diverged = _epochs(session, folder, history, tensorboard and session.writes, on_epoch)
+    with session.full_precision():
+        try:
+            result = _result(session, before, history, diverged, test)
+        except NonFiniteError as error:
+            result = _result(session, before, history, str(error), test)
+    result = store.as_json(result)
+    if session.writes:
+        with store.writing(folder):
+            store.write_json(folder / store.RESULT, result)
     return result
 
 
 def _resume(session: Session, folder: Path) -> list[Record]:
-    return checkpoint.load(
+    """Go back to the newest checkpoint, the metrics with it; return its history."""
+    history = checkpoint.load(
         folder,
         model=session.model,
         criterion=session.learner.criterion,
         optimizer=session.learner.optimizer,
         scheduler=session.scheduler,
+        scaler=session.learner.accelerator.scaler,
     )
+    if history and session.writes:  # a process killed between the two leaves the checkpoint an epoch ahead
+        with store.writing(folder):
+            store.write_lines(folder / store.METRICS, history)
+            checkpoint.remove_old(folder)
+    return history
 
 
 def _epochs(
@@ -196,8 +242,9 @@ def _epochs(
                 return str(error)
             history.append(record)
             if session.writes:
-                _keep(session, folder, history)
-                scalars.add(record)
+                with store.writing(folder):
+                    _keep(session, folder, history)
+                    scalars.add(record)
                 on_epoch(record)
     return None
 
@@ -210,6 +257,7 @@ def _keep(session: Session, folder: Path, history: list[Record]) -> None:
         criterion=session.learner.criterion,
         optimizer=session.learner.optimizer,
         scheduler=session.scheduler,
+        scaler=session.learner.accelerator.scaler,
         history=history,
     )
     store.write_lines(folder / store.METRICS, history)
@@ -262,9 +310,10 @@ def _monitor(session: Session) -> Record:
     """
     task, splits = task_named(session.config.task), session.splits
     train, name = splits.train.take(slice(MONITORED)), task.metric.name
-    fitted = _evaluate(session, train)
-    held_out = _evaluate(session, splits.validation.take(slice(MONITORED)))
-    flat = flatness(session.model, session.loss, session.batches(train), task.layer)
+    with session.full_precision():
+        fitted = _evaluate(session, train)
+        held_out = _evaluate(session, splits.validation.take(slice(MONITORED)))
+        flat = flatness(session.model, session.loss, session.batches(train), task.layer)
     return {
         f"train_{name}": fitted[name],
         "train_loss": fitted["loss"],
@@ -316,5 +365,13 @@ def _kappa_before(session: Session) -> float:
 
 
 def _evaluate(session: Session, samples: Arrays) -> Record:
+    """What the task's metric says of some samples.
+
+    Raises:
+        NonFiniteError: the loss on them is infinite or not a number.
+    """
     metric = task_named(session.config.task).metric
-    return evaluate(metric, session.model, session.loss, session.batches(samples))
+    found = evaluate(metric, session.model, session.loss, session.batches(samples))
+    if not math.isfinite(found["loss"]):
+        raise NonFiniteError(f"The loss is {found['loss']} in evaluation; lower lr or strength.")
+    return found
