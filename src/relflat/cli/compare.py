@@ -20,9 +20,16 @@ def compare(
     train_size: int | None = None,
     label_noise: float = 0.0,
     epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    precision: str | None = None,
     runs: Path = Path("runs"),
     out: Path | None = None,
     workers: int = 2,
+    engine: str = "local",
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None,
+    gpus: float = 0.0,
     json: bool = False,
 ) -> None:
     """Does flatness-aware training help on this task, at what cost, and how sure is that?
@@ -39,12 +46,21 @@ def compare(
         train_size: train on so many samples only.
         label_noise: redraw each training label with this probability.
         epochs: passes over the training data; by default the task's.
+        batch_size: samples a step; by default the task's.
+        lr: learning rate at the start; by default the task's.
+        weight_decay: of the optimiser, where an arm does not search it, as plain does; by default the task's.
+        precision: no (float32), bf16 or fp16, for training; evaluation is in float32.
         runs: folder that keeps the runs.
         out: folder of the report; by default one of its own in the folder of runs.
-        workers: processes, one thread each.
+        workers: processes, one thread each; a running Ray cluster decides that itself.
+        engine: local, or ray for a Ray cluster; its machines must share the folder of runs under the same path, and
+            the task's file and data must be on all of them.
+        address: of a running Ray cluster; by default $RAY_ADDRESS, else a Ray of its own on this machine.
+        gpus: GPUs a trial takes of a Ray cluster, or a share of one; 0 trains on CPUs.
         json: print one JSON object.
     """
     from relflat.lab import store, study
+    from relflat.lab.engines import engine_named
     from relflat.lab.terminal import show
 
     plan = study.plan_for(
@@ -56,9 +72,14 @@ def compare(
         train_size=train_size,
         label_noise=label_noise,
         epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        precision=precision,
     )
     folder = out or study.folder_for(plan, runs)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    pool = engine_named(engine, processes=workers, runs=runs, address=address, gpus=gpus)
     study.open_study(folder, plan, runs, study.describe_plan(plan))
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         line = bar.add_task("runs", total=plan.runs)
@@ -66,7 +87,7 @@ def compare(
         def on_trial(trial: Any) -> None:
             bar.advance(line)
 
-        comparison, costs = study.carry_out(folder, plan, runs, workers, on_trial)
+        comparison, costs = study.carry_out(folder, plan, runs, pool, on_trial)
     if json:
         print_json({"folder": str(folder), **store.read_json(folder / "report.json")})
         return

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab import export, store
+from relflat.lab import export, own, store
 from relflat.lab.arms import arms_named
 from relflat.lab.compare import Comparison, OnTrial, Plan, compare, conclude, plan_from
 from relflat.lab.environment import describe
@@ -27,7 +28,7 @@ from relflat.lab.tasks import short_name, source_of, task_named
 from relflat.lab.timing import StepCost, step_costs
 from relflat.lab.trials import Job, Trial, read_trial, workers
 
-PLAN, COSTS, ENVIRONMENT = "plan.json", "costs.json", "environment.json"
+PLAN, COSTS, ENVIRONMENT, REPORT = "plan.json", "costs.json", "environment.json", "report.json"
 FIRST_SEARCH_SEED = 100
 Costs = dict[str, StepCost]
 
@@ -105,18 +106,17 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
             raise ConfigError(
                 f"{folder} holds a comparison with other values of {', '.join(keys)}. Choose another --out."
             )
-        return
-    try:
+    with store.writing(folder, "--out"):
         folder.mkdir(parents=True, exist_ok=True)
-        store.write_json(folder / PLAN, values)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write to {folder}: {error.strerror}. Choose another place with --out."
-        ) from error
+        for pattern in (PLAN, COSTS, ENVIRONMENT, "report.*"):  # what a killed process had begun to write
+            for unfinished in folder.glob(f".{pattern}-*"):
+                unfinished.unlink()
+        if not (folder / PLAN).is_file():
+            store.write_json(folder / PLAN, values)
 
 
 def carry_out(
-    folder: Path, plan: Plan, runs: Path, processes: int, on_trial: OnTrial
+    folder: Path, plan: Plan, runs: Path, engine: int | Executor, on_trial: OnTrial
 ) -> tuple[Comparison, Costs]:
     """Do the runs that are missing, time the steps, and write the report.
 
@@ -124,14 +124,19 @@ def carry_out(
         folder: of the comparison, after ``open_study``.
         plan: what to compare.
         runs: folder that keeps the runs.
-        processes: how many runs at a time, on one thread each.
+        engine: what does them, shut down afterwards; a number stands for so many processes of this machine.
         on_trial: called after each run.
+
+    Raises:
+        ConfigError: something cannot be written, or a task's file raises an error.
     """
-    with workers(processes) as pool:
-        comparison = compare(plan, runs, pool, on_trial)
-    costs = costs_of(folder, comparison)
-    if not (folder / ENVIRONMENT).is_file():
-        store.write_json(folder / ENVIRONMENT, describe())
+    with workers(engine) if isinstance(engine, int) else engine as pool:
+        comparison = compare(plan, runs.absolute(), pool, on_trial)
+    with own.blamed(plan.task):
+        costs = costs_of(folder, comparison)
+    with store.writing(folder, "--out"):
+        if not (folder / ENVIRONMENT).is_file():
+            store.write_json(folder / ENVIRONMENT, describe())
     write_report(folder, comparison, costs)
     return comparison, costs
 
@@ -149,7 +154,8 @@ def costs_of(folder: Path, comparison: Comparison) -> Costs:
         costs = dict(zip((arm.name for arm in arms), step_costs(configs), strict=True))
     finally:
         torch.set_num_threads(threads)
-    store.write_json(folder / COSTS, {name: asdict(cost) for name, cost in costs.items()})
+    with store.writing(folder, "--out"):
+        store.write_json(folder / COSTS, {name: asdict(cost) for name, cost in costs.items()})
     return costs
 
 
@@ -158,11 +164,16 @@ def write_report(folder: Path, comparison: Comparison, costs: Costs) -> None:
     environment = store.read_json(folder / ENVIRONMENT)
     notes = str(store.read_json(folder / PLAN)["notes"])
     lines = rows(comparison, costs)
-    store.write_text(folder / "report.html", render(comparison, costs, environment, notes))
-    store.write_text(folder / "report.md", export.markdown(comparison, costs, environment, notes))
-    store.write_text(folder / "report.csv", export.comma_separated(lines, metric_of(comparison).name))
-    store.write_text(folder / "report.tex", export.latex(lines, columns(comparison, "p")))
-    store.write_json(folder / "report.json", {**summary(comparison, lines), "environment": environment})
+    texts = {
+        "report.html": render(comparison, costs, environment, notes),
+        "report.md": export.markdown(comparison, costs, environment, notes),
+        "report.csv": export.comma_separated(lines, metric_of(comparison).name),
+        "report.tex": export.latex(lines, columns(comparison, "p")),
+    }
+    with store.writing(folder, "--out"):
+        for name, text in texts.items():
+            store.write_text(folder / name, text)
+        store.write_json(folder / REPORT, {**summary(comparison, lines), "environment": environment})
 
 
 def summary(comparison: Comparison, lines: Sequence[Row]) -> dict[str, Any]:
