@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types bench clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m relflat.lab.demo --out demo
+	$(BIN)/relflat compare digits --label-noise 0.2 --epochs 20 --runs demo/runs --out demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
