@@ -5,12 +5,14 @@ the layer's weight or the trunk before it.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from relflat.batchnorm import cheap_batch_norm
 from relflat.errors import GraphError, LossError, SecondDerivativeError
 from relflat.record import Call, ancestors
 
@@ -142,9 +144,10 @@ def differentiate(
 ) -> Sequence[Tensor | None]:
     """``torch.autograd.grad`` that keeps the graph and says which operation has no second derivative."""
     try:
-        return torch.autograd.grad(
-            of, at, along, create_graph=create_graph, retain_graph=True, allow_unused=True
-        )
+        with cheap_batch_norm(of, at) if create_graph else nullcontext():
+            return torch.autograd.grad(
+                of, at, along, create_graph=create_graph, retain_graph=True, allow_unused=True
+            )
     except RuntimeError as error:
         raise _explained(error) from error
 

@@ -1,0 +1,207 @@
+"""Second derivatives of batch normalisation in a few passes over memory.
+
+PyTorch composes the derivative of ``native_batch_norm_backward`` of some thirty elementwise operations and
+reductions; on a CPU they take as long as half the convolutions of a ResNet. Here it is written out: the map from
+the gradient of the outputs to that of the inputs is symmetric, so its transpose is the same kernel once more, and
+what is left are five sums a channel. Third derivatives, which PyTorch 2.13 gets wrong with statistics of the batch
+(pytorch/pytorch#186256), are composed of elementary operations and right.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+_NODE = "NativeBatchNormBackward0"
+_ONLY_INPUT, _ONLY_SUMS, _ALL = [True, False, False], [False, True, True], [True, True, True]
+_backward = torch.ops.aten.native_batch_norm_backward
+
+
+@contextmanager
+def cheap_batch_norm(of: Sequence[Tensor], at: Sequence[Tensor] | Sequence[GradientEdge]) -> Iterator[None]:
+    """Within the block, gradients of ``of`` at ``at`` through batch normalisation are cheap to differentiate again.
+
+    Hooks on the nodes of the graph between the two give the numbers that the nodes found, with another graph
+    behind them; they are gone after the block. Nodes that are not there (a compiled part, other kernels) or whose
+    saved tensors can be had only once (checkpointing) stay as they are. Cost: one walk over that graph.
+    """
+    oldest = min((_age(x) for x in at), default=0)
+    nodes = [n for n in _younger(of, oldest) if n.name() == _NODE]
+    handles = [node.register_hook(_replacing(node)) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _age(at: Tensor | GradientEdge) -> int:
+    """When an endpoint was computed, in the counting of autograd; 0 for a leaf, which may have been used any time."""
+    node = at.grad_fn if isinstance(at, Tensor) else at.node
+    return 0 if node is None or not node.next_functions else node._sequence_nr()
+
+
+def _younger(of: Sequence[Tensor], oldest: int) -> Iterator[Node]:
+    """Nodes that the tensors come from and that are no older; a node is older than what is computed from it."""
+    stack: list[Node | None] = [x.grad_fn for x in of]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None or node._sequence_nr() < oldest:
+            continue
+        yield node
+        new = {parent for parent, _ in node.next_functions} - seen
+        seen |= new
+        stack += new
+
+
+def _replacing(node: Any) -> Callable[[Any, Any], Any]:
+    def hook(found: tuple[Tensor | None, ...], along: tuple[Tensor | None, ...]) -> Any:
+        if found[0] is None or along[0] is None or not found[0].requires_grad:
+            return None
+        try:
+            x, weight = node._saved_input, node._saved_weight
+        except RuntimeError:  # checkpointing hands out a tensor once
+            return None
+        if x.device.type != "cpu" or type(x) is not Tensor:
+            return None
+        given = (found[0].detach(), along[0], x, weight, _Constants.of(node))
+        cheap = _InputGradient.apply(*given)  # type: ignore[no-untyped-call]
+        return (cheap, *found[1:])
+
+    return hook
+
+
+@dataclass(frozen=True, eq=False)
+class _Constants:
+    """What a node saved beside its input and weight; no gradient goes there."""
+
+    training: bool
+    eps: float
+    running: tuple[Tensor | None, Tensor | None]
+    saved: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, node: Any) -> "_Constants":
+        """Read them."""
+        running = (node._saved_running_mean, node._saved_running_var)
+        saved = (node._saved_result1, node._saved_result2)
+        return cls(node._saved_training, node._saved_eps, running, saved)
+
+    def to(self, dtype: torch.dtype) -> "_Constants":
+        """The same in another precision."""
+        mean, var = (None if t is None else t.to(dtype) for t in self.running)
+        return replace(self, running=(mean, var), saved=(self.saved[0].to(dtype), self.saved[1].to(dtype)))
+
+    def pull(self, grad: Tensor, x: Tensor, weight: Tensor | None, mask: list[bool]) -> Sequence[Tensor]:
+        """Gradients in input, weight and bias by PyTorch's kernel."""
+        options = (self.training, self.eps, mask)
+        found: Sequence[Tensor] = _backward(grad, x, weight, *self.running, *self.saved, *options)
+        return found
+
+
+class _InputGradient(torch.autograd.Function):
+    """``G(gy, x, w) = w s (gy - mean(gy) - xh mean(gy xh))`` a channel, xh the normalised x, s its 1/std.
+
+    In evaluation mode ``w s gy``. The value comes in as ``found``; the backward gives the derivatives of
+    ``<v, G>``: with K = <v, gy> - sum(v) sum(gy) / M - <v, xh> <gy, xh> / M over the M numbers of a channel,
+
+        in gy:  G(v)
+        in w:   s K
+        in x:   -s/M (<gy, xh> G(v) + <v, xh> G(gy) + w s K xh)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, found: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, constants: _Constants
+    ) -> Tensor:
+        ctx.save_for_backward(found, grad, x, weight)
+        ctx.constants = constants
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        found, grad, x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            needs = ctx.needs_input_grad[1:4]
+            return (None, *_by_autograd(v, grad, x, weight, ctx.constants, needs), None)
+        wide = torch.promote_types(x.dtype, torch.float32)  # sums in half precision lose too much
+        v, found, grad, x = (t.to(wide) for t in (v, found, grad, x))
+        scale = None if weight is None else weight.to(wide)
+        derivatives = _batch if ctx.constants.training else _running
+        in_grad, in_x, in_scale = derivatives(v, found, grad, x, scale, ctx.constants.to(wide))
+        return None, in_grad, in_x, None if weight is None else in_scale, None
+
+
+def _by_autograd(
+    v: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, constants: _Constants, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same, differentiable as often as one likes, from elementary operations.
+
+    PyTorch's own takes the saved mean and deviation for constants from here on, so third derivatives are wrong.
+    """
+    # aliases, as one of the three may have been computed from another
+    grad, x = grad.view_as(grad), x.view_as(x)
+    weight = None if weight is None else weight.view_as(weight)
+    value, given = _composed(grad, x, weight, constants), (grad, x, weight)
+    wanted = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
+    pulled = iter(torch.autograd.grad(value, wanted, v, create_graph=True, allow_unused=True))
+    return [next(pulled) if need and t is not None else None for t, need in zip(given, needs, strict=True)]
+
+
+def _composed(grad: Tensor, x: Tensor, weight: Tensor | None, constants: _Constants) -> Tensor:
+    over, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+    gain: Tensor | float = 1.0 if weight is None else weight.view(shape)
+    if not constants.training:
+        var = constants.running[1]
+        assert var is not None
+        return gain * (var + constants.eps).rsqrt().view(shape) * grad
+    centred = x - x.mean(over, keepdim=True)
+    s = (centred.square().mean(over, keepdim=True) + constants.eps).rsqrt()
+    xh = s * centred
+    return gain * s * (grad - grad.mean(over, keepdim=True) - xh * (grad * xh).mean(over, keepdim=True))
+
+
+def _batch(
+    v: Float[Tensor, "n c *s"],
+    found: Float[Tensor, "n c *s"],
+    grad: Float[Tensor, "n c *s"],
+    x: Float[Tensor, "n c *s"],
+    weight: Float[Tensor, " c"] | None,
+    constants: _Constants,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of the batch; two kernels, one product and its sum, three passes to put together."""
+    shape, m = [1, -1, *[1] * (x.ndim - 2)], x.numel() // x.shape[1]
+    of_v, v_xh, v_sum = constants.pull(v, x, weight, _ALL)
+    _, g_xh, g_sum = constants.pull(grad, x, weight, _ONLY_SUMS)
+    mean, s = constants.saved
+    k = _sums(v, grad) - (v_sum * g_sum + v_xh * g_xh) / m
+    gain = s if weight is None else s * weight
+    slope = -s * s * gain * k / m
+    in_x = torch.addcmul((-slope * mean).view(shape), x, slope.view(shape))
+    in_x.addcmul_(of_v, (-s * g_xh / m).view(shape)).addcmul_(found, (-s * v_xh / m).view(shape))
+    return of_v, in_x, s * k
+
+
+def _running(
+    v: Float[Tensor, "n c *s"],
+    found: Float[Tensor, "n c *s"],
+    grad: Float[Tensor, "n c *s"],
+    x: Float[Tensor, "n c *s"],
+    weight: Float[Tensor, " c"] | None,
+    constants: _Constants,
+) -> tuple[Tensor, None, Tensor]:
+    """Running statistics: linear in the gradient and the weight, and x has no part in it."""
+    var = constants.running[1]
+    assert var is not None
+    (in_grad, *_) = constants.pull(v, x, weight, _ONLY_INPUT)
+    return in_grad, None, (var + constants.eps).rsqrt() * _sums(v, grad)
+
+
+def _sums(a: Float[Tensor, "n c *s"], b: Float[Tensor, "n c *s"]) -> Float[Tensor, " c"]:
+    return (a * b).sum([0, *range(2, a.ndim)])
