@@ -106,7 +106,7 @@ class Estimator:
     def __init__(self, spec: Spec, seed: int) -> None:
         self.spec, self.seed = spec, seed
         self._coupled: dict[tuple[str, int], bool] = {}
-        self._checked = False
+        self._checked: set[str] = set()
         self._curved: set[str] = set()
         self._through: set[str] = set()
 
@@ -152,10 +152,10 @@ class Estimator:
                         f"normalize_features needs features, and {layer!r} is a parameter; name a layer"
                     )
                 found[layer] = self._in_weight(scene, Matrix.of(layer, parameter), None, rng)
-        if spec.create_graph and not self._checked:
-            for part in found.values():
-                check_differentiable_again(part.kappa)
-            self._checked = True
+        if spec.create_graph:
+            for layer in found.keys() - self._checked:
+                check_differentiable_again(found[layer].kappa)
+            self._checked |= found.keys()
         return {layer: found[layer] for layer in (*by_layer, *scene.parameters)}
 
     def _scale(self, scene: Scene, calls: list[Call]) -> Tensor | None:

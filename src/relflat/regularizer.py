@@ -2,8 +2,9 @@
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from relflat.radius import Rise
 from relflat.read_loss import read_loss
 from relflat.record import Call, Forward, depends_on
 from relflat.resolve import Layer
-from relflat.rng import Rng
+from relflat.rng import Rng, subset
 from relflat.sharding import kept_whole
 from relflat.site import feature_std
 from relflat.tap import Inject, Tap
@@ -58,6 +59,10 @@ class FAM(nn.Module):
         adaptive: the adaptive form, invariant to rescaling of single features too.
         every: the penalty is added on every so-many-th call only, not rescaled.
         warmup_steps: the strength rises linearly from 0 over so many calls.
+        layers_per_step: of several layers, draw so many for each step, uniformly without replacement, and multiply
+            their kappas by the number of layers over this: unbiased for the sum. ``k`` of ``n`` add a variance of
+            ``n (n - k) / k`` times that of kappa between the layers, so layers should have like kappas. Seed and
+            step decide the draw, the same on all ranks. Not with ``radius``, which moves all layers at once.
         normalize_features: kappa of the layer with its features divided by their standard deviation over the
             batch and its weight multiplied by it.
         temperature: for an output layer with cross-entropy: kappa with the softmax of ``logits / temperature``,
@@ -66,7 +71,8 @@ class FAM(nn.Module):
         seed: of the probes. By default ``torch.initial_seed()``. No global random numbers are used.
 
     Cost: output layer with a known loss: no extra pass. Other layers, ``"ggn"``: one more backward of the part
-    after the layer, and its derivative. ``radius``: one more forward from a stored batch; for hidden layers
+    after the layer, and its derivative (with ``layers_per_step`` of what comes after the deepest layer
+    drawn). ``radius``: one more forward from a stored batch; for hidden layers
     with ``strength=1`` none, as the forward pass itself is perturbed.
 
     Raises:
@@ -102,6 +108,7 @@ class FAM(nn.Module):
         adaptive: bool = False,
         every: int = 1,
         warmup_steps: int = 0,
+        layers_per_step: int | None = None,
         normalize_features: bool = False,
         temperature: float = 1.0,
         unit_features: bool = False,
@@ -123,10 +130,11 @@ class FAM(nn.Module):
             "method": method != "auto",
             "temperature": temperature != 1,
         }
-        ignored["unit_features"] = unit_features
+        ignored |= {"unit_features": unit_features, "layers_per_step": layers_per_step is not None}
         for name in [k for k, v in ignored.items() if v and radius is not None]:
             raise ConfigError(
-                f"{name} has no meaning with radius={radius}, which needs no curvature; leave it out"
+                f"{name} has no meaning with radius={radius}, which moves all layers at once and needs no curvature; "
+                "leave it out"
             )
         if method == "finite_difference" and gradient != "full":
             raise ConfigError(f"gradient={gradient!r}: finite differences have the full gradient only")
@@ -144,11 +152,12 @@ class FAM(nn.Module):
             raise ConfigError("method='finite_difference' estimates the Hessian: add curvature='hessian'")
         self.loss_fn = loss_fn
         self.strength, self.radius, self.every, self.warmup_steps = strength, radius, every, warmup_steps
-        self.step = 0
+        self.step, self.layers_per_step = 0, layers_per_step
         self._tap = Tap(model, layer)
         self._estimator = Estimator(spec, torch.initial_seed() if seed is None else seed)
         with ExitStack() as on_error:
             on_error.callback(self._tap.close)
+            self._check_layers_per_step()
             if not self._tap.searching:
                 self._check_trainable(gradient)
                 if normalize_features:
@@ -172,6 +181,27 @@ class FAM(nn.Module):
                     f"gradient='weights' reaches the weight of layer {name!r} only, and that is frozen "
                     "(requires_grad=False); unfreeze it or use gradient='full'"
                 )
+
+    def _check_layers_per_step(self) -> None:
+        wanted, count = self.layers_per_step, len(self._tap.layers)
+        if wanted is not None and not 1 <= wanted <= count:
+            raise ConfigError(
+                f"layers_per_step={wanted}: a number from 1 to {count} is needed, as the layers are "
+                f"{list(self._tap.layers)}; None takes all of them"
+            )
+
+    def _drawn(self, scene: Scene, step: int) -> tuple[Scene, list[str]]:
+        """The part of a pass that belongs to this step's layers, and their names."""
+        names = list(self._tap.layers)
+        if self.layers_per_step is None:
+            return scene, names
+        self._check_layers_per_step()  # "output" may have been settled since
+        seed = self._estimator.seed
+        names = [names[i] for i in subset(seed, step, len(names), self.layers_per_step)]
+        calls = [c for c in scene.calls if c.layer in names]
+        return replace(
+            scene, calls=calls, parameters={n: p for n, p in scene.parameters.items() if n in names}
+        ), names
 
     def _inject_noise(self, rise: Rise) -> None:
         """Perturb the forward pass itself, unless the last layer is meant: its head alone is as cheap."""
@@ -273,8 +303,10 @@ class FAM(nn.Module):
         Keys: ``task``, ``penalty`` (``strength * kappa`` as added), ``total``; in training also ``kappa`` (or
         the loss increase, with ``radius``), ``by_layer``, ``method``, ``strength`` (after warm-up), ``skipped``
         (penalties left out so far as they were not finite) and ``collapsed`` (features or outputs that did not
-        depend on the input when last looked at, every tenth step). Where the forward pass itself was perturbed
-        (``radius`` on a hidden layer with strength 1) only ``total`` is known: ``task`` and ``penalty`` are nan.
+        depend on the input when last looked at, every tenth step). With ``layers_per_step``, ``layers`` are those
+        drawn, ``by_layer`` has their kappas, and ``kappa`` is the estimate of the sum over all. Where the forward
+        pass itself was perturbed (``radius`` on a hidden layer with strength 1) only ``total`` is known: ``task``
+        and ``penalty`` are nan.
         """
         return {k: _number(v) for k, v in self._last.items()}
 
@@ -352,10 +384,14 @@ class FAM(nn.Module):
         report: dict[str, Any] = {"task": task, "penalty": 0.0, "total": task, "strength": strength}
         if self._guards.finite("the task loss", scene.loss, step) and strength != 0:
             self._check_trainable(self._estimator.spec.mode)
-            parts = self._contributions(scene, step, again, head)
+            drawn, names = self._drawn(scene, step)
+            parts = self._contributions(drawn, names, step, again, head)
             kappas = {layer: part.kappa for layer, part in parts.items()}
             if all(self._guards.finite(f"kappa of layer {k!r}", v, step) for k, v in kappas.items()):
                 value = _shaped(kappas, scene.loss)
+                if self.layers_per_step is not None:
+                    value = len(self._tap.layers) / self.layers_per_step * value
+                    report["layers"] = names
                 penalty = strength * value
                 report["penalty"] = penalty.detach().mean()
                 report["total"] = task + report["penalty"]
@@ -372,7 +408,12 @@ class FAM(nn.Module):
         return penalty
 
     def _contributions(
-        self, scene: Scene, step: int, again: Again | None, head: Callable[[Tensor], Tensor] | None
+        self,
+        scene: Scene,
+        names: Sequence[str],
+        step: int,
+        again: Again | None,
+        head: Callable[[Tensor], Tensor] | None,
     ) -> dict[str, Contributions]:
         spec = self._estimator.spec
         if again is None or not self._replays:
@@ -393,7 +434,7 @@ class FAM(nn.Module):
         return perturb.finite_difference(
             lambda old, new: again(change=(old, new)),
             scene.loss,
-            [Matrix.of(name, target) for name, target in self._tap.layers.items()],
+            [Matrix.of(name, self._tap.layers[name]) for name in names],
             probes=spec.probes,
             adaptive=spec.adaptive,
             scales={name: feature_std(group) for name, group in calls.items()} if spec.normalize else {},

@@ -39,6 +39,13 @@ class Rng:
         return torch.randn(like.shape, generator=self.on(like.device), device=like.device, dtype=like.dtype)
 
 
+def subset(seed: int, step: int, count: int, size: int) -> list[int]:
+    """``size`` of the numbers below ``count``, uniform without replacement, in order; the same on all ranks."""
+    digest = hashlib.blake2b(f"{seed},{step},subset".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return sorted(torch.randperm(count, generator=generator)[:size].tolist())
+
+
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
