@@ -2,12 +2,18 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 
 import pytest
+from killable import Killable
 
 from relflat.errors import ConfigError, DataError
 from relflat.lab import store, study
@@ -33,36 +39,112 @@ def without_times(value):
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
-COMMAND = [sys.executable, "-m", "relflat", "compare", "digits", "--arms", "plain", "fam-radius", "--json"]
-COMMAND += ["--seeds", "2", "--search-seeds", "1", "--trials", "2", "--train-size", "100", "--epochs", "3"]
-COMMAND += ["--label-noise", "0.1", "--workers", "1"]
+COMMAND = ["compare", "digits", "--arms", "plain", "fam-radius", "--seeds", "2", "--search-seeds", "1"]
+COMMAND += [
+    "--trials",
+    "2",
+    "--train-size",
+    "100",
+    "--epochs",
+    "3",
+    "--label-noise",
+    "0.1",
+    "--workers",
+    "1",
+    "--json",
+]
+KILLS = 10
+
+
+@dataclass
+class Study:
+    """A comparison in a folder of its own, by its command."""
+
+    killable: Killable
+    place: Path
+
+    def start(self, fatal=0):
+        self.place.mkdir(exist_ok=True)
+        ways = ["--runs", str(self.place / "runs"), "--out", str(self.place / "out")]
+        return self.killable.start([*COMMAND, *ways], self.place / "log", self.place, fatal)
+
+    def finish(self):
+        """Seconds and changes of files that an uninterrupted command takes."""
+        start = time.monotonic()
+        self.start()
+        assert self.killable.end() == 0, (self.place / "log").read_text()
+        return time.monotonic() - start, int((self.place / "log").read_text().rpartition("changes: ")[2])
+
+    def numbers(self):
+        """Everything that is left, except times: the names of all files, and what is in those with numbers."""
+        files = {path.relative_to(self.place): path for path in self.place.rglob("*") if path.name != "log"}
+        return sorted(files), {name: content(path) for name, path in files.items() if path.is_file()}
+
+
+def content(path):
+    if path.name in {"report.json", "result.json", "plan.json", "config.json"}:
+        return without_times(store.read_json(path))
+    if path.name == "metrics.jsonl":
+        return [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+    return path.read_bytes() if path.name == "model.safetensors" else None
+
+
+@pytest.fixture(scope="module")
+def killable():
+    made = Killable()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def whole(killable, tmp_path_factory):
+    """An uninterrupted comparison: its seconds, its changes of files, what is left of it."""
+    study = Study(killable, tmp_path_factory.mktemp("whole"))
+    return *study.finish(), study.numbers()
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_comparison_gives_the_same_numbers(tmp_path):
-    whole = do(tmp_path / "whole", tmp_path / "runs-whole", small_plan())
-    command = [*COMMAND, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "broken")]
-    done = 0
-    for wanted in (1, 5):  # killed -9 in the search, then among the tested runs
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while done < wanted and time.monotonic() < deadline:
-            time.sleep(0.005)
-            done = len(list((tmp_path / "runs").glob("*/result.json")))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "broken" / "report.json").exists()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/result.json")}
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert all(
-        path.stat().st_mtime_ns == then for path, then in before.items()
-    )  # finished runs are not done twice
-    expected = store.read_json(tmp_path / "whole" / "report.json")
-    assert len(whole.finals["plain"]) == 2
-    assert without_times(store.read_json(tmp_path / "broken" / "report.json")) == without_times(expected)
-    assert json.loads(again.stdout)["verdict"] == expected["verdict"]
-    assert not list((tmp_path / "runs").glob("*/.*"))  # nothing half-written is left
+@pytest.mark.xdist_group("kill")
+@pytest.mark.parametrize("moment", ["in time", "between writes"])
+def test_killed_ten_times_and_resumed_it_gives_the_same_numbers(killable, whole, tmp_path, moment):
+    """Kill -9 at random moments; what comes out equals the uninterrupted comparison, bit for bit."""
+    seconds, changes, expected = whole
+    chance = random.Random(moment)
+    killed = 0
+    for attempt in count():
+        one = Study(killable, tmp_path / str(attempt))
+        while killed < KILLS:
+            share = chance.uniform(0, 2 / KILLS)
+            if moment == "in time":
+                process = one.start()
+                time.sleep(share * seconds)
+                with suppress(ProcessLookupError):  # it may have finished before
+                    os.kill(process, signal.SIGKILL)
+            else:
+                one.start(fatal=1 + int(share * changes))
+            end = killable.end()
+            if end == 0:  # all done before it could be killed: another one
+                break
+            assert end == -signal.SIGKILL, (one.place / "log").read_text()
+            killed += 1
+        one.finish()
+        assert one.numbers() == expected
+        if killed == KILLS:
+            return
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("kill")
+def test_finished_runs_are_not_done_twice(killable, tmp_path):
+    one = Study(killable, tmp_path / "one")
+    process = one.start()
+    while len(done := list(one.place.glob("runs/*/result.json"))) < 3:
+        time.sleep(0.005)
+    os.kill(process, signal.SIGKILL)
+    assert killable.end() == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in done}
+    one.finish()
+    assert {path: path.stat().st_mtime_ns for path in done} == before
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
@@ -155,7 +237,7 @@ def test_nothing_is_chosen_by_test_labels(tmp_path, locked):
 
 
 def test_the_lock_of_that_test_holds(tmp_path, locked):
-    with workers(1) as pool, pytest.raises(PermissionError, match="before the final step"):
+    with workers(1) as pool, pytest.raises(ConfigError, match=r"PermissionError: .* before the final step"):
         study.compare(locked, tmp_path / "runs", pool, lambda trial: None)
 
 

@@ -1,0 +1,195 @@
+"""The same trials on a Ray cluster of two nodes: bit for bit those of this machine, and no harm in losing a node.
+
+The cluster is of this machine alone: loopback, one CPU a node, small object stores, no dashboard, no statistics.
+"""
+
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from relflat.cli.main import main
+from relflat.errors import ConfigError
+from relflat.lab import store
+from relflat.lab.config import make
+from relflat.lab.engines import MARK, Shared, engine_named, versions
+from relflat.lab.trials import Job, run_all, workers
+
+os.environ |= {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what makes Ray keep to the loopback address
+    "RAY_memory_monitor_refresh_ms": "0",  # other processes of this machine are none of its business
+    "RAY_health_check_period_ms": "500",
+}
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'relflat[ray]'")
+from ray.cluster_utils import Cluster  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+TIMES = {"seconds_per_step"}
+
+TASK = """
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from relflat.lab.tasks import TASKS
+
+HERE = Path(__file__).parent
+
+
+class Slow(nn.Sequential):
+    # waits in the middle of the second epoch for as long as a file called ``wait`` is there
+    passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        if self.passes == 5 and (HERE / "wait").exists():
+            (HERE / f"waiting-{os.getpid()}").touch()
+            while (HERE / "wait").exists():
+                time.sleep(0.02)
+        return super().forward(x)
+
+
+task = replace(TASKS["digits"], model=lambda: Slow(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)))
+broken = replace(task, model=lambda: 1 / 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one CPU each; nothing of them is left at the end."""
+    made = Cluster(initialize_head=True, head_node_args=NODE)
+    made.add_node(**NODE)
+    try:
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture
+def pool(cluster, tmp_path):
+    """The cluster as an engine, and the folder of runs."""
+    with engine_named("ray", processes=2, runs=tmp_path / "runs", address=cluster.address) as engine:
+        yield engine
+
+
+PLAIN, SAM, FAM = {"method": "plain"}, {"method": "sam"}, {"method": "fam"}
+PROBES = {**FAM, "regularize": "fc*", "estimator": "probe"}
+
+
+def jobs_in(runs: Path, *ways: dict, task: str = "digits") -> list[Job]:
+    common = {"task": task, "epochs": 3, "train_size": 100}
+    return [Job(make({**common, **way}), runs, test=True) for way in ways]
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def numbers(trials):
+    return [(trial.config, without_times(trial.result), without_times(trial.history)) for trial in trials]
+
+
+def test_trials_are_those_of_this_machine_bit_for_bit(pool, tmp_path):
+    seen = []
+    found = run_all(pool, jobs_in(tmp_path / "runs", PLAIN, SAM, PROBES), seen.append)
+    with workers(1) as local:
+        expected = run_all(local, jobs_in(tmp_path / "local", PLAIN, SAM, PROBES))
+    assert len(seen) == 3
+    assert numbers(found) == numbers(expected)
+    assert found[1].result["test"]["loss"] > 0
+
+
+def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_node_lost_in_mid_trial(cluster, pool, tmp_path):
+    """Its trial goes on elsewhere after the last finished epoch; what was finished is not done again."""
+    (tmp_path / "slow.py").write_text(TASK)
+    jobs = jobs_in(tmp_path / "runs", PLAIN, FAM, {**FAM, "seed": 1}, task=f"{tmp_path / 'slow.py'}:task")
+    run_all(pool, jobs[:1])
+    kept = store.folder_of(jobs[0].config, jobs[0].runs) / store.RESULT
+    written = kept.stat().st_mtime_ns
+
+    (tmp_path / "wait").touch()
+    done = []
+    with ThreadPoolExecutor(1) as beside:
+        rest = beside.submit(run_all, pool, jobs, done.append)
+        until(
+            lambda: rest.done() or len(list(tmp_path.glob("waiting-*"))) == 2
+        )  # on two nodes of one CPU each
+        first_epochs = [metrics(job)[0] for job in jobs[1:]]
+        (lost,) = cluster.worker_nodes
+        cluster.remove_node(lost, allow_graceful=False)  # kill -9 of all its processes
+        alive = [Path(f"/proc/{path.name.split('-')[1]}").exists() for path in tmp_path.glob("waiting-*")]
+        (tmp_path / "wait").unlink()
+        found = rest.result(timeout=120)
+    cluster.add_node(**NODE)  # for the other tests
+    assert sorted(alive) == [False, True]
+    assert kept.stat().st_mtime_ns == written
+    assert [metrics(job)[0] for job in jobs[1:]] == first_epochs  # the seconds too: not trained again
+    with workers(1) as local:
+        expected = run_all(local, [replace(job, runs=tmp_path / "local") for job in jobs])
+    assert numbers(found) == numbers(expected)
+    assert len(done) == 3
+
+
+def metrics(job):
+    return store.metrics_of(store.folder_of(job.config, job.runs))
+
+
+def test_a_task_file_that_raises_on_a_worker(pool, tmp_path):
+    (tmp_path / "slow.py").write_text(TASK)
+    good = jobs_in(tmp_path / "runs", PLAIN)[0]
+    bad = jobs_in(tmp_path / "runs", PLAIN, task=f"{tmp_path / 'slow.py'}:broken")[0]
+    run_all(pool, [good])
+    with pytest.raises(
+        ConfigError, match=r"slow\.py raises an error; mend it(.|\n)*ZeroDivisionError"
+    ) as caught:
+        run_all(pool, [good, bad])
+    assert "ray" not in str(caught.value)
+    assert (store.folder_of(good.config, good.runs) / store.RESULT).is_file()
+
+
+def test_a_worker_that_does_not_see_the_folder(pool, tmp_path):
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"does not see the folder .*runs.*that all machines share"):
+        run_all(pool, jobs_in(tmp_path / "runs", PLAIN))
+
+
+def test_a_worker_with_other_versions(tmp_path):
+    (tmp_path / MARK).write_text("mark")
+    Shared(tmp_path, "mark", versions()).check()
+    with pytest.raises(ConfigError, match=r"trials were started with torch 1\. Install the same versions"):
+        Shared(tmp_path, "mark", {"torch": "1"}).check()
+
+
+def test_the_command(cluster, tmp_path, monkeypatch, capsys):
+    """A comparison by its command gives the report that the local engine gives."""
+    monkeypatch.chdir(tmp_path)
+    command = ["compare", "digits", "--arms", "plain", "fam-radius", "--seeds", "2", "--search-seeds", "1"]
+    command += ["--trials", "2", "--train-size", "100", "--epochs", "1", "--json"]
+    reports = []
+    for engine in (["ray", "--address", cluster.address], ["local", "--workers", "1"]):
+        main([*command, "--engine", *engine, "--runs", engine[0], "--out", f"out-{engine[0]}"])
+        reports.append(json.loads(capsys.readouterr().out))
+    assert not ray.is_initialized()
+    for report in reports:
+        assert report["tested"]["fam-radius"][1]["test"]["loss"] > 0
+    ours, theirs = ({key: report[key] for key in ("differences", "search", "tested")} for report in reports)
+    assert ours == theirs
