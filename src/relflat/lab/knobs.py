@@ -49,7 +49,7 @@ class KnobbedFAM(FAM):
         self._layers_of = [model]  # in a list: the criterion must not register the model as its part
 
     @property
-    def strength(self) -> float:  # type: ignore[override]
+    def strength(self) -> float:
         """The strength of the step to come."""
         return 0.0 if self._removed else self._given
 

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 from torch import nn, optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
 
-from relflat.lab import mnist1d, own, text
+from relflat.lab import grokking, mnist1d, own, skulls, text
 from relflat.lab.augment import Augment, crop_flip, crop_flip_cutout, cutout, shift
 from relflat.lab.efficientnet import efficientnet_lite0
 from relflat.lab.evaluate import ACCURACY, Metric
 from relflat.lab.models import mlp, resnet18, resnet20, small_cnn, wide_resnet
 from relflat.lab.names import look_up
+from relflat.lab.skull_metrics import DICE
+from relflat.lab.skull_models import Autoencoder, Completion, dice_cross_entropy, dice_loss
 from relflat.lab.splits import Splits, classification
 
 
@@ -114,6 +116,7 @@ class Task:
         metric: what it is judged by.
         augment: changes the training pictures at random; None for none.
         evaluation_size: samples at a time when evaluating.
+        monitored: samples of the training and validation splits that metrics and kappa of an epoch are taken on.
     """
 
     name: str
@@ -129,6 +132,7 @@ class Task:
     metric: Metric = ACCURACY
     augment: Augment | None = None
     evaluation_size: int = 1000
+    monitored: int = 1000
 
 
 DIGITS = Task(
@@ -236,6 +240,36 @@ RTE = replace(
     epochs=20,
 )
 
+SKULLS = Task(
+    name="skulls",
+    summary="deformations of one real CT, 48^3 voxels, a hole in each vault; autoencoder with latent 8; 100 train, "
+    "40 validation, 50 test and the same 50 with larger holes",
+    splits=skulls.splits,
+    model=Autoencoder,
+    loss=dice_loss,
+    layer="from_latent",
+    optimizer=Adam(lr=3e-3),
+    schedule=cosine,
+    epochs=64,
+    batch_size=5,
+    metric=DICE,
+    evaluation_size=10,
+    monitored=10,
+)
+
+ADDITION = Task(
+    name="addition",
+    summary="(a + b) mod 97, MLP that generalises long after it knows its 3,764 training sums by heart",
+    splits=grokking.splits,
+    model=grokking.AdditionMLP,
+    loss=nn.CrossEntropyLoss,
+    layer="output",
+    optimizer=AdamW(lr=3e-3, weight_decay=1.0),
+    schedule=constant,
+    epochs=400,
+    batch_size=512,
+)
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -320,6 +354,27 @@ TASKS: dict[str, Task] = {
             schedule=cosine,
             epochs=40,
             batch_size=64,
+        ),
+        SKULLS,
+        replace(
+            SKULLS,
+            name="skulls-unet",
+            summary="deformations of one real CT, 48^3 voxels, a hole in each vault; U-Net that only adds",
+            model=Completion,
+            loss=dice_cross_entropy,
+            layer="output",
+            epochs=32,
+        ),
+        ADDITION,
+        replace(
+            ADDITION,
+            name="addition-transformer",
+            summary="(a + b) mod 59, transformer of one block; 1,392 sums to train on",
+            splits=partial(grokking.splits, modulus=59),
+            model=partial(grokking.AdditionTransformer, 59, width=64),
+            optimizer=AdamW(lr=5e-3, weight_decay=1.0),
+            epochs=300,
+            batch_size=464,
         ),
         REVIEWS,
         RTE,

@@ -32,8 +32,6 @@ from relflat.lab.scalars import Scalars
 from relflat.lab.splits import Splits
 from relflat.lab.tasks import task_named
 
-MONITORED = 1000  # samples of the training and validation splits that the metrics of an epoch are taken on
-
 Record = dict[str, Any]
 OnEpoch = Callable[[Record], None]
 
@@ -309,10 +307,10 @@ def _monitor(session: Session) -> Record:
     Every process takes them, on all of these samples; they agree, as the weights do.
     """
     task, splits = task_named(session.config.task), session.splits
-    train, name = splits.train.take(slice(MONITORED)), task.metric.name
+    train, name = splits.train.take(slice(task.monitored)), task.metric.name
     with session.full_precision():
         fitted = _evaluate(session, train)
-        held_out = _evaluate(session, splits.validation.take(slice(MONITORED)))
+        held_out = _evaluate(session, splits.validation.take(slice(task.monitored)))
         flat = flatness(session.model, session.loss, session.batches(train), task.layer)
     return {
         f"train_{name}": fitted[name],
@@ -360,8 +358,9 @@ def _result(
 
 def _kappa_before(session: Session) -> float:
     """Kappa of the untrained network on the first training samples; a resumed run takes it from the same one."""
-    layer, train = task_named(session.config.task).layer, session.splits.train.take(slice(MONITORED))
-    return flatness(session.model, session.loss, session.batches(train), layer).value
+    task = task_named(session.config.task)
+    train = session.splits.train.take(slice(task.monitored))
+    return flatness(session.model, session.loss, session.batches(train), task.layer).value
 
 
 def _evaluate(session: Session, samples: Arrays) -> Record:
