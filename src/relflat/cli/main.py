@@ -1,7 +1,9 @@
 """The command ``relflat``."""
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -24,20 +26,42 @@ app.command(data, name="data", help="List and fetch data sets.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with 0, 2 (something to correct) or 130 (interrupted)."""
+    """Run the command line and leave with 0, 1 (nobody reads on), 2 (something to correct) or 130 (interrupted)."""
     try:
-        app.cli(
-            prog="relflat",
-            description="Relative flatness of PyTorch networks: measure it, train with it.",
-            args=list(sys.argv[1:] if arguments is None else arguments),
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-        )
+        with flushed():
+            app.cli(
+                prog="relflat",
+                description="Relative flatness of PyTorch networks: measure it, train with it.",
+                args=list(sys.argv[1:] if arguments is None else arguments),
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+            )
+    except BrokenPipeError:  # as after | head
+        discard_output()
+        sys.exit(1)
     except RelflatError as error:
         fail(error)
+        sys.exit(2)
+    except OSError as error:  # no space left for what is printed, a file of the data that may not be read, ...
+        fail(error)
+        discard_output()
         sys.exit(2)
     except KeyboardInterrupt:
         fail(KeyboardInterruptMessage())
         sys.exit(130)
+
+
+@contextmanager
+def flushed() -> Iterator[None]:
+    """Write all of stdout out before leaving, so that a reader who is gone is noticed here."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+
+
+def discard_output() -> None:
+    """Leave nothing that Python would try to write out once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class KeyboardInterruptMessage(Exception):

@@ -1,7 +1,7 @@
 """``relflat train``."""
 
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import tyro
 
@@ -25,6 +25,7 @@ class Values(TypedDict, total=False):
         weight_decay: of the optimiser.
         train_size: train on so many samples only.
         label_noise: redraw each training label with this probability.
+        precision: no (float32), bf16 or fp16, for training; evaluation is in float32.
         rho: radius of the step uphill.
         period: steps from one second pass to the next.
         alpha: weight of the direction kept in between.
@@ -42,6 +43,10 @@ class Values(TypedDict, total=False):
         every: add the penalty every so many steps.
         warmup_steps: steps over which the strength grows from 0.
         normalize_features: divide features by their deviation.
+        temperature: of the softmax in kappa, for an output layer.
+        unit_features: kappa with features of norm 1, for an output layer.
+        remove_after: steps after which the penalty is taken away.
+        weight_cap: greatest norm of the layer's weight while the penalty is there.
     """
 
     method: Annotated[str, option("NAME", "default: plain")]
@@ -52,6 +57,7 @@ class Values(TypedDict, total=False):
     weight_decay: Annotated[float, option("FLOAT", "default: the task's")]
     train_size: Annotated[int, option("INT", "default: all")]
     label_noise: Annotated[float, option("FLOAT", "default: 0")]
+    precision: Annotated[str, option("NAME", "default: no")]
     rho: Annotated[float, option("FLOAT", "sam, looksam, fam-sam; default: 0.05")]
     period: Annotated[int, option("INT", "looksam; default: 5")]
     alpha: Annotated[float, option("FLOAT", "looksam; default: 0.7")]
@@ -71,6 +77,10 @@ class Values(TypedDict, total=False):
     normalize_features: Annotated[
         bool, tyro.conf.FlagConversionOff, option("True|False", "fam; default: False")
     ]
+    temperature: Annotated[float, option("FLOAT", "fam; default: 1")]
+    unit_features: Annotated[bool, tyro.conf.FlagConversionOff, option("True|False", "fam; default: False")]
+    remove_after: Annotated[int, option("INT", "fam; default: none")]
+    weight_cap: Annotated[float, option("FLOAT", "fam; default: none")]
 
 
 def train(
@@ -82,7 +92,7 @@ def train(
     runs: Path = Path("runs"),
     name: str | None = None,
     fresh: bool = False,
-    test: bool = True,
+    no_test: bool = False,
     json: bool = False,
 ) -> None:
     """Train a task by one method, and evaluate its test split once at the end.
@@ -96,24 +106,27 @@ def train(
         runs: folder that keeps the runs.
         name: name of this run's folder; by default task, method and a hash of all values.
         fresh: remove an earlier run of this folder and start again.
-        test: whether the test split is evaluated at the end.
-        json: print one JSON object.
+        no_test: leave the test split alone; without this option it is evaluated once, at the end.
+        json: print one JSON object; the bins of the calibration error are in result.json only.
     """
     from relflat.lab import launch, training
     from relflat.lab.config import make, read_file
-    from relflat.lab.store import folder_of
+    from relflat.lab.store import folder_of, result_of
     from relflat.lab.tasks import task_named
 
     from_file = read_file(config) if config else {}
     resolved = make({**from_file, **run, "task": task})
     folder = folder_of(resolved, runs, name)
     metric = task_named(task).metric
+    before = not fresh and result_of(folder) is not None
     with launch.process_group(), progress(resolved.epochs, metric.name) as on_epoch:
-        result = training.train(resolved, folder, test=test, fresh=fresh, on_epoch=on_epoch)
+        result = training.train(resolved, folder, test=not no_test, fresh=fresh, on_epoch=on_epoch)
     if launch.rank() != 0:
         return
+    if before:
+        say(f"{folder} was finished before: nothing was trained. Give --fresh to train it again.")
     if json:
-        print_json({"run": str(folder), "config": resolved.flat(), "result": result})
+        print_json({"run": str(folder), "config": resolved.flat(), "result": without_bins(result)})
         return
     if result["status"] != "finished":
         say(f"diverged after {result['epochs']} epochs: {result['reason']}")
@@ -134,3 +147,12 @@ def train(
             + f"||W|| {flat['weight_norm']:.4g}  ||phi||^2 {flat['feature_norm2']:.4g}"
         )
     out.print(f"run        {folder}", soft_wrap=True)
+
+
+def without_bins(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without the long lists in it."""
+    return {
+        name: without_bins(value) if isinstance(value, dict) else value
+        for name, value in result.items()
+        if name != "bins"
+    }
