@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from relflat.batchnorm import cheap_batch_norm
 from relflat.errors import GraphError, LossError, SecondDerivativeError
+from relflat.norms import norms_mended
 from relflat.record import Call, ancestors
 
 Direction = Sequence[Tensor]
@@ -144,7 +144,7 @@ def differentiate(
 ) -> Sequence[Tensor | None]:
     """``torch.autograd.grad`` that keeps the graph and says which operation has no second derivative."""
     try:
-        with cheap_batch_norm(of, at) if create_graph else nullcontext():
+        with norms_mended(of, at) if create_graph else nullcontext():
             return torch.autograd.grad(
                 of, at, along, create_graph=create_graph, retain_graph=True, allow_unused=True
             )

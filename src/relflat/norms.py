@@ -1,10 +1,13 @@
-"""Second derivatives of batch normalisation in a few passes over memory.
+"""Second and third derivatives of batch and layer normalisation: cheap ones, and right ones.
 
 PyTorch composes the derivative of ``native_batch_norm_backward`` of some thirty elementwise operations and
 reductions; on a CPU they take as long as half the convolutions of a ResNet. Here it is written out: the map from
 the gradient of the outputs to that of the inputs is symmetric, so its transpose is the same kernel once more, and
-what is left are five sums a channel. Third derivatives, which PyTorch 2.13 gets wrong with statistics of the batch
-(pytorch/pytorch#186256), are composed of elementary operations and right.
+what is left are five sums a channel.
+
+Third derivatives PyTorch 2.13 gets wrong, without a word, for both normalisations where the statistics depend on
+the input, as it takes them for constants (pytorch/pytorch#186256, #175754). Here they are composed of elementary
+operations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,22 +20,21 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-_NODE = "NativeBatchNormBackward0"
 _ONLY_INPUT, _ONLY_SUMS, _ALL = [True, False, False], [False, True, True], [True, True, True]
 _backward = torch.ops.aten.native_batch_norm_backward
 
 
 @contextmanager
-def cheap_batch_norm(of: Sequence[Tensor], at: Sequence[Tensor] | Sequence[GradientEdge]) -> Iterator[None]:
-    """Within the block, gradients of ``of`` at ``at`` through batch normalisation are cheap to differentiate again.
+def norms_mended(of: Sequence[Tensor], at: Sequence[Tensor] | Sequence[GradientEdge]) -> Iterator[None]:
+    """Within the block, gradients of ``of`` at ``at`` through normalisations can be differentiated again, rightly.
 
     Hooks on the nodes of the graph between the two give the numbers that the nodes found, with another graph
     behind them; they are gone after the block. Nodes that are not there (a compiled part, other kernels) or whose
     saved tensors can be had only once (checkpointing) stay as they are. Cost: one walk over that graph.
     """
     oldest = min((_age(x) for x in at), default=0)
-    nodes = [n for n in _younger(of, oldest) if n.name() == _NODE]
-    handles = [node.register_hook(_replacing(node)) for node in nodes]
+    nodes = [n for n in _younger(of, oldest) if n.name() in _MENDED]
+    handles = [node.register_hook(_MENDED[node.name()](node)) for node in nodes]
     try:
         yield
     finally:
@@ -60,7 +62,7 @@ def _younger(of: Sequence[Tensor], oldest: int) -> Iterator[Node]:
         stack += new
 
 
-def _replacing(node: Any) -> Callable[[Any, Any], Any]:
+def _batch_norm(node: Any) -> Callable[[Any, Any], Any]:
     def hook(found: tuple[Tensor | None, ...], along: tuple[Tensor | None, ...]) -> Any:
         if found[0] is None or along[0] is None or not found[0].requires_grad:
             return None
@@ -145,13 +147,8 @@ def _by_autograd(
 
     PyTorch's own takes the saved mean and deviation for constants from here on, so third derivatives are wrong.
     """
-    # aliases, as one of the three may have been computed from another
-    grad, x = grad.view_as(grad), x.view_as(x)
-    weight = None if weight is None else weight.view_as(weight)
-    value, given = _composed(grad, x, weight, constants), (grad, x, weight)
-    wanted = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
-    pulled = iter(torch.autograd.grad(value, wanted, v, create_graph=True, allow_unused=True))
-    return [next(pulled) if need and t is not None else None for t, need in zip(given, needs, strict=True)]
+    given = grad, x, weight = grad.view_as(grad), x.view_as(x), _alias(weight, True)  # see there
+    return _gradients(_composed(grad, x, weight, constants), given, needs, v, True)
 
 
 def _composed(grad: Tensor, x: Tensor, weight: Tensor | None, constants: _Constants) -> Tensor:
@@ -205,3 +202,80 @@ def _running(
 
 def _sums(a: Float[Tensor, "n c *s"], b: Float[Tensor, "n c *s"]) -> Float[Tensor, " c"]:
     return (a * b).sum([0, *range(2, a.ndim)])
+
+
+def _layer_norm(node: Any) -> Callable[[Any, Any], Any]:
+    def hook(found: tuple[Tensor | None, ...], along: tuple[Tensor | None, ...]) -> Any:
+        if found[0] is None or along[0] is None or not found[0].requires_grad:
+            return None
+        try:
+            x, weight, bias = node._saved_input, node._saved_weight, node._saved_bias
+        except RuntimeError:  # checkpointing hands out a tensor once
+            return None
+        if type(x) is not Tensor:
+            return None
+        saved = (node._saved_normalized_shape, node._saved_result1, node._saved_result2, bias)
+        given = (found[0].detach(), along[0], x, weight, saved)
+        mended = _LayerInputGradient.apply(*given)  # type: ignore[no-untyped-call]
+        return (mended, *found[1:])
+
+    return hook
+
+
+class _LayerInputGradient(torch.autograd.Function):
+    """The gradient in the input of a layer normalisation: PyTorch's own up to second derivatives, then composed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, found: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, saved: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(grad, x, weight)
+        ctx.saved = saved
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        further = torch.is_grad_enabled()
+        shape, mean, rstd, bias = ctx.saved
+        with torch.enable_grad():
+            grad, x, weight = given = [_alias(t, further) for t in ctx.saved_tensors]
+            assert grad is not None
+            assert x is not None
+            if further:
+                value = _layer_composed(grad, x, weight, rstd, len(shape))
+            else:
+                options = (shape, mean, rstd, weight, bias, _ONLY_INPUT)
+                value = torch.ops.aten.native_layer_norm_backward(grad, x, *options)[0]
+            return None, *_gradients(value, given, ctx.needs_input_grad[1:4], v, further), None
+
+
+def _gradients(
+    value: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool], v: Tensor, further: bool
+) -> list[Tensor | None]:
+    """Those of ``<v, value>`` in what is given and needed, None elsewhere."""
+    wanted = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
+    pulled = iter(torch.autograd.grad(value, wanted, v, create_graph=further, allow_unused=True))
+    return [next(pulled) if need and t is not None else None for t, need in zip(given, needs, strict=True)]
+
+
+def _alias(t: Tensor | None, further: bool) -> Tensor | None:
+    """One of several tensors that may have been computed from each other, as an endpoint of its own."""
+    if t is None:
+        return None
+    return t.view_as(t) if further else t.detach().requires_grad_(t.requires_grad)
+
+
+def _layer_composed(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dims: int) -> Tensor:
+    """``s (g - mean(g) - xh mean(g xh))`` with ``g = w gy``; eps is what the saved deviation has over that of x."""
+    over, wide = tuple(range(-dims, 0)), rstd.dtype
+    g, x = grad.to(wide), x.to(wide)
+    g = g if weight is None else g * weight
+    centred = x - x.mean(over, keepdim=True)
+    variance = centred.square().mean(over, keepdim=True)
+    eps = (rstd.reshape(variance.shape).pow(-2) - variance).detach()
+    s = (variance + eps).rsqrt()
+    xh = s * centred
+    return (s * (g - g.mean(over, keepdim=True) - xh * (g * xh).mean(over, keepdim=True))).to(grad.dtype)
+
+
+_MENDED = {"NativeBatchNormBackward0": _batch_norm, "NativeLayerNormBackward0": _layer_norm}

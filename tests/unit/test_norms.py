@@ -1,4 +1,4 @@
-"""Batch normalisation differentiated twice by hand: against differences, PyTorch's own, and where it steps aside."""
+"""Normalisations differentiated by hand: against differences, PyTorch's own, and where it steps aside."""
 
 import copy
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from relflat import FAM, batchnorm, relative_flatness
-from relflat.batchnorm import cheap_batch_norm
+from relflat import FAM, norms, relative_flatness
+from relflat.norms import norms_mended
 
 SHAPES = {1: (6, 3), 2: (5, 3, 4), 3: (4, 3, 3, 2), 4: (3, 3, 2, 2, 2)}
 KINDS = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}
@@ -34,7 +34,7 @@ def input_gradient(bn: nn.Module, x: Tensor, weight: Tensor | None, gy: Tensor, 
     y = torch.func.functional_call(bn, given | frozen, (x * 1,))
     if not cheap:
         return torch.autograd.grad(y, x, gy, create_graph=True)[0]
-    with cheap_batch_norm([y], [x]):
+    with norms_mended([y], [x]):
         return torch.autograd.grad(y, x, gy, create_graph=True)[0]
 
 
@@ -50,13 +50,13 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
 
     def watch(name: str) -> None:
-        original: Callable[..., object] = getattr(batchnorm, name)
+        original: Callable[..., object] = getattr(norms, name)
 
         def spy(*args: object) -> object:
             seen.append(name == "_batch")
             return original(*args)
 
-        monkeypatch.setattr(batchnorm, name, spy)
+        monkeypatch.setattr(norms, name, spy)
 
     for name in ("_batch", "_running"):
         watch(name)
@@ -106,7 +106,7 @@ class TestPrecision:
             wanted = [x, gy] if weight is None else [x, gy, bn.weight]
             y = bn(x)
             if cheap:
-                with cheap_batch_norm([y], [x]):
+                with norms_mended([y], [x]):
                     (g,) = torch.autograd.grad(y, x, gy, create_graph=True)
             else:
                 (g,) = torch.autograd.grad(y, x, gy, create_graph=True)
@@ -130,7 +130,7 @@ class TestPrecision:
         for dtype in (torch.float32, torch.float64):
             xs, gs, vs = (t.to(dtype).requires_grad_() for t in (x, gy, v))
             y = copy.deepcopy(bn).to(dtype)(xs)
-            with cheap_batch_norm([y], [xs]):
+            with norms_mended([y], [xs]):
                 (g,) = torch.autograd.grad(y, xs, gs, create_graph=True)
             errors.append(torch.autograd.grad(g, [xs, gs], vs))
         for a, b in zip(*errors, strict=True):
@@ -172,18 +172,22 @@ def gradients(
 )
 def test_fam_through_batch_norm_is_the_same_number(options, monkeypatch) -> None:
     ours = gradients(network(), **options)
-    monkeypatch.setattr(batchnorm, "_NODE", "no such node")
+    monkeypatch.setattr(norms, "_MENDED", {})
     for a, b in zip(ours, gradients(network(), **options), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm", ["batch", "instance", "layer"])
 @pytest.mark.parametrize("options", [{"curvature": "hessian"}, {"method": "exact"}], ids=str)
-def test_third_derivatives_of_fam_against_differences(options) -> None:
+def test_third_derivatives_of_fam_against_differences(options, norm) -> None:
     """PyTorch's own are wrong here: the gradient of kappa goes through three derivatives of the normalisation."""
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Tanh(), nn.Linear(3, 3)
-    ).double()
+    between = {
+        "batch": [nn.BatchNorm1d(3, track_running_stats=False)],
+        "instance": [nn.Unflatten(1, (1, 3)), nn.InstanceNorm1d(1), nn.Flatten()],
+        "layer": [nn.LayerNorm(3)],
+    }
+    net = nn.Sequential(nn.Linear(4, 3), *between[norm], nn.Tanh(), nn.Linear(3, 3)).double()
     x, y = torch.randn(5, 4).double(), torch.randint(3, (5,))
 
     def penalty() -> Tensor:
@@ -204,11 +208,33 @@ def test_third_derivatives_of_fam_against_differences(options) -> None:
     assert float((found * along).sum()) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5)
 
 
+def record(monkeypatch: pytest.MonkeyPatch, hooked: list[object]) -> None:
+    """Notes the nodes that are hooked."""
+    name, original = "NativeBatchNormBackward0", norms._batch_norm
+    monkeypatch.setitem(norms._MENDED, name, lambda node: hooked.append(node) or original(node))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(4,), (2, 2)])
+def test_layer_norm_second_and_third_derivatives(affine: bool, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    bias = torch.randn(shape).double() if affine else None
+    given = [torch.randn(3, *shape).double().requires_grad_() for _ in range(2)]
+    given += [torch.randn(shape).double().requires_grad_()] * affine
+
+    def gradient(x: Tensor, gy: Tensor, weight: Tensor | None = None) -> Tensor:
+        y = nn.functional.layer_norm(x * 1, shape, weight, bias, eps=0.3)
+        with norms_mended([y], [x]):
+            return torch.autograd.grad(y, x, gy, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(gradient, given)
+    assert torch.autograd.gradgradcheck(gradient, given)
+
+
 def test_it_is_used_by_fam_and_leaves_no_hooks(monkeypatch) -> None:
     seen, net = used(monkeypatch), network()
     (x, y), handles = images(), []
-    original = batchnorm._replacing
-    monkeypatch.setattr(batchnorm, "_replacing", lambda node: handles.append(node) or original(node))
+    record(monkeypatch, handles)
     fam = FAM(nn.CrossEntropyLoss(), net, ["0", "3"], strength=0.5)
     loss = fam(net(x), y)
     torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
@@ -221,8 +247,7 @@ def test_it_is_used_by_fam_and_leaves_no_hooks(monkeypatch) -> None:
 
 def test_nodes_before_the_layer_are_left_alone(monkeypatch) -> None:
     hooked: list[object] = []
-    original = batchnorm._replacing
-    monkeypatch.setattr(batchnorm, "_replacing", lambda node: hooked.append(node) or original(node))
+    record(monkeypatch, hooked)
     net, (x, y) = network(), images()
     FAM(nn.CrossEntropyLoss(), net, "3", strength=0.5)(net(x), y)
     assert len(hooked) == 1
@@ -244,7 +269,7 @@ def test_a_checkpointed_part_falls_back(monkeypatch) -> None:
     found = []
     for net in (Checkpointed(), Checkpointed()):
         if found:
-            monkeypatch.setattr(batchnorm, "_NODE", "no such node")
+            monkeypatch.setattr(norms, "_MENDED", {})
         fam = FAM(nn.CrossEntropyLoss(), net, "net.0", strength=0.5, seed=0)
         found.append(torch.autograd.grad(fam(net(x), y), list(net.parameters())))
     for a, b in zip(*found, strict=True):
