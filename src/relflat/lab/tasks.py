@@ -254,7 +254,7 @@ SKULLS = Task(
     batch_size=5,
     metric=DICE,
     evaluation_size=10,
-    monitored=10,
+    monitored=5,
 )
 
 ADDITION = Task(
