@@ -48,7 +48,9 @@ def test_reviews_train_and_are_tested_in_four_domains(tmp_path, minilm):
     assert result["flatness"]["method"] == "closed_form"
     assert list(result["shifts"]) == ["amazon", "news", "tweets"]
     assert result["shifts"]["amazon"]["accuracy"] in {0.0, 0.5, 1.0}
-    assert measure_run(tmp_path / "run")["output"].value == pytest.approx(result["flatness"]["value"], rel=1e-4)
+    assert measure_run(tmp_path / "run")["output"].value == pytest.approx(
+        result["flatness"]["value"], rel=1e-4
+    )
 
 
 def test_pairs_of_glue_are_cut_into_splits(minilm, monkeypatch):

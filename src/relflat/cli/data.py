@@ -28,7 +28,11 @@ def list_(json: bool = False) -> None:
         (source.name, source.content, source.licence, "here" if is_here(source) else source.command)
         for source in SOURCES.values()
     ]
-    print_table(f"Data sets and weights (cache: {cache_folder()})", ("name", "content", "licence", "get it with"), rows)
+    print_table(
+        f"Data sets and weights (cache: {cache_folder()})",
+        ("name", "content", "licence", "get it with"),
+        rows,
+    )
 
 
 @data.command
