@@ -25,9 +25,14 @@ the curvature is constant (``"frozen"``), and without ``2 strength a v phi`` too
 
 **Sketch.** With ``probes=k``, kappa sees ``V = (W - mean row) G``, (d, k), in the place of W. ``G = sqrt(m / k) Q``
 has orthogonal columns in random directions, so that ``E[G G'] = I``, and ``v(V)`` is an unbiased estimate of
-``v(W)``. The gradient is the exact one of the estimate, and so an unbiased one of ``v(W)``. With C the covariance of
-the rows of W under pi, averaged over tokens with weights ``a ||phi||^2``, and ``r = (Tr C)^2 / ||C||_F^2`` the number
-of directions in which it is spread (1 to m), kappa has the relative standard error
+``v(W)``. Gradients are those of the estimate, and so unbiased; but what needs no product of tokens and classes
+is exact in the gradient in W: ``2 w_c sum_p beta_p pi_pc``, and what is common to all mu_p. The rest of it,
+``2 sum_p beta_p pi_pc mu_p``, keeps a relative noise of about ``sqrt(m / k)``, which averages out over steps as that
+of batches does.
+
+With C the covariance of the rows of W under pi, averaged over tokens with weights ``a ||phi||^2``, and
+``r = (Tr C)^2 / ||C||_F^2`` the number of directions in which it is spread (1 to m), kappa has the relative standard
+error
 
     sqrt(2 (m - k) (m / r - 1) / (k (m - 1) (m + 2)))  =  about sqrt(2 / (k r)),  at most sqrt(2 / k)
 
@@ -108,8 +113,8 @@ def linear_cross_entropy_fam(
         reduction: ``"mean"`` over tokens not ignored, ``"sum"``, or ``"none"``: one value a token, 0 where ignored.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
         gradient: ``"full"``, ``"frozen"`` or ``"weights"``, as in :class:`relflat.FAM`.
-        probes: kappa seen along so many random directions of the features, at most m: unbiased, with the exact
-            gradient of the estimate, and the full gradient for little more than cross-entropy alone. None: exact.
+        probes: kappa seen along so many random directions of the features, at most m: value and gradients
+            unbiased, the full gradient at the cost of cross-entropy alone. None: exact.
         seed: of the directions.
         step: number of this step, which the directions depend on (and on the rank of the process), so that each
             step sees others and a resumed run the same; needed with ``probes``.

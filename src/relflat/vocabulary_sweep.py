@@ -76,6 +76,8 @@ class Sweep:
             buffer = self.norms.new_empty(size * len(self.norms))
             for at in _slices(n, size or 1):
                 x = self._softmax(at, buffer)
+                if at.start == 0 and self.directions is not None and self.slopes is not None:
+                    self._typical(at, x)
                 if any(g is not None for g in self.gradients):
                     self._gradients(at, x, mass[at, None])
             if self.gradients[1] is not None:
@@ -95,9 +97,19 @@ class Sweep:
         self.slopes = self.gradients[1]  # gradient in the rows that kappa sees
         if self.seen is not None and self.slopes is not None:
             self.slopes = torch.zeros_like(self.seen)
-        self.scales = torch.zeros_like(self.norms)  # sum_p beta pi, without the most likely classes
+        self.scales = torch.zeros_like(self.norms)  # sum_p beta pi, but for classes that are apart
+        self.typical, self.typical_seen = torch.zeros_like(self.centre), torch.zeros_like(self.middle)
         self.pull = torch.zeros_like(self.centre)  # what smoothing adds to all rows
         self.kernels = on_blocks.kernels_for(self.norms)
+
+    def _typical(self, at: slice, x: "_Softmax") -> None:
+        """The mean of mu over some tokens: what is common to mu needs no random directions."""
+        norm2 = self.phi[at].to(self.wide).square().sum(1, keepdim=True)
+        share = norm2 * x.largest / norm2.sum().clamp_min(torch.finfo(self.wide).tiny)
+        weights = torch.cat([e.mT @ share for _, e in x.blocks])[:, 0].index_add_(0, x.k[:, 0], share[:, 0])
+        for c in self._classes():
+            self.typical += weights[c] @ (self._rows(c) - self.centre)
+            self.typical_seen += weights[c] @ self._seen(c)
 
     def _softmax(self, at: slice, buffer: Tensor) -> "_Softmax":
         """Losses and kappas of some tokens, and what their gradients need."""
@@ -141,8 +153,18 @@ class Sweep:
         self.pull += share * (a * phi).sum(0)
         if self.gradients[2] is not None:
             self.gradients[2] -= share * a.sum()
-        if self.slopes is not None and o.strength:  # class k in 2 beta pi (w - mu)
-            self.slopes.index_add_(0, x.k[:, 0], -2 * t.beta * x.largest * x.delta)
+        if self.slopes is not None and o.strength:
+            self._most_likely(x, t.beta * x.largest)
+
+    def _most_likely(self, x: "_Softmax", slope: Float[Tensor, "p 1"]) -> None:
+        """Class k in ``2 beta pi (w - mu)``: ``w - mu`` is ``-delta``, or for a sketch, if unsure, as for others."""
+        assert self.slopes is not None
+        difference = x.delta
+        if self.directions is not None:
+            sure = x.largest > 0.5
+            difference = torch.where(sure, x.delta, x.w_k + x.delta - self.typical_seen)
+            self.scales.index_add_(0, x.k[:, 0], (slope * ~sure)[:, 0])
+        self.slopes.index_add_(0, x.k[:, 0], -2 * slope * difference)
 
     def _through_mean(self, at: slice, x: "_Softmax", t: "_Tokens") -> None:
         """Curvature held constant, all directions: mu gives D W, and both losses share a product with pi."""
@@ -191,7 +213,7 @@ class Sweep:
             if d_bias is not None:
                 d_bias[c] += dz.sum(0)
             if self.slopes is not None and o.strength:
-                self.slopes[c].addmm_(e.mT, -2 * slope * nu)
+                self.slopes[c].addmm_(e.mT, -2 * slope * (nu - self.typical_seen))
                 self.scales[c] += e.mT @ slope[:, 0]
         if d_phi is not None and o.smoothing:
             d_phi[at] -= o.smoothing * t.a * self.centre
@@ -206,7 +228,7 @@ class Sweep:
         """Add what is the same for all tokens of a class."""
         for c in self._classes():
             if self.options.strength and self.slopes is not None:
-                self.slopes[c] += 2 * self.scales[c, None] * (self._seen(c) - self.middle)
+                d_weight[c] += 2 * self.scales[c, None] * (self._rows(c) - self.centre - self.typical)
                 if self.directions is not None:
                     d_weight[c].addmm_(self.slopes[c], self.directions.to(self.wide).mT)
             if self.options.smoothing:
