@@ -60,15 +60,21 @@ def kappa_rows(
     site: Site, hessian: LogitHessian, *, adaptive: bool, unit_features: bool = False
 ) -> Float[Tensor, " p"]:
     """Each row's share of kappa. Cost: one product of the size of the layer's own (adaptive: two)."""
-    energy = site.features.flatten(0, 2).square()
-    if unit_features:
-        total = energy.sum(-1, keepdim=True)
-        energy = energy / torch.where(total > 0, total, 1.0)
+    energy = _energy(site, unit_features)
     if adaptive:
         return (energy * hessian.diagonal(site.weight)).sum(-1)
     return energy.sum(-1) * hessian.total(site.weight)
 
 
-def trace_rows(site: Site, hessian: LogitHessian) -> Float[Tensor, " p"]:
+def trace_rows(site: Site, hessian: LogitHessian, *, unit_features: bool = False) -> Float[Tensor, " p"]:
     """Each row's share of ``Tr H``, H the Hessian with respect to the layer's weight."""
-    return site.features.flatten(0, 2).square().sum(-1) * hessian.trace()
+    return _energy(site, unit_features).sum(-1) * hessian.trace()
+
+
+def _energy(site: Site, unit: bool) -> Float[Tensor, "p m"]:
+    """Squares of the features of each row; if ``unit`` of norm 1, or 0 for a row of zeros."""
+    energy = site.features.flatten(0, 2).square()
+    if unit:
+        total = energy.sum(-1, keepdim=True)
+        energy = energy / torch.where(total > 0, total, 1.0)
+    return energy

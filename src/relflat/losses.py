@@ -142,7 +142,7 @@ class KnownLoss:
         hessian: ``(outputs, targets) -> LogitHessian`` of the loss as reduced ("none" counts as "sum").
         normaliser: ``(outputs, targets) -> scalar`` a mean reduction divides by: samples, class weights or
             tokens not ignored.
-        confidence: ``outputs -> scalar``, mean probability of the most likely class.
+        confidence: ``(outputs, targets) ->`` the probability of the most likely class at each row that counts.
         elementwise: whether a row may be cut anywhere, as each output stands alone.
     """
 
@@ -150,7 +150,7 @@ class KnownLoss:
     class_dim: int
     hessian: Hessian
     normaliser: Callable[[Tensor, Tensor], Tensor]
-    confidence: Callable[[Tensor], Tensor] | None
+    confidence: Callable[[Tensor, Tensor], Tensor] | None
     elementwise: bool
 
     def times(self, constant: float) -> "KnownLoss":
@@ -232,12 +232,16 @@ def _softmax_cross_entropy(
         logits = outputs.movedim(class_dim, -1).reshape(-1, outputs.shape[class_dim])
         return SoftmaxHessian(logits.to(_wide(outputs)), mass / total if reduction == "mean" else mass)
 
+    def confidence(outputs: Tensor, target: Tensor) -> Tensor:
+        top = outputs.detach().to(_wide(outputs)).softmax(class_dim).amax(class_dim)
+        return top if target.is_floating_point() else top[target != ignore_index]
+
     return KnownLoss(
         reduction,
         class_dim,
         hessian,
         lambda o, t: masses(o, t)[1],
-        lambda o: o.detach().to(_wide(o)).softmax(class_dim).amax(class_dim).mean(),
+        confidence,
         elementwise=False,
     )
 
@@ -272,8 +276,8 @@ def _bce_with_logits(
         scale = scale if pos_weight is None else scale * (1 + (pos_weight - 1) * y)
         return scale * z.sigmoid() * (-z).sigmoid()
 
-    def confidence(z: Tensor) -> Tensor:
-        return z.detach().to(_wide(z)).abs().sigmoid().mean()
+    def confidence(z: Tensor, y: Tensor) -> Tensor:
+        return z.detach().to(_wide(z)).abs().sigmoid()
 
     loss = _elementwise(second, outputs, target, reduction)
     return loss and replace(loss, confidence=confidence)

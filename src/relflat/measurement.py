@@ -285,8 +285,10 @@ class Measurement:
             weight = Matrix.of(name, scene.parameters[name]).weight() if site is None else site.weight
             x.weight_norm = x.weight_norm or float(torch.linalg.vector_norm(weight.detach().double()))
         if scene.known is not None and scene.known.confidence and scene.outputs is not None:
-            sums.confident = True
-            sums.confidence += samples * float(scene.known.confidence(scene.outputs))
+            assert scene.targets is not None
+            each = scene.known.confidence(scene.outputs, scene.targets)
+            sums.confidence += float(each.sum(dtype=torch.float64))
+            sums.confident += each.numel()
         sums.samples += samples
 
     def _add(

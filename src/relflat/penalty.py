@@ -181,7 +181,8 @@ class Estimator:
         kappa = closed_form.kappa_rows(
             site, hessian, adaptive=self.spec.adaptive, unit_features=self.spec.unit_features
         )[None]
-        trace = closed_form.trace_rows(site, hessian)[None] if self.spec.trace else None
+        unit = self.spec.unit_features
+        trace = closed_form.trace_rows(site, hessian, unit_features=unit)[None] if self.spec.trace else None
         return Contributions(kappa, trace, "closed_form", True)
 
     def _factored(self, scene: Scene, layers: list[list[Call]], rng: Rng) -> dict[str, Contributions]:

@@ -19,7 +19,7 @@ class Flatness:
         weight_norm: ``||W||_F``.
         feature_norm2: mean over samples of ``||phi||^2`` (summed over the positions of one sample).
         loss: the loss over the same data.
-        confidence: mean of ``max_c p_c`` for classification losses, else None.
+        confidence: mean of ``max_c p_c`` over the targets that count, for classification losses; else None.
         samples: number of samples.
     """
 

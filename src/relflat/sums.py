@@ -60,7 +60,7 @@ class Sums:
     probes: int
     loss: float = 0.0
     confidence: float = 0.0
-    confident: bool = False  # whether the loss defines a confidence
+    confident: int = 0  # rows that have a confidence and are not ignored
     samples: int = 0
     weight: float = 0.0  # what a mean reduction divides by, or 0 for sums
     batches: int = 0
@@ -88,7 +88,7 @@ class Sums:
             self.probes,
             self.loss + other.loss,
             self.confidence + other.confidence,
-            self.confident or other.confident,
+            self.confident + other.confident,
             self.samples + other.samples,
             self.weight + other.weight,
             self.batches + other.batches,
@@ -131,7 +131,7 @@ class Sums:
                 weight_norm=x.weight_norm,
                 feature_norm2=x.energy / self.samples,
                 loss=self._scaled(self.loss),
-                confidence=self.confidence / self.samples if self.confident else None,
+                confidence=self.confidence / self.confident if self.confident else None,
                 samples=self.samples,
             )
             if not math.isfinite(found[name].value):

@@ -231,3 +231,24 @@ def test_a_criterion_that_cannot_be_built_leaves_no_hooks() -> None:
             FAM(CE(), net, strength=1.0, **options)
         assert held.value is not None
         assert all(not m._forward_hooks and not m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("cut", [1, 3, 6])
+def test_ignored_targets_have_no_part_in_confidence(cut: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3).double()
+    x, y = torch.randn(6, 4).double() * 3, torch.tensor([0, -100, 2, -100, -100, 1])
+    flat = relative_flatness(
+        net, nn.CrossEntropyLoss(), list(zip(x.split(cut), y.split(cut), strict=True)), layer="output"
+    )
+    top = net(x).softmax(-1).amax(-1)
+    assert flat.confidence == pytest.approx(float(top[y != -100].detach().mean()), rel=1e-12)
+    assert flat.confidence != pytest.approx(float(top.detach().mean()), rel=1e-3)
+
+
+def test_the_trace_is_of_unit_features_too() -> None:
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    flat = relative_flatness(net, nn.CrossEntropyLoss(), (x, y), layer="output", unit_features=True)
+    p = net(x).softmax(-1)
+    assert flat.trace == pytest.approx(float((p * (1 - p)).sum(-1).mean()), rel=1e-12)
