@@ -8,17 +8,19 @@ threads the latter contains waiting at barriers; with one it is the steadier of 
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.progress import track
 from scipy.stats import bootstrap
 
 WARM_UP = 3
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,9 @@ class Ratio:
     """Time relative to the first contestant.
 
     Attributes:
-        seconds: median time.
-        ratio: median over the rounds of own time over the first's in the same round.
-        low: lower end of the 95 % bootstrap interval of that median.
+        seconds: median time; mean time of a contestant whose calls differ in cost.
+        ratio: median over the rounds of own time over the first's in the same round; or mean over mean.
+        low: lower end of its 95 % bootstrap interval.
         high: its upper end.
         rounds: how many rounds there were.
     """
@@ -52,18 +54,26 @@ class Times:
     processor: Ratio
 
 
-def compare(contestants: Mapping[str, Callable[[], Any]], rounds: int, *, seed: int = 0) -> dict[str, Times]:
+def compare(
+    contestants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    seed: int = 0,
+    uneven: Collection[str] = (),
+) -> dict[str, Times]:
     """Time contestants in turns; ratios are to the first of them.
 
     Args:
         contestants: what to call, by name.
         rounds: rounds that count; a few more warm up.
         seed: of the order and the bootstrap.
+        uneven: contestants whose calls differ in cost: their ratio is of mean times, not the median ratio.
     """
     clocks = _run(contestants, rounds, random.Random(seed))
     first = next(iter(contestants))
     return {
-        name: Times(*(ratio_to(clock[name], clock[first], seed) for clock in clocks)) for name in contestants
+        name: Times(*(ratio_to(clock[name], clock[first], seed, name in uneven) for clock in clocks))
+        for name in contestants
     }
 
 
@@ -83,11 +93,19 @@ def _run(
     return wall, processor
 
 
-def ratio_to(own: Sequence[float], first: Sequence[float], seed: int = 0) -> Ratio:
-    """Median ratio of paired times, with its bootstrap interval."""
-    ratios = np.array(own) / np.array(first)
-    low = high = float(np.median(ratios))
-    if np.ptp(ratios):
-        found = bootstrap((ratios,), np.median, method="percentile", rng=np.random.default_rng(seed))
+def ratio_to(own: Sequence[float], first: Sequence[float], seed: int = 0, uneven: bool = False) -> Ratio:
+    """Median ratio of paired times, or if ``uneven`` ratio of their means, with its bootstrap interval."""
+
+    def statistic(a: Array, b: Array, axis: int = -1) -> Array:
+        if uneven:
+            return np.asarray(np.mean(a, axis) / np.mean(b, axis))
+        return np.asarray(np.median(a / b, axis))
+
+    pair = (np.array(own), np.array(first))
+    middle = float(statistic(*pair))
+    low = high = middle
+    if np.ptp(pair[0] / pair[1]):
+        rng = np.random.default_rng(seed)
+        found = bootstrap(pair, statistic, paired=True, vectorized=True, method="percentile", rng=rng)
         low, high = map(float, found.confidence_interval)
-    return Ratio(median(own), float(np.median(ratios)), low, high, len(ratios))
+    return Ratio(float(np.mean(own)) if uneven else median(own), middle, low, high, len(own))

@@ -29,6 +29,11 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     sam: bool = False
 
+    @property
+    def varies(self) -> bool:
+        """Whether its steps differ in cost, so that only their mean says what it costs."""
+        return "layers_per_step" in self.options
+
 
 def fam(layer: Any, note: str = "", **options: Any) -> Row:
     """A row of FAM, labelled by its layer and options."""
@@ -85,6 +90,21 @@ HIDDEN: dict[str, tuple[Row, ...]] = {
         fam("encoder.layers.*.linear?", "all MLP layers", gradient="frozen"),
         SAM_ROW,
     ),
+}
+
+ALL_LAYERS = {
+    "resnet18": ("*", "all convolutions + output"),
+    "transformer": ("encoder.layers.*.linear?", "all MLP layers"),
+}
+LAYERS: dict[str, tuple[Row, ...]] = {
+    network: (
+        PLAIN,
+        CONTROL,
+        fam(layer, note),
+        fam(layer, note, layers_per_step=1),
+        fam(layer, note, gradient="frozen"),
+    )
+    for network, (layer, note) in ALL_LAYERS.items()
 }
 
 

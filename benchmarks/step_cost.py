@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                       ResNet-18, output layer: the committed table
     python benchmarks/step_cost.py --suite hidden        hidden layers of an MLP and a transformer encoder
+    python benchmarks/step_cost.py --suite layers        all layers at once: full, one of them a step, frozen
     python benchmarks/step_cost.py --model mlp --layers fc1 fc2
 
 Times are paired in one process (``paired.py``); passes, operations and bytes are counted (``counting.py``).
@@ -21,8 +22,9 @@ from counting import Passes, flops, passes, peak_bytes
 from networks import NETWORKS
 from output import RESULTS, environment, save, show
 from paired import Ratio, Times, compare
+from relflat import FAM
 from relflat.errors import RelflatError
-from rows import HIDDEN, OUTPUT, PLAIN, Row, Trainer, custom
+from rows import HIDDEN, LAYERS, OUTPUT, PLAIN, Row, Trainer, custom
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Options:
     """Cost of a training step with FAM and SAM, relative to a plain step.
 
     Attributes:
-        suite: which rows: the output layer, or hidden layers.
-        model: the network; by default resnet18, or for hidden layers all that have rows.
+        suite: which rows: the output layer, hidden layers, or all layers at once.
+        model: the network; by default resnet18, or for hidden and all layers each that has rows.
         layers: FAM on these layers in place of the suite's rows.
         steps: timed steps of each row.
         batch: samples a step.
@@ -39,7 +41,7 @@ class Options:
         json: where to write the results; by default ``benchmarks/results/step_cost_SUITE.json``.
     """
 
-    suite: Literal["output", "hidden"] = "output"
+    suite: Literal["output", "hidden", "layers"] = "output"
     model: Literal["resnet18", "mlp", "transformer"] | None = None
     layers: list[str] = field(default_factory=list)
     steps: int = 40
@@ -64,12 +66,21 @@ def count(row: Row, network: str, samples: int) -> Cost:
     trainer = Trainer(row, network, samples)
     trainer.step()  # the optimiser's state is made, the output layer found, coupling tested
     seen = passes(trainer.model, trainer.step)
-    operations = flops(trainer.step)
+    operations = mean_flops(row, network, samples) if row.varies else flops(trainer.step)
     report = trainer.report()
     del trainer
     gc.collect()
     peak = peak_bytes(lambda: Trainer(row, network, samples))
     return Cost(operations, peak, seen, report.get("method", ""), report.get("kappa"))
+
+
+def mean_flops(row: Row, network: str, samples: int, few: int = 2) -> int:
+    """Mean over draws of layers, counted on a few samples, to which all that is counted is proportional."""
+    trainer = Trainer(row, network, few)
+    trainer.step()
+    assert isinstance(trainer.criterion, FAM)
+    draws = 8 * len(trainer.criterion.layers)
+    return flops(lambda: [trainer.step() for _ in range(draws)]) * samples // (few * draws)
 
 
 def count_all(
@@ -90,7 +101,10 @@ def measure(network: str, rows: tuple[Row, ...], options: Options) -> dict[str, 
     """All rows of one network as plain values."""
     costs, failures, able = count_all(rows, network, options.batch)
     trainers = {label: Trainer(row, network, options.batch) for label, row in able.items()}
-    times = compare({label: trainer.step for label, trainer in trainers.items()}, options.steps)
+    uneven = [label for label, row in able.items() if row.varies]
+    times = compare(
+        {label: trainer.step for label, trainer in trainers.items()}, options.steps, uneven=uneven
+    )
     plain = costs[PLAIN.label]
     results = [relative(label, costs[label], plain, times[label]) for label in able]
     return {"network": network, "batch": options.batch, "rows": results, "cannot_run": failures}
@@ -141,18 +155,19 @@ def plan(options: Options) -> list[tuple[str, tuple[Row, ...]]]:
         return [(options.model or "resnet18", custom(options.layers))]
     if options.suite == "output":
         return [(options.model or "resnet18", OUTPUT)]
-    names = [options.model] if options.model else list(HIDDEN)
-    missing = [name for name in names if name not in HIDDEN]
+    suite = HIDDEN if options.suite == "hidden" else LAYERS
+    names = [options.model] if options.model else list(suite)
+    missing = [name for name in names if name not in suite]
     if missing:
         raise SystemExit(
-            f"no rows for hidden layers of {missing[0]}: use --layers, or --model {list(HIDDEN)}"
+            f"suite {options.suite!r} has no rows for {missing[0]}: use --layers, or --model {list(suite)}"
         )
-    return [(name, HIDDEN[name]) for name in names]
+    return [(name, suite[name]) for name in names]
 
 
 def main() -> None:
     options = tyro.cli(Options)
-    assert set(HIDDEN) <= set(NETWORKS)
+    assert set(HIDDEN) | set(LAYERS) <= set(NETWORKS)
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
