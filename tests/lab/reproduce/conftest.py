@@ -31,7 +31,8 @@ def reproduced(relflat):
 
     def run(name: str, *options: str) -> dict:
         code, out, err = relflat("reproduce", name, "--workers", "1", "--json", *options)
-        assert (code, err) == (0, "")
+        assert code == 0, err
+        assert err == ""
         return json.loads(out)
 
     return run

@@ -1,7 +1,7 @@
 """Measures of flatness and size that the papers hold against relative flatness, each from its own definition.
 
 All of them are of the cross-entropy over all samples given, deterministic, and leave the network as they found it.
-Those of one layer take its name; the others are of all parameters.
+Those of one layer take its name; the others are of all trained parameters.
 """
 
 import math
@@ -48,6 +48,11 @@ class Subject:
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """Inputs and targets, a chunk at a time."""
         return list(zip(torch.split(self.inputs, CHUNK), torch.split(self.targets, CHUNK), strict=True))
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def weight(self) -> Tensor:
@@ -131,7 +136,7 @@ def _flatness(subject: Subject, *, adaptive: bool = False, normalize_features: b
     )
 
 
-# -- of all parameters -----------------------------------------------------------------------------------------
+# -- of all trained parameters --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -141,7 +146,7 @@ def fisher_rao(subject: Subject) -> float:
     Their closed form ``(L + 1)^2 E <dl/df, f>^2`` is the same for ReLU networks of L hidden layers without biases;
     this one, ``<dl/df, J theta>`` with one forward-mode pass, holds for any network.
     """
-    theta = {name: p.detach() for name, p in subject.model.named_parameters()}
+    theta = {name: p.detach() for name, p in subject.parameters.items()}
     total = 0.0
     for inputs, targets in subject.batches:
 
@@ -198,7 +203,7 @@ def sam_sharpness(subject: Subject, rho: float = 0.05, steps: int = 10, *, adapt
         steps: of the ascent.
         adaptive: the ball is ``||e / |theta||| <= rho`` (Kwon et al. 2021, elementwise).
     """
-    parameters = list(subject.model.parameters())
+    parameters = list(subject.parameters.values())
     origin = [p.detach().clone() for p in parameters]
     scale = [o.abs() if adaptive else torch.ones_like(o) for o in origin]
     shift = [torch.zeros_like(o) for o in origin]  # in units of the scale
@@ -246,7 +251,7 @@ def _mean_accuracy_under_noise(subject: Subject, sigma: float, draws: int, seed:
     found = []
     for _ in range(draws):
         with parameters_kept(subject.model):
-            for p in subject.model.parameters():
+            for p in subject.parameters.values():
                 noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
                 p.add_((sigma * noise).to(p))
             found.append(accuracy(subject))
