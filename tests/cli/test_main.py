@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,23 @@ def test_train_for_people_names_the_run(relflat, tmp_path):
 def test_no_test_leaves_the_test_split_alone(relflat):
     _, out, _ = relflat("train", "digits", *SHORT, "--no-test", "--json")
     assert json.loads(out)["result"]["test"] is None
+
+
+def test_a_finished_run_says_so_and_fresh_trains_it_again(relflat):
+    _, out, err = relflat("train", "digits", *SHORT, "--name", "mine", "--json")
+    assert err == ""
+    _, again, err = relflat("train", "digits", *SHORT, "--name", "mine", "--json")
+    assert "runs/mine was finished before: nothing was trained. Give --fresh" in err
+    assert json.loads(again) == json.loads(out)
+    assert relflat("train", "digits", *SHORT, "--name", "mine", "--fresh", "--json")[2] == ""
+
+
+def test_bins_of_the_calibration_error_are_kept_but_not_printed(relflat, tmp_path):
+    _, out, _ = relflat("train", "digits", *SHORT, "--json")
+    assert "bins" not in out
+    kept = json.loads((tmp_path / json.loads(out)["run"] / "result.json").read_text())
+    assert kept["test"].pop("bins")
+    assert kept["test"] == json.loads(out)["result"]["test"]
 
 
 def test_config_file_and_options_over_it(relflat, tmp_path):
@@ -124,9 +142,91 @@ def test_compare_and_report_for_people_and_machines(relflat, tmp_path):
     assert (folder / "report.tex").is_file()
 
 
+def test_values_of_all_arms(relflat):
+    values = ("--batch-size", "16", "--lr", "0.01", "--weight-decay", "0.001", "--precision", "bf16")
+    code, out, err = relflat("compare", "digits", "--arms", "plain", "fam", *TINY, *values, "--json")
+    assert (code, err) == (0, "")
+    configs = [
+        json.loads((run / "config.json").read_text())
+        for run in Path("runs").iterdir()
+        if (run / "config.json").exists()
+    ]
+    assert len(configs) == 4
+    assert {(c["batch_size"], c["lr"], c["precision"]) for c in configs} == {(16, 0.01, "bf16")}
+    # plain searches the weight decay, and keeps what it tries
+    assert {(c["method"], c["weight_decay"]) for c in configs} == {("plain", 5e-4), ("fam", 0.001)}
+    assert json.loads(out)["plan"]["common"]["lr"] == 0.01
+
+
+DIVERGES = """
+from dataclasses import replace
+
+from relflat.lab.tasks import SGD, TASKS
+
+digits = TASKS["digits"]
+
+
+def splits(**values):
+    if BROKEN and values["seed"] == 0:
+        raise KeyError("no such column")
+    return digits.splits(**values)
+
+
+task = replace(digits, splits=splits)
+wild = replace(digits, optimizer=SGD(lr=1e12))
+"""
+
+
+def test_a_task_file_that_raises_in_the_middle(relflat, tmp_path):
+    """Its own traceback and no other; what was finished is kept, and mended it goes on."""
+    (tmp_path / "mine.py").write_text(DIVERGES.replace("BROKEN", "(HERE / 'broken').exists()"))
+    text = "from pathlib import Path\nHERE = Path(__file__).parent\n" + (tmp_path / "mine.py").read_text()
+    (tmp_path / "mine.py").write_text(text)
+    (tmp_path / "broken").touch()
+    ways = ("compare", "mine.py:task", "--arms", "plain", "fam", *TINY, "--json")
+    code, out, err = relflat(*ways)
+    assert (code, out) == (2, "")
+    assert "mine.py raises an error; mend it, and the same command goes on" in err
+    assert "in splits" in err
+    assert "KeyError: 'no such column'" in err
+    assert "site-packages" not in err
+    assert "training.py" not in err
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
+    assert len(kept) == 2  # the search
+    (tmp_path / "broken").unlink()
+    code, out, err = relflat(*ways)
+    assert (code, err) == (0, "")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_trials_that_diverge_are_recorded_and_counted(relflat, tmp_path):
+    (tmp_path / "mine.py").write_text(DIVERGES.replace("BROKEN", "False"))
+    code, out, _ = relflat("compare", "mine.py:wild", "--arms", "plain", "fam", *TINY, "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert [candidate["diverged"] for candidate in answer["search"]] == [1, 1]
+    assert [line["diverged"] for line in answer["arms"]] == [1, 1]
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/result.json")]
+    assert [result["status"] for result in results] == ["diverged"] * 4
+    assert all("lower lr or strength" in result["reason"] for result in results)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["compare", "digits", "--engine", "raay"], "Unknown engine 'raay'; did you mean 'ray'"),
+        (
+            ["compare", "digits", "--address", "10.0.0.1:6379"],
+            "--address 10.0.0.1:6379 belongs to a Ray cluster",
+        ),
+        (["compare", "digits", "--gpus", "1"], "--gpus 1.0 belongs to a Ray cluster; add --engine ray"),
+        (["compare", "digits", "--workers", "0"], "workers=0 must be above 0"),
+        (["compare", "digits", "--precision", "bf17"], "Unknown precision 'bf17'; did you mean 'bf16'"),
+        (["compare", "digits", "--lr", "0"], "lr=0.0 must be above 0"),
+        (["compare", "digits", "--batch-size", "0"], "batch_size=0 must be above 0"),
+        (["compare", "digits", "--sedes", "1"], "--seeds"),
+        (["compare", "fashion-mnist", "--workers", "1"], "relflat data get fashion-mnist"),
+        (["train", "digits", "--precision", "fp8"], "Unknown precision 'fp8'"),
         (["compare", "digist"], "did you mean 'digits'"),
         (["compare", "digits", "--arms", "plain"], "two arms or more"),
         (["compare", "digits", "--arms", "plain", "famm"], "did you mean 'fam'"),
@@ -159,7 +259,7 @@ def test_user_errors_leave_with_2_and_no_traceback(relflat, arguments, message, 
     assert message in err
     assert out == ""
     assert "Traceback" not in err
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("runs/*/config.json"))  # no run was begun
 
 
 def test_unknown_key_in_config_file(relflat, tmp_path):

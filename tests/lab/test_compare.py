@@ -1,3 +1,6 @@
+import socket
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -6,6 +9,7 @@ from synthetic import ARMS, PLAN, trial
 from relflat.errors import ConfigError
 from relflat.lab import arms, splits, store
 from relflat.lab.compare import choose, compare, judge, plan_from
+from relflat.lab.engines import engine_named
 from relflat.lab.timing import step_costs
 from relflat.lab.trials import workers
 
@@ -94,3 +98,29 @@ def test_step_costs_are_relative_to_the_first(monkeypatch):
     assert plain.ratio == plain.low == plain.high == 1
     assert 1.2 < sam.ratio < 4  # two passes, but shared overhead
     assert sam.low <= sam.ratio <= sam.high
+
+
+def test_ray_that_is_not_installed_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'relflat\[ray\]'"):
+        engine_named("ray", processes=1, runs=tmp_path)
+
+
+@pytest.mark.parametrize("address", ["6379", "host", "host:port", "host:99999", "ray://host:10001"])
+def test_what_is_no_address_is_named(tmp_path, address):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'relflat[ray]'")
+    with pytest.raises(ConfigError, match="is not of the form HOST:PORT"):
+        engine_named("ray", processes=1, runs=tmp_path, address=address)
+
+
+def test_an_address_that_does_not_answer_is_given_up_soon(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'relflat[ray]'")
+    with socket.socket() as bound:  # bound but not listening: nobody else can listen there
+        bound.bind(("127.0.0.1", 0))
+        start = time.monotonic()
+        with pytest.raises(
+            ConfigError, match=r"No Ray cluster answers at 127\.0\.0\.1:\d+ \(Connection refused\)"
+        ):
+            engine_named("ray", processes=1, runs=tmp_path, address=f"127.0.0.1:{bound.getsockname()[1]}")
+    assert time.monotonic() - start < 30
+    assert list(tmp_path.iterdir()) == []
