@@ -5,6 +5,7 @@ kernels, in-place updates of buffers, checkpointing). So the Hessian is made by 
 only the double sum of Definition 3 is the reference's.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,7 @@ class Dense:
     """
 
     def __init__(self, model: nn.Module, layer: str, run: Run, weight: Tensor | None = None) -> None:
-        self.model, self.run = model, run
+        self.model, self.run = with_elementary_norms(model), run
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         if layer in parameters:
             self.parameter, self.name = parameters[layer], layer
@@ -90,6 +91,38 @@ class Dense:
         named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         found = grad(kappa, list(named.values()), materialize_grads=True)
         return dict(zip(named, found, strict=True))
+
+
+def with_elementary_norms(model: nn.Module) -> nn.Module:
+    """The model with normalisations of elementary operations, as PyTorch's kernels have wrong third derivatives."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            over = tuple(range(-len(module.normalized_shape), 0))
+            module.forward = functools.partial(_normalised, module, over, 0)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.forward = functools.partial(_batch_normalised, module)
+        elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            module.forward = functools.partial(_instance_normalised, module)
+    return model
+
+
+def _batch_normalised(module: Any, x: Tensor) -> Tensor:
+    if not module.training and module.track_running_stats:
+        return type(module).forward(module, x)
+    return _normalised(module, (0, *range(2, x.ndim)), x.ndim - 2, x)
+
+
+def _instance_normalised(module: Any, x: Tensor) -> Tensor:
+    return _normalised(module, tuple(range(2, x.ndim)), x.ndim - 2, x)
+
+
+def _normalised(module: Any, over: tuple[int, ...], behind: int, x: Tensor) -> Tensor:
+    centred = x - x.mean(over, keepdim=True)
+    x = centred / (centred.square().mean(over, keepdim=True) + module.eps).sqrt()
+    if module.weight is None:
+        return x
+    weight, bias = (t.reshape(*t.shape, *[1] * behind) for t in (module.weight, module.bias))
+    return x * weight + bias
 
 
 def jacobian(of: Tensor, at: Tensor) -> Tensor:
