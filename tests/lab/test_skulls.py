@@ -12,6 +12,7 @@ import torch
 from fetched import have
 from scipy import ndimage
 from scipy.spatial.distance import directed_hausdorff
+from torch import nn
 
 from relflat import FAM
 from relflat.errors import ConfigError, DataError
@@ -289,7 +290,7 @@ def test_the_second_linear_layer_can_be_regularised(few):
     """One step with FAM moves all of the network, and kappa is that of the layer in double precision."""
     torch.manual_seed(0)
     cut = skulls.splits(train_size=2, label_noise=0, seed=0, sizes=few)
-    inputs, targets = cut.train.inputs.double(), cut.train.targets.double()
+    inputs, targets = cut.train.inputs[:1].double(), cut.train.targets[:1].double()
     model = Autoencoder((2, 2, 2, 2, 8)).double()
     with torch.no_grad():
         for parameter in model.decoder.parameters():
@@ -301,7 +302,7 @@ def test_the_second_linear_layer_can_be_regularised(few):
     assert all(parameter.grad is not None for parameter in model.parameters())
     found = criterion.last["kappa"]
     criterion.close()
-    loss, weight, step = dice_loss(), model.from_latent.weight, 1e-5
+    loss, weight, step = dice_loss(), model.from_latent.weight, 1e-4
 
     def at(change: torch.Tensor) -> float:
         with torch.no_grad():
@@ -315,7 +316,7 @@ def test_the_second_linear_layer_can_be_regularised(few):
             change = torch.zeros_like(weight)
             change[:, column] = step * weight[:, row].detach()
             second += (at(change) - 2 * here + at(-change)) / step**2
-    assert found == pytest.approx(second, rel=1e-2)
+    assert found == pytest.approx(second, rel=1e-4)
 
 
 @pytest.mark.data
