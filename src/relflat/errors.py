@@ -1,5 +1,13 @@
 """Errors and warnings: each message names the thing, the value and the remedy."""
 
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+_NOT_THE_USERS = tuple(f"{Path(file).parent}/" for file in (__file__, str(torch.__file__)))
+
 
 class RelflatError(Exception):
     """Base of every error that relflat raises on purpose."""
@@ -35,3 +43,11 @@ class NonFiniteError(RelflatError, FloatingPointError):
 
 class RelflatWarning(UserWarning):
     """Something the user should know and may act on; nothing was silently changed."""
+
+
+def warn(message: str) -> None:
+    """Give a :class:`RelflatWarning` at the line of the user: the nearest not in this library or torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RelflatWarning, stacklevel=level)

@@ -1,12 +1,11 @@
 """What can go wrong while training with a penalty, watched for and said once: not a number, negative, collapsed."""
 
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from relflat.errors import RelflatWarning
+from relflat.errors import warn
 
 _EVERY = 10
 _SPREAD = 1e-3
@@ -40,6 +39,13 @@ class Guards:
             "last['skipped']); lower the learning rate or strength, or check the inputs",
         )
         return False
+
+    def all_finite(self, values: Mapping[str, Tensor], step: int) -> bool:
+        """The same of several, waiting for the device once."""
+        each = [torch.isfinite(v.detach()).all() for v in values.values()]
+        if not each or bool(torch.stack([x.to(each[0].device) for x in each]).all()):
+            return True
+        return all(self.finite(what, value, step) for what, value in values.items())
 
     def negative(self, layer: str, kappa: Tensor) -> None:
         """Say that kappa went below zero, where less is not flatter."""
@@ -85,7 +91,7 @@ class Guards:
     def _say(self, kind: str, message: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(message, RelflatWarning, stacklevel=6)
+            warn(message)
 
 
 def spread(x: Tensor) -> float:

@@ -1,7 +1,6 @@
 """The one place that chooses how kappa is computed for the layers of a forward pass, and says what it chose."""
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from relflat import closed_form, probes
-from relflat.errors import ConfigError, GraphError, LossError, RelflatWarning
+from relflat.errors import ConfigError, GraphError, LossError, warn
 from relflat.losses import KnownLoss
 from relflat.operators import GGNOperator, HessianOperator, Operator, check_differentiable_again
 from relflat.probes import Contributions, Gradient
@@ -214,11 +213,9 @@ class Estimator:
         operator = self._operator(scene, calls, at_end)
         site = self._site(scene, calls)
         if site.layer not in self._curved and not probes.curved(operator, site, Rng(self.seed, -2)):
-            warnings.warn(
+            warn(
                 f"the loss has a gradient in the output of layer {site.layer!r} but no curvature on this batch, so "
-                "kappa is 0 there; a hinge or absolute error has none anywhere: use a smooth loss, or radius=",
-                RelflatWarning,
-                stacklevel=8,
+                "kappa is 0 there; a hinge or absolute error has none anywhere: use a smooth loss, or radius="
             )
         self._curved.add(site.layer)
         if self._is_coupled(site, scene.mode, functools.partial(probes.coupled, operator)):

@@ -387,7 +387,7 @@ class FAM(nn.Module):
             drawn, names = self._drawn(scene, step)
             parts = self._contributions(drawn, names, step, again, head)
             kappas = {layer: part.kappa for layer, part in parts.items()}
-            if all(self._guards.finite(f"kappa of layer {k!r}", v, step) for k, v in kappas.items()):
+            if self._guards.all_finite({f"kappa of layer {k!r}": v for k, v in kappas.items()}, step):
                 value = _shaped(kappas, scene.loss)
                 if self.layers_per_step is not None:
                     value = len(self._tap.layers) / self.layers_per_step * value

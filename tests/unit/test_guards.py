@@ -1,6 +1,7 @@
 """Guards: said once, counted, and the training untouched."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from relflat import FAM, RelflatWarning, SecondDerivativeError, relative_flatness
-from relflat.guards import spread
+from relflat.guards import Guards, spread
 
 CE = nn.CrossEntropyLoss
 
@@ -115,3 +116,51 @@ class TestHanEtAl:
         fam = FAM(CE(), net, "output", strength=1.0, temperature=2.0)
         fam(net(x), y)
         assert fam.last["kappa"] == pytest.approx(float((x.square().sum(-1) * variance).mean()), rel=1e-5)
+
+
+class TestWhere:
+    """A warning points at the line of the user that led to it, not into torch or this library."""
+
+    def test_in_a_training_loop(self) -> None:
+        x, y = data()
+        fam = FAM(nn.L1Loss(), net := nn.Linear(4, 3), "output", strength=1.0)
+        with pytest.warns(RelflatWarning, match="no curvature") as seen:
+            fam(net(x), F.one_hot(y, 3).float())
+        assert [(w.filename, w.lineno) for w in seen] == [(__file__, line_of("F.one_hot(y, 3).float())"))]
+
+    def test_of_a_loss_that_is_not_finite(self) -> None:
+        x, y = data()
+        fam = FAM(CE(), net := nn.Linear(4, 3), "output", strength=1.0)
+        out = net(x * float("nan"))
+        with pytest.warns(RelflatWarning, match="the task loss") as seen:
+            fam.penalty(CE()(out, y))
+        assert [(w.filename, w.lineno) for w in seen] == [(__file__, line_of("fam.penalty(CE()(out, y))"))]
+
+
+def line_of(text: str) -> int:
+    """Number of the first line of this file that has a text."""
+    return next(i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if text in line)
+
+
+def test_kappas_of_several_layers_are_looked_at_once(monkeypatch) -> None:
+    """Looking makes the program wait for the device: once for the loss, once for all kappas."""
+    x, y = data()
+    net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)], nn.Linear(4, 3))
+    fam = FAM(CE(), net, "*", strength=1.0)
+    fam(net(x), y)
+    waits: list[int] = []
+    original = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: waits.append(1) or original(t))
+    out = net(x)
+    fam(out, y)
+    assert len(waits) == 2
+
+
+def test_the_layer_whose_kappa_is_not_finite_is_named() -> None:
+    guards = Guards()
+    values = {"first": torch.ones(2), "second": torch.tensor([1.0, float("inf")], dtype=torch.float64)}
+    with pytest.warns(RelflatWarning, match="second is inf at step 3"):
+        assert not guards.all_finite(values, 3)
+    assert guards.skipped == 1
+    assert guards.all_finite({"first": torch.ones(2)}, 4)
+    assert guards.all_finite({}, 4)
