@@ -1,5 +1,7 @@
 """``relflat compare`` and ``relflat report``."""
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +89,8 @@ def compare(
         def on_trial(trial: Any) -> None:
             bar.advance(line)
 
-        comparison, costs = study.carry_out(folder, plan, runs, pool, on_trial)
+        with redirect_stdout(sys.stderr):  # what a task's file or Ray print is no part of the answer
+            comparison, costs = study.carry_out(folder, plan, runs, pool, on_trial)
     if json:
         print_json({"folder": str(folder), **store.read_json(folder / "report.json")})
         return
