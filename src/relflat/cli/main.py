@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RelflatError as error:
         fail(error)
         sys.exit(2)
-    except OSError as error:  # no space left for what is printed, a file of the data that may not be read, ...
+    except OSError as error:  # no space left for what is printed, data that may not be read, ...
         fail(error)
         discard_output()
         sys.exit(2)

@@ -121,9 +121,12 @@ def train(
     folder = folder_of(resolved, runs, name)
     metric = task_named(task).metric
     before = not fresh and result_of(folder) is not None
-    with launch.process_group(), progress(resolved.epochs, metric.name) as on_epoch:
-        with redirect_stdout(sys.stderr):  # what a task's file prints is no part of the answer
-            result = training.train(resolved, folder, test=not no_test, fresh=fresh, on_epoch=on_epoch)
+    with (
+        launch.process_group(),
+        progress(resolved.epochs, metric.name) as on_epoch,
+        redirect_stdout(sys.stderr),  # what a task's file prints is no part of the answer
+    ):
+        result = training.train(resolved, folder, test=not no_test, fresh=fresh, on_epoch=on_epoch)
     if launch.rank() != 0:
         return
     if before:
