@@ -115,6 +115,15 @@ def _lora_matrix(module: Any, w: Tensor) -> Float[Tensor, "d m"]:
     return w
 
 
+def dropping_adapter(module: nn.Module) -> str | None:
+    """An adapter whose input is not that of its base layer, as dropout is active on it; None if there is none."""
+    if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+        return None
+    found: dict[str, Any] = dict(getattr(module, "lora_dropout", {}))
+    active = [n for n in getattr(module, "active_adapters", ()) if n in found]
+    return next((n for n in active if found[n].training and getattr(found[n], "p", 0.0) > 0), None)
+
+
 _LORA = Kind(
     lambda module: (
         hasattr(module, "lora_A")

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relflat.layers import rows
+from relflat.errors import LayerError
+from relflat.layers import dropping_adapter, rows
 from relflat.record import Call
 
 
@@ -42,7 +43,18 @@ class Site:
         coupled: bool = False,
         constant: bool = False,
     ) -> "Site":
-        """Build the site of one layer's calls."""
+        """Build the site of one layer's calls.
+
+        Raises:
+            LayerError: if the layer is not one linear map of one input.
+        """
+        for name in filter(None, (dropping_adapter(c.module) for c in calls)):
+            raise LayerError(
+                f"adapter {name!r} of layer {calls[0].layer!r} has active dropout (lora_dropout), so it sees other "
+                "features than the base layer does, and the two are not one linear map with a kappa; set "
+                "lora_dropout=0, or name a factor by itself, such as "
+                f"'{calls[0].layer}.lora_B.{name}', whose kappa is defined"
+            )
         weight = calls[0].weight.to(torch.promote_types(calls[0].weight.dtype, torch.float32))
         if scale is not None:
             scale = scale.to(weight.dtype)
