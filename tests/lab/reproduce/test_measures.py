@@ -14,6 +14,7 @@ from relflat.lab.reproduce.measures import (
     fisher_rao,
     kappa,
     kappa_max,
+    kappa_normalized,
     lambda_max,
     layerwise,
     loss_of,
@@ -115,6 +116,27 @@ def test_asam_does_not_see_the_scale_of_single_weights(subject):
     after = [MEASURES[name].of(other) for name in names]
     assert after[1] == pytest.approx(before[1], rel=1e-9)
     assert after[0] != pytest.approx(before[0], rel=0.05)
+
+
+def test_a_feature_that_never_varies_does_not_count(subject):
+    """A dead input with any weight at all: normalised kappa is that of the network without it."""
+    first = subject.model[0]
+    wider = nn.Linear(5, 5).double()
+    with torch.no_grad():
+        wider.weight[:, :4] = first.weight
+        wider.weight[:, 4] = 100 * torch.randn(5, dtype=torch.float64)
+        wider.bias.copy_(first.bias - 0.3 * wider.weight[:, 4])
+    inputs = torch.cat([subject.inputs, torch.full((len(subject.inputs), 1), 0.3, dtype=torch.float64)], 1)
+    model = nn.Sequential(wider, *subject.model[1:])
+    other = Subject(model, inputs, subject.targets, subject.layer)
+    expected = kappa_normalized(subject)
+    assert kappa_normalized(other) == pytest.approx(expected, rel=1e-9)
+    loss, W = reference.at_layer(
+        subject.model, nn.CrossEntropyLoss(), subject.inputs, subject.targets, subject.layer
+    )
+    features = subject.inputs if subject.layer == "0" else subject.model[:2](subject.inputs).detach()
+    normalized = reference.kappa_normalized(loss, W, features.std(0, correction=0))
+    assert expected == pytest.approx(float(normalized.detach()), rel=1e-8)
 
 
 def test_no_measure_moves_the_network(subject):

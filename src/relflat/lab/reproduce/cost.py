@@ -142,7 +142,7 @@ def by_hessian(problem: Problem, how: Callable[..., Any]) -> Value:
     """Kappa out of the whole Hessian: k^4 numbers."""
     weight = problem.weight
     H = how(problem.loss, weight)
-    return Value(float(torch.einsum("st,ut,srur->", weight, weight, H)))
+    return Value(float(torch.einsum("st,ut,srur->", weight, weight, H.detach())))
 
 
 def all_at_once(loss: Callable[[Tensor], Tensor], weight: Float[Tensor, "k k"]) -> Float[Tensor, "k k k k"]:
@@ -502,6 +502,8 @@ def curves(records: Sequence[Mapping[str, Any]], key: str, label: str, axes: Axe
             )
     axes.set_xlabel("k, layer of k x k weights")
     axes.set_ylabel(label)
+    if not axes.lines:
+        return
     log_if_wide(axes, "x")
     log_if_wide(axes, "y")
     axes.set_xticks([record["width"] for record in records], [str(record["width"]) for record in records])

@@ -301,9 +301,9 @@ def findings(size: Size, records: Sequence[Mapping[str, Any]], found: Changes, m
         f"says on {count} networks"
         + (f"; not so: {'; '.join(wrong)}." if wrong else ".")
         + f" No change moved a probability by more than {moved:.1e}.",
-        "kappa is invariant to the scale of layers, of the layer's own neurons, to rotations of its features and to a "
-        f"vector added to all rows of the output weight, to {worst:.0e}. It is not invariant to the scale of single "
-        f"input features: it changes by {found['features, output']['kappa']:.2g} of itself at the output and "
+        "kappa is invariant to the scale of layers, of the layer's own neurons, to rotations of its features and "
+        f"to a vector added to all rows of the output weight, to {worst:.0e}. It is not invariant to the scale of "
+        f"single input features: it changes by {found['features, output']['kappa']:.2g} of itself at the output and "
         f"{found['features, hidden']['kappa']:.2g} at the hidden layer; features divided by their deviation, or the "
         "adaptive form, repair that and lose the invariance to rotations.",
         f"Of the others, under rescaled layers, {', '.join(others)}, with the same function; the Fisher-Rao norm and "
@@ -386,6 +386,9 @@ def scaled(size: Size, scale: Scale) -> list[str]:
     lines = [
         f"Measures are taken on {size.samples} training samples. The theory paper shows the correlation with the gap "
         "after rescaling; the experiment `correlation` has that.",
+        "Features that never vary (dead neurons) are taken out before features are divided by their "
+        "deviation; left in, as `relative_flatness(normalize_features=True)` has them, their weights make the value "
+        "see the scale of layers.",
         "PAC-Bayes flatness by ten draws of noise; SAM's sharpness by ten steps of ascent, a lower bound of the "
         "maximum.",
     ]
