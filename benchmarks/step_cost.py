@@ -79,7 +79,7 @@ def mean_flops(row: Row, network: str, samples: int, few: int = 2) -> int:
     trainer = Trainer(row, network, few)
     trainer.step()
     assert isinstance(trainer.criterion, FAM)
-    draws = 8 * len(trainer.criterion.layers)
+    draws = 2 * len(trainer.criterion.layers)
     return flops(lambda: [trainer.step() for _ in range(draws)]) * samples // (few * draws)
 
 
