@@ -24,11 +24,13 @@ os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what makes Ray keep to the loopback address
     "RAY_memory_monitor_refresh_ms": "0",  # other processes of this machine are none of its business
     "RAY_health_check_period_ms": "500",
+    "RAY_worker_niceness": "0",  # 15 by default, which on a busy machine is never
 }
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'relflat[ray]'")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+PATIENCE = 200  # seconds, on a machine that has other things to do
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 TIMES = {"seconds_per_step"}
 
@@ -67,8 +69,8 @@ broken = replace(task, model=lambda: 1 / 0)
 def cluster():
     """Two nodes of one CPU each; nothing of them is left at the end."""
     made = Cluster(initialize_head=True, head_node_args=NODE)
-    made.add_node(**NODE)
     try:
+        made.add_node(**NODE)
         yield made
     finally:
         ray.shutdown()
@@ -111,8 +113,8 @@ def test_trials_are_those_of_this_machine_bit_for_bit(pool, tmp_path):
     assert found[1].result["test"]["loss"] > 0
 
 
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
+def until(condition):
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -126,27 +128,35 @@ def test_a_node_lost_in_mid_trial(cluster, pool, tmp_path):
     kept = store.folder_of(jobs[0].config, jobs[0].runs) / store.RESULT
     written = kept.stat().st_mtime_ns
 
-    (tmp_path / "wait").touch()
+    wait = tmp_path / "wait"
+    wait.touch()
     done = []
     with ThreadPoolExecutor(1) as beside:
         rest = beside.submit(run_all, pool, jobs, done.append)
-        until(
-            lambda: rest.done() or len(list(tmp_path.glob("waiting-*"))) == 2
-        )  # on two nodes of one CPU each
-        first_epochs = [metrics(job)[0] for job in jobs[1:]]
-        (lost,) = cluster.worker_nodes
-        cluster.remove_node(lost, allow_graceful=False)  # kill -9 of all its processes
-        alive = [Path(f"/proc/{path.name.split('-')[1]}").exists() for path in tmp_path.glob("waiting-*")]
-        (tmp_path / "wait").unlink()
-        found = rest.result(timeout=120)
+        try:
+            until(
+                lambda: rest.done() or len(list(tmp_path.glob("waiting-*"))) == 2
+            )  # on two nodes of one CPU each
+            first_epochs = [metrics(job)[0] for job in jobs[1:]]
+            (lost,) = cluster.worker_nodes
+            cluster.remove_node(lost, allow_graceful=False)  # kill -9 of all its processes
+            until(lambda: len(alive(tmp_path)) == 1)
+        finally:
+            wait.unlink()
+        found = rest.result(timeout=PATIENCE)
     cluster.add_node(**NODE)  # for the other tests
-    assert sorted(alive) == [False, True]
     assert kept.stat().st_mtime_ns == written
     assert [metrics(job)[0] for job in jobs[1:]] == first_epochs  # the seconds too: not trained again
     with workers(1) as local:
         expected = run_all(local, [replace(job, runs=tmp_path / "local") for job in jobs])
     assert numbers(found) == numbers(expected)
     assert len(done) == 3
+
+
+def alive(place):
+    """The processes that wait in a trial and are still there."""
+    numbers = [path.name.split("-")[1] for path in place.glob("waiting-*")]
+    return [number for number in numbers if Path(f"/proc/{number}").exists()]
 
 
 def metrics(job):
