@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from relflat import reparam
-from relflat.lab.figures import COLOURS, MARKERS, legend
+from relflat.lab.figures import COLOURS, MARKERS
 from relflat.lab.reproduce.experiment import Context, Experiment, Figure, Outcome, Scale, Table
 from relflat.lab.reproduce.measures import MEASURES, Subject
 from relflat.lab.reproduce.trained import Recipe, Source, each, kept, named, samples, trained
@@ -293,7 +293,7 @@ def findings(size: Size, records: Sequence[Mapping[str, Any]], found: Changes, m
     count = sum(bool(record["reached"]) for record in records)
     worst = max(found[name]["kappa"] for name in CASES if CASES[name].answer("kappa") == "same")
     others = [
-        f"{MEASURES[measure].title} changes by a factor of up to {factor(records, 'layers, output', measure):.2g}"
+        f"{MEASURES[measure].title} by a factor of up to {factor(records, 'layers, output', measure):,.0f}"
         for measure in ("trace", "lambda_max", "weight_norm", "pac_bayes", "sam")
     ]
     lines = [
@@ -306,7 +306,7 @@ def findings(size: Size, records: Sequence[Mapping[str, Any]], found: Changes, m
         f"single input features: it changes by {found['features, output']['kappa']:.2g} of itself at the output and "
         f"{found['features, hidden']['kappa']:.2g} at the hidden layer; features divided by their deviation, or the "
         "adaptive form, repair that and lose the invariance to rotations.",
-        f"Of the others, under rescaled layers, {', '.join(others)}, with the same function; the Fisher-Rao norm and "
+        f"Rescaled layers with the same function change {', '.join(others)}; the Fisher-Rao norm and "
         "ASAM's sharpness do not change.",
     ]
     lost = named(size.recipes, records)
@@ -378,7 +378,7 @@ def dots(found: Changes, place: str, axes: Axes) -> None:
     axes.set_xscale("log")
     axes.set_yticks(range(len(order)), [MEASURES[measure].title for measure in order])
     axes.set_xlabel("relative change (log)")
-    legend(axes)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, handletextpad=0.2, columnspacing=0.8)
 
 
 def scaled(size: Size, scale: Scale) -> list[str]:

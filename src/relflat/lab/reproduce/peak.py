@@ -1,5 +1,6 @@
 """Time and peak memory of contestants that take turns in one process."""
 
+import ctypes
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -64,8 +65,8 @@ def wait(device: torch.device) -> None:
 def peak(work: Callable[[], object], device: torch.device) -> float | None:
     """Most megabytes at a time while it runs, above what was in use before; None where nothing tells.
 
-    On a CPU it is the process's resident memory, whose mark Linux lets a process reset; what the allocator had kept
-    from earlier work is then missing, so small numbers are too small.
+    On a CPU it is the process's resident memory, whose mark Linux lets a process reset, after the allocator was
+    asked to give back what it had kept from earlier work. What it kept is missing: small numbers are too small.
     """
     if device.type == "cuda":
         wait(device)
@@ -75,6 +76,7 @@ def peak(work: Callable[[], object], device: torch.device) -> float | None:
         wait(device)
         return float(torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
+        trim()
         REFERENCES.write_text("5")
         before = _kilobytes("VmRSS")
         work()
@@ -82,6 +84,13 @@ def peak(work: Callable[[], object], device: torch.device) -> float | None:
     except OSError:
         work()
         return None
+
+
+def trim() -> None:
+    """Ask the C library to return freed memory to the system, where it knows how."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _kilobytes(key: str) -> int:
