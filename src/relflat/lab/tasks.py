@@ -363,7 +363,9 @@ TASKS: dict[str, Task] = {
             model=Completion,
             loss=dice_cross_entropy,
             layer="output",
+            optimizer=Adam(lr=2e-3),
             epochs=32,
+            batch_size=2,
         ),
         ADDITION,
         replace(
