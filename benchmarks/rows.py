@@ -137,6 +137,16 @@ class Trainer:
         parameters = self.model.parameters()
         self.optimizer = SAM(parameters, optim.SGD, **SGD) if row.sam else optim.SGD(parameters, **SGD)
 
+    def warm_up(self) -> None:
+        """What happens once: the optimiser's state, the output layer found, coupling tested at every layer."""
+        fam = self.criterion if isinstance(self.criterion, FAM) else None
+        drawn = None if fam is None else fam.layers_per_step
+        if fam is not None:
+            fam.layers_per_step = None
+        self.step()
+        if fam is not None:
+            fam.layers_per_step = drawn
+
     def step(self) -> None:
         """One update of all weights."""
         loss = self._backward()

@@ -64,7 +64,7 @@ class Cost:
 def count(row: Row, network: str, samples: int) -> Cost:
     """Count what one step of a row costs."""
     trainer = Trainer(row, network, samples)
-    trainer.step()  # the optimiser's state is made, the output layer found, coupling tested
+    trainer.warm_up()
     seen = passes(trainer.model, trainer.step)
     operations = mean_flops(row, network, samples) if row.varies else flops(trainer.step)
     report = trainer.report()
@@ -77,7 +77,7 @@ def count(row: Row, network: str, samples: int) -> Cost:
 def mean_flops(row: Row, network: str, samples: int, few: int = 2) -> int:
     """Mean over draws of layers, counted on a few samples, to which all that is counted is proportional."""
     trainer = Trainer(row, network, few)
-    trainer.step()
+    trainer.warm_up()
     assert isinstance(trainer.criterion, FAM)
     draws = 2 * len(trainer.criterion.layers)
     return flops(lambda: [trainer.step() for _ in range(draws)]) * samples // (few * draws)
@@ -101,6 +101,8 @@ def measure(network: str, rows: tuple[Row, ...], options: Options) -> dict[str, 
     """All rows of one network as plain values."""
     costs, failures, able = count_all(rows, network, options.batch)
     trainers = {label: Trainer(row, network, options.batch) for label, row in able.items()}
+    for trainer in trainers.values():
+        trainer.warm_up()
     uneven = [label for label, row in able.items() if row.varies]
     times = compare(
         {label: trainer.step for label, trainer in trainers.items()}, options.steps, uneven=uneven
