@@ -268,7 +268,7 @@ def test_folders_that_hold_something_else(tmp_path):
     with pytest.raises(ConfigError, match="other values of seeds"):
         study.open_study(tmp_path / "out", small_plan(seeds=3), tmp_path / "runs", "")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="Choose another place with --out"):
+    with pytest.raises(ConfigError, match="choose another place with --out"):
         study.open_study(tmp_path / "file" / "out", small_plan(), tmp_path / "runs", "")
 
 
