@@ -291,7 +291,7 @@ def step_configs(size: Size) -> dict[str, RunConfig]:
         "FAM, output, closed form": config("fam"),
         "FAM, output, one probe": config("fam", estimator="probe"),
         "FAM, hidden layer, one probe": config("fam", regularize=size.hidden, estimator="probe"),
-        "FAM, hidden layer, finite radius": config("fam", regularize=size.hidden, radius=0.35),
+        "FAM, hidden layer, finite radius": config("fam", regularize=size.hidden, radius=0.35, strength=1.0),
     }
 
 
@@ -411,13 +411,15 @@ def growth(places: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         best = min((forms[name]["seconds"], name) for name in forms if FORMS[name].hessian)
         ours = "closed" if where == "output" else "ggn"
         ratio = best[0] / forms[ours]["seconds"]
-        top = records[-1]
+        top, small = records[-1], full[0]["forms"]
+        least = min(small[name]["seconds"] for name in small if FORMS[name].hessian)
         found.append(
             f"{where.capitalize()} layer of {full[-1]['width']}²: {FORMS[ours].title} takes "
             f"{1000 * forms[ours]['seconds']:.1f} ms, the fastest full Hessian "
             f"({FORMS[best[1]].title.split(', ')[1]}) {1000 * best[0]:.0f} ms, {ratio:,.0f} times as long; at "
             f"{top['width']}² it takes {1000 * top['forms'][ours]['seconds']:.1f} ms, where a full Hessian would "
-            f"need {4 * top['width'] ** 4 / 1e12:,.1f} TB."
+            f"need {4 * top['width'] ** 4 / 1e12:,.1f} TB. At {full[0]['width']}² it is "
+            f"{1000 * small[ours]['seconds']:.1f} ms against {1000 * least:.1f} ms: small layers gain little."
         )
     return found
 
@@ -483,8 +485,9 @@ def step_table(size: Size, steps: Mapping[str, Any]) -> Table:
 
 
 def curves(records: Sequence[Mapping[str, Any]], key: str, label: str, axes: Axes) -> None:
-    """Paint a number of every form by width."""
+    """Paint a number of every form by width; full Hessians share a colour, estimates are dashed."""
     least = 1.0 if key == "megabytes" else 0.0
+    others = [name for name, form in FORMS.items() if not form.hessian]
     for place, (name, form) in enumerate(FORMS.items()):
         points = [
             (record["width"], record["forms"][name][key])
@@ -496,9 +499,10 @@ def curves(records: Sequence[Mapping[str, Any]], key: str, label: str, axes: Axe
                 [width for width, _ in points],
                 [value for _, value in points],
                 marker=MARKERS[place % len(MARKERS)],
-                linestyle=DASHES[int("products" in form.title or "probes" in form.title)],
-                color=COLOURS[place % len(COLOURS)],
-                label=form.title.split(", ")[-1] if form.hessian else form.title.split(",")[0],
+                markersize=5,
+                linestyle=DASHES[int(any(record["forms"].get(name, {}).get("stderr") for record in records))],
+                color=COLOURS[0 if form.hessian else 1 + others.index(name)],
+                label=form.title.removesuffix(f", {PROBES}").removesuffix(f", {PROBES} products"),
             )
     axes.set_xlabel("k, layer of k x k weights")
     axes.set_ylabel(label)
@@ -507,8 +511,7 @@ def curves(records: Sequence[Mapping[str, Any]], key: str, label: str, axes: Axe
     log_if_wide(axes, "x")
     log_if_wide(axes, "y")
     axes.set_xticks([record["width"] for record in records], [str(record["width"]) for record in records])
-    legend(axes)
-    axes.legend_.set_ncols(2) if axes.legend_ is not None else None
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=2, fontsize=8, handlelength=2.2)
 
 
 def bars(steps: Mapping[str, Any], axes: Axes) -> None:
