@@ -171,9 +171,7 @@ def search(plan: Plan, runs: Path, do: RunAll) -> list[Candidate]:
     ]
 
 
-def judge(
-    arm: str, settings: Values, trials: Sequence[Trial], metric: str = ACCURACY.name
-) -> Candidate:
+def judge(arm: str, settings: Values, trials: Sequence[Trial], metric: str = ACCURACY.name) -> Candidate:
     """Score one setting by its validation results."""
     diverged = sum(not trial.finished for trial in trials)
     if diverged:
