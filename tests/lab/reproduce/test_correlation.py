@@ -7,6 +7,7 @@ from relflat.errors import DataError
 from relflat.lab.reproduce import correlation
 from relflat.lab.reproduce.correlation import CHOSEN, OF_LAYER, VIEWS, conclude, measure, recipes
 from relflat.lab.reproduce.experiment import Context
+from relflat.lab.reproduce.measures import MEASURES
 from relflat.lab.reproduce.trained import Source, grid, samples, trained
 
 DIGITS = Source("digits", 150, 300, held_out=500)
@@ -47,6 +48,13 @@ def test_kappa_is_that_of_the_dense_definition_in_every_view(one):
     assert measures["as trained"]["kappa"] == pytest.approx(float(plain), rel=1e-6)
     assert measures["normalised"]["kappa"] == pytest.approx(float(scaled), rel=1e-6)
     assert measures["normalised"]["kappa"] != pytest.approx(float(plain), rel=0.01)
+
+
+def test_largest_eigenvalues_are_those_that_lanczos_finds(one):
+    network, measures = one
+    train = samples(DIGITS).train
+    subject = correlation.output_layer(network.network, train.inputs, train.targets, normalise=True)
+    assert measures["normalised"]["kappa_max"] == pytest.approx(MEASURES["kappa_max"].of(subject), rel=1e-5)
 
 
 def test_rescaling_moves_exactly_the_measures_that_are_not_invariant(one):
@@ -114,7 +122,14 @@ def record(kappa, gap, rescaled):
         }
         for name, view in VIEWS.items()
     }
-    return {"reached": True, "gap": gap, "train_loss": 0.05 + gap / 1000, "measures": measures}
+    recipe = {"batch_size": 10, "lr": gap, "weight_decay": 0.0}
+    return {
+        "reached": True,
+        "gap": gap,
+        "recipe": recipe,
+        "train_loss": 0.05 + gap / 1000,
+        "measures": measures,
+    }
 
 
 def outcome(kappas, gaps):

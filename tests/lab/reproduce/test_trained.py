@@ -8,6 +8,7 @@ from relflat.lab.reproduce.trained import (
     NETWORKS,
     Recipe,
     Source,
+    by_setting,
     each,
     evaluate,
     grid,
@@ -71,6 +72,16 @@ def test_a_network_that_does_not_get_there_is_named(tmp_path):
     assert "after 1 epochs" in text
     assert "lr 1e+06" in text
     assert named(recipes[:1], results[:1]) == ""
+
+
+def test_settings_are_held_against_gap_and_kappa():
+    records = [
+        {"gap": gap, "recipe": {"batch_size": size, "lr": 0.1 - gap / 100, "weight_decay": decay}}
+        for gap, size, decay in ((1.0, 10, 0.0), (2.0, 20, 0.0), (3.0, 30, 0.0))
+    ]
+    text = by_setting(records, [3.0, 2.0, 1.0])
+    assert "(tau: batch size +1.00, learning rate -1.00)" in text
+    assert "with kappa (batch size -1.00, learning rate +1.00" in text
 
 
 def test_settings_and_weights_are_told_apart_by_the_name_of_the_file(tmp_path):

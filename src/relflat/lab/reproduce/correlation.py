@@ -21,7 +21,17 @@ from relflat.lab.figures import COLOURS, MARKERS, legend, log_if_wide
 from relflat.lab.reproduce.association import Association, associate
 from relflat.lab.reproduce.experiment import Context, Experiment, Figure, Outcome, Table
 from relflat.lab.reproduce.measures import MEASURES, Measure, Subject, pac_bayes, sam_sharpness
-from relflat.lab.reproduce.trained import Recipe, Source, each, grid, kept, named, samples, trained
+from relflat.lab.reproduce.trained import (
+    Recipe,
+    Source,
+    by_setting,
+    each,
+    grid,
+    kept,
+    named,
+    samples,
+    trained,
+)
 from relflat.lab.trials import workers
 from relflat.reparam import normalize_features, random_rescaling
 
@@ -29,8 +39,21 @@ FACTORS = (5.0, 25.0)
 WHOLE_ON = 300  # training samples on which measures of the whole network are taken
 OF_LAYER = ("kappa", "kappa_adaptive", "kappa_max", "layerwise", "trace", "lambda_max", "weight_norm")
 OF_NETWORK = ("fisher_rao", "pac_bayes", "sam", "asam")
+
+
+@torch.no_grad()
+def kappa_max_dense(subject: Subject) -> float:
+    """``sum_s ||w_s||^2 lambda_max(H_ss)`` of an output layer: ``H_ss = mean phi phi' p_s (1 - p_s)``, all of it."""
+    phi, W = subject.inputs, subject.weight
+    p = subject.model(phi).softmax(1)
+    blocks = (torch.einsum("nt,n,nu->tu", phi, q * (1 - q), phi) / len(phi) for q in p.T)
+    largest = [torch.linalg.eigvalsh(block)[-1] for block in blocks]
+    return float((W.square().sum(1) * torch.stack(largest)).sum())
+
+
 CHOSEN: dict[str, Measure] = {
     **{name: MEASURES[name] for name in (*OF_LAYER, *OF_NETWORK)},
+    "kappa_max": replace(MEASURES["kappa_max"], of=kappa_max_dense),
     # fewer draws and steps than by default: ranks need no third digit
     "pac_bayes": replace(MEASURES["pac_bayes"], of=partial(pac_bayes, draws=5, rtol=1e-2)),
     "sam": replace(MEASURES["sam"], of=partial(sam_sharpness, steps=3)),
@@ -138,7 +161,8 @@ def output_layer(network: nn.Sequential, inputs: Tensor, targets: Tensor, *, nor
     with torch.no_grad():
         less.weight.copy_(head.weight[:, varies])
         less.bias.copy_(head(features[:1] * ~varies)[0])
-    return Subject(normalize_features(less, features[:, varies]), features[:, varies], targets, "1")
+    scale, layer = normalize_features(less, features[:, varies])
+    return Subject(nn.Sequential(layer), scale(features[:, varies]), targets, "0")
 
 
 def run(context: Context, only: Sequence[Recipe] | None = None) -> Outcome:
@@ -180,7 +204,11 @@ def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: str) 
     loss = associate([record["train_loss"] for record in done], [record["gap"] for record in done])
     lost = named(networks, records)
     return Outcome(
-        findings=[*findings(found, loss), *([lost] if lost else [])],
+        findings=[
+            *findings(found, loss),
+            by_setting(done, [record["measures"]["normalised"]["kappa"] for record in done]),
+            *([lost] if lost else []),
+        ],
         tables=[table(found, loss, "tau"), table(found, loss, "r")],
         figures=[
             Figure(

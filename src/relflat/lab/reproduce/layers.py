@@ -16,7 +16,17 @@ from relflat.errors import DataError
 from relflat.lab.figures import COLOURS, MARKERS, legend, log_if_wide
 from relflat.lab.reproduce.association import Association, associate
 from relflat.lab.reproduce.experiment import Context, Experiment, Figure, Outcome, Table
-from relflat.lab.reproduce.trained import Recipe, Source, each, grid, kept, named, samples, trained
+from relflat.lab.reproduce.trained import (
+    Recipe,
+    Source,
+    by_setting,
+    each,
+    grid,
+    kept,
+    named,
+    samples,
+    trained,
+)
 from relflat.lab.trials import workers
 
 LAYERS = ("fc1", "fc2", "fc3", "fc4", "output")
@@ -133,7 +143,11 @@ def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: str) 
     }
     lost = named(networks, records)
     return Outcome(
-        findings=[*findings(found["kappa"], found["normalised"]), *([lost] if lost else [])],
+        findings=[
+            *findings(found["kappa"], found["normalised"]),
+            by_setting(done, [record["kappa"][HIDDEN[-1]] for record in done]),
+            *([lost] if lost else []),
+        ],
         tables=[table(found["kappa"], found["normalised"])],
         figures=[
             Figure(

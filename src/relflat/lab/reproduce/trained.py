@@ -16,8 +16,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ from relflat.lab import store
 from relflat.lab.data import Arrays
 from relflat.lab.models import mlp
 from relflat.lab.names import look_up
+from relflat.lab.reproduce.association import tau
 from relflat.lab.splits import classification
 
 A = TypeVar("A")
@@ -286,6 +289,38 @@ def kept(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     if not path.is_file():
         store.write_json(path, make())
     return store.read_json(path)
+
+
+def by_setting(records: Sequence[Mapping[str, Any]], kappas: Sequence[float]) -> str:
+    """A sentence on how the settings of the networks go with their gaps and kappas by themselves.
+
+    Args:
+        records: the results of networks that reached the level.
+        kappas: of the same networks.
+    """
+    gaps = np.array([record["gap"] for record in records])
+    once = np.ones((1, len(records)))
+
+    settings = {
+        title: np.array([float(record["recipe"][key]) for record in records])
+        for key, title in (
+            ("batch_size", "batch size"),
+            ("lr", "learning rate"),
+            ("weight_decay", "weight decay"),
+        )
+    }
+
+    def taus(values: NDArray[np.float64]) -> str:
+        return ", ".join(
+            f"{title} {tau(setting, values, once)[0]:+.2f}"
+            for title, setting in settings.items()
+            if setting.min() < setting.max()
+        )
+
+    return (
+        f"The settings go with the gap by themselves (tau: {taus(gaps)}) and with kappa ({taus(np.array(kappas))}): "
+        "what kappa and the gap have to do with each other is in part what the settings do to both."
+    )
 
 
 def named(recipes: Sequence[Recipe], results: Sequence[Mapping[str, Any]]) -> str:
