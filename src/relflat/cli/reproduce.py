@@ -51,9 +51,15 @@ def reproduce(
 
 
 def show(values: Mapping[str, Any], folder: Path) -> None:
-    """Print the findings, the tables, and where the report is."""
+    """Print the findings, the tables that fit the terminal, and where the report is."""
     for line in values["findings"]:
         out.print(f"- {line}", highlight=False, markup=False)
-    for table in values["tables"]:
+    for table in filter(fits, values["tables"]):
         print_table(table["title"], table["headings"], table["rows"])
     out.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def fits(table: Mapping[str, Any]) -> bool:
+    """Whether a table can be shown without breaking words."""
+    columns = zip(table["headings"], *table["rows"], strict=True)
+    return sum(max(map(len, column)) + 3 for column in columns) < out.width

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +58,18 @@ def test_the_report_needs_no_network(relflat, toy, tmp_path):
     assert not re.search(r"<(script|link|iframe|img)\b|\bsrc=|@import|url\((?!#)", page)
     links = re.findall(r'(?:href)="([^"]*)"', page)
     assert all(link.startswith("#") for link in links)
+
+
+def test_a_table_that_is_too_wide_is_left_to_the_report(relflat, toy, monkeypatch, tmp_path):
+    assert "Numbers | all" in relflat("reproduce", "toy")[1]
+    wide = Table("Wide", ("x" * 150, "y" * 150), (("1", "2"),))
+    monkeypatch.setattr(
+        reproduce,
+        "EXPERIMENTS",
+        {"toy": Experiment("toy", "", "", lambda context: replace(outcome(context), tables=[wide]))},
+    )
+    assert "Wide" not in relflat("reproduce", "toy", "--out", "out")[1]
+    assert "Wide" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_json_is_one_object(relflat, toy):
