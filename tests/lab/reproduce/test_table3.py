@@ -75,6 +75,7 @@ def test_a_tiny_table(reproduced, cache, monkeypatch):
     plain, printed = data["runs"]["plain"][0], data["runs"]["fam-printed"][0]
     assert printed["flatness"]["value"] < plain["flatness"]["value"]
     assert "the paper has +2.5" in values["findings"][0]
+    assert "lies at the end of the grid" in values["findings"][-1]  # with two strengths it always does
 
 
 def test_only_short_sentences(cache):

@@ -45,7 +45,7 @@ class Size:
 
 SIZES: dict[Scale, Size] = {
     "small": Size(
-        "few", {"train_size": 192, "epochs": 2, "lr": 1e-4}, (0.01, 0.1, 1.0), tuple(range(5)), (0, 1)
+        "few", {"train_size": 192, "epochs": 2, "lr": 1e-4}, (0.001, 0.01, 0.1), tuple(range(5)), (0, 1)
     ),
     "paper": Size("rte_bert", {}, (), tuple(range(5)), tuple(range(5))),
 }
@@ -153,7 +153,7 @@ def difference(runs: Runs) -> Difference | None:
 def conclude(size: Size, candidates: Sequence[Candidate], strength: float, runs: Runs) -> Outcome:
     """What the runs show."""
     return Outcome(
-        findings=findings(strength, runs),
+        findings=[*findings(strength, runs), *edge(size, strength)],
         tables=[table(strength, runs), *([chosen(candidates)] if candidates else [])],
         figures=[
             Figure(
@@ -207,9 +207,20 @@ def findings(strength: float, runs: Runs) -> list[str]:
             f"The deviation over seeds is {word} with FAM: {fam:.4f} against {plain:.4f}; the paper has "
             f"{PAPER['fam'][1]:.4f} against {PAPER['plain'][1]:.4f}."
         )
+    found.append(
+        "The released code divides kappa by the number of features and sums other entries of the Hessian, so its "
+        "strengths are not those of its text."
+    )
     for arm in ("fam-printed", "fam-code") if strength != PRINTED_STRENGTH else ("fam", "fam-code"):
         found += [printed(arm, runs[arm])] if runs.get(arm) else []
     return found
+
+
+def edge(size: Size, strength: float) -> list[str]:
+    """A warning where the best strength lies at the end of the grid."""
+    if strength not in (size.strengths[:1] + size.strengths[-1:]):
+        return []
+    return [f"The chosen strength, {strength:g}, lies at the end of the grid: a wider one might do better."]
 
 
 def printed(arm: str, trials: Sequence[Trial]) -> str:
@@ -222,12 +233,13 @@ def printed(arm: str, trials: Sequence[Trial]) -> str:
     confidence, kappa = (
         mean_sd([result["flatness"][key] for result in done])[0] for key in ("confidence", "value")
     )
-    collapsed = "it says about the same of every sentence. " if confidence < 0.51 else ""
-    return (
+    line = (
         f"At the paper's strength 3e6, gradient of {part}: accuracy {accuracy:.3f}, kappa {kappa:.3g}, confidence "
-        f"{confidence:.3f}; {collapsed}The released code divides kappa by the number of features and sums other "
-        "entries of the Hessian, so its strengths are not those of its text."
+        f"{confidence:.3f}"
     )
+    if confidence < 0.51:
+        return f"{line}; the network says about the same of every sentence."
+    return f"{line}; AdamW's steps do not grow with the gradient, so a large strength on one layer moves it little more."
 
 
 def table(strength: float, runs: Runs) -> Table:
