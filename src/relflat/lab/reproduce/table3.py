@@ -239,7 +239,7 @@ def printed(arm: str, trials: Sequence[Trial]) -> str:
     )
     if confidence < 0.51:
         return f"{line}; the network says about the same of every sentence."
-    return f"{line}; AdamW's steps do not grow with the gradient, so a large strength on one layer moves it little more."
+    return f"{line}; AdamW's steps do not grow with the gradient, so a large strength moves one layer little."
 
 
 def table(strength: float, runs: Runs) -> Table:
