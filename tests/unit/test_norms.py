@@ -277,7 +277,9 @@ def test_a_checkpointed_part_falls_back(monkeypatch) -> None:
 
 
 def test_a_compiled_part_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)  # two backward passes: as the error says
+    monkeypatch.setattr(
+        "torch._functorch.config.donated_buffer", False
+    )  # two backward passes: as the error says
     torch._dynamo.reset()  # whatever other tests compiled
     x, y = images()
     found = []
