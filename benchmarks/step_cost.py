@@ -37,6 +37,7 @@ class Options:
         layers: FAM on these layers in place of the suite's rows.
         steps: timed steps of each row.
         batch: samples a step.
+        peak: whether to count bytes too, for which the profiler takes gigabytes.
         threads: threads of torch; 0 for its own choice.
         json: where to write the results; by default ``benchmarks/results/step_cost_SUITE.json``.
     """
@@ -46,6 +47,7 @@ class Options:
     layers: list[str] = field(default_factory=list)
     steps: int = 40
     batch: int = 32
+    peak: bool = True
     threads: int = 0
     json: Path | None = None
 
@@ -55,13 +57,13 @@ class Cost:
     """Counted costs of one row, and what FAM said it did."""
 
     flops: int
-    peak_bytes: int
+    peak_bytes: int | None
     passes: Passes
     method: str
     kappa: float | None
 
 
-def count(row: Row, network: str, samples: int) -> Cost:
+def count(row: Row, network: str, samples: int, bytes_too: bool) -> Cost:
     """Count what one step of a row costs."""
     trainer = Trainer(row, network, samples)
     trainer.warm_up()
@@ -70,7 +72,7 @@ def count(row: Row, network: str, samples: int) -> Cost:
     report = trainer.report()
     del trainer
     gc.collect()
-    peak = peak_bytes(lambda: Trainer(row, network, samples))
+    peak = peak_bytes(lambda: Trainer(row, network, samples)) if bytes_too else None
     return Cost(operations, peak, seen, report.get("method", ""), report.get("kappa"))
 
 
@@ -87,13 +89,13 @@ def mean_flops(row: Row, network: str, samples: int, few: int = 2) -> int:
 
 
 def count_all(
-    rows: tuple[Row, ...], network: str, samples: int
+    rows: tuple[Row, ...], network: str, samples: int, bytes_too: bool
 ) -> tuple[dict[str, Cost], dict[str, str], dict[str, Row]]:
     """Costs by label; why others cannot run yet, by label; the rows that can."""
     costs, failures, able = {}, {}, {}
     for row in rows:
         try:
-            costs[row.label] = count(row, network, samples)
+            costs[row.label] = count(row, network, samples, bytes_too)
             able[row.label] = row
         except (RelflatError, RuntimeError) as error:
             failures[row.label] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -102,7 +104,7 @@ def count_all(
 
 def measure(network: str, rows: tuple[Row, ...], options: Options) -> dict[str, Any]:
     """All rows of one network as plain values."""
-    costs, failures, able = count_all(rows, network, options.batch)
+    costs, failures, able = count_all(rows, network, options.batch, options.peak)
     trainers = {label: Trainer(row, network, options.batch) for label, row in able.items()}
     for trainer in trainers.values():
         trainer.warm_up()
@@ -124,7 +126,7 @@ def relative(label: str, cost: Cost, plain: Cost, times: Times) -> dict[str, Any
         "flops": cost.flops,
         "flops_ratio": cost.flops / plain.flops,
         "peak_bytes": cost.peak_bytes,
-        "peak_ratio": cost.peak_bytes / plain.peak_bytes,
+        "peak_ratio": cost.peak_bytes / plain.peak_bytes if cost.peak_bytes and plain.peak_bytes else None,
         "passes": asdict(cost.passes),
         "method": cost.method,
         "kappa": cost.kappa,
@@ -147,7 +149,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(Ratio(**row["processor"])),
         f"{row['wall']['seconds']:.3f}",
         f"{row['flops_ratio']:.4f}",
-        f"{row['peak_ratio']:.3f} ({row['peak_bytes'] / 2**20:.0f} MiB)",
+        f"{row['peak_ratio']:.3f} ({row['peak_bytes'] / 2**20:.0f} MiB)" if row["peak_ratio"] else "-",
         f"{p['trunk_forward']}f {p['trunk_backward']}b",
         f"{p['tail_forward']}f {p['tail_backward']}b",
         row["method"],
