@@ -17,6 +17,7 @@ def compare(
     *,
     arms: tuple[str, ...] = ("plain", "sam", "fam", "fam-radius"),
     seeds: int = 8,
+    first_seed: int = 0,
     search_seeds: int = 2,
     trials: int = 4,
     train_size: int | None = None,
@@ -42,7 +43,8 @@ def compare(
     Args:
         task: name of a task, or path/to/file.py:name for one of your own.
         arms: what to compare; the first is what the others are held against.
-        seeds: number of tested seeds an arm (0, 1, ...).
+        seeds: number of tested seeds an arm.
+        first_seed: the first of them; another one repeats a comparison on seeds of its own.
         search_seeds: number of seeds that settings are chosen by (100, 101, ...).
         trials: number of settings an arm, at most as many as its grid has.
         train_size: train on so many samples only.
@@ -69,6 +71,7 @@ def compare(
         task,
         arms,
         seeds=seeds,
+        first_seed=first_seed,
         search_seeds=search_seeds,
         trials=trials,
         train_size=train_size,

@@ -49,6 +49,7 @@ class Values(TypedDict, total=False):
         unit_features: kappa with features of norm 1, for an output layer.
         remove_after: steps after which the penalty is taken away.
         weight_cap: greatest norm of the layer's weight while the penalty is there.
+        layers_per_step: of several layers, draw so many for each step.
     """
 
     method: Annotated[str, option("NAME", "default: plain")]
@@ -83,6 +84,7 @@ class Values(TypedDict, total=False):
     unit_features: Annotated[bool, tyro.conf.FlagConversionOff, option("True|False", "fam; default: False")]
     remove_after: Annotated[int, option("INT", "fam; default: none")]
     weight_cap: Annotated[float, option("FLOAT", "fam; default: none")]
+    layers_per_step: Annotated[int, option("INT", "fam; default: all")]
 
 
 def train(

@@ -28,6 +28,7 @@ LATER: dict[str, Any] = {
     "unit_features": False,
     "remove_after": None,
     "weight_cap": None,
+    "layers_per_step": None,
 }
 
 

@@ -146,6 +146,7 @@ class FamSettings:
         unit_features: kappa with features of norm 1, for an output layer.
         remove_after: steps after which the penalty is taken away; None: it stays.
         weight_cap: greatest norm of the layer's weight while the penalty is there; None: any.
+        layers_per_step: of several layers, draw so many for each step; None: all.
     """
 
     strength: float = 0.1
@@ -163,6 +164,7 @@ class FamSettings:
     unit_features: bool = False
     remove_after: int | None = None
     weight_cap: float | None = None
+    layers_per_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,7 @@ def fam_loss(loss: nn.Module, model: nn.Module, settings: FamSettings, seed: int
         unit_features=settings.unit_features,
         remove_after=settings.remove_after,
         weight_cap=settings.weight_cap,
+        layers_per_step=settings.layers_per_step,
         seed=seed,
     )
 

@@ -34,16 +34,24 @@ Costs = dict[str, StepCost]
 
 
 def plan_for(
-    task: str, arms: Sequence[str], *, seeds: int, search_seeds: int, trials: int, **common: Any
+    task: str,
+    arms: Sequence[str],
+    *,
+    seeds: int,
+    search_seeds: int,
+    trials: int,
+    first_seed: int = 0,
+    **common: Any,
 ) -> Plan:
     """The plan of a comparison as the command line gives it.
 
     Args:
         task: name of the task.
         arms: names of the arms.
-        seeds: number of tested seeds: 0, 1, ...
+        seeds: number of tested seeds.
         search_seeds: number of seeds to choose by: 100, 101, ...
         trials: number of settings an arm.
+        first_seed: the first tested seed.
         **common: values of all runs; those that are None are the task's own.
 
     Raises:
@@ -53,14 +61,16 @@ def plan_for(
     most = min(len(arm.values) for arm in contenders) if contenders else 0
     if not 1 <= trials <= most:
         raise ConfigError(f"trials={trials} must lie between 1 and {most}, the settings in the arms' grids.")
-    if not 1 <= seeds <= FIRST_SEARCH_SEED:
-        raise ConfigError(f"seeds={seeds} must lie between 1 and {FIRST_SEARCH_SEED}.")
+    if not 0 <= first_seed < FIRST_SEARCH_SEED:
+        raise ConfigError(f"first_seed={first_seed} must lie between 0 and {FIRST_SEARCH_SEED - 1}.")
+    if not 1 <= seeds <= FIRST_SEARCH_SEED - first_seed:
+        raise ConfigError(f"seeds={seeds} must lie between 1 and {FIRST_SEARCH_SEED - first_seed}.")
     plan = Plan(
         task,
         {key: value for key, value in common.items() if value is not None},
         tuple(replace(arm, values=arm.values[:trials]) for arm in contenders),
         tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + search_seeds)),
-        tuple(range(seeds)),
+        tuple(range(first_seed, first_seed + seeds)),
     )
     for arm in plan.arms:  # a wrong value is found before anything runs
         plan.config(arm, arm.grid[0], 0)
