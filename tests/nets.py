@@ -157,8 +157,13 @@ class Problem:
         if curvature == "hessian":
             return reference.kappa_normalized(loss, W, std)
         outputs, _ = reference.outputs_at_layer(self.model, self.inputs, self.layer)
+        (varying,) = (std > 0).nonzero(as_tuple=True)
+        if not len(varying):
+            return (0 * W).sum()
         return reference.kappa_ggn(
-            lambda V: outputs(V / std), lambda z: self.loss_fn(z, self.targets), W * std
+            lambda V: outputs(W.index_copy(1, varying, V / std[varying])),
+            lambda z: self.loss_fn(z, self.targets),
+            W[:, varying] * std[varying],
         )
 
     def kappa(self, curvature: str = "hessian") -> Tensor:

@@ -61,7 +61,9 @@ def relative_flatness(
         rtol: if given, goes over the data again with more probes until ``stderr <= rtol * |value|``.
         adaptive: the adaptive form (``W' A W`` weighted feature by feature).
         normalize_features: measure the layer with features divided by their standard deviation over the data
-            and its weight multiplied by it. Goes over the data twice.
+            and its weight multiplied by it. Features that never vary are left out with their columns of the
+            weight, as the limit of small deviations has it for a dead feature (0 throughout); a constant other
+            than 0 acts as a bias. Goes over the data twice.
         temperature: the softmax of the closed form is that of ``logits / temperature`` (Han et al. 2025).
         unit_features: features in the closed form have norm 1 (Han et al. 2025).
         forward: ``forward(model, batch) -> (outputs, targets)``, for batches of another kind.

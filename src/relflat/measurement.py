@@ -41,7 +41,7 @@ from relflat.record import Forward, depends_on
 from relflat.resolve import Layer
 from relflat.rng import Rng
 from relflat.sharding import kept_whole, reshard
-from relflat.site import Site, safe_std
+from relflat.site import Site, std_of
 from relflat.sums import LayerSums, Sums, joined, mean_and_variance
 from relflat.tap import Inject, Tap
 from relflat.weight_space import Matrix
@@ -310,13 +310,23 @@ class Measurement:
         return Site.of(calls, scale=self.scales.get(name), constant=True) if calls else None
 
     def feature_scales(self) -> dict[str, Tensor]:
-        """Standard deviation of each layer's features over the data, by one extra pass."""
+        """Standard deviation of each layer's features over the data, by one extra pass; 0 for those that never vary.
+
+        Raises:
+            DataError: if the data hold fewer than two rows of a layer's features.
+        """
         self.batches.must_be_repeatable("normalize_features")
         total: dict[str, Moments] = {}
         for part in gathered(self._moments, self.group):
             for name, x in part.items():
                 total[name] = total[name] + x.to(total[name].mean.device) if name in total else x
-        return {name: safe_std(x.squares / x.count, x.mean) for name, x in total.items()}
+        for name, x in total.items():
+            if x.count < 2:
+                raise DataError(
+                    f"the data hold {x.count} row of features of layer {name!r}: a standard deviation needs at least "
+                    "two; give more samples, or leave normalize_features out"
+                )
+        return {name: std_of(x.squares / x.count, x.mean) for name, x in total.items()}
 
     def _moments(self) -> dict[str, "Moments"]:
         found: dict[str, Moments] = {}

@@ -32,7 +32,8 @@ class Spec:
         method: how; ``"auto"`` takes the cheapest that is exact or unbiased for ``curvature``.
         probes: products for a stochastic method.
         adaptive: the adaptive form (I9) in place of kappa.
-        normalize: divide features by their standard deviation (and multiply the weight by it).
+        normalize: divide features by their standard deviation (and multiply the weight by it), leaving out those
+            that never vary.
         gradient: which derivatives of kappa are kept; None for measuring (no graph).
         trace: whether ``Tr H`` is wanted too.
         temperature: the softmax in the closed form is that of ``logits / temperature`` (Han et al. 2025).

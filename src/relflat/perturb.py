@@ -16,7 +16,7 @@ from relflat.layers import Kind
 from relflat.probes import Contributions
 from relflat.record import Call, same_values
 from relflat.rng import Rng
-from relflat.site import safe_std
+from relflat.site import divisor, std_of
 from relflat.weight_space import Matrix, random_direction
 
 _STENCIL = ((-2, -1.0), (-1, 16.0), (1, 16.0), (2, -1.0))
@@ -58,7 +58,7 @@ def finite_difference(
         scale = scales.get(matrix.layer, torch.ones((), device=weight.device)).to(weight.dtype)
         values = []
         for _ in range(probes):
-            step = matrix.back(random_direction(weight * scale, adaptive, rng) / scale)
+            step = matrix.back(random_direction(weight * scale, adaptive, rng) / divisor(scale))
             total = -30.0 * base
             for k, factor in _STENCIL:
                 moved = run(matrix.parameter, matrix.parameter + k * h * step)
@@ -76,7 +76,9 @@ def noise(
 
     With several positions in a sample (tokens, pixels) the noise is independent at each, with the root mean
     square of the sample's ``||phi||`` as scale. If adaptive, ``radius * phi * eps`` with eps standard normal:
-    Gaussian dropout of variance ``radius^2``.
+    Gaussian dropout of variance ``radius^2``, which normalisation does not change. Else, if normalised, the same
+    for features divided by their standard deviation over the batch, without those (for convolutions: channels)
+    that do not vary in it.
 
     Raises:
         ConfigError: if the input is not made of real numbers.
@@ -92,8 +94,9 @@ def noise(
     eps = rng.normal(last)
     rows = last.reshape(last.shape[0] if last.ndim > 1 else 1, -1, last.shape[-1])
     flat = rows.detach().flatten(0, 1)
-    scale = safe_std(flat.var(0, correction=0), flat.mean(0)) if normalize else 1.0
-    size = torch.linalg.vector_norm(rows / scale, dim=(1, 2)) / math.sqrt(rows.shape[1])
+    scale = std_of(flat.var(0, correction=0), flat.mean(0)) if normalize else flat.new_ones(())
+    size = torch.linalg.vector_norm(rows / divisor(scale), dim=(1, 2)) / math.sqrt(rows.shape[1])
+    eps = eps * (scale > 0)
     length = torch.linalg.vector_norm(eps, dim=-1, keepdim=True)
     unit = eps / length.clamp_min(torch.finfo(eps.dtype).tiny)  # a draw of exactly 0 stays 0
     size = size.reshape(-1, *[1] * (last.ndim - 1)) if last.ndim > 1 else size

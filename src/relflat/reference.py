@@ -239,13 +239,18 @@ def kappa_normalized(
     The features are divided by ``std`` and the columns of the weight are multiplied by it:
     ``W phi = (W diag(std)) (phi / std)``. kappa is that of the layer ``V = W diag(std)``.
 
+    A feature that never varies (``std`` 0) is left out: its column of the weight is not one of V and is held
+    constant. For a dead feature, 0 throughout, that is the limit of small deviations, in which the column of V
+    goes to 0 and the feature has no effect. A constant other than 0 acts as a bias; its ``phi / std`` would be
+    infinite, and kappa takes no notice of biases.
+
     Args:
         loss: the loss as a function of W.
         W: the weight.
-        std: standard deviation of each feature over the data, positive.
+        std: standard deviation of each feature over the data, 0 for those that never vary.
 
     Raises:
-        DataError: a feature's standard deviation is not positive.
+        DataError: a feature's standard deviation is negative or not a number.
 
     Cost: that of :func:`kappa`.
 
@@ -254,11 +259,13 @@ def kappa_normalized(
         >>> kappa_normalized(lambda W: ((W @ phi) ** 2).sum(), torch.tensor([[3.0, 4.0]]), std)  # 2 * 73 * 2
         tensor(292.)
     """
-    if not bool((std > 0).all()):
-        raise DataError(
-            f"std has values that are not positive ({std.tolist()}): drop the features that never vary"
-        )
-    return kappa(lambda V: loss(V / std), W * std)
+    if not bool((std >= 0).all()):
+        raise DataError(f"std has values that are no standard deviation ({std.tolist()}): negative or nan")
+    (varying,) = (std > 0).nonzero(as_tuple=True)
+    std = std[varying]
+    if not len(std):
+        return (0 * W).sum()
+    return kappa(lambda V: loss(W.index_copy(1, varying, V / std)), W[:, varying] * std)
 
 
 # Its relatives

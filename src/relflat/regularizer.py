@@ -64,7 +64,8 @@ class FAM(nn.Module):
             ``n (n - k) / k`` times that of kappa between the layers, so layers should have like kappas. Seed and
             step decide the draw, the same on all ranks. Not with ``radius``, which moves all layers at once.
         normalize_features: kappa of the layer with its features divided by their standard deviation over the
-            batch and its weight multiplied by it.
+            batch (taken as a constant) and its weight multiplied by it; features that do not vary in the batch
+            (dead ones, constants) and their columns of the weight are left out of it.
         temperature: for an output layer with cross-entropy: kappa with the softmax of ``logits / temperature``,
             so that confidence hides less of it (Han et al. 2025 use 2).
         unit_features: for an output layer with a known loss: kappa with features of norm 1 (Han et al. 2025).

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from relflat.errors import ConfigError, DataError, GraphError, LayerError, LossError
+from relflat.site import std_of
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Dense = (nn.Linear, *Convolution)
@@ -249,7 +250,9 @@ def normalize_features(layer: nn.Linear, features: Float[Tensor, "*n m"]) -> nn.
     """Return a replacement of the layer whose features have standard deviation 1 over the data.
 
     The theory paper (section 5) normalises the features before it measures relative flatness, so that the
-    value does not depend on the scale of single features. A feature that never varies stays as it is.
+    value does not depend on the scale of single features. A feature that never varies (up to rounding) has no
+    deviation to divide by: it and its column of the weight stay as they are, so that the function is the same on
+    all inputs. ``relative_flatness(..., normalize_features=True)`` leaves such features out, before and after.
 
     Args:
         layer: Linear with m features; it is left as it is.
@@ -271,7 +274,7 @@ def normalize_features(layer: nn.Linear, features: Float[Tensor, "*n m"]) -> nn.
     phi = features.detach().reshape(-1, features.shape[-1])
     if len(phi) < 2:
         raise DataError(f"features hold {len(phi)} sample(s): a standard deviation needs at least two")
-    std = phi.std(0, correction=0)
+    std = std_of(phi.var(0, correction=0), phi.mean(0))
     return rescale_features(layer, torch.where(std > 0, std, torch.ones_like(std)))
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relflat.errors import LayerError
+from relflat.errors import LayerError, warn
 from relflat.layers import dropping_adapter, rows
 from relflat.record import Call
 
@@ -23,7 +23,7 @@ class Site:
     Attributes:
         calls: the calls, in order.
         weight: the layer's weight as (d, m), float32 or float64, times ``scale``.
-        scale: kappa is that of ``phi / scale, W * scale``; None for 1.
+        scale: kappa is that of ``phi / scale, W * scale``, without the features whose scale is 0; None for 1.
         coupled: whether all samples form one group.
         constant: whether features count as constants (``gradient="weights"``).
     """
@@ -85,12 +85,12 @@ class Site:
         """Phi of every group and position, written out."""
         parts = [self._regroup(c.kind.features(c.module, self._input(c))) for c in self.calls]
         phi = _joined(parts)
-        return phi if self.scale is None else phi / self.scale
+        return phi if self.scale is None else phi / divisor(self.scale)
 
     def energy(self) -> float:
         """``sum ||phi||^2`` over all rows, without writing phi out."""
         ones = torch.ones(self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
-        ones = ones if self.scale is None else ones / self.scale.square()
+        ones = ones if self.scale is None else ones / divisor(self.scale).square()
         total = 0.0
         for call in self.calls:
             x = self._input(call).detach()
@@ -101,7 +101,7 @@ class Site:
 
     def project(self, b: Float[Tensor, "g q m"]) -> Float[Tensor, "g t c q"]:
         """``b . phi`` for q directions a group, without writing phi out where the layer can do that."""
-        b = b if self.scale is None else b / self.scale
+        b = b if self.scale is None else b / divisor(self.scale)
         parts = []
         for call in self.calls:
             mine = b.expand(samples_of(call), -1, -1) if self.coupled else b
@@ -152,11 +152,26 @@ def samples_of(call: Call) -> int:
 
 
 def feature_std(calls: Sequence[Call]) -> Float[Tensor, " m"]:
-    """Standard deviation of each feature over the calls' rows; 1 where a feature is constant (dead)."""
+    """Standard deviation of each feature over the calls' rows, a constant; 0 where a feature never varies."""
     phi = Site.of(calls, constant=True).features.flatten(0, 2)
-    return safe_std(phi.var(0, correction=0), phi.mean(0))
+    if phi.shape[0] < 2:
+        warn(
+            f"layer {calls[0].layer!r} has a single row of features in this batch, so none varies and kappa in "
+            "normalised features is 0 there; use larger batches (drop_last=True leaves out a short last one)"
+        )
+    return std_of(phi.var(0, correction=0), phi.mean(0))
 
 
-def safe_std(variance: Float[Tensor, " m"], mean: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Square root, with 1 for a feature that is constant up to rounding (a millionth of its mean)."""
-    return torch.where(variance > (1e-6 * mean).square(), variance, 1.0).sqrt()
+def std_of(variance: Float[Tensor, " m"], mean: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Square root; 0 for a feature that never varies, up to rounding (a millionth of its mean)."""
+    return torch.where(variance > (1e-6 * mean).square(), variance, 0.0).sqrt()
+
+
+def divisor(scale: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """What features are divided by: the scale, and infinity where it is 0, which leaves the feature out.
+
+    A feature that never varies has no unit of its own: ``W_j sigma_j`` is 0 there, and so is ``phi_j / sigma_j``
+    for a dead one (0 throughout). A constant other than 0 acts as a bias does and belongs left out like a bias;
+    the limit of ``phi_j / sigma_j`` would be infinite.
+    """
+    return torch.where(scale > 0, scale, torch.inf)

@@ -21,6 +21,7 @@ from relflat.operators import Operator, pull
 from relflat.probes import Contributions, Gradient
 from relflat.record import Call
 from relflat.rng import Rng
+from relflat.site import divisor
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,7 @@ class WeightSpace:
 
     Args:
         matrix: the weight.
-        scale: feature scales of ``normalize_features``, or None.
+        scale: feature scales of ``normalize_features``, 0 for features that are left out; or None.
         adaptive: the adaptive form.
         gradient: ``"full"`` or ``"weights"``.
         create_graph: whether products must be differentiable.
@@ -119,13 +120,14 @@ class WeightSpace:
         flat = matrix.view(matrix.parameter)
         wide = torch.promote_types(flat.dtype, torch.float32)
         self.scale = torch.ones((), dtype=wide, device=flat.device) if scale is None else scale.to(wide)
+        self.divisor = divisor(self.scale)
         self.weight: Float[Tensor, "d m"] = flat.to(wide) * self.scale
 
     def _seen(self, gradient: Tensor) -> Float[Tensor, "d m"]:
-        return self.matrix.view(gradient).to(self.weight.dtype) / self.scale
+        return self.matrix.view(gradient).to(self.weight.dtype) / self.divisor
 
     def _product(self, operator: Operator, direction: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
-        return self._seen(operator([self.matrix.back(direction / self.scale)])[0])
+        return self._seen(operator([self.matrix.back(direction / self.divisor)])[0])
 
     def _quadratic(self, operator: Operator, direction: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
         if self.gradient == "full":

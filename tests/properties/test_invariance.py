@@ -1,6 +1,8 @@
 """What relative flatness is and is not invariant to (design notes, section 1)."""
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nets import KNOWN_LOSSES, Loss, Net, Problem, losses, nets, relative_error
-from relflat import reference, relative_flatness, reparam
+from relflat import FAM, DataError, RelflatWarning, reference, relative_flatness, reparam
 
 SAME = 1e-9
 DIFFERENT = 1e-3
@@ -36,8 +38,8 @@ def assert_same(found: list[float], expected: list[float]) -> None:
         assert relative_error(a, b) < SAME
 
 
-def relu_nets(min_depth: int = 2) -> st.SearchStrategy[Net]:
-    return nets(activations=["relu"], min_depth=min_depth, max_positions=0, loss=CLASSIFICATION)
+def relu_nets(min_batch: int = 1) -> st.SearchStrategy[Net]:
+    return nets(activations=["relu"], min_depth=2, min_batch=min_batch, max_positions=0, loss=CLASSIFICATION)
 
 
 @given(net=relu_nets(), factor=factors)
@@ -126,6 +128,116 @@ def test_rescaling_features_is_seen_unless_normalized_or_adaptive(net: Net) -> N
             kappas(problem, model, layer, **options),
             kappas(problem, problem.model, problem.layer, **options),
         )
+
+
+@given(net=relu_nets(min_batch=2), factor=st.floats(1e-2, 1e2), data=st.data())
+@settings(max_examples=40)
+def test_normalized_kappa_does_not_see_the_scale_of_layers_or_of_dead_units(
+    net: Net, factor: float, data: st.DataObject
+) -> None:
+    """A ReLU that never fires has no deviation to be divided by: it is left out, with its outgoing weights."""
+    problem = net.build()
+    options = {"normalize_features": True}
+    for index in range(2, len(problem.model), 2):
+        layer = "output" if index == len(problem.model) - 1 else str(index)
+        before, weight = problem.model[index - 2], problem.model[index].weight
+        dead = data.draw(st.integers(0, before.out_features - 1))
+        with torch.no_grad():
+            before.bias[dead] = -1e4
+        expected = kappas(problem, problem.model, layer, **options)
+        named = replace(problem, net=replace(net, layer_index=index // 2))
+        assert_same(expected, [named.kappa_normalized().item()] * len(expected))
+        model = copy.deepcopy(problem.model)
+        reparam.rescale_layer(model[index - 2], model[index - 1], model[index], factor)
+        assert_same(kappas(problem, model, layer, **options), expected)
+        with torch.no_grad():
+            model[index].weight[:, dead] = 1e3 * torch.randn_like(weight[:, dead])
+            model[index - 2].weight[dead] *= factor
+            model[index - 2].bias[dead] *= factor
+        assert_same(kappas(problem, model, layer, **options), expected)
+
+
+def test_normalized_kappa_of_a_constant_feature_is_that_of_a_bias() -> None:
+    """By every way to kappa, and in training: a feature that is 0.3 throughout, and the same in the bias."""
+    problem = example(Loss("cross_entropy"))
+    with torch.no_grad():
+        problem.model[0].weight[2], problem.model[0].bias[2] = 0.0, 0.3
+    model = copy.deepcopy(problem.model)
+    with torch.no_grad():
+        model[2].bias += model[2].weight[:, 2] * math.tanh(0.3)
+        model[2].weight[:, 2] = 0.0
+    for options in ({"curvature": "hessian"}, {"curvature": "ggn"}, {"adaptive": True}):
+        assert_same(
+            kappas(problem, problem.model, "output", normalize_features=True, **options),
+            kappas(problem, model, "output", normalize_features=True, **options),
+        )
+    moved = nn.Sequential(*model[:2], *reparam.normalize_features(model[2], model[:2](problem.inputs)))
+    torch.testing.assert_close(moved(problem.inputs), problem.model(problem.inputs), rtol=1e-12, atol=1e-12)
+    far = 1e3 * problem.inputs
+    torch.testing.assert_close(moved(far), model(far), rtol=1e-12, atol=1e-12)
+    assert_same(
+        kappas(problem, moved, "3", normalize_features=True),
+        kappas(problem, model, "2", normalize_features=True),
+    )
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "probe", "finite_difference"])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_training_in_normalized_features_leaves_out_what_never_varies(activation: str, method: str) -> None:
+    """One dead or constant feature: the penalty sees no more of its weight than of the bias."""
+    problem = example(Loss("cross_entropy"), activation)
+    with torch.no_grad():
+        problem.model[0].weight[2] = 0.0
+        problem.model[0].bias[2] = -0.3
+    problem.model.train()
+    found, constant = [], problem.model[1](torch.tensor(-0.3, dtype=torch.float64))
+    for factor in (1.0, 1e6):
+        weight = problem.model[2].weight
+        with torch.no_grad():
+            problem.model[2].bias += (1 - factor) * weight[:, 2] * constant
+            weight[:, 2] *= factor
+        curvature = "hessian" if method == "finite_difference" else "ggn"
+        options = {"normalize_features": True, "method": method, "curvature": curvature, "seed": 0}
+        with FAM(problem.loss_fn, problem.model, "2", strength=1.0, **options) as fam:
+            outputs = problem.model(problem.inputs)
+            penalty = fam(outputs, problem.targets) - problem.loss_fn(outputs, problem.targets)
+        grads = torch.autograd.grad(penalty, list(problem.model.parameters()))
+        assert all(bool(g.isfinite().all()) for g in grads)
+        torch.testing.assert_close(grads[2][:, 2], constant * grads[3], rtol=1e-6, atol=1e-9)
+        found.append(penalty.item())
+    # the function is the same up to rounding of 1e6 * W
+    assert found[1] == pytest.approx(found[0], rel=1e-3 if method == "finite_difference" else 1e-8)
+    if method in ("auto", "exact"):
+        expected = kappas(problem, problem.model.eval(), "2", normalize_features=True, curvature="ggn")[0]
+        assert found[1] == pytest.approx(expected, rel=1e-8)
+
+
+def test_a_batch_of_one_row_has_no_normalized_features() -> None:
+    problem = example(Loss("cross_entropy"))
+    row = (problem.inputs[:1], problem.targets[:1])
+    with pytest.raises(DataError, match=r"hold 1 row of features of layer '2'.*at least two"):
+        relative_flatness(problem.model, problem.loss_fn, row, layer="2", normalize_features=True)
+    problem.model.train()
+    with FAM(problem.loss_fn, problem.model, "2", strength=1.0, normalize_features=True) as fam:
+        outputs = problem.model(row[0])
+        with pytest.warns(RelflatWarning, match=r"'2' has a single row.*drop_last"):
+            fam(outputs, row[1])
+        assert fam.last["kappa"] == 0
+
+
+def test_noise_in_normalized_features_leaves_out_what_never_varies() -> None:
+    problem = example(Loss("cross_entropy"))
+    with torch.no_grad():
+        problem.model[0].weight[2] = 0.0
+    seen = []
+    problem.model[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    problem.model.train()
+    options = {"radius": 0.1, "normalize_features": True, "seed": 0}
+    with FAM(problem.loss_fn, problem.model, ["0", "2"], strength=1.0, **options):
+        problem.model(problem.inputs)
+    moved = seen[0].std(0)
+    assert moved[2] < 1e-12
+    assert bool((moved[[0, 1, 3]] > 1e-3).all())
 
 
 def test_rotating_features_is_seen_by_the_adaptive_form() -> None:

@@ -180,7 +180,6 @@ class TestNormalizeFeatures:
         net.eval()
         phi = net[:6](x).detach()
         std = phi.std(0, correction=0)
-        std = torch.where(std > 0, std, 1.0)
         closure, weight = reference.at_layer(net, CE(), x, y, "6")
         want = float(reference.kappa_normalized(closure, weight, std))
         flat = relative_flatness(net, CE(), cut(x, y, [3, 7]), layer="6", normalize_features=True)

@@ -121,9 +121,32 @@ def test_layerwise_bounds_kappa_for_a_convex_tail() -> None:
     assert reference.kappa(loss, W) <= spectral <= reference.layerwise(loss, W)
 
 
-def test_empty_feature_matrices_and_constant_features_are_refused() -> None:
+def test_features_that_never_vary_are_left_out() -> None:
+    """kappa_normalized is that of the layer without them: a dead one, and a constant taken over by the bias."""
+    layer, (phi, y) = nn.Linear(4, 2).double(), (torch.randn(5, 4, dtype=torch.float64), data()[1])
+    y = torch.cat([y, y[:1]])
+    phi[:, 1], phi[:, 3] = 0.0, 0.7
+    loss, W = reference.at_layer(layer, nn.CrossEntropyLoss(), phi, y, "weight")
+    smaller = nn.Linear(2, 2).double()
+    with torch.no_grad():
+        smaller.weight.copy_(layer.weight[:, [0, 2]])
+        smaller.bias.copy_(layer.bias + 0.7 * layer.weight[:, 3])
+    less, V = reference.at_layer(smaller, nn.CrossEntropyLoss(), phi[:, [0, 2]], y, "weight")
+    std = phi.std(0, correction=0)
+    std[3] = 0.0  # rounding
+    found = reference.kappa_normalized(loss, W, std)
+    assert found.item() == pytest.approx(reference.kappa_normalized(less, V, std[[0, 2]]).item(), rel=1e-12)
+    # the limit of small deviations, where the feature is dead
+    dead = torch.where(std > 0, std, 1e-9)
+    dead[3] = 0.0
+    assert found.item() == pytest.approx(reference.kappa_normalized(loss, W, dead).item(), rel=1e-12)
+    assert reference.kappa_normalized(loss, W, 0 * std).item() == 0
+
+
+def test_empty_feature_matrices_and_bad_deviations_are_refused() -> None:
     W = torch.ones(1, 2)
     with pytest.raises(DataError, match="matrices is empty"):
         reference.feature_robustness(lambda W: W.sum(), W, [], 0.1)
-    with pytest.raises(DataError, match="not positive"):
-        reference.kappa_normalized(lambda W: W.sum(), W, torch.tensor([1.0, 0.0]))
+    for bad in (-1.0, float("nan")):
+        with pytest.raises(DataError, match="no standard deviation"):
+            reference.kappa_normalized(lambda W: W.sum(), W, torch.tensor([1.0, bad]))
