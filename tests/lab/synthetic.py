@@ -55,17 +55,29 @@ def trial(
     return Trial(config, result, [] if diverged else history)
 
 
-def comparison(scores: Sequence[Sequence[float]], *, lost: tuple[int, int] | None = None) -> Comparison:
-    """A comparison of ``ARMS`` whose tested runs have these accuracies; ``lost`` is an (arm, seed) that diverged."""
+def comparison(
+    scores: Sequence[Sequence[float]], *, lost: Sequence[tuple[int, int]] = (), unsearched: bool = False
+) -> Comparison:
+    """A comparison of ``ARMS`` whose tested runs have these accuracies.
+
+    Args:
+        scores: a row an arm.
+        lost: (arm, seed) of those that diverged.
+        unsearched: all trials of the search diverged.
+    """
     candidates = [
-        judge(arm.name, settings, [trial(arm, 100, 0.8 + 0.1 * place, 5.0 + place, **settings)])
+        judge(
+            arm.name,
+            settings,
+            [trial(arm, 100, 0.8 + 0.1 * place, 5.0 + place, diverged=unsearched, **settings)],
+        )
         for arm in ARMS
         for place, settings in enumerate(arm.grid)
     ]
     chosen = {arm.name: choose(candidates, arm.name) for arm in ARMS}
     finals = {
         arm.name: [
-            trial(arm, seed, score, 3.0 + seed, diverged=(place, seed) == lost, **chosen[arm.name].settings)
+            trial(arm, seed, score, 3.0 + seed, diverged=(place, seed) in lost, **chosen[arm.name].settings)
             for seed, score in enumerate(values)
         ]
         for place, (arm, values) in enumerate(zip(ARMS, scores, strict=True))

@@ -1,18 +1,27 @@
 import csv
 import io
+import json
 import math
 import re
+import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import matplotlib
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
 from synthetic import COSTS, comparison
 
-from relflat.lab import export
+from relflat.lab import export, figures, store, study
+from relflat.lab.arms import ARMS
 from relflat.lab.environment import describe
 from relflat.lab.report import render
-from relflat.lab.summary import at_the_edge, columns, merged_bins, number, remarks, rows, verdict
+from relflat.lab.reproduce.association import associate
+from relflat.lab.summary import at_the_edge, columns, merged_bins, number, percent, remarks, rows, verdict
 from relflat.lab.summary import score_differences as compared
+from relflat.lab.terminal import show
 
 PLAIN = [0.80, 0.81, 0.82, 0.80, 0.81, 0.82, 0.80]
 CLEAR = [PLAIN, [x + 0.1 + k / 1000 for k, x in enumerate(PLAIN)], [x - 0.05 for x in PLAIN]]
@@ -65,14 +74,16 @@ def test_numbers_show_the_digits_that_the_deviation_supports():
     assert number((0.7761, 0.021)) == "0.78 ± 0.02"
     assert number((153.2, 21.0)) == "153 ± 21"
     assert number((1.234, math.nan)) == "1.23"
+    assert number((math.nan, math.nan)) == percent((math.nan, math.nan)) == "–"
+    assert percent((0.9123, math.nan)) == "91.2"
 
 
 def test_diverged_seed_is_counted_and_left_out_of_pairs():
-    one = comparison(CLEAR, lost=(2, 1))
+    one = comparison(CLEAR, lost=[(2, 1)])
     line = rows(one, COSTS)[2]
     assert (line.arm, line.n, line.diverged) == ("fam-radius", 6, 1)
     assert {pair.n for pair in compared(one)} == {6}
-    assert "6 (+1 diverged)" in page(CLEAR, lost=(2, 1))
+    assert "6 (+1 diverged)" in page(CLEAR, lost=[(2, 1)])
 
 
 def test_calibration_of_several_runs_is_merged():
@@ -147,3 +158,125 @@ def test_same_results_give_the_same_page():
     one = comparison(CLEAR)
     where = describe()
     assert render(one, COSTS, where, "") == render(one, COSTS, where, "")
+
+
+# -- few seeds, nothing finished -----------------------------------------------------------------------------
+
+EVERY = [(arm, seed) for arm in range(3) for seed in range(7)]
+
+
+def all_forms(one):
+    """The report in every form, as text; a warning is an error."""
+    lines = rows(one, COSTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        console = Console(width=120, record=True, quiet=False, file=io.StringIO())
+        show(one, COSTS, console)
+        return {
+            "html": render(one, COSTS, describe(), "Notes."),
+            "markdown": export.markdown(one, COSTS, describe(), "Notes."),
+            "csv": export.comma_separated(lines, "accuracy"),
+            "latex": export.latex(lines, columns(one, "p")),
+            "terminal": console.export_text(),
+            "json": json.dumps(store.as_json(study.summary(one, lines)), allow_nan=False),
+        }
+
+
+def no_such_number(text):
+    """What stands for a number that there is none of, left in a text; figures have numbers of their own."""
+    return re.findall(
+        r"(?i)(?<![\w-])[-+±]? ?(?:nan|inf)(?:inite|inity)?(?!\w)",
+        re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL),
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_few_seeds_are_said_in_every_form(seeds):
+    one = comparison([scores[:seeds] for scores in CLEAR])
+    forms = all_forms(one)
+    assert [name for name, text in forms.items() if no_such_number(text)] == []
+    assert "± nan" not in "".join(forms.values())
+    for name in ("html", "markdown", "terminal"):
+        text = " ".join(forms[name].split())
+        assert ("n = 1: no spread" in text) is (seeds == 1)
+        assert f"With {seeds} seed{'s' * (seeds > 1)} this test can show nothing" in text
+    assert ("| SAM | 90.0 | +10.0 (n = 1) | 1 |" in forms["markdown"]) is (seeds == 1)
+    assert bool(re.search(r"SAM .* \(\+10\.0 to \+10\.1\) & 2", forms["latex"])) is (seeds == 2)
+    table = list(csv.DictReader(io.StringIO(forms["csv"])))
+    assert (table[1]["accuracy_sd"] == "") is (seeds == 1)
+
+
+def test_a_report_of_diverged_runs_has_no_warning_and_no_nan():
+    forms = all_forms(comparison(CLEAR, lost=EVERY, unsearched=True))
+    assert [name for name, text in forms.items() if no_such_number(text)] == []
+    assert "Nothing can be compared: on every seed some arm diverged." in forms["markdown"]
+    assert (
+        "of plain, SAM, FAM radius there was no setting without, and the first was tested"
+        in forms["markdown"]
+    )
+    assert "| plain | – |  | 0 (+7 diverged) | – |" in forms["markdown"]
+    assert forms["html"].count("nothing to show") == 7  # all figures but calibration, which is left out
+
+
+def test_an_arm_that_never_finished_is_not_in_the_figures():
+    text = render(comparison(CLEAR, lost=[(1, seed) for seed in range(7)]), COSTS, describe(), "Notes.")
+    first = re.search(r"<svg.*?</svg>", text, re.DOTALL)
+    assert first is not None
+    assert "FAM radius" in first[0]
+    assert ">SAM<" not in first[0]
+
+
+def test_a_coefficient_that_does_not_exist_is_a_dash():
+    same = associate([1.0, 1.0, 1.0], [0.1, 0.2, 0.3])
+    assert (str(same.tau), str(same.r)) == ("–", "–")
+
+
+# -- figures -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 4, 7, len(ARMS)])
+def test_the_legend_lies_within_the_figure_and_leaves_the_axes_their_room(count):
+    names = [arm.title for arm in ARMS.values()][-count:]
+    with matplotlib.rc_context(figures.RC):
+        figure = Figure(figsize=(figures.WIDTH, figures.HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        for place, name in enumerate(names):
+            axes.plot([1, 2], [3 + place, 4], label=name)
+        figures.legend(axes)
+        FigureCanvasAgg(figure).draw()
+        legend = axes.get_legend()
+        assert legend is not None
+        box, page = legend.get_window_extent(), figure.bbox
+        assert box.x0 >= 0
+        assert box.x1 <= page.x1 + 1
+        assert box.y1 <= page.y1 + 1
+        assert axes.bbox.width > 0.75 * page.width
+        assert axes.bbox.height > 0.7 * figures.HEIGHT * figure.dpi
+    rows = legend_rows(legend)
+    assert [name for row in rows for name in row] == names  # read row by row
+
+
+def legend_rows(legend):
+    """The texts of a legend, by line from the top and from left to right."""
+    found = {}
+    for text in legend.get_texts():
+        box = text.get_window_extent()
+        found.setdefault(round(-box.y0 / 5), []).append((box.x0, text.get_text()))
+    return [[name for _, name in sorted(line)] for _, line in sorted(found.items())]
+
+
+def test_every_arm_looks_different():
+    lines = {(str(figures.marks(place)), figures.dashes(place)) for place in range(len(ARMS))}
+    assert len(lines) == len(ARMS)
+    points = {str(figures.marks(place)) for place in range(12)}
+    assert len(points) == 12
+
+
+def test_numbers_beside_an_axis_are_short():
+    assert [figures.short(value) for value in (0.5, 9999, 2e4, 5e5, 1e6)] == [
+        "0.5",
+        "9999",
+        "20k",
+        "500k",
+        "1e+06",
+    ]

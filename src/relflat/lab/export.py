@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from relflat.lab.compare import Comparison
+from relflat.lab.jsonable import finite
 from relflat.lab.report import findings, protocol, reading, title, tried, tried_headings, where
 from relflat.lab.summary import Column, Row, cells, columns, headings, rows
 from relflat.lab.timing import StepCost
@@ -40,7 +41,7 @@ PAIRS = ("score", "loss", "ece", "equal_time", "kappa", "kappa_before", "confide
 
 
 def comma_separated(lines: Sequence[Row], metric: str) -> str:
-    """The table as CSV with all digits: a mean and a deviation of each number.
+    """The table as CSV with all digits: a mean and a deviation of each number, nothing where there is none.
 
     Args:
         lines: an arm each.
@@ -51,14 +52,14 @@ def comma_separated(lines: Sequence[Row], metric: str) -> str:
     titles = [f"{metric if name == 'score' else name}_{part}" for name in PAIRS for part in ("mean", "sd")]
     writer.writerow(["arm", "n", "diverged", *titles, "seconds_per_step", "step_ratio", "settings"])
     for line in lines:
-        numbers = [value for name in PAIRS for value in getattr(line, name)]
+        numbers = finite([value for name in PAIRS for value in getattr(line, name)])
         settings = " ".join(f"{key}={value}" for key, value in line.settings.items())
         cost = (line.cost.seconds, line.cost.ratio)
         writer.writerow([line.arm, line.n, line.diverged, *numbers, *cost, settings])
     return text.getvalue()
 
 
-SPECIAL = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "kappa": r"$\kappa$"}
+SPECIAL = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "–": "--", "kappa": r"$\kappa$"}
 
 
 def latex(lines: Sequence[Row], shown: Sequence[Column]) -> str:

@@ -4,7 +4,9 @@ matplotlib draws with placeholder colours; each is then replaced by a CSS variab
 serves both modes and its text stays text. Figures are small on purpose: a phone shows them at full size.
 """
 
+import html
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -13,6 +15,7 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from relflat.lab.trials import Trial
@@ -24,11 +27,14 @@ INK, LINES = "#010101", "#020202"
 COLOURS = tuple(f"#0a01{place:02x}" for place in range(1, 7))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":")
+TEXT = 9.5  # points
+WIDTH, HEIGHT, ROW = 4.7, 3.4, 0.19  # of a figure, and of a further row of its legend; inches
+LEGEND = 290  # width for the legend, points: what the numbers beside the axes leave
 VARIABLES = {INK: "--ink", LINES: "--lines", **{colour: f"--c{n}" for n, colour in enumerate(COLOURS)}}
 
 RC = {
     "svg.fonttype": "none",
-    "font.size": 9.5,
+    "font.size": TEXT,
     "axes.edgecolor": LINES,
     "axes.labelcolor": INK,
     "axes.grid": True,
@@ -44,7 +50,7 @@ RC = {
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
     "legend.frameon": False,
-    "legend.fontsize": 9.5,
+    "legend.fontsize": TEXT,
 }
 
 
@@ -57,8 +63,12 @@ def draw(paint: Callable[[Axes], None], label: str) -> str:
     """
     style: Any = RC | {"svg.hashsalt": label}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.7, 3.4), layout="constrained")
-        paint(figure.add_subplot())
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        paint(axes)
+        if not math.isfinite(axes.dataLim.x0):
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", va="center")
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return inline(text.getvalue(), label)
@@ -78,6 +88,18 @@ def inline(svg: str, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
+def captioned(paint: Callable[[Axes], None], title: str, caption: str) -> str:
+    """The drawing as a figure of a page, its title and how to read it below.
+
+    Args:
+        paint: draws.
+        title: what the figure shows.
+        caption: how to read it.
+    """
+    text = f"<strong>{html.escape(title)}.</strong> {html.escape(caption)}"
+    return f"<figure>{draw(paint, title)}<figcaption>{text}</figcaption></figure>"
+
+
 def look(place: int) -> dict[str, Any]:
     """Colour of the arm at this place, as a keyword argument of matplotlib."""
     return {"color": COLOURS[place % len(COLOURS)]}
@@ -88,9 +110,33 @@ def dashes(place: int) -> str:
     return DASHES[place // len(COLOURS) % len(DASHES)]
 
 
+def marks(place: int) -> dict[str, Any]:
+    """Marker of the arm at this place, as arguments of ``plot``: of arms of the same colour every other is hollow."""
+    hollow = {"markerfacecolor": "none"} if place // len(COLOURS) % 2 else {"markeredgewidth": 0}
+    return {"marker": MARKERS[place % len(MARKERS)], **hollow, **look(place)}
+
+
+def cloud(axes: Axes, across: Sequence[float], up: Sequence[float], place: int, label: str) -> None:
+    """Add one point for each pair of numbers.
+
+    Args:
+        axes: to paint on.
+        across: horizontal.
+        up: vertical.
+        place: of the group, for its colour and marker.
+        label: of the group.
+    """
+    axes.plot(across, up, linestyle="", markersize=5.5, alpha=0.85, label=label, **marks(place))
+
+
 def error_of(score: float) -> float:
     """What a score is short of 1, in percent."""
     return 100 * (1 - score)
+
+
+def known(value: float | None) -> float:
+    """A number of the metrics; nan for one that was not finite, which files keep as null."""
+    return math.nan if value is None else value
 
 
 def curves(
@@ -116,7 +162,9 @@ def curves(
             runs = [trial.history for trial in trials if trial.finished]
             if not runs:
                 continue
-            values = [[error_of(line[key]) if error else line[key] for line in run] for run in runs]
+            values = [
+                [error_of(known(line[key])) if error else known(line[key]) for line in run] for run in runs
+            ]
             by_epoch = list(zip(*values, strict=True))
             across = [
                 line["epoch"] if seconds is None else line["steps"] * seconds[title] for line in runs[0]
@@ -146,16 +194,9 @@ def scatter(groups: Runs, height: Callable[[Record], float], label: str) -> Call
     def paint(axes: Axes) -> None:
         for place, (title, trials) in enumerate(groups.items()):
             done = [trial.result for trial in trials if trial.finished]
-            axes.scatter(
-                [result["flatness"]["value"] for result in done],
-                [height(result) for result in done],
-                marker=MARKERS[place % len(MARKERS)],
-                s=34,
-                alpha=0.85,
-                linewidth=0,
-                label=title,
-                **look(place),
-            )
+            if done:
+                kappas = [result["flatness"]["value"] for result in done]
+                cloud(axes, kappas, [height(result) for result in done], place, title)
         axes.set_xlabel("kappa, training data")
         axes.set_ylabel(label)
         log_if_wide(axes, "x")
@@ -175,14 +216,10 @@ def sweep(scores: Mapping[str, Sequence[float]], label: str) -> Callable[[Axes],
 
     def paint(axes: Axes) -> None:
         for place, (title, values) in enumerate(scores.items()):
-            axes.plot(
-                range(1, len(values) + 1),
-                [error_of(value) for value in values],
-                marker=MARKERS[place % len(MARKERS)],
-                linestyle=dashes(place),
-                label=title,
-                **look(place),
-            )
+            if all(map(math.isnan, values)):
+                continue
+            errors = [error_of(value) for value in values]
+            axes.plot(range(1, len(values) + 1), errors, linestyle=dashes(place), label=title, **marks(place))
         axes.set_xlabel("place in the arm's grid")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -201,14 +238,15 @@ def reliability(bins: Mapping[str, Sequence[Sequence[float]]]) -> Callable[[Axes
     def paint(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=LINES, linewidth=1)
         for place, (title, rows) in enumerate(bins.items()):
+            if not rows:
+                continue
             axes.plot(
                 [confidence for _, confidence, _ in rows],
                 [accuracy for _, _, accuracy in rows],
-                marker=MARKERS[place % len(MARKERS)],
                 markersize=4,
                 linestyle=dashes(place),
                 label=title,
-                **look(place),
+                **marks(place),
             )
         axes.set_xlabel("confidence")
         axes.set_ylabel("share that is right, test")
@@ -218,22 +256,43 @@ def reliability(bins: Mapping[str, Sequence[Sequence[float]]]) -> Callable[[Axes
 
 
 def legend(axes: Axes) -> None:
-    """Put the legend above the axes, where it hides nothing."""
+    """Put the legend above the axes, where it hides nothing: as many columns as fit, read row by row."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    columns = columns_for(labels)
+    by_column = [place for column in range(columns) for place in range(column, len(labels), columns)]
     axes.legend(
+        [handles[place] for place in by_column],
+        [labels[place] for place in by_column],
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=4,
+        ncols=columns,
         borderaxespad=0,
         handletextpad=0.4,
         handlelength=1.6,
         columnspacing=1.2,
     )
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.set_figheight(HEIGHT + ROW * (math.ceil(len(labels) / columns) - 1))
+
+
+def columns_for(labels: Sequence[str]) -> int:
+    """How many columns of a legend fit beside each other; one at the least."""
+    widths = [TextPath((0, 0), label, size=TEXT).get_extents().width + 3.2 * TEXT for label in labels]
+    fitting = (
+        columns
+        for columns in range(len(labels), 1, -1)
+        if sum(max(widths[column::columns]) for column in range(columns)) <= LEGEND
+    )
+    return next(fitting, 1)
 
 
 def log_if_wide(axes: Axes, which: Literal["x", "y"]) -> None:
     """Make an axis logarithmic where its positive data span more than a factor of eight; say so."""
     low, high = getattr(axes.dataLim, f"interval{which}")
-    if not (low > 0 and high / low > 8):
+    if not (0 < low < high < math.inf and high / low > 8):
         return
     axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
     axes.set(**{f"{which}scale": "log"})
@@ -241,6 +300,11 @@ def log_if_wide(axes: Axes, which: Literal["x", "y"]) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:
         axis.set_major_locator(LogLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, place: short(value)))
     axis.set_minor_formatter(NullFormatter())
     axis.set_label_text(f"{axis.get_label_text()} (log)")
+
+
+def short(value: float) -> str:
+    """A number beside an axis: thousands as k from 10,000 on, powers of ten from a million on."""
+    return f"{value / 1000:g}k" if 1e4 <= value < 1e6 else f"{value:g}"

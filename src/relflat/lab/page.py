@@ -16,7 +16,7 @@ STYLE_SHEET = """
   }
 }
 body {
-  margin: 0 auto; max-width: 70rem; padding: 1rem 1rem 3rem;
+  margin: 0 auto; max-width: 84rem; padding: 1rem 1rem 3rem;
   background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif;
 }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
@@ -28,7 +28,14 @@ h2 { font-size: 1.15rem; margin: 1.6rem 0 .5rem; }
 }
 .verdict h2 { margin: 0; }
 .verdict ul { margin: .4rem 0; padding-left: 1.1rem; }
-.scroll { overflow-x: auto; }
+.scroll {  /* a shadow at the side where more is hidden; the first two layers cover it at the ends */
+  overflow-x: auto;
+  background:
+    linear-gradient(to right, var(--paper) 40%, transparent) left / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--paper) 40%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to right, var(--lines), transparent) left / .8rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--lines), transparent) right / .8rem 100% no-repeat scroll;
+}
 table { border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums; }
 th, td {
   border-bottom: 1px solid var(--lines); padding: .35rem .8rem .35rem 0; text-align: left;
@@ -36,6 +43,11 @@ th, td {
 }
 th { white-space: normal; vertical-align: bottom; color: var(--quiet); font-weight: 600; }
 td:last-child { min-width: 15rem; white-space: normal; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
+@media (max-width: 40rem) {
+  td:first-child { min-width: 6rem; max-width: 8rem; white-space: normal; }
+  td:last-child { min-width: 11rem; }
+}
 .figures {
   display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
 }
@@ -51,7 +63,8 @@ def table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = "".join(
         "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>" for line in body
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody>"
+    return f'<div class="scroll" tabindex="0"><table>{inside}</table></div>'
 
 
 def page(title: str, body: str) -> str:

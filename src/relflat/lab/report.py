@@ -1,18 +1,20 @@
 """The report of a comparison: verdict, table and figures in one HTML file that needs no network."""
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scipy.stats import kendalltau
 
 from relflat.lab.compare import Candidate, Comparison
-from relflat.lab.figures import curves, draw, error_of, reliability, scatter, sweep
+from relflat.lab.figures import captioned, curves, error_of, reliability, scatter, sweep
 from relflat.lab.page import page, table
 from relflat.lab.summary import (
     Row,
     cells,
     columns,
+    finite,
     headings,
     merged_bins,
     metric_of,
@@ -73,8 +75,9 @@ def findings(comparison: Comparison, lines: Sequence[Row]) -> list[str]:
 def reading(comparison: Comparison, lines: Sequence[Row]) -> str:
     """How to read the table."""
     first, what = lines[0], metric_of(comparison).title
+    alone = "; n = 1 has no spread" if any(line.n == 1 for line in lines) else ""
     return (
-        "Mean ± standard deviation over n seeds. kappa is the relative flatness of the task's layer on the "
+        f"Mean ± standard deviation over n seeds{alone}. kappa is the relative flatness of the task's layer on the "
         "training data (smaller is flatter); it also falls when a network only grows more confident, so read "
         f"it beside confidence and ||W||. A step of {first.title} takes {1000 * first.cost.seconds:.2f} ms; "
         "“step” is the median ratio to it, all arms taking turns in one single-thread process. On a network of "
@@ -153,10 +156,7 @@ def pictures(comparison: Comparison, costs: Mapping[str, StepCost]) -> str:
         )
     return (
         '<div class="figures">'
-        + "".join(
-            f"<figure>{draw(paint, label)}<figcaption>{html.escape(caption)}</figcaption></figure>"
-            for label, paint, caption in figures
-        )
+        + "".join(captioned(paint, name, caption) for name, paint, caption in figures)
         + "</div>"
     )
 
@@ -180,6 +180,8 @@ def rank_correlation(candidates: Sequence[Candidate]) -> str:
     if len(done) < 3:
         return ""
     tau = kendalltau([result["flatness"]["value"] for result in done], [gap(result) for result in done])
+    if not math.isfinite(tau.statistic):  # all kappas or all gaps are the same
+        return ""
     return f"Rank correlation (Kendall's tau) {tau.statistic:+.2f} over {len(done)} trials."
 
 
@@ -195,7 +197,7 @@ def tried(comparison: Comparison) -> list[tuple[str, str, str, str]]:
         (
             titles[candidate.arm],
             f"{100 * candidate.score:.2f}" if not candidate.diverged else f"{candidate.diverged} diverged",
-            f"{candidate.loss:.3f}",
+            finite(candidate.loss, ".3f"),
             settings_text(candidate.settings)
             + (" ← chosen" if candidate is comparison.chosen[candidate.arm] else ""),
         )

@@ -160,8 +160,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, in one piece."""
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    """Write one JSON object a line, in one piece; numbers that are not finite become null."""
+    write_text(path, "".join(json.dumps(finite(record)) + "\n" for record in records))
 
 
 def write_text(path: Path, text: str) -> None:

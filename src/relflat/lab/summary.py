@@ -152,8 +152,9 @@ def verdict(pairs: Sequence[Difference], metric: Metric = ACCURACY) -> list[str]
         return ["Nothing can be compared: on every seed some arm diverged."]
     found = [sentence(pair, metric) for pair in pairs]
     if all(pair.least_p >= 0.05 for pair in pairs):
+        seeds = "1 seed" if pairs[0].n == 1 else f"{pairs[0].n} seeds"
         found.append(
-            f"With {pairs[0].n} seeds this test can show nothing, whatever comes out; "
+            f"With {seeds} this test can show nothing, whatever comes out; "
             f"it takes at least {seeds_needed(len(pairs))}: --seeds {seeds_needed(len(pairs))}."
         )
     return found
@@ -162,11 +163,22 @@ def verdict(pairs: Sequence[Difference], metric: Metric = ACCURACY) -> list[str]
 def sentence(pair: Difference, metric: Metric) -> str:
     """What one difference shows."""
     points = f"{100 * pair.mean:+.1f} points of test {metric.title}"
-    interval = f"interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
-    detail = f"{points} ({interval}, p = {pair.p:.2g}, {pair.n} seeds)"
+    detail = f"{points} ({certainty(pair)})"
     if pair.shown:
         return f"{pair.second} is {'better' if pair.mean > 0 else 'worse'} than {pair.first}: {detail}."
     return f"{pair.second} against {pair.first}: no difference shown, {detail}."
+
+
+def certainty(pair: Difference) -> str:
+    """Interval, p and n of a difference, or why there are none."""
+    if pair.n == 1:
+        return "n = 1: no spread"
+    return f"interval {interval(pair)}, p = {pair.p:.2g}, {pair.n} seeds"
+
+
+def interval(pair: Difference) -> str:
+    """Its two ends, in percentage points."""
+    return f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
 
 
 def remarks(comparison: Comparison, lines: Sequence[Row]) -> list[str]:
@@ -191,8 +203,16 @@ def remarks(comparison: Comparison, lines: Sequence[Row]) -> list[str]:
             "The radius arm adds noise to the features, scaled by their norm; it lowers kappa only by way of that."
         )
     lost = sum(candidate.diverged for candidate in comparison.candidates)
+    without = [arm.title for arm in comparison.plan.arms if comparison.chosen[arm.name].diverged]
     if lost:
-        found.append(f"{lost} trials of the search diverged; their settings were not chosen.")
+        found.append(
+            f"{lost} {'trial' if lost == 1 else 'trials'} of the search diverged; "
+            + (
+                f"of {', '.join(without)} there was no setting without, and the first was tested."
+                if without
+                else "their settings were not chosen."
+            )
+        )
     return found
 
 
@@ -202,6 +222,7 @@ def at_the_edge(comparison: Comparison) -> list[str]:
         arm.title
         for arm in comparison.plan.arms
         if len(arm.values) > 2
+        and not comparison.chosen[arm.name].diverged
         and comparison.chosen[arm.name].settings[arm.key] in (arm.values[0], arm.values[-1])
     ]
 
@@ -253,16 +274,25 @@ def settings_text(settings: Values) -> str:
     )
 
 
+NONE = "–"  # in place of a number that there is none of
+
+
+def finite(value: float, form: str) -> str:
+    """The number in this format, or a dash where it is infinite or not known."""
+    return format(value, form) if math.isfinite(value) else NONE
+
+
 def percent(pair: MeanSd) -> str:
-    """Mean and deviation of a share, in percent."""
-    return f"{100 * pair[0]:.1f} ± {100 * pair[1]:.1f}"
+    """Mean and deviation of a share, in percent; the mean alone where one value has no deviation."""
+    mean, sd = pair
+    return finite(100 * mean, ".1f") + (f" ± {100 * sd:.1f}" if math.isfinite(sd) else "")
 
 
 def number(pair: MeanSd) -> str:
     """Mean and deviation: one significant digit of the deviation, and as many decimals of the mean."""
     mean, sd = pair
     if not (math.isfinite(sd) and sd > 0):
-        return f"{mean:.3g}" + (" ± 0" if sd == 0 else "")
+        return finite(mean, ".3g") + (" ± 0" if sd == 0 else "")
     decimals = max(0, -math.floor(math.log10(sd)))
     return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
 
@@ -323,7 +353,9 @@ def columns(comparison: Comparison, where: str = "") -> list[Column]:
 
 def points(pair: Difference | None) -> str:
     """The mean paired difference to the first arm with its interval, in percentage points."""
-    return "" if pair is None else f"{100 * pair.mean:+.1f} ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})"
+    if pair is None:
+        return ""
+    return f"{100 * pair.mean:+.1f} ({'n = 1' if pair.n == 1 else interval(pair)})"
 
 
 def shifted(name: str, line: Row) -> str:

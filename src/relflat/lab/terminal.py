@@ -17,7 +17,7 @@ def show(comparison: Comparison, costs: Costs, console: Console) -> None:
     noise = plan.common.get("label_noise")
     what = short_name(plan.task) + (f", {100 * noise:g} % label noise" if noise else "")
     table = Table(
-        title=f"{what}: mean ± sd over n seeds",
+        title=f"{what}: mean ± sd over n seeds" + ("; n = 1: no spread" if len(plan.seeds) == 1 else ""),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1),

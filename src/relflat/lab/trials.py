@@ -39,6 +39,12 @@ class Trial:
         """False when training diverged."""
         return bool(self.result["status"] == "finished")
 
+    @property
+    def tested(self) -> dict[str, Any]:
+        """What the report of a tested run keeps of it."""
+        kept = {key: self.result[key] for key in ("status", "test", "flatness")}
+        return {"seed": self.config.seed, **kept}
+
 
 @dataclass(frozen=True)
 class Job:

@@ -143,7 +143,7 @@ def test_findings_follow_the_numbers():
     with_gap = outcome([gap**2 for gap in gaps], gaps).findings
     assert "; reproduced: kappa goes with" in with_gap[0]
     assert "unchanged: kappa (+1.00 to +1.00)" in with_gap[2]
-    assert "association no longer shown: kappa, adaptive" in with_gap[2]
+    assert "Association no longer shown: kappa, adaptive" in with_gap[2]
     assert "undoes the rescaling for every measure" in with_gap[3]
     assert "the opposite of the paper" in outcome([-gap for gap in gaps], gaps).findings[0]
     random = np.random.default_rng(7).normal(size=20)

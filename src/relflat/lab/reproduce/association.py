@@ -21,7 +21,7 @@ class Interval:
     """A coefficient with its percentile bootstrap interval, 95 %.
 
     Attributes:
-        value: the coefficient.
+        value: the coefficient; nan where one of the two numbers is the same for all.
         low: lower end.
         high: upper end.
     """
@@ -31,6 +31,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
+        if not math.isfinite(self.value):
+            return "–"
         return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
     @property

@@ -16,8 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from relflat.errors import DataError
-from relflat.lab.figures import COLOURS, MARKERS, legend, log_if_wide
+from relflat.lab.figures import cloud, legend, log_if_wide
 from relflat.lab.reproduce.association import Association, associate
 from relflat.lab.reproduce.experiment import Context, Experiment, Figure, Outcome, Table
 from relflat.lab.reproduce.measures import MEASURES, Measure, Subject, pac_bayes, sam_sharpness
@@ -25,14 +24,14 @@ from relflat.lab.reproduce.trained import (
     Recipe,
     Source,
     by_setting,
-    each,
     grid,
     kept,
     named,
     samples,
+    study,
+    those_that_reached,
     trained,
 )
-from relflat.lab.trials import workers
 from relflat.reparam import normalize_features, random_rescaling
 
 FACTORS = (5.0, 25.0)
@@ -176,16 +175,7 @@ def run(context: Context, only: Sequence[Recipe] | None = None) -> Outcome:
         DataError: the data set was not fetched, or fewer than three networks reached the level.
     """
     networks = list(only or recipes(context.scale))
-    folder = context.runs / "correlation"
-    folder.mkdir(parents=True, exist_ok=True)
-    with workers(context.workers) as pool:
-        records = each(
-            pool,
-            partial(study_one, folder),
-            networks,
-            lambda done, total: context.on_progress(f"{done} of {total} networks"),
-        )
-    return conclude(networks, records, context.scale)
+    return conclude(networks, study(context, "correlation", study_one, networks), context.scale)
 
 
 def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: str) -> Outcome:
@@ -194,12 +184,7 @@ def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: str) 
     Raises:
         DataError: fewer than three networks reached the level.
     """
-    done = [record for record in records if record["reached"]]
-    if len(done) < 3:
-        raise DataError(
-            f"{len(done)} of {len(records)} networks reached a training loss of {networks[0].level:g}, too few to "
-            "correlate anything. Raise most_epochs or lower the learning rates."
-        )
+    done = those_that_reached(networks, records)
     found = associations(done)
     loss = associate([record["train_loss"] for record in done], [record["gap"] for record in done])
     lost = named(networks, records)
@@ -267,7 +252,7 @@ def beside(found: Found) -> str:
     """How kappa compares with the other measures, before rescaling."""
     best = {**found["normalised"], **{name: found["as trained"][name] for name in OF_NETWORK}}
     order = sorted(best, key=lambda name: -best[name].tau.value)
-    ranks = ", ".join(f"{CHOSEN[name].title} {best[name].tau.value:+.2f}" for name in order)
+    ranks = "; ".join(f"{CHOSEN[name].title} {best[name].tau.value:+.2f}" for name in order)
     place = order.index("kappa") + 1
     return (
         f"By tau, kappa is number {place} of {len(order)} measures before rescaling (layer measures with normalised "
@@ -284,7 +269,7 @@ def after_rescaling(found: Found) -> str:
 
     def listed(names: Sequence[str]) -> str:
         return (
-            ", ".join(
+            "; ".join(
                 f"{CHOSEN[name].title} ({before[name].tau.value:+.2f} to {after[name].tau.value:+.2f})"
                 for name in names
             )
@@ -292,8 +277,9 @@ def after_rescaling(found: Found) -> str:
         )
 
     return (
-        f"After rescaling layers by factors of {FACTORS[0]:g} to {FACTORS[1]:g}, features not normalised: unchanged: "
-        f"{listed(kept_ones)}; association no longer shown: {listed(lost)}; moved otherwise: {listed(other)}."
+        f"After rescaling layers by factors of {FACTORS[0]:g} to {FACTORS[1]:g}, features not normalised. tau "
+        f"unchanged: {listed(kept_ones)}. Association no longer shown: {listed(lost)}. "
+        f"Moved otherwise: {listed(other)}."
     )
 
 
@@ -332,16 +318,8 @@ def table(found: Found, loss: Association, which: str) -> Table:
 def scatter(done: Sequence[Record], name: str, axes: Axes) -> None:
     """Paint gap against a measure before and after rescaling."""
     for place, view in enumerate(("as trained", "rescaled")):
-        axes.scatter(
-            [record["measures"][view][name] for record in done],
-            [record["gap"] for record in done],
-            s=26,
-            alpha=0.8,
-            linewidth=0,
-            marker=MARKERS[place],
-            color=COLOURS[1 + place],
-            label=view,
-        )
+        values = [record["measures"][view][name] for record in done]
+        cloud(axes, values, [record["gap"] for record in done], 1 + place, view)
     axes.set_xlabel(CHOSEN[name].title)
     axes.set_ylabel("test loss − training loss")
     log_if_wide(axes, "x")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +83,17 @@ class Context:
     runs: Path
     workers: int = 1
     on_progress: Callable[[str], None] = silent
+
+    def counter(self, what: str, total: int | None = None) -> Callable[[object], None]:
+        """A function to call after each one is done; it tells how many are.
+
+        Args:
+            what: they are.
+            total: how many there will be, where that is known.
+        """
+        numbers = count(1)
+        of = "" if total is None else f" of {total}"
+        return lambda each: self.on_progress(f"{next(numbers)}{of} {what}")
 
 
 @dataclass(frozen=True)

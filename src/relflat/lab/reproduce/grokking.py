@@ -88,14 +88,8 @@ def run(context: Context, plan: Plan | None = None) -> Outcome:
     plan = plan or PLANS[context.scale]
     places = [(arm, seed) for seed in plan.seeds for arm in plan.arms]
     jobs = [Job(plan.config(arm, seed), context.runs, test=False) for arm, seed in places]
-    done: list[Trial] = []
-
-    def report(trial: Trial) -> None:
-        done.append(trial)
-        context.on_progress(f"{len(done)} of {len(jobs)} trainings")
-
     with workers(context.workers) as pool:
-        trials = run_all(pool, jobs, report)
+        trials = run_all(pool, jobs, context.counter("trainings", len(jobs)))
     groups: dict[str, list[Trial]] = {arm.title: [] for arm in plan.arms}
     for (arm, _), trial in zip(places, trials, strict=True):
         groups[arm.title].append(trial)
@@ -301,7 +295,7 @@ def table(onsets: Mapping[str, Sequence[Onset | None]], epochs: int, plan: Plan)
                 memorised,
                 when(each, epochs).removeprefix("epoch "),
                 ", ".join(f"{found.validation:.3f}" for found in there),
-                ", ".join(f"{found.kappa:.2g}" for found in there),
+                ", ".join(f"{found.kappa:.3g}" for found in there),
             )
         )
     return Table(

@@ -21,8 +21,7 @@ from relflat import reparam
 from relflat.lab.figures import COLOURS, MARKERS
 from relflat.lab.reproduce.experiment import Context, Experiment, Figure, Outcome, Scale, Table
 from relflat.lab.reproduce.measures import MEASURES, Subject
-from relflat.lab.reproduce.trained import Recipe, Source, each, kept, named, samples, trained
-from relflat.lab.trials import workers
+from relflat.lab.reproduce.trained import Recipe, Source, kept, named, samples, study, trained
 
 LOW, HIGH = 5.0, 25.0
 SAME = 1e-6  # largest relative change that counts as none
@@ -180,7 +179,7 @@ SIZES: dict[Scale, Size] = {
 }
 
 
-def study(folder: Path, size: Size, recipe: Recipe) -> dict[str, Any]:
+def study_one(size: Size, folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Train a network and measure it before and after every change, or read what was kept."""
     network = trained(recipe, folder)
     if not network.result["reached"]:
@@ -224,15 +223,7 @@ def run(context: Context) -> Outcome:
         DataError: the data set was not fetched.
     """
     size = SIZES[context.scale]
-    folder = context.runs / "invariance"
-    folder.mkdir(parents=True, exist_ok=True)
-    with workers(context.workers) as pool:
-        records = each(
-            pool,
-            partial(study, folder, size),
-            size.recipes,
-            lambda done, of: context.on_progress(f"{done} of {of} networks"),
-        )
+    records = study(context, "invariance", partial(study_one, size), size.recipes)
     return conclude(size, records, context.scale)
 
 

@@ -12,22 +12,21 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from relflat import relative_flatness_by_layer
-from relflat.errors import DataError
-from relflat.lab.figures import COLOURS, MARKERS, legend, log_if_wide
+from relflat.lab.figures import cloud, legend, log_if_wide
 from relflat.lab.reproduce.association import Association, associate
 from relflat.lab.reproduce.experiment import Context, Experiment, Figure, Outcome, Table
 from relflat.lab.reproduce.trained import (
     Recipe,
     Source,
     by_setting,
-    each,
     grid,
     kept,
     named,
     samples,
+    study,
+    those_that_reached,
     trained,
 )
-from relflat.lab.trials import workers
 
 LAYERS = ("fc1", "fc2", "fc3", "fc4", "output")
 HIDDEN = LAYERS[:4]
@@ -112,16 +111,7 @@ def run(context: Context, only: Sequence[Recipe] | None = None) -> Outcome:
         DataError: the data set was not fetched, or fewer than three networks reached the level.
     """
     networks = list(only or recipes(context.scale))
-    folder = context.runs / "layers"
-    folder.mkdir(parents=True, exist_ok=True)
-    with workers(context.workers) as pool:
-        records = each(
-            pool,
-            partial(study_one, folder),
-            networks,
-            lambda done, total: context.on_progress(f"{done} of {total} networks"),
-        )
-    return conclude(networks, records, context.scale)
+    return conclude(networks, study(context, "layers", study_one, networks), context.scale)
 
 
 def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: str) -> Outcome:
@@ -130,12 +120,7 @@ def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: str) 
     Raises:
         DataError: fewer than three networks reached the level.
     """
-    done = [record for record in records if record["reached"]]
-    if len(done) < 3:
-        raise DataError(
-            f"{len(done)} of {len(records)} networks reached a training loss of {networks[0].level:g}, too few to "
-            "correlate anything. Raise most_epochs or lower the learning rates."
-        )
+    done = those_that_reached(networks, records)
     gaps = [record["gap"] for record in done]
     found = {
         form: {layer: associate([record[form][layer] for record in done], gaps) for layer in LAYERS}
@@ -213,16 +198,8 @@ def table(plain: Mapping[str, Association], normalised: Mapping[str, Association
 def scatter(done: Sequence[Record], axes: Axes) -> None:
     """Paint gap against kappa, a colour for each layer."""
     for place, layer in enumerate(LAYERS):
-        axes.scatter(
-            [record["kappa"][layer] for record in done],
-            [record["gap"] for record in done],
-            s=22,
-            alpha=0.8,
-            linewidth=0,
-            marker=MARKERS[place],
-            color=COLOURS[place],
-            label=layer,
-        )
+        kappas = [record["kappa"][layer] for record in done]
+        cloud(axes, kappas, [record["gap"] for record in done], place, layer)
     axes.set_xlabel("kappa, training data")
     axes.set_ylabel("test loss − training loss")
     log_if_wide(axes, "x")

@@ -20,6 +20,7 @@ from relflat.lab.reproduce.experiment import Context, Experiment, Figure, Outcom
 from relflat.lab.statistics import Difference, mean_sd
 from relflat.lab.summary import (
     at_the_edge,
+    certainty,
     metric_of,
     number,
     percent,
@@ -183,16 +184,10 @@ def run(context: Context) -> Outcome:
     """
     size = SIZES[context.scale]
     fetch.require(*(part.data for part in size.parts))
-    found: list[tuple[Part, Comparison]] = []
-    for part in size.parts:
-        done = 0
-
-        def tell(trial: Trial, title: str = part.title) -> None:
-            nonlocal done
-            done += 1
-            context.on_progress(f"{title}: {done} trainings")
-
-        found.append((part, carry_out(part, size, context, tell)))
+    found = [
+        (part, carry_out(part, size, context, context.counter(f"trainings on {part.title}")))
+        for part in size.parts
+    ]
     return Outcome(
         findings=[line for part, comparison in found for line in findings(part, comparison)],
         tables=[table(part, comparison) for part, comparison in found],
@@ -224,10 +219,7 @@ def claim(part: Part, name: str, title: str, pair: Difference | None) -> str:
     start = f"{part.title}, {title} against plain: the paper has {gain:+.2f} points"
     if pair is None:
         return f"{start}; here some arm diverged on every seed, so nothing can be compared."
-    ours = (
-        f"{100 * pair.mean:+.1f} (interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}, p = {pair.p:.2g}, "
-        f"{pair.n} seeds)"
-    )
+    ours = f"{100 * pair.mean:+.1f} ({certainty(pair)})"
     if pair.shown:
         word = "A gain is reproduced" if pair.mean > 0 else "The opposite came out"
         return f"{start}, here {ours}. {word}."
@@ -359,18 +351,7 @@ def numbers(part: Part, comparison: Comparison) -> dict[str, Any]:
             {"arm": candidate.arm, "settings": dict(candidate.settings), "score": candidate.score}
             for candidate in comparison.candidates
         ],
-        "tested": {
-            name: [
-                {
-                    "seed": trial.config.seed,
-                    "status": trial.result["status"],
-                    "test": trial.result["test"],
-                    "flatness": trial.result["flatness"],
-                }
-                for trial in trials
-            ]
-            for name, trials in comparison.finals.items()
-        },
+        "tested": {name: [trial.tested for trial in trials] for name, trials in comparison.finals.items()},
         "differences": [asdict(pair) for pair in score_differences(comparison)],
     }
 

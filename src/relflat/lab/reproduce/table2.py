@@ -77,15 +77,8 @@ def run(context: Context) -> Outcome:
     budget, seeds = BUDGETS[context.scale], SEEDS[context.scale]
     places = [(arm, seed) for seed in seeds for arm in ARMS]
     jobs = [Job(configuration(arm, seed, budget), context.runs, test=True) for arm, seed in places]
-    done = 0
-
-    def report(trial: Trial) -> None:
-        nonlocal done
-        done += 1
-        context.on_progress(f"{done} of {len(jobs)} trainings")
-
     with workers(context.workers) as pool:
-        trials = run_all(pool, jobs, report)
+        trials = run_all(pool, jobs, context.counter("trainings", len(jobs)))
     by_arm = {
         arm: [trial for trial, (other, _) in zip(trials, places, strict=True) if other == arm] for arm in ARMS
     }

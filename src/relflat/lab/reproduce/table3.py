@@ -15,7 +15,7 @@ from relflat.lab.figures import COLOURS, MARKERS
 from relflat.lab.reproduce import sentences
 from relflat.lab.reproduce.experiment import Context, Experiment, Figure, Outcome, Scale, Table
 from relflat.lab.statistics import Difference, differences, mean_sd
-from relflat.lab.summary import number, spread
+from relflat.lab.summary import finite, interval, number, spread
 from relflat.lab.trials import Job, Trial, run_all, workers
 
 PRINTED_STRENGTH = 3e6
@@ -89,13 +89,7 @@ def run(context: Context) -> Outcome:
     if context.scale == "paper":
         sentences.require_bert()
         fetch.require("rte", "minilm")  # MiniLM has BERT's word pieces
-    done = 0
-
-    def tell(trial: Trial) -> None:
-        nonlocal done
-        done += 1
-        context.on_progress(f"{done} trainings")
-
+    tell = context.counter("trainings")
     with workers(context.workers) as pool:
 
         def do(configs: Sequence[RunConfig], test: bool) -> list[Trial]:
@@ -169,18 +163,7 @@ def conclude(size: Size, candidates: Sequence[Candidate], strength: float, runs:
                 {"strength": each.settings["strength"], "validation": each.score, "loss": each.loss}
                 for each in candidates
             ],
-            "runs": {
-                arm: [
-                    {
-                        "seed": trial.config.seed,
-                        "status": trial.result["status"],
-                        "test": trial.result["test"],
-                        "flatness": trial.result["flatness"],
-                    }
-                    for trial in trials
-                ]
-                for arm, trials in runs.items()
-            },
+            "runs": {arm: [trial.tested for trial in trials] for arm, trials in runs.items()},
             "paper": {arm: dict(zip(("mean", "sd", "max"), row, strict=True)) for arm, row in PAPER.items()},
             "difference": None if (pair := difference(runs)) is None else asdict(pair),
         },
@@ -198,7 +181,7 @@ def findings(strength: float, runs: Runs) -> list[str]:
         low = f"p = {pair.p:.2g} over {pair.n} seeds, and no p of so few can be below {pair.least_p:.2g}"
         found.append(
             f"Mean accuracy of FAM against plain training: {100 * pair.mean:+.1f} points, where the paper has "
-            f"{gain:+.1f}; interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}, {low}. "
+            f"{gain:+.1f}; interval {interval(pair)}, {low}. "
             + ("The gain is reproduced." if pair.shown and pair.mean > 0 else "The gain is not reproduced.")
         )
         (_, plain), (_, fam) = mean_sd(scores(runs["plain"])), mean_sd(scores(runs["fam"]))
@@ -257,8 +240,8 @@ def table(strength: float, runs: Runs) -> Table:
             (
                 TITLES[arm] if arm != "fam" else f"FAM, strength {strength:g}",
                 *(["", "", ""] if paper is None else [f"{value:.4f}" for value in paper]),
-                f"{mean:.4f}",
-                f"{sd:.4f}",
+                finite(mean, ".4f"),
+                finite(sd, ".4f"),
                 f"{max(own):.4f}" if own else "",
                 f"{len(own)} of {len(trials)}",
                 of_layer("value"),

@@ -23,12 +23,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from relflat.errors import DataError
 from relflat.lab import store
 from relflat.lab.data import Arrays
 from relflat.lab.models import mlp
 from relflat.lab.names import look_up
 from relflat.lab.reproduce.association import tau
+from relflat.lab.reproduce.experiment import Context
 from relflat.lab.splits import classification
+from relflat.lab.trials import workers
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -282,6 +285,43 @@ def each(
             future.cancel()
         raise
     return [future.result() for future in futures]
+
+
+def study(
+    context: Context, name: str, work: Callable[[Path, Recipe], A], networks: Sequence[Recipe]
+) -> list[A]:
+    """Study every network, in the order given; what an earlier command kept is not done again.
+
+    Args:
+        context: folders, workers, who is told.
+        name: of the folder in the folder of runs.
+        work: done for each network; given that folder and the network.
+        networks: to train.
+    """
+    folder = context.runs / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with workers(context.workers) as pool:
+        return each(
+            pool,
+            partial(work, folder),
+            networks,
+            lambda done, total: context.on_progress(f"{done} of {total} networks"),
+        )
+
+
+def those_that_reached(networks: Sequence[Recipe], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of the networks that reached the level.
+
+    Raises:
+        DataError: fewer than three did.
+    """
+    done = [record for record in records if record["reached"]]
+    if len(done) < 3:
+        raise DataError(
+            f"{len(done)} of {len(records)} networks reached a training loss of {networks[0].level:g}, too few to "
+            "correlate anything. Raise most_epochs or lower the learning rates."
+        )
+    return done
 
 
 def kept(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

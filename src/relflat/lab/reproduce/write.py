@@ -12,10 +12,10 @@ from relflat.errors import ConfigError
 from relflat.lab import store
 from relflat.lab.environment import describe
 from relflat.lab.export import markdown_table
-from relflat.lab.figures import draw
+from relflat.lab.figures import captioned
 from relflat.lab.page import page, table
 from relflat.lab.report import where
-from relflat.lab.reproduce.experiment import Context, Experiment, Figure, Outcome, Table
+from relflat.lab.reproduce.experiment import Context, Experiment, Outcome, Table
 
 SCALES = {"small": "small scale", "paper": "the paper's scale"}
 
@@ -123,7 +123,9 @@ def as_page(
     if outcome.figures:
         body += [
             "<h2>Pictures</h2>",
-            f'<div class="figures">{"".join(map(html_figure, outcome.figures))}</div>',
+            '<div class="figures">',
+            *(captioned(figure.paint, figure.title, figure.caption) for figure in outcome.figures),
+            "</div>",
         ]
     if outcome.scaled:
         body += ["<h2>What differs from the paper</h2>", f'<div class="small">{items(outcome.scaled)}</div>']
@@ -141,9 +143,3 @@ def html_table(found: Table) -> str:
     """A table with its title and note."""
     note = f'<p class="small">{html.escape(found.note)}</p>' if found.note else ""
     return f"<h2>{html.escape(found.title)}</h2>{table(found.headings, found.rows)}{note}"
-
-
-def html_figure(figure: Figure) -> str:
-    """A figure with its caption."""
-    caption = f"<strong>{html.escape(figure.title)}.</strong> {html.escape(figure.caption)}"
-    return f"<figure>{draw(figure.paint, figure.title)}<figcaption>{caption}</figcaption></figure>"
