@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from relflat.errors import ConfigError
 from relflat.lab.methods import METHODS, base_optimizer
 from relflat.lab.names import look_up, unknown
-from relflat.lab.tasks import TASKS, full_name, source_of, task_named
+from relflat.lab.tasks import TASKS, changed_since, full_name, source_of, task_named
 
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -38,7 +38,7 @@ class RunConfig:
 
     Attributes:
         task: name of the task, or ``/path/to/file.py:name``.
-        source: hash of that file's content; None for a built-in task.
+        source: hash of that file's content, and the task's version from 2 on; None for a built-in task of version 1.
         method: name of the method.
         seed: of initial weights, data order, label noise, training subset and probes.
         epochs: passes over the training data.
@@ -122,13 +122,28 @@ def make(given: Mapping[str, Any]) -> RunConfig:
 
 
 def _unchanged(name: str, recorded: str | None) -> str | None:
-    """What stands for the task's file now; if it was recorded, it must be the same."""
-    now = source_of(name)
-    if recorded not in (None, now):
-        raise ConfigError(
-            f"The task file {name.rpartition(':')[0]} has changed since this run was trained; train it again."
-        )
-    return now
+    """What stands for the task's code now; if it was recorded, it must be the same."""
+    if recorded is not None:
+        require_unchanged(name, recorded)
+    return source_of(name)
+
+
+def require_unchanged(
+    name: str, recorded: str | None, what: str = "this run was trained; train it again"
+) -> None:
+    """See that the task's code is what it was.
+
+    Args:
+        name: of the task.
+        recorded: what stood for it; None for a built-in task of version 1.
+        what: what came out of it, and what to do.
+
+    Raises:
+        ConfigError: it has changed.
+    """
+    changed = changed_since(name, recorded)
+    if changed is not None:
+        raise ConfigError(f"{changed} {what}.")
 
 
 def _text(key: str, value: Any) -> str:

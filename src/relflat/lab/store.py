@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab.config import RunConfig, make
+from relflat.lab.config import RunConfig, make, require_unchanged
 from relflat.lab.environment import describe
 from relflat.lab.jsonable import finite
 from relflat.lab.tasks import short_name
@@ -107,12 +107,13 @@ def remove_unfinished(folder: Path) -> None:
 def _same(folder: Path, config: RunConfig) -> None:
     """Reject a folder whose run has other settings."""
     old, new = read_json(folder / CONFIG), config.flat()
-    if old != new:
-        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        raise ConfigError(
-            f"{folder} holds a run with other values of {', '.join(keys)}. "
-            "Choose another --name, or replace it with --fresh."
-        )
+    if old == new:
+        return
+    advice = "Choose another --name, or replace it with --fresh"
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if keys == ["source"]:
+        require_unchanged(config.task, old.get("source"), f"the run in {folder} was trained. {advice}")
+    raise ConfigError(f"{folder} holds a run with other values of {', '.join(keys)}. {advice}.")
 
 
 def config_of(folder: Path) -> RunConfig:
@@ -120,13 +121,17 @@ def config_of(folder: Path) -> RunConfig:
 
     Raises:
         DataError: the folder holds no run.
+        ConfigError: its task has changed since, or it has values that this version does not know.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise DataError(
             f"{folder} is not a run: it has no {CONFIG}. Train one with: relflat train TASK --runs DIR"
         )
-    return make(read_json(path))
+    values = read_json(path)
+    config = make(values)
+    require_unchanged(config.task, values.get("source"))
+    return config
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from relflat.errors import ConfigError, DataError
 from relflat.lab import export, own, store
 from relflat.lab.arms import arms_named
 from relflat.lab.compare import Comparison, OnTrial, Plan, compare, conclude, plan_from
+from relflat.lab.config import require_unchanged
 from relflat.lab.environment import describe
 from relflat.lab.report import render
 from relflat.lab.summary import Row, columns, metric_of, rows, score_differences, verdict
@@ -86,7 +87,7 @@ def folder_for(plan: Plan, runs: Path) -> Path:
 def describe_plan(plan: Plan) -> str:
     """What is run, in a few sentences."""
     config = plan.config(plan.arms[0], plan.arms[0].grid[0], plan.seeds[0])
-    size = "all training samples" if config.train_size is None else f"{config.train_size:,} training samples"
+    size = "All training samples" if config.train_size is None else f"{config.train_size:,} training samples"
     noise = (
         f", each training label redrawn with probability {config.label_noise:g}" if config.label_noise else ""
     )
@@ -111,7 +112,10 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
     if (folder / PLAN).is_file():
         old = store.read_json(folder / PLAN)
         new = store.as_json(values)
-        keys = [key for key in new if old.get(key) != new[key]]
+        keys = [key for key in new if key != "notes" and old.get(key) != new[key]]
+        if keys == ["source"]:
+            begun = f"the comparison in {folder} was begun. Choose another --out"
+            require_unchanged(plan.task, old["source"], begun)
         if keys:
             raise ConfigError(
                 f"{folder} holds a comparison with other values of {', '.join(keys)}. Choose another --out."
@@ -217,6 +221,7 @@ def rebuild(folder: Path) -> Comparison:
 
     Raises:
         DataError: the folder holds no comparison, or one that is not finished.
+        ConfigError: its task has changed since.
     """
     missing = [name for name in (PLAN, COSTS, ENVIRONMENT) if not (folder / name).is_file()]
     if PLAN in missing:
@@ -229,7 +234,10 @@ def rebuild(folder: Path) -> Comparison:
             f"The comparison in {folder} is not finished: {', '.join(missing)} is missing. "
             "Give its relflat compare command again; it goes on where it stopped."
         )
-    comparison = conclude(plan_from(values), (folder / values["runs"]).resolve(), reader(folder))
+    plan = plan_from(values)
+    made = f"the comparison in {folder} was made. Give its relflat compare command again with another --out"
+    require_unchanged(plan.task, values.get("source"), made)
+    comparison = conclude(plan, (folder / values["runs"]).resolve(), reader(folder))
     write_report(folder, comparison, costs_of(folder, comparison))
     return comparison
 

@@ -117,6 +117,8 @@ class Task:
         augment: changes the training pictures at random; None for none.
         evaluation_size: samples at a time when evaluating.
         monitored: samples of the training and validation splits that metrics and kappa of an epoch are taken on.
+        version: raised when the same configuration gives other numbers than before (another network, augmentation,
+            cut of the data, or something that a task's own file imports); runs of another version are not reused.
     """
 
     name: str
@@ -133,6 +135,7 @@ class Task:
     augment: Augment | None = None
     evaluation_size: int = 1000
     monitored: int = 1000
+    version: int = 1
 
 
 DIGITS = Task(
@@ -423,6 +426,24 @@ def short_name(name: str) -> str:
 
 
 def source_of(name: str) -> str | None:
-    """What stands for the content of the task's file; None for a built-in task."""
-    place = own.split_name(name)
-    return None if place is None else own.fingerprint(place[0])
+    """What stands for the task's code: the content of its file, and its version from 2 on; None for neither."""
+    place, version = own.split_name(name), task_named(name).version
+    parts = [] if place is None else [own.fingerprint(place[0])]
+    parts += [] if version == 1 else [f"version {version}"]
+    return " ".join(parts) or None
+
+
+def changed_since(name: str, recorded: str | None) -> str | None:
+    """The beginning of a sentence about a task whose code is no longer what it was, or None.
+
+    Args:
+        name: of the task.
+        recorded: what `source_of` gave then.
+    """
+    now, place = source_of(name), own.split_name(name)
+    if now == recorded:
+        return None
+    before, after = ((source or "").partition("version ") for source in (recorded, now))
+    if before[0].strip() != after[0].strip():
+        return f"The task file {name if place is None else place[0]} has changed since"
+    return f"The task {short_name(name)!r} has changed (version {before[2] or 1}, now {after[2] or 1}) since"
