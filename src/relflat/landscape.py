@@ -66,7 +66,8 @@ def per_sample_flatness(
         data: batches, as for :func:`relflat.relative_flatness`; the rest likewise.
         layer: exactly one layer.
         curvature: ``"hessian"`` or ``"ggn"``.
-        method: as for :func:`relflat.relative_flatness`.
+        method: as for :func:`relflat.relative_flatness`, but not ``"finite_difference"`` or ``"xtrace"``, which
+            take all samples together.
         probes: random directions for each sample, where the method is stochastic.
         adaptive: the adaptive form.
         forward: ``forward(model, batch) -> (outputs, targets)``.
@@ -86,6 +87,11 @@ def per_sample_flatness(
         >>> per_sample_flatness(model, nn.CrossEntropyLoss(), (x, y), layer="output").shape
         torch.Size([8])
     """
+    if method in ("finite_difference", "xtrace"):
+        raise ConfigError(
+            f"method={method!r} takes all samples together, and each is wanted by itself; use 'auto', 'exact' or "
+            "'probe'"
+        )
     spec = Spec(curvature, method, probes, adaptive, gradient=None, exact_up_to=64)
     found = []
     with measuring(

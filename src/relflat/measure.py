@@ -6,20 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from relflat.batches import (
-    Batch,
-    ForwardFn,
-)
-from relflat.errors import (
-    ConfigError,
-    LayerError,
-)
+from relflat import xtrace
+from relflat.batches import Batch, ForwardFn
+from relflat.errors import ConfigError, LayerError
 from relflat.measurement import measuring
 from relflat.penalty import Curvature, Method, Spec
 from relflat.resolve import Layer
 from relflat.result import Flatness
 
-_DEFAULT_PROBES = 16
+_DEFAULT_PROBES, _DEFAULT_XTRACE = 16, 32
 _MOST_PROBES = 4096
 
 
@@ -57,7 +52,10 @@ def relative_flatness(
         curvature: ``"hessian"`` (may be negative for a hidden layer) or ``"ggn"``.
         method: ``"auto"`` takes a closed form where there is one, a sum over a basis where that is short, and
             probes else. ``"closed_form"``, ``"exact"``, ``"probe"``, ``"finite_difference"`` insist.
-        probes: random directions a batch (default 16).
+            ``"xtrace"`` takes kappa as the trace of one operator over all of the data (Epperly et al. 2024, see
+            :mod:`relflat.xtrace`): on trained networks more precise than probes from about 24 products on, at more
+            memory, without ``Tr H``. ``"auto"`` never takes it, as it is less precise before training.
+        probes: random directions a batch (default 16); for ``"xtrace"`` products with the curvature (default 32).
         rtol: if given, goes over the data again with more probes until ``stderr <= rtol * |value|``.
         adaptive: the adaptive form (``W' A W`` weighted feature by feature).
         normalize_features: measure the layer with features divided by their standard deviation over the data
@@ -92,7 +90,9 @@ def relative_flatness(
         >>> flat.value > 0
         True
 
-    Cost: one forward pass over the data with a closed form; see :mod:`relflat.probes` for the others.
+    Cost: one forward pass over the data with a closed form; see :mod:`relflat.probes` for the others. ``"xtrace"``:
+    two passes over the data, for each doubling of ``rtol`` two more, ``probes`` products in all; memory of 24 bytes
+    for each product, feature and output (or feature again, if there are fewer features than outputs).
     """
     by_layer = relative_flatness_by_layer(
         model,
@@ -153,7 +153,8 @@ def relative_flatness_by_layer(
     """
     if rtol is not None and not rtol > 0:
         raise ConfigError(f"rtol={rtol}: a positive number is needed")
-    count = _DEFAULT_PROBES if probes is None else probes
+    default = _DEFAULT_XTRACE if method == "xtrace" else _DEFAULT_PROBES
+    count = default if probes is None else probes
     count = max(count, 2) if rtol is not None and count == 1 else count  # one probe has no error
     spec = Spec(
         curvature,
@@ -169,21 +170,25 @@ def relative_flatness_by_layer(
     )
     if method == "finite_difference" and curvature != "hessian":
         raise ConfigError("method='finite_difference' estimates the Hessian: curvature must be 'hessian'")
+    if method == "xtrace":
+        xtrace.check(spec)
     with measuring(
         model, loss_fn, data, layer, spec, forward=forward, device=device, seed=seed
     ) as measurement:
         measurement.group = process_group
-        if rtol is not None:
-            measurement.batches.must_be_repeatable("rtol")
+        if rtol is not None or method == "xtrace":
+            measurement.batches.must_be_repeatable("rtol" if method != "xtrace" else "method='xtrace'")
         if normalize_features:
             measurement.scales = measurement.feature_scales()
+        if method == "xtrace":
+            return xtrace.measure(measurement, rtol=rtol, most=_MOST_PROBES).results(spec)
         sums = measurement.sweep_all(0)
         sums.check()
         while rtol is not None and (short := sums.short_of(rtol)):
             if sums.probes * 2 > _MOST_PROBES:
                 raise ConfigError(
-                    f"rtol={rtol} is out of reach: after {sums.probes} probes {short}; ask for less, or use "
-                    "method='exact'"
+                    f"rtol={rtol} is out of reach: after {sums.probes} probes {next(iter(short.values()))}; ask for "
+                    "less, or use method='exact'"
                 )
             sums.merge(measurement.sweep_all(sums.probes, probes=sums.probes))
         return sums.results(spec)

@@ -302,8 +302,7 @@ class Measurement:
             x.kappa, x.kappa_var = x.kappa + factor * kappa, x.kappa_var + factor**2 * kappa_var
             x.trace, x.trace_var = x.trace + factor * trace, x.trace_var + factor**2 * trace_var
             x.method, x.exact = joined(x.method, part.method), x.exact and part.exact
-        sums.loss += factor * float(scene.loss.detach().sum())
-        sums.weight, sums.batches = sums.weight + divisor, sums.batches + 1
+        sums.add_loss(scene.loss, factor, divisor)
 
     def _site(self, scene: Scene, name: str) -> Site | None:
         calls = [c for c in scene.calls if c.layer == name]

@@ -1,11 +1,12 @@
 """The one place that chooses how kappa is computed for the layers of a forward pass, and says what it chose."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +21,7 @@ from relflat.site import Site, feature_std
 from relflat.weight_space import Matrix, WeightSpace
 
 Curvature = Literal["hessian", "ggn"]
-Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference"]
+Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference", "xtrace"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Spec:
             value = getattr(self, name)
             if value not in get_args(allowed) and not (name == "gradient" and value is None):
                 raise ConfigError(f"{name}={value!r}: choose one of {list(get_args(allowed))}")
+        if self.method == "xtrace" and self.gradient is not None:
+            raise ConfigError(
+                "method='xtrace' measures over all of the data and has no gradient; use it in relative_flatness, and "
+                "'auto' or 'probe' in training"
+            )
         if self.probes < 1:
             raise ConfigError(f"probes={self.probes}: at least one product is needed")
         if not self.temperature > 0:
@@ -158,6 +164,31 @@ class Estimator:
             self._checked |= found.keys()
         return {layer: found[layer] for layer in (*by_layer, *scene.parameters)}
 
+    def curvatures(
+        self, scene: Scene, *, without: Collection[str] = ()
+    ) -> Iterator[tuple[str, Float[Tensor, "d m"], Callable[[Tensor], Tensor]]]:
+        """Each layer's weight W, and ``V -> H V`` with the curvature in it of the whole batch, V like W.
+
+        Args:
+            scene: the forward pass and loss.
+            without: layers to leave out.
+        """
+        matrices = {name: Matrix.of(name, p) for name, p in scene.parameters.items()}
+        scales: dict[str, Tensor | None] = {}
+        for layer in dict.fromkeys(c.layer for c in scene.calls if c.layer not in without):
+            calls = [c for c in scene.calls if c.layer == layer]
+            if self.spec.curvature == "hessian" and feeds_itself(calls):
+                matrices[layer], scales[layer] = Matrix.of(layer, calls[0].module), self._scale(scene, calls)
+                continue
+            operator = self._operator(scene, calls, _at_end(scene, calls))
+            site = self._site(scene, calls, coupled=True)
+            self._must_be_curved(operator, site)
+            yield layer, site.weight.detach(), functools.partial(probes.in_weight, operator, site)
+        for layer in [name for name in matrices if name not in without]:
+            space = self._space(matrices[layer], scales.get(layer))
+            operator = self._operator(scene, [space.call])
+            yield layer, space.weight.detach(), functools.partial(_detached, space, operator)
+
     def _scale(self, scene: Scene, calls: list[Call]) -> Tensor | None:
         if not self.spec.normalize:
             return None
@@ -210,15 +241,10 @@ class Estimator:
 
     def _one_layer(self, scene: Scene, calls: list[Call], rng: Rng) -> Contributions:
         spec = self.spec
-        at_end = scene.outputs is not None and same_values(calls[0], scene.outputs, calls[0].output)
+        at_end = _at_end(scene, calls)
         operator = self._operator(scene, calls, at_end)
         site = self._site(scene, calls)
-        if site.layer not in self._curved and not probes.curved(operator, site, Rng(self.seed, -2)):
-            warn(
-                f"the loss has a gradient in the output of layer {site.layer!r} but no curvature on this batch, so "
-                "kappa is 0 there; a hinge or absolute error has none anywhere: use a smooth loss, or radius="
-            )
-        self._curved.add(site.layer)
+        self._must_be_curved(operator, site)
         if self._is_coupled(site, scene.mode, functools.partial(probes.coupled, operator)):
             site = self._site(scene, calls, coupled=True)
         products = probes.products_for_exact(site, adaptive=spec.adaptive, trace=spec.trace)
@@ -236,6 +262,15 @@ class Estimator:
             name="hessian" if at_end else spec.curvature,
         )
 
+    def _must_be_curved(self, operator: Operator, site: Site) -> None:
+        """Warn, once a layer, where the loss has no second derivative."""
+        if site.layer not in self._curved and not probes.curved(operator, site, Rng(self.seed, -2)):
+            warn(
+                f"the loss has a gradient in the output of layer {site.layer!r} but no curvature on this batch, so "
+                "kappa is 0 there; a hinge or absolute error has none anywhere: use a smooth loss, or radius="
+            )
+        self._curved.add(site.layer)
+
     def _operator(self, scene: Scene, calls: list[Call], at_end: bool = False) -> Operator:
         loss, create_graph = scene.loss.sum(), self.spec.create_graph
         if self.spec.curvature == "hessian" or at_end:
@@ -251,14 +286,7 @@ class Estimator:
         return GGNOperator(loss, scene.outputs, calls, create_graph=create_graph)
 
     def _in_weight(self, scene: Scene, matrix: Matrix, scale: Tensor | None, rng: Rng) -> Contributions:
-        spec = self.spec
-        space = WeightSpace(
-            matrix,
-            scale=scale,
-            adaptive=spec.adaptive,
-            gradient=spec.mode,
-            create_graph=spec.create_graph,
-        )
+        spec, space = self.spec, self._space(matrix, scale)
         if spec.curvature == "ggn" and spec.method != "exact" and scene.known is not None:
             assert scene.outputs is not None
             assert scene.targets is not None
@@ -277,6 +305,16 @@ class Estimator:
             return space.exact(operator, trace=spec.trace)
         return space.sampled(operator, probes=spec.probes, trace=spec.trace, rng=rng, name=spec.curvature)
 
+    def _space(self, matrix: Matrix, scale: Tensor | None) -> WeightSpace:
+        spec = self.spec
+        return WeightSpace(
+            matrix,
+            scale=scale,
+            adaptive=spec.adaptive,
+            gradient=spec.mode,
+            create_graph=spec.create_graph,
+        )
+
     def _is_coupled(self, site: Site, mode: int, test: Callable[[Site, Rng], bool]) -> bool:
         """Ask once for each layer and mode of all modules of its model, when a batch first has two samples."""
         if site.shape[0] < 2:
@@ -285,6 +323,15 @@ class Estimator:
         if key not in self._coupled:
             self._coupled[key] = test(site, Rng(self.seed, -1))
         return self._coupled[key]
+
+
+def _at_end(scene: Scene, calls: Sequence[Call]) -> bool:
+    """Whether the loss is computed from the layer's output as it is, so that Hessian and GGN are one."""
+    return scene.outputs is not None and same_values(calls[0], scene.outputs, calls[0].output)
+
+
+def _detached(space: WeightSpace, operator: Operator, v: Tensor) -> Tensor:
+    return space.product(operator, v).detach()
 
 
 def _only_through(outputs: Tensor, loss: Tensor, calls: Sequence[Call]) -> None:

@@ -69,6 +69,15 @@ def exact(
     return Contributions(total, torch.stack(traces).sum(0)[None] if trace else None, "exact", True)
 
 
+def in_weight(operator: Operator, site: Site, v: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
+    """``H V``, H the curvature in the layer's weight summed over all groups, by way of the layer's outputs (I5)."""
+    g, t, c, m = site.shape
+    phi = site.features.detach().reshape(g * t, c, m).movedim(1, 0)
+    u = (phi @ v.reshape(c, -1, m).mT).movedim(0, 1).reshape(g, t, -1)
+    curved = site.join(operator(site.split(u))).detach().reshape(g * t, c, -1).movedim(1, 0)
+    return (curved.mT @ phi).flatten(0, 1)
+
+
 def products_for_exact(site: Site, *, adaptive: bool, trace: bool) -> int:
     """How many products :func:`exact` takes."""
     basis = site.shape[1] * site.weight.shape[0]

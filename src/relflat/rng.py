@@ -14,12 +14,12 @@ class Rng:
     """Random numbers of one step: a function of ``(seed, step, rank)`` alone, so that a resumed run draws the same.
 
     Ranks of ``torch.distributed`` draw differently, as each sees samples of its own; rank 0 draws what a single
-    process does.
+    process does, and so do all if the numbers are ``shared``.
     """
 
-    def __init__(self, seed: int, step: int) -> None:
+    def __init__(self, seed: int, step: int, *, shared: bool = False) -> None:
         # A hash, since generators on the CPU look at the lower 32 bits of a seed only.
-        name = f"{seed},{step},{_rank()}".encode()
+        name = f"{seed},{step},{0 if shared else _rank()}".encode()
         self._seed = int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
         self._generators: dict[torch.device, torch.Generator] = {}
 

@@ -38,6 +38,11 @@ class LayerSums:
     method: str = ""
     exact: bool = True
 
+    def settle(self, kappa: float, variance: float, method: str) -> None:
+        """Kappa of all the data at once, without ``Tr H``."""
+        self.kappa, self.kappa_var, self.method, self.exact = kappa, variance, method, method == "exact"
+        self.trace = self.trace_var = math.nan
+
     def __add__(self, other: "LayerSums") -> "LayerSums":
         """The sums over both parts of the data."""
         return LayerSums(
@@ -65,13 +70,19 @@ class Sums:
     weight: float = 0.0  # what a mean reduction divides by, or 0 for sums
     batches: int = 0
 
-    def short_of(self, rtol: float) -> str:
-        """Say which layer's error is too large, or nothing."""
+    def add_loss(self, loss: Tensor, factor: float, divisor: float) -> None:
+        """Count a batch, with what its loss is multiplied by and what it adds to the divisor of the sum."""
+        self.loss += factor * float(loss.detach().sum())
+        self.weight, self.batches = self.weight + divisor, self.batches + 1
+
+    def short_of(self, rtol: float) -> dict[str, str]:
+        """The layers whose error is too large, each with its value and error in words."""
+        short = {}
         for name, x in self.layers.items():
             value, error = self._scaled(x.kappa), self._error(x.kappa_var)
             if not x.exact and not error <= rtol * abs(value):
-                return f"kappa({name}) = {value:.4g} ± {error:.2g}"
-        return ""
+                short[name] = f"kappa({name}) = {value:.4g} ± {error:.2g}"
+        return short
 
     def _scaled(self, total: float) -> float:
         return total / self.weight if self.weight else total

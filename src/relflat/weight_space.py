@@ -126,13 +126,14 @@ class WeightSpace:
     def _seen(self, gradient: Tensor) -> Float[Tensor, "d m"]:
         return self.matrix.view(gradient).to(self.weight.dtype) / self.divisor
 
-    def _product(self, operator: Operator, direction: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
+    def product(self, operator: Operator, direction: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
+        """``H V``, in scaled features if there are scales."""
         return self._seen(operator([self.matrix.back(direction / self.divisor)])[0])
 
     def _quadratic(self, operator: Operator, direction: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
         if self.gradient == "full":
-            return (direction * self._product(operator, direction)).sum()
-        linear = (direction * self._product(operator, direction.detach()).detach()).sum()
+            return (direction * self.product(operator, direction)).sum()
+        linear = (direction * self.product(operator, direction.detach()).detach()).sum()
         return 2 * linear - linear.detach()
 
     def products_for_exact(self, *, trace: bool) -> int:
@@ -154,7 +155,7 @@ class WeightSpace:
             for t in range(m):
                 basis = torch.zeros_like(self.weight)
                 basis[j, t] = 1
-                curved = self._product(operator, basis)
+                curved = self.product(operator, basis)
                 diagonal = diagonal + curved[j, t].detach()
                 if not self.adaptive:
                     curved = curved if self.gradient == "full" else curved.detach()
@@ -169,7 +170,7 @@ class WeightSpace:
             kappas.append(self._quadratic(operator, random_direction(self.weight, self.adaptive, rng)))
             if trace:
                 signs = rng.signs(tuple(self.weight.shape), self.weight)
-                traces.append((signs * self._product(operator, signs)).sum().detach())
+                traces.append((signs * self.product(operator, signs)).sum().detach())
         around = torch.stack(traces)[:, None] if trace else None
         return Contributions(
             torch.stack(kappas)[:, None], around, f"probe({name} in weight, {probes})", False

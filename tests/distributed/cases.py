@@ -295,6 +295,9 @@ def measure(rank: int, ranks: int) -> dict[str, Any]:
     found["probes"] = relative_flatness(
         net, loss_fn, batches, layer="hidden", method="probe", rtol=0.2, process_group=group
     )
+    found["xtrace"] = relative_flatness(
+        net, loss_fn, batches, layer="hidden", method="xtrace", probes=8, process_group=group
+    )
     halves = (
         [(x[:4], y[:4] % CLASSES), (x[4:9], y[4:9] % CLASSES)]
         if rank == 0

@@ -91,6 +91,9 @@ def test_measuring_shares_of_any_size():
         expected = relative_flatness_by_layer(net, loss_fn, (x, y), layer="*")
         assert list(rank["all"]) == list(expected)
         assert rank["probes"].stderr <= 0.2 * rank["probes"].value
+        alone = relative_flatness(net, loss_fn, (x, y), layer="hidden", method="xtrace", probes=8)
+        assert rank["xtrace"].value == pytest.approx(alone.value, rel=1e-6)
+        assert rank["xtrace"].stderr == pytest.approx(alone.stderr, rel=1e-6)
         exact = rank["hidden False"].value
         assert abs(rank["probes"].value - exact) < 5 * rank["probes"].stderr
         assert "rank 1" in rank["errors"]["bad on rank 1"] or "NonFinite" in rank["errors"]["bad on rank 1"]

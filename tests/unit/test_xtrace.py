@@ -1,0 +1,243 @@
+"""method="xtrace": exact where it can be, honest errors elsewhere, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from relflat import (
+    FAM,
+    ConfigError,
+    DataError,
+    measure,
+    per_sample_flatness,
+    reference,
+    relative_flatness,
+    relative_flatness_by_layer,
+)
+from relflat.xtrace import Coordinates, Sketch
+
+CE = nn.CrossEntropyLoss
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 6), nn.Softplus(), nn.Linear(6, 3)).double()
+
+
+def cnn() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(4, 6, 3, groups=2),
+        nn.Softplus(),
+        nn.Flatten(),
+        nn.Linear(6 * 4, 3),
+    ).double()
+
+
+class Recurrent(nn.Module):
+    """A layer that feeds itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.step, self.head = nn.Linear(4, 4).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = self.step(x).tanh()
+        return self.head(x)
+
+
+def data(n: int = 12, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, *(shape or (4,)), generator=g, dtype=torch.float64), torch.arange(n) % 3
+
+
+def cut(x, y, sizes) -> list:
+    return list(zip(x.split(sizes), y.split(sizes), strict=True))
+
+
+def truth(net: nn.Module, x, y, layer: str, form: str, curvature: str = "hessian") -> float:
+    loss, W = reference.at_layer(net, CE(), x, y, layer)
+    if curvature == "hessian":
+        return float(getattr(reference, form)(loss, W))
+    outputs, W = reference.outputs_at_layer(net, x, layer)
+    return float(reference.kappa_ggn(outputs, lambda z: CE()(z, y), W))
+
+
+class TestAgreesWithTheReference:
+    @pytest.mark.parametrize(("layer", "size"), [("0", 16), ("2", 54), ("4", 18), ("2.weight", 54)])
+    @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+    def test_exact_from_as_many_products_as_dimensions(self, layer: str, size: int, curvature: str) -> None:
+        """m * min(d, m) of them: layers that widen, that narrow, the output, a parameter."""
+        net, (x, y) = mlp(), data()
+        flat = relative_flatness(
+            net, CE(), cut(x, y, [5, 7]), layer=layer, curvature=curvature, method="xtrace", probes=size
+        )
+        want = truth(net, x, y, layer, "kappa", curvature)
+        assert flat.value == pytest.approx(want, rel=1e-9)
+        assert (flat.method, flat.stderr) == ("exact", 0.0)
+
+    def test_exact_for_the_adaptive_form_and_normalized_features(self) -> None:
+        net, (x, y) = mlp(), data()
+        options = {"layer": "2", "method": "xtrace", "probes": 54}
+        flat = relative_flatness(net, CE(), (x, y), adaptive=True, **options)
+        assert flat.value == pytest.approx(truth(net, x, y, "2", "kappa_adaptive"), rel=1e-9)
+        flat = relative_flatness(net, CE(), cut(x, y, [5, 7]), normalize_features=True, **options)
+        loss, W = reference.at_layer(net, CE(), x, y, "2")
+        want = reference.kappa_normalized(loss, W, net[:2](x).detach().std(0, correction=0))
+        assert flat.value == pytest.approx(float(want), rel=1e-9)
+
+    @pytest.mark.parametrize("layer", ["0", "2"])
+    def test_convolutions(self, layer: str) -> None:
+        net, (x, y) = cnn(), data(6, 2, 4, 4)
+        for curvature in ("hessian", "ggn"):
+            want = truth(net, x, y, layer, "kappa", curvature)
+            options = {"layer": layer, "curvature": curvature, "method": "xtrace"}
+            flat = relative_flatness(net, CE(), cut(x, y, [2, 4]), probes=200, **options)
+            assert flat.value == pytest.approx(want, rel=1e-9)
+
+    def test_a_layer_that_feeds_itself(self) -> None:
+        net, (x, y) = Recurrent(), data()
+        for curvature in ("hessian", "ggn"):
+            options = {"layer": "step", "curvature": curvature, "method": "xtrace"}
+            want = truth(net, x, y, "step", "kappa", curvature)
+            assert relative_flatness(net, CE(), (x, y), probes=16, **options).value == pytest.approx(want)
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 5.0, 0.2]).double()])
+    def test_losses_add_up_over_batches(self, reduction: str, weight: torch.Tensor | None) -> None:
+        net, (x, y) = mlp(), data()
+        loss_fn = CE(reduction=reduction, weight=weight)
+        options = {"layer": "2", "probes": 20, "method": "xtrace"}
+        one = relative_flatness(net, loss_fn, (x, y), **options)
+        several = relative_flatness(net, loss_fn, cut(x, y, [1, 4, 7]), **options)
+        exact = relative_flatness(net, loss_fn, (x, y), layer="2", method="exact")
+        assert several.value == pytest.approx(one.value, rel=1e-9)
+        assert abs(one.value - exact.value) <= 4 * one.stderr
+        for name in ("loss", "confidence", "weight_norm", "feature_norm2", "samples"):
+            assert getattr(one, name) == pytest.approx(getattr(exact, name), rel=1e-12)
+            assert getattr(several, name) == pytest.approx(getattr(exact, name), rel=1e-12)
+
+    def test_float32(self) -> None:
+        net, (x, y) = mlp().float(), data()
+        want = truth(net, x, y, "2", "kappa")
+        flat = relative_flatness(net, CE(), (x.float(), y), layer="2", method="xtrace", probes=54)
+        assert flat.value == pytest.approx(want, rel=1e-4)
+
+
+class TestError:
+    def test_it_falls_faster_than_that_of_probes_and_is_of_the_size_reported(self) -> None:
+        net, (x, y) = mlp(), data(40)
+        exact = relative_flatness(net, CE(), (x, y), layer="2", curvature="ggn", method="exact").value
+        off: dict[str, float] = {}
+        for method in ("probe", "xtrace"):
+            options = {"curvature": "ggn", "method": method, "probes": 32, "layer": "2"}
+            flats = [relative_flatness(net, CE(), (x, y), seed=seed, **options) for seed in range(40)]
+            off[method] = math.sqrt(sum((f.value - exact) ** 2 for f in flats) / 40)
+            reported = math.sqrt(sum(f.stderr**2 for f in flats) / 40)
+            assert 0.5 < off[method] / reported < 2
+        assert off["xtrace"] < 0.2 * off["probe"]
+
+    def test_unbiased_with_few_products_and_honest_on_average(self) -> None:
+        net, (x, y) = mlp(), data(40)
+        exact = relative_flatness(net, CE(), (x, y), layer="2", method="exact").value
+        z, off = [], []
+        for seed in range(200):
+            flat = relative_flatness(net, CE(), (x, y), layer="2", method="xtrace", probes=8, seed=seed)
+            off.append(flat.value - exact)
+            z.append(off[-1] / flat.stderr)
+        off = torch.tensor(off)
+        assert abs(float(off.mean())) < 4 * float(off.std()) / math.sqrt(200)
+        assert 0.6 < float(torch.tensor(z).abs().median()) / 0.77 < 1.6  # 0.77: Student, 3 degrees of freedom
+
+    def test_repeatable_from_the_seed(self) -> None:
+        net, (x, y) = mlp(), data()
+        options = {"layer": "2", "method": "xtrace", "probes": 10}
+        first = relative_flatness(net, CE(), (x, y), seed=3, **options)
+        torch.manual_seed(99)
+        assert relative_flatness(net, CE(), (x, y), seed=3, **options).value == first.value
+        assert relative_flatness(net, CE(), (x, y), seed=4, **options).value != first.value
+        assert first.method == "xtrace(hessian, 10)"
+        assert math.isnan(first.trace)
+
+    def test_rtol_doubles_the_products_of_the_layers_that_need_it(self) -> None:
+        net, (x, y) = mlp(), data(40)
+        found = relative_flatness_by_layer(
+            net, CE(), cut(x, y, [20, 20]), layer="*", curvature="ggn", method="xtrace", probes=4, rtol=0.02
+        )
+        for name, flat in found.items():
+            want = truth(net, x, y, name, "kappa", "ggn")
+            assert flat.stderr <= 0.02 * flat.value
+            assert abs(flat.value - want) <= 4 * flat.stderr + 1e-9 * want
+        assert found["0"].method != found["2"].method
+        flat = relative_flatness(net, CE(), (x, y), layer="2", method="xtrace", probes=4, rtol=1e-12)
+        assert flat.method == "exact"
+
+    def test_growing_a_sketch_keeps_its_estimate_right(self) -> None:
+        """Any symmetric matrix: of low rank it is exact from a few products, of rank 0 too."""
+        torch.manual_seed(0)
+        W = torch.randn(5, 8, dtype=torch.float64)
+        for rank in (0, 3, 40):
+            factor = torch.randn(40, rank, dtype=torch.float64)
+            signs = torch.ones(rank, dtype=torch.float64)
+            signs[::3] = -1.0
+            A = (factor * signs) @ factor.mT
+            sketch = Sketch(Coordinates(W, adaptive=False), 0, 8)
+            values = []
+            for products in (8, 16, 30, 40):
+                sketch.extend(products)
+                while sketch.pending is not None:
+                    sketch.receive(A @ sketch.pending)
+                values.append(sketch.value)
+                error = abs(sketch.value - float(A.trace()))
+                assert error <= 4 * math.sqrt(sketch.variance) + 1e-9 * float(A.abs().sum())
+                torch.testing.assert_close(sketch.q.mT @ sketch.q, torch.eye(sketch.q.shape[1]).double())
+            assert sketch.exact
+            if rank <= 3:
+                assert values == pytest.approx([float(A.trace())] * 4, rel=1e-9, abs=1e-12)
+
+    def test_coordinates_carry_the_gram_matrix_of_the_weight(self) -> None:
+        for d, m in ((3, 5), (5, 3)):
+            W = torch.randn(d, m, dtype=torch.float64)
+            space = Coordinates(W, adaptive=False)
+            torch.testing.assert_close(space.factor @ space.factor.mT, W @ W.mT)
+            assert space.size == 9 if d > m else 15
+            for form in (space, Coordinates(W, adaptive=True)):
+                x, g = torch.randn(form.size, dtype=torch.float64), torch.randn(d, m, dtype=torch.float64)
+                assert float((form.change(x) * g).sum()) == pytest.approx(float(x @ form.seen(g)))
+
+
+class TestRefuses:
+    @pytest.mark.parametrize("probes", [1, 2, 7])
+    def test_products_without_pairs(self, probes: int) -> None:
+        with pytest.raises(ConfigError, match=rf"probes={probes}.*even number"):
+            relative_flatness(mlp(), CE(), data(), layer="2", method="xtrace", probes=probes)
+
+    def test_what_changes_the_closed_form(self) -> None:
+        for option in ({"temperature": 2.0}, {"unit_features": True}):
+            with pytest.raises(ConfigError, match=r"method='xtrace'.*'auto'"):
+                relative_flatness(mlp(), CE(), data(), layer="4", method="xtrace", **option)
+
+    def test_training_and_single_samples(self) -> None:
+        with pytest.raises(ConfigError, match=r"'xtrace'.*no gradient.*relative_flatness"):
+            FAM(CE(), mlp(), "2", strength=1.0, method="xtrace")
+        for method in ("xtrace", "finite_difference"):
+            with pytest.raises(ConfigError, match=rf"{method}.*all samples together.*'probe'"):
+                per_sample_flatness(mlp(), CE(), data(), layer="2", method=method)
+
+    def test_data_that_can_be_read_once(self) -> None:
+        with pytest.raises(DataError, match="xtrace' goes over the data more than once"):
+            relative_flatness(mlp(), CE(), iter([data()]), layer="2", method="xtrace")
+        with pytest.raises(DataError, match="empty"):
+            relative_flatness(mlp(), CE(), [], layer="2", method="xtrace")
+
+    def test_a_tolerance_out_of_reach(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(measure, "_MOST_PROBES", 16)
+        said = r"rtol=1e-12 is out of reach: after 16 products kappa\(2\)"
+        with pytest.raises(ConfigError, match=said):
+            relative_flatness(mlp(), CE(), data(), layer="2", method="xtrace", probes=8, rtol=1e-12)
