@@ -6,12 +6,15 @@ mean square error relative to the exact value (from the dense sum over a basis f
 long run of the logit-space estimator, with its standard error, for the convolution).
 
     python benchmarks/estimators.py [--repeats 50] [--json benchmarks/results/estimators.json]
+
+Where curvlinops is installed (see ``curvlinops_traces.py``), its Hutch++ and XTrace run as well.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,6 +32,12 @@ from relflat.weight_space import Matrix
 from relflat.xtrace import Coordinates, Sketch
 
 CE = nn.CrossEntropyLoss()
+GROUPS = {
+    "Hutch++": 3,
+    "XTrace": 2,
+    "Hutch++ of curvlinops": 3,
+    "XTrace of curvlinops": 2,
+}  # products come so many at once
 LAYERS = {"conv": "2", "linear": "6"}
 
 
@@ -123,6 +132,16 @@ class Problem:
         return sketch.value
 
 
+def rivals(problem: Problem) -> dict[str, Callable[[int, int], float]]:
+    """The estimators of curvlinops, where it is installed."""
+    if find_spec("curvlinops") is None:
+        return {}
+    from curvlinops_traces import KappaOperator
+
+    operator = KappaOperator(problem.model, CE, problem.layer, problem.data)
+    return {"Hutch++ of curvlinops": operator.hutch_plus_plus, "XTrace of curvlinops": operator.xtrace}
+
+
 def truth(problem: Problem, layer: str) -> tuple[float, float]:
     """Exact kappa, or a long run's with its standard error."""
     method, probes = ("exact", None) if layer == "linear" else ("probe", 2000)
@@ -179,6 +198,7 @@ def main() -> None:
             "Hutchinson, a probe a batch": problem.hutchinson,
             "Hutch++": problem.hutch_plus_plus,
             "XTrace": problem.x_trace,
+            **rivals(problem),
         }
         table: dict[str, object] = {}
         ours = 0.0
@@ -187,8 +207,8 @@ def main() -> None:
             ours = ours or cells[12]["seconds"]
             # error falls as products^-1/2 or faster; a budget of the default's time at 12 products
             affordable = max(1, int(12 * ours / cells[12]["seconds"]))
-            unit = {"Hutch++": 3, "XTrace": 2}.get(label, 1)  # they spend products in groups
-            budget = max(affordable - affordable % unit, {"Hutch++": 3, "XTrace": 4}.get(label, 1))
+            unit = GROUPS.get(label, 1)
+            budget = max(affordable - affordable % unit, 2 * unit if unit == 2 else unit)
             equal = assess(estimate, true, budget, options.repeats)
             table[label] = {
                 **{str(k): v for k, v in cells.items()},
