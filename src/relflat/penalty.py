@@ -69,6 +69,16 @@ class Spec:
             raise ConfigError(f"probes={self.probes}: at least one product is needed")
         if not self.temperature > 0:
             raise ConfigError(f"temperature={self.temperature}: a positive number is needed")
+        if self.changes_closed_form and self.method not in ("auto", "closed_form"):
+            raise ConfigError(
+                f"temperature, unit_features change the closed form, and method={self.method!r} is another one; use "
+                "method='auto'"
+            )
+
+    @property
+    def changes_closed_form(self) -> bool:
+        """Whether kappa in the closed form is that of another softmax or of other features."""
+        return self.temperature != 1 or self.unit_features
 
     @property
     def mode(self) -> Gradient:
@@ -131,7 +141,7 @@ class Estimator:
             pooled: list[list[Call]] = []
             for layer, calls in by_layer.items():
                 reason = closed_form.why_not(calls, scene.outputs, scene.known)
-                if reason and (spec.temperature != 1 or spec.unit_features):
+                if reason and spec.changes_closed_form:
                     raise ConfigError(
                         f"temperature, unit_features change the closed form, and layer {layer!r} has none: {reason}"
                     )
@@ -139,11 +149,11 @@ class Estimator:
                     raise LossError(f"no closed form for layer {layer!r}: {reason}; use method='auto'")
                 if reason is None and spec.method in ("auto", "closed_form"):
                     found[layer] = self._closed_form(scene, calls)
-                elif spec.curvature == "ggn" and spec.method != "exact" and scene.known is not None:
-                    pooled.append(calls)
-                elif spec.curvature == "hessian" and feeds_itself(calls):
+                elif self._needs_weight(calls):
                     matrix = Matrix.of(layer, calls[0].module)
                     found[layer] = self._in_weight(scene, matrix, self._scale(scene, calls), rng)
+                elif spec.curvature == "ggn" and spec.method != "exact" and scene.known is not None:
+                    pooled.append(calls)
                 else:
                     found[layer] = self._one_layer(scene, calls, rng)
             if pooled:
@@ -152,6 +162,11 @@ class Estimator:
                 if spec.method == "closed_form":
                     raise LossError(
                         f"no closed form for parameter {layer!r}: only for output layers; use 'auto'"
+                    )
+                if spec.changes_closed_form:
+                    raise ConfigError(
+                        f"temperature, unit_features change the closed form, and {layer!r} is a parameter, which has "
+                        "none; name the layer"
                     )
                 if spec.normalize:
                     raise ConfigError(
@@ -177,7 +192,7 @@ class Estimator:
         scales: dict[str, Tensor | None] = {}
         for layer in dict.fromkeys(c.layer for c in scene.calls if c.layer not in without):
             calls = [c for c in scene.calls if c.layer == layer]
-            if self.spec.curvature == "hessian" and feeds_itself(calls):
+            if self._needs_weight(calls):
                 matrices[layer], scales[layer] = Matrix.of(layer, calls[0].module), self._scale(scene, calls)
                 continue
             operator = self._operator(scene, calls, _at_end(scene, calls))
@@ -188,6 +203,14 @@ class Estimator:
             space = self._space(matrices[layer], scales.get(layer))
             operator = self._operator(scene, [space.call])
             yield layer, space.weight.detach(), functools.partial(_detached, space, operator)
+
+    def _needs_weight(self, calls: list[Call]) -> bool:
+        """Whether kappa is taken in the layer's weight, not in its outputs: a layer that feeds itself.
+
+        Its Hessian has terms through its later inputs. The Gauss-Newton matrix has none, and is taken in the weight
+        only where that is tied to another module's, so that both are of the same uses: all of them.
+        """
+        return (self.spec.curvature == "hessian" or calls[0].tied) and feeds_itself(calls)
 
     def _scale(self, scene: Scene, calls: list[Call]) -> Tensor | None:
         if not self.spec.normalize:

@@ -43,6 +43,8 @@ class Call:
         output: the tensor it returned; may have been overwritten in place since.
         edge: where gradients with respect to the output are taken, valid even after in-place ops; None
             under ``no_grad``.
+        versions: of input and output at that moment.
+        tied: whether another module has the same weight.
     """
 
     layer: str
@@ -53,6 +55,7 @@ class Call:
     output: Tensor
     edge: GradientEdge | None
     versions: tuple[int, int]
+    tied: bool = False
 
     def untouched(self) -> bool:
         """Whether the output still holds what the layer returned."""

@@ -42,7 +42,8 @@ class FAM(nn.Module):
         loss_fn: the criterion, called as ``loss_fn(outputs, *targets, **kwargs)``.
         model: the module that is called in the training loop.
         layer: a module of the model, a qualified name, a glob, a list of those, or ``"output"``. The kappas of
-            several layers are added. A weight shared with another module counts as used in this layer only.
+            several layers are added. A weight shared with another module counts as used in this layer only; if the
+            layer also feeds itself (as in a recurrence), or with ``"finite_difference"``, all its uses count.
         strength: the paper's lambda, on the paper's kappa (not divided by m). May be negative.
         radius: if given, the penalty is ``E[L(phi + radius ||phi|| u) - L(phi)]``, u a random unit vector, in
             place of kappa; for small radius and a layer with one position a sample it is ``radius^2 / (2 m) kappa``

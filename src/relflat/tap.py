@@ -6,6 +6,7 @@ checkpointing, another model that shares it, a forward in evaluation mode.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -78,6 +79,10 @@ class Tap:
     # -- hooks ---------------------------------------------------------------------------------------
 
     def _attach(self, model: nn.Module) -> None:
+        named = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        modules = {n: m for n, m in self.layers.items() if isinstance(m, nn.Module)}
+        own = {n: getattr(m, "base_layer", m)._parameters.get("weight") for n, m in modules.items()}
+        self._tied = {n for n, weight in own.items() if weight is not None and named[id(weight)] > 1}
         for name, module in self.layers.items():
             if isinstance(module, nn.Parameter):
                 continue
@@ -176,7 +181,8 @@ class Tap:
         whole = self._whole.pop(name, None)
         weight = kind.matrix(module, weight_of(module)) if whole is None else whole
         versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
-        self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions))
+        tied = name in self._tied
+        self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions, tied))
         return replaced
 
     def _refuse_to_recompute(self, name: str) -> None:

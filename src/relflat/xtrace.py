@@ -71,10 +71,6 @@ def check(spec: Spec) -> None:
             f"probes={spec.probes}: XTrace spends products in pairs and needs two pairs for an error; give an even "
             "number from 4 on"
         )
-    if spec.temperature != 1 or spec.unit_features:
-        raise ConfigError(
-            "temperature, unit_features change the closed form, and method='xtrace' is another one; use method='auto'"
-        )
 
 
 @dataclass(frozen=True, eq=False)

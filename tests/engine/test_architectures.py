@@ -970,6 +970,45 @@ def test_convolution_average_pool_linear_on_paper() -> None:
         assert flat.value == pytest.approx(on_paper, rel=1e-9)
 
 
+class TestTiedAndFeedingItself:
+    """Called in a chain and tied to another module: kappa of the parameter, wherever it is used."""
+
+    def network(self) -> nn.Module:
+        torch.manual_seed(0)
+        step, other = nn.Linear(IN, IN), nn.Linear(IN, IN)
+        other.weight = step.weight
+
+        def run(m: Any, x: Tensor) -> Tensor:
+            return m.head(m.other(m.step(m.step(x).tanh()).tanh()).tanh())
+
+        return Net(run, step=step, other=other, head=nn.Linear(IN, CLASSES)).double()
+
+    @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+    @pytest.mark.parametrize("loss_fn", [CE, lambda z, y: F.nll_loss(z.log_softmax(1), y)])
+    def test_equals_the_reference(self, curvature: str, loss_fn: Any) -> None:
+        net, x, y = self.network(), torch.randn(N, IN).double(), torch.tensor([0, 2, 1, 1, 0])
+        outputs, W = reference.outputs_at_layer(net, x, "step")
+        if curvature == "hessian":
+            want = reference.kappa(lambda V: loss_fn(outputs(V), y), W).item()
+        else:
+            want = reference.kappa_ggn(outputs, lambda z: loss_fn(z, y), W).item()
+        own = Dense(self.network(), "step", lambda m: m(x))
+        loss_of = lambda z: loss_fn(z, y)
+        alone = (own.kappa(loss_of) if curvature == "hessian" else own.kappa_ggn(loss_of)).item()
+        assert abs(alone - want) > 0.1 * abs(want)  # the uses in this layer alone are something else
+        options: dict[str, Any] = {"layer": "step", "curvature": curvature}
+        flat = relative_flatness(net, loss_fn, (x, y), method="exact", **options)
+        assert flat.value == pytest.approx(want, rel=1e-9)
+        assert flat.method == "exact(weight)"
+        flat = relative_flatness(net, loss_fn, (x, y), method="xtrace", probes=IN * IN + 4, **options)
+        assert flat.value == pytest.approx(want, rel=1e-9)
+        flat = relative_flatness(net, loss_fn, (x, y), method="probe", probes=400, **options)
+        assert abs(flat.value - want) <= 4 * flat.stderr
+        with FAM(loss_fn, net, "step", strength=1.0, curvature=curvature, method="exact") as fam:
+            fam(net(x), y)
+        assert fam.last["kappa"] == pytest.approx(want, rel=1e-9)
+
+
 def test_a_convolution_unrolled_to_a_dense_layer_has_another_kappa() -> None:
     """The view of the paper's code: every weight of the Toeplitz matrix is free, so zeros have curvature too."""
     torch.manual_seed(0)

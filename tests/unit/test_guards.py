@@ -2,13 +2,14 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relflat import FAM, RelflatWarning, SecondDerivativeError, relative_flatness
+from relflat import FAM, ConfigError, RelflatWarning, SecondDerivativeError, relative_flatness
 from relflat.guards import Guards, spread
 
 CE = nn.CrossEntropyLoss
@@ -116,6 +117,18 @@ class TestHanEtAl:
         fam = FAM(CE(), net, "output", strength=1.0, temperature=2.0)
         fam(net(x), y)
         assert fam.last["kappa"] == pytest.approx(float((x.square().sum(-1) * variance).mean()), rel=1e-5)
+
+    @pytest.mark.parametrize("option", [{"temperature": 2.0}, {"unit_features": True}])
+    def test_only_the_closed_form_knows_them(self, option: dict[str, Any]) -> None:
+        """Any other method would give the plain kappa and trace in their name."""
+        net = nn.Linear(4, 3)
+        for method in ("exact", "probe", "finite_difference", "xtrace"):
+            with pytest.raises(ConfigError, match=rf"closed form.*method='{method}'.*'auto'"):
+                relative_flatness(net, CE(), data(), layer="output", method=method, **option)
+        with pytest.raises(ConfigError, match=r"method='probe'.*'auto'"):
+            FAM(CE(), net, "output", strength=1.0, method="probe", **option)
+        with pytest.raises(ConfigError, match=r"'weight' is a parameter.*name the layer"):
+            relative_flatness(net, CE(), data(), layer="weight", **option)
 
 
 class TestWhere:
