@@ -1,11 +1,12 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from relflat.cli.main import main
+from relflat.cli.main import COMMANDS, main, option_names
 
 SHORT = ["--epochs", "1", "--train-size", "100"]
 
@@ -333,3 +334,28 @@ def test_core_does_not_import_the_lab():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "nearest"),
+    [
+        (
+            ["compare", "digits", "--sede", "3"],
+            "Unknown option of relflat compare '--sede'; did you mean '--seeds'?",
+        ),
+        (["train", "digits", "--layer_per_step=1"], "did you mean '--layers-per-step'?"),
+        (["measure", "runs/x", "--sample", "3"], "did you mean '--samples'?"),
+        (["report", "x", "--jsno"], "did you mean '--json'?"),
+    ],
+)
+def test_a_misspelt_option_gets_the_nearest_of_its_own_command(relflat, command, nearest):
+    code, out, err = relflat(*command)
+    assert (code, out) == (2, "")
+    assert nearest in err
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "measure", "report", "reproduce"])
+def test_every_option_that_help_lists_is_known(relflat, command):
+    _, out, _ = relflat(command, "--help")
+    listed = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", out))
+    assert listed == {f"--{name.replace('_', '-')}" for name in option_names(COMMANDS[command])} | {"--help"}

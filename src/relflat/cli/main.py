@@ -2,8 +2,10 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import Parameter, signature
+from typing import get_type_hints, is_typeddict
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -15,24 +17,31 @@ from relflat.cli.measure import measure
 from relflat.cli.reproduce import reproduce
 from relflat.cli.train import train
 from relflat.errors import RelflatError
+from relflat.lab.names import unknown
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "measure": measure,
+    "compare": compare,
+    "report": report,
+    "reproduce": reproduce,
+}
 app = SubcommandApp()
-app.command(name="train")(train)
-app.command(name="measure")(measure)
-app.command(name="compare")(compare)
-app.command(name="report")(report)
-app.command(name="reproduce")(reproduce)
+for name, function in COMMANDS.items():
+    app.command(name=name)(function)
 app.command(data, name="data", help="List and fetch data sets.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with 0, 1 (nobody reads on), 2 (something to correct) or 130 (interrupted)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with flushed():
+            require_known_options(given)
             app.cli(
                 prog="relflat",
                 description="Relative flatness of PyTorch networks: measure it, train with it.",
-                args=list(sys.argv[1:] if arguments is None else arguments),
+                args=given,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )
     except BrokenPipeError:  # as after | head
@@ -48,6 +57,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         fail(KeyboardInterruptMessage())
         sys.exit(130)
+
+
+def require_known_options(arguments: Sequence[str]) -> None:
+    """See that the command has all of these options; tyro would name those of other commands.
+
+    Raises:
+        ConfigError: it does not; the nearest of its own is named.
+    """
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    if command is None:
+        return
+    known = {f"--{name.replace('_', '-')}" for name in option_names(command)} | {"--help"}
+    for argument in arguments[1:]:
+        option = argument.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and option not in known:
+            raise unknown(f"option of relflat {arguments[0]}", option, known)
+
+
+def option_names(command: Callable[..., None]) -> list[str]:
+    """The names of a command's options; those of a dictionary of values each by itself."""
+    hints = get_type_hints(command)
+    found = []
+    for name, parameter in signature(command).parameters.items():
+        if parameter.kind is Parameter.KEYWORD_ONLY:
+            found += list(hints[name].__annotations__) if is_typeddict(hints[name]) else [name]
+    return found
 
 
 @contextmanager

@@ -13,6 +13,13 @@ from typing import Any
 from relflat.errors import ConfigError, RelflatError
 from relflat.lab.names import unknown
 
+LIBRARY = Path(__file__).parents[1]
+DETOURS = (
+    "_wrapped_call_impl",
+    "_call_impl",
+    "inner",
+)  # what torch puts between a module's call and its forward
+
 
 def split_name(task: str) -> tuple[Path, str] | None:
     """Path and name of ``path/to/file.py:name``, or None for the name of a built-in task."""
@@ -63,13 +70,13 @@ def load(path: Path, name: str, kind: type[Any]) -> Any:
 
 @contextmanager
 def blamed(task: str) -> Iterator[None]:
-    """Explain an error that comes out of the file of a task by the part of the traceback that is in it.
+    """Explain an error of a task of the user's by the part of the traceback from its file on.
 
     Args:
         task: name of the task; errors of built-in ones pass as they are.
 
     Raises:
-        ConfigError: code of the file raised something.
+        ConfigError: code of the file raised something, or what it gave was used and raised it.
     """
     place = split_name(task)
     try:
@@ -77,12 +84,16 @@ def blamed(task: str) -> Iterator[None]:
     except RelflatError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if place is None or not any(frame.filename == str(place[0]) for frame in frames):
+        if place is None:
             raise
+        frames = traceback.extract_tb(error.__traceback__)
+        what = (
+            f"The task file {place[0]} raises an error"
+            if any(frame.filename == str(place[0]) for frame in frames)
+            else f"What the task file {place[0]} gives does not work together"
+        )
         raise ConfigError(
-            f"The task file {place[0]} raises an error; mend it, and the same command goes on:\n"
-            f"{of_file(error, place[0])}"
+            f"{what}; mend it, and the same command goes on:\n{of_file(error, place[0])}"
         ) from error
 
 
@@ -108,8 +119,12 @@ def module_of(path: Path, digest: str) -> Any:
 
 
 def of_file(error: Exception, path: Path) -> str:
-    """The traceback from the task file on, without what called it."""
+    """The traceback from the task file on, without what called it; from this library's last line on without it."""
     frames = traceback.extract_tb(error.__traceback__)
-    start = next((place for place, frame in enumerate(frames) if frame.filename == str(path)), 0)
-    lines = traceback.format_list(frames[start:]) + traceback.format_exception_only(error)
+    ours = max(
+        (at for at, frame in enumerate(frames) if Path(frame.filename).is_relative_to(LIBRARY)), default=0
+    )
+    start = next((at for at, frame in enumerate(frames) if frame.filename == str(path)), ours)
+    frames = [frame for frame in frames[start:] if frame.name not in DETOURS]
+    lines = traceback.format_list(frames) + traceback.format_exception_only(error)
     return "".join(lines).rstrip()

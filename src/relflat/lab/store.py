@@ -129,29 +129,74 @@ def config_of(folder: Path) -> RunConfig:
             f"{folder} is not a run: it has no {CONFIG}. Train one with: relflat train TASK --runs DIR"
         )
     values = read_json(path)
-    config = make(values)
+    try:
+        config = make({key: value for key, value in values.items() if key != "source"})
+    except ConfigError as error:
+        raise DataError(f"The run's {path} does not fit here: {error}{written_by(folder)}") from error
     require_unchanged(config.task, values.get("source"))
     return config
+
+
+def written_by(folder: Path) -> str:
+    """A sentence on the version that wrote a run or comparison, where that is another one than this."""
+    path = folder / ENVIRONMENT
+    there = read_json(path).get("packages", {}).get("relflat") if path.is_file() else None
+    here = describe()["packages"]["relflat"]
+    return "" if there in (None, here) else f" It was written by relflat {there}; this is {here}."
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
     """The result of a finished run, or None."""
     path = folder / RESULT
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    lacking = [key for key in ("status", "epochs", "train", "validation", "test") if key not in result]
+    if lacking:
+        raise damaged(path, f"it has no {', '.join(lacking)}")
+    return result
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``."""
-    path = folder / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The lines of a run's ``metrics.jsonl``, none while there is no such file.
+
+    Raises:
+        DataError: a line is damaged, or a finished run has not as many as epochs.
+    """
+    path, result = folder / METRICS, result_of(folder)
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    except ValueError as error:
+        raise damaged(path, error) from error
+    if result is not None and len(lines) != result["epochs"]:
+        raise damaged(path, f"{len(lines)} epochs of {result['epochs']}")
+    return lines
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object."""
+    """Read one JSON object.
+
+    Raises:
+        DataError: it is damaged.
+    """
     try:
-        return dict(json.loads(path.read_text()))
+        value = json.loads(path.read_text())
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}). Run again with --fresh.") from error
+        raise damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise damaged(path, f"it holds {value!r}")
+    return value
+
+
+def damaged(path: Path, why: object) -> DataError:
+    """The error about a file that does not hold what it should, with what mends it."""
+    remedy = {
+        CONFIG: f"Remove {path.parent} and train again, or give relflat train --fresh.",
+        METRICS: f"Remove {path.with_name(RESULT)}, if it is there, and give the same command again: both files are "
+        "made anew from the checkpoint.",
+    }
+    again = "Remove it and give the same command again; it makes what is missing."
+    return DataError(f"{path} is damaged ({why}). {remedy.get(path.name, again)}")
 
 
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:

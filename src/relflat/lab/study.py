@@ -66,6 +66,8 @@ def plan_for(
         raise ConfigError(f"first_seed={first_seed} must lie between 0 and {FIRST_SEARCH_SEED - 1}.")
     if not 1 <= seeds <= FIRST_SEARCH_SEED - first_seed:
         raise ConfigError(f"seeds={seeds} must lie between 1 and {FIRST_SEARCH_SEED - first_seed}.")
+    if search_seeds < 1:
+        raise ConfigError(f"search_seeds={search_seeds} must be above 0.")
     plan = Plan(
         task,
         {key: value for key, value in common.items() if value is not None},
@@ -120,7 +122,7 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
             raise ConfigError(
                 f"{folder} holds a comparison with other values of {', '.join(keys)}. Choose another --out."
             )
-    with store.writing(folder, "--out"):
+    with store.writing(folder, "--runs" if folder.parent == runs else "--out"):
         folder.mkdir(parents=True, exist_ok=True)
         for pattern in (PLAN, COSTS, ENVIRONMENT, "report.*"):  # what a killed process had begun to write
             for unfinished in folder.glob(f".{pattern}-*"):
@@ -159,7 +161,11 @@ def costs_of(folder: Path, comparison: Comparison) -> Costs:
     """Seconds a step of each arm's chosen setting: those that were kept, else measured now and kept."""
     arms = comparison.plan.arms
     if (folder / COSTS).is_file():
-        return {name: StepCost(**values) for name, values in store.read_json(folder / COSTS).items()}
+        try:
+            kept = store.read_json(folder / COSTS)
+            return {arm.name: StepCost(**kept[arm.name]) for arm in arms}
+        except (KeyError, TypeError) as error:
+            raise store.damaged(folder / COSTS, f"{type(error).__name__}: {error}") from error
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seed = comparison.plan.seeds[0]
@@ -234,7 +240,13 @@ def rebuild(folder: Path) -> Comparison:
             f"The comparison in {folder} is not finished: {', '.join(missing)} is missing. "
             "Give its relflat compare command again; it goes on where it stopped."
         )
-    plan = plan_from(values)
+    try:
+        plan = plan_from(values)
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / PLAN} is damaged or of another version ({type(error).__name__}: {error})."
+            f"{store.written_by(folder)} Give its relflat compare command again with another --out."
+        ) from error
     made = f"the comparison in {folder} was made. Give its relflat compare command again with another --out"
     require_unchanged(plan.task, values.get("source"), made)
     comparison = conclude(plan, (folder / values["runs"]).resolve(), reader(folder))

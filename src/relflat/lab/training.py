@@ -116,7 +116,7 @@ def build(config: RunConfig) -> Session:
             f"batch_size={config.batch_size} cannot be shared evenly by {accelerator.num_processes} processes; "
             f"give a multiple of {accelerator.num_processes}."
         )
-    model, loss = task.model(), task.loss()
+    model, loss = a_module("model", task.model()), a_module("loss", task.loss())
     base = replace(task.optimizer, lr=config.lr, weight_decay=config.weight_decay)
     optimizer = method.optimizer(model.parameters(), base, config.settings)
     order = EpochOrder(len(splits.train), config.batch_size, config.seed)
@@ -128,6 +128,20 @@ def build(config: RunConfig) -> Session:
     return Session(
         config, splits, Learner(accelerator, wrapped, criterion, prepared), loss, scheduler, order, loader
     )
+
+
+def a_module(part: str, made: Any) -> nn.Module:
+    """What a task's model or loss gave, if it is a module.
+
+    Raises:
+        ConfigError: it is something else, such as a function or the class in place of an object.
+    """
+    if not isinstance(made, nn.Module):
+        raise ConfigError(
+            f"The task's {part}() gives {made!r}, but must give a torch.nn.Module"
+            + ("; for a function, write a module that calls it." if part == "loss" else ".")
+        )
+    return made
 
 
 def accelerator_for(config: RunConfig) -> Accelerator:
