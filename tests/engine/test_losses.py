@@ -1,5 +1,6 @@
 """Any callable is a loss: values and gradients of kappa for two dozen of them against Definition 3."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from dense import Dense
 from torch import Tensor, nn
 
-from relflat import FAM, GraphError, LossError, reference, relative_flatness
+from relflat import FAM, GraphError, LossError, per_sample_flatness, reference, relative_flatness
 
 N, IN, HIDDEN = 6, 4, 3
 CE = nn.CrossEntropyLoss
@@ -44,6 +45,28 @@ def dice(z: Tensor, mask: Tensor, *, whole_batch: bool = False) -> Tensor:
     p, over = z.sigmoid(), (0, 1) if whole_batch else (1,)
     overlap = 2 * (p * mask).sum(over) + 1e-5
     return (1 - overlap / (p.sum(over) + mask.sum(over) + 1e-5)).mean()
+
+
+def monai_dice(*, classes: bool = False, **options: Any) -> Callable[..., Tensor]:
+    """Dice loss of MONAI: outputs are voxels of one foreground map, or of a map for each of two classes."""
+
+    @functools.cache
+    def loss() -> nn.Module:
+        from monai.losses.dice import DiceLoss  # slow to import
+
+        return DiceLoss(
+            **({"softmax": True, "to_onehot_y": True} if classes else {"sigmoid": True}), **options
+        )
+
+    def of_maps(z: Tensor, mask: Tensor) -> Tensor:
+        maps = z.unflatten(1, (2, 2)) if classes else z[:, None]
+        return loss()(maps, (mask[:, None, :2] if classes else mask[:, None]))
+
+    return of_maps
+
+
+def masks() -> Tensor:
+    return (torch.rand(N, 4) > 0.5).double()
 
 
 def gaussian_nll(z: Tensor, y: Tensor) -> Tensor:
@@ -123,6 +146,11 @@ LOSSES = {
     "dice of the batch": Loss(
         lambda z, y: dice(z, y, whole_batch=True), lambda: (torch.rand(N, 4) > 0.5).double(), width=4
     ),
+    "dice of monai": Loss(monai_dice(), masks, width=4),
+    "dice of monai, sum": Loss(monai_dice(reduction="sum", jaccard=True), masks, width=4),
+    "dice of monai, squared": Loss(monai_dice(squared_pred=True), masks, width=4),
+    "dice of monai, classes": Loss(monai_dice(classes=True, include_background=False), masks, width=4),
+    "dice of monai, of the batch": Loss(monai_dice(batch=True), masks, width=4),
     "cosine embedding": Loss(cosine, width=4),
     "triplet": Loss(triplet),
     "info nce": Loss(info_nce),
@@ -132,7 +160,14 @@ LOSSES = {
     "parameters of its own": Loss(Centres()),
     "not convex": Loss(lambda z, y: (z.sin() * z.roll(1, 1)).sum(1).mean()),
 }
-COUPLED = {"dice of the batch", "triplet", "info nce", "pairs of neighbours", "several terms"}
+COUPLED = {
+    "dice of the batch",
+    "dice of monai, of the batch",
+    "triplet",
+    "info nce",
+    "pairs of neighbours",
+    "several terms",
+}
 
 
 def network(width: int) -> nn.Sequential:
@@ -200,6 +235,61 @@ def test_one_loss_a_sample(layer: str) -> None:
             network(3), lambda z, t: each(z, t)[0], x[i : i + 1], y[i : i + 1], layer
         )
         assert float(shares[i]) == pytest.approx(float(reference.kappa(loss, W)), rel=1e-9, abs=1e-10)
+
+
+class TestDiceOfMonai:
+    """The loss of MONAI itself: its own reductions, and curvature without a second derivative by autograd."""
+
+    @pytest.mark.parametrize("classes", [False, True])
+    @pytest.mark.parametrize("layer", ["0", "2"])
+    def test_one_loss_a_sample_and_their_mean(self, layer: str, classes: bool) -> None:
+        model, x, y = network(4), inputs(), masks()
+        each, mean = monai_dice(classes=classes, reduction="none"), monai_dice(classes=classes)
+        samples = lambda z, t: each(z, t).flatten(1).mean(1)
+        kappas = []
+        for i in range(N):
+            loss, W = reference.at_layer(model, mean, x[i : i + 1], y[i : i + 1], layer)
+            kappas.append(float(reference.kappa(loss, W)))
+        options: dict[str, Any] = {"layer": layer, "method": "exact"}
+        shares = per_sample_flatness(model, samples, (x, y), **options)
+        torch.testing.assert_close(shares, torch.tensor(kappas, dtype=torch.float64), rtol=1e-9, atol=1e-10)
+        for fn in (samples, mean):
+            halves = list(zip(x.split([2, 4]), y.split([2, 4]), strict=True))
+            flat = relative_flatness(model, fn, halves, **options)
+            assert flat.value == pytest.approx(sum(kappas) / N, rel=1e-8, abs=1e-10)
+
+    @pytest.mark.parametrize("options", [{}, {"batch": True}, {"classes": True}])
+    @pytest.mark.parametrize("layer", ["0", "2"])
+    def test_against_differences(self, layer: str, options: dict[str, Any]) -> None:
+        """Hessian from slopes at moved weights; GGN from outputs and slopes of the loss at moved outputs."""
+        model, x, y, fn = network(4), inputs(), masks(), monai_dice(**options)
+        W = model.get_submodule(layer).weight
+        slope = lambda: torch.autograd.grad(fn(model(x), y), W)[0].flatten()
+        H, J = [], []
+        for i in range(W.numel()):
+            ends = []
+            for h in (1e-5, -1e-5):
+                with torch.no_grad():
+                    W.view(-1)[i] += h
+                ends.append((slope(), model(x).detach().flatten()))
+                with torch.no_grad():
+                    W.view(-1)[i] -= h
+            H.append((ends[0][0] - ends[1][0]) / 2e-5)
+            J.append((ends[0][1] - ends[1][1]) / 2e-5)
+        z = model(x).detach()
+        rows = []
+        for i in range(z.numel()):
+            step = torch.zeros_like(z)
+            step.view(-1)[i] = 1e-5
+            two = [v.requires_grad_() for v in (z + step, z - step)]
+            up, down = (torch.autograd.grad(fn(v, y), v)[0] for v in two)
+            rows.append((up - down).flatten() / 2e-5)
+        jacobian = torch.stack(J, 1)
+        ggn = jacobian.T @ torch.stack(rows) @ jacobian
+        for curvature, matrix in (("hessian", torch.stack(H)), ("ggn", ggn)):
+            want = float(reference.kappa_of_hessian(W.detach(), matrix.reshape(*W.shape, *W.shape)))
+            flat = relative_flatness(model, fn, (x, y), layer=layer, curvature=curvature, method="exact")
+            assert flat.value == pytest.approx(want, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("name", sorted(COUPLED))
