@@ -15,7 +15,9 @@ from code_blocks import WHY_NOT_RUN, blocks, same_output
 
 import relflat
 from relflat import reference, reparam
+from relflat.cli.compare import compare
 from relflat.cli.main import main
+from relflat.lab.arms import ARMS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -261,3 +263,16 @@ def test_citation_names_both_papers():
 
 def test_changelog_has_this_version():
     assert f"## [{relflat.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_arm_of_a_comparison_has_a_row_with_its_grid():
+    section = _section((ROOT / "docs" / "compare.md").read_text(), "## Arms")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()]
+    listed = {row[0].strip("`"): row for row in rows if row and row[0].startswith("`")}
+    assert list(listed) == list(ARMS)
+    for name, (_, _, grid, cost) in listed.items():
+        key = ARMS[name].key.replace("_", " ")
+        assert grid == f"{key} " + ", ".join(f"{value:g}" for value in ARMS[name].values), name
+        assert float(cost) >= 1, name
+    default = inspect.signature(compare).parameters["arms"].default
+    assert f"The default is `{' '.join(default)}`." in section

@@ -277,7 +277,7 @@ def after_rescaling(found: Found) -> str:
         )
 
     return (
-        f"After rescaling layers by factors of {FACTORS[0]:g} to {FACTORS[1]:g}, features not normalised. tau "
+        f"Rescaling layers by factors of {FACTORS[0]:g} to {FACTORS[1]:g}, features not normalised, leaves tau "
         f"unchanged: {listed(kept_ones)}. Association no longer shown: {listed(lost)}. "
         f"Moved otherwise: {listed(other)}."
     )
