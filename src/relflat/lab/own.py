@@ -125,6 +125,6 @@ def of_file(error: Exception, path: Path) -> str:
         (at for at, frame in enumerate(frames) if Path(frame.filename).is_relative_to(LIBRARY)), default=0
     )
     start = next((at for at, frame in enumerate(frames) if frame.filename == str(path)), ours)
-    frames = [frame for frame in frames[start:] if frame.name not in DETOURS]
-    lines = traceback.format_list(frames) + traceback.format_exception_only(error)
+    shown = [frame for frame in frames[start:] if frame.name not in DETOURS]
+    lines = traceback.format_list(shown) + traceback.format_exception_only(error)
     return "".join(lines).rstrip()
