@@ -283,7 +283,7 @@ def test_default_folder_depends_on_the_plan(tmp_path):
     [
         ({"trials": 9}, "trials=9 must lie between 1 and 4"),
         ({"seeds": 0}, "seeds=0 must lie between 1 and 100"),
-        ({"search_seeds": 0}, "at least one seed"),
+        ({"search_seeds": 0}, "search_seeds=0 must be above 0"),
         ({"label_noise": 2.0}, "not a probability"),
     ],
 )
