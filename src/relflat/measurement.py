@@ -325,7 +325,7 @@ class Measurement:
                     f"the data hold {x.count} row of features of layer {name!r}: a standard deviation needs at least "
                     "two; give more samples, or leave normalize_features out"
                 )
-        return {name: std_of(x.squares / x.count, x.mean) for name, x in total.items()}
+        return {name: std_of(x.squares / x.count, x.mean, x.dtype) for name, x in total.items()}
 
     def _moments(self) -> dict[str, "Moments"]:
         found: dict[str, Moments] = {}
@@ -333,29 +333,34 @@ class Measurement:
             with torch.no_grad():
                 self.batches.forward(self.model, batch)
             for call in [c for record in self.tap.take() for c in record.calls]:
-                phi = Site.of([call], constant=True).features.flatten(0, 2).double()
-                seen = Moments(phi.shape[0], phi.mean(0), phi.var(0, correction=0) * phi.shape[0])
+                features = Site.of([call], constant=True).features.flatten(0, 2)
+                phi = features.double()
+                squares = phi.var(0, correction=0) * phi.shape[0]
+                seen = Moments(phi.shape[0], phi.mean(0), squares, features.dtype)
                 found[call.layer] = found[call.layer] + seen if call.layer in found else seen
         return found
 
 
 @dataclass(frozen=True)
 class Moments:
-    """How many rows of features there were, their mean, and their summed squared deviations from it."""
+    """How many rows of features there were, their mean, summed squared deviations from it, and their dtype."""
 
     count: int
     mean: Float[Tensor, " m"]
     squares: Float[Tensor, " m"]
+    dtype: torch.dtype
 
     def __add__(self, other: "Moments") -> "Moments":
         """Moments of both parts together (Chan et al. 1983)."""
         count, delta = self.count + other.count, other.mean - self.mean
         between = delta.square() * self.count * other.count / count
-        return Moments(count, self.mean + delta * other.count / count, self.squares + other.squares + between)
+        return Moments(
+            count, self.mean + delta * other.count / count, self.squares + other.squares + between, self.dtype
+        )
 
     def to(self, device: torch.device) -> "Moments":
         """The same on another device."""
-        return Moments(self.count, self.mean.to(device), self.squares.to(device))
+        return Moments(self.count, self.mean.to(device), self.squares.to(device), self.dtype)
 
 
 def _check_finite(loss: Tensor) -> None:

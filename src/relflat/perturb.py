@@ -16,7 +16,7 @@ from relflat.layers import Kind
 from relflat.probes import Contributions
 from relflat.record import Call, same_values
 from relflat.rng import Rng
-from relflat.site import divisor, std_of
+from relflat.site import divisor, std_of_rows
 from relflat.weight_space import Matrix, random_direction
 
 _STENCIL = ((-2, -1.0), (-1, 16.0), (1, 16.0), (2, -1.0))
@@ -76,9 +76,8 @@ def noise(
 
     With several positions in a sample (tokens, pixels) the noise is independent at each, with the root mean
     square of the sample's ``||phi||`` as scale. If adaptive, ``radius * phi * eps`` with eps standard normal:
-    Gaussian dropout of variance ``radius^2``, which normalisation does not change. Else, if normalised, the same
-    for features divided by their standard deviation over the batch, without those (for convolutions: channels)
-    that do not vary in it.
+    Gaussian dropout of variance ``radius^2``. If normalised, the same for features divided by their standard
+    deviation over the batch, without those (for convolutions: channels) that do not vary in it.
 
     Raises:
         ConfigError: if the input is not made of real numbers.
@@ -88,13 +87,14 @@ def noise(
             f"radius= moves the input of {type(module).__name__}, and that is {x.dtype}; name the next layer"
         )
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if adaptive:
-        return radius * wide * rng.normal(wide)
     last = wide if kind.outputs_last(module, wide).shape == wide.shape else kind.outputs_last(module, wide)
     eps = rng.normal(last)
     rows = last.reshape(last.shape[0] if last.ndim > 1 else 1, -1, last.shape[-1])
     flat = rows.detach().flatten(0, 1)
-    scale = std_of(flat.var(0, correction=0), flat.mean(0)) if normalize else flat.new_ones(())
+    scale = std_of_rows(flat, type(module).__name__) if normalize else flat.new_ones(())
+    if adaptive:
+        change = radius * last * eps * (scale > 0)
+        return change if last is wide else kind.outputs_back(module, change).reshape(wide.shape)
     size = torch.linalg.vector_norm(rows / divisor(scale), dim=(1, 2)) / math.sqrt(rows.shape[1])
     eps = eps * (scale > 0)
     length = torch.linalg.vector_norm(eps, dim=-1, keepdim=True)

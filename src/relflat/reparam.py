@@ -274,7 +274,7 @@ def normalize_features(layer: nn.Linear, features: Float[Tensor, "*n m"]) -> nn.
     phi = features.detach().reshape(-1, features.shape[-1])
     if len(phi) < 2:
         raise DataError(f"features hold {len(phi)} sample(s): a standard deviation needs at least two")
-    std = std_of(phi.var(0, correction=0), phi.mean(0))
+    std = std_of(phi.var(0, correction=0), phi.mean(0), phi.dtype)
     return rescale_features(layer, torch.where(std > 0, std, torch.ones_like(std)))
 
 

@@ -153,18 +153,25 @@ def samples_of(call: Call) -> int:
 
 def feature_std(calls: Sequence[Call]) -> Float[Tensor, " m"]:
     """Standard deviation of each feature over the calls' rows, a constant; 0 where a feature never varies."""
-    phi = Site.of(calls, constant=True).features.flatten(0, 2)
+    return std_of_rows(Site.of(calls, constant=True).features.flatten(0, 2), f"layer {calls[0].layer!r}")
+
+
+def std_of_rows(phi: Float[Tensor, "n m"], whose: str) -> Float[Tensor, " m"]:
+    """Standard deviation of each column; 0 where it never varies, with a warning if one row is all there is."""
     if phi.shape[0] < 2:
         warn(
-            f"layer {calls[0].layer!r} has a single row of features in this batch, so none varies and kappa in "
-            "normalised features is 0 there; use larger batches (drop_last=True leaves out a short last one)"
+            f"{whose} has a single row of features in this batch, so none varies and kappa in normalised features "
+            "is 0 there; use larger batches (drop_last=True leaves out a short last one)"
         )
-    return std_of(phi.var(0, correction=0), phi.mean(0))
+    return std_of(phi.var(0, correction=0), phi.mean(0), phi.dtype)
 
 
-def std_of(variance: Float[Tensor, " m"], mean: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Square root; 0 for a feature that never varies, up to rounding (a millionth of its mean)."""
-    return torch.where(variance > (1e-6 * mean).square(), variance, 0.0).sqrt()
+def std_of(
+    variance: Float[Tensor, " m"], mean: Float[Tensor, " m"], dtype: torch.dtype
+) -> Float[Tensor, " m"]:
+    """Square root; 0 for a feature that never varies: less than ten roundings of its mean in the features' dtype."""
+    rounding = 10 * torch.finfo(dtype).eps * mean
+    return torch.where(variance > rounding.square(), variance, 0.0).sqrt()
 
 
 def divisor(scale: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

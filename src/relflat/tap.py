@@ -81,8 +81,8 @@ class Tap:
     def _attach(self, model: nn.Module) -> None:
         named = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         modules = {n: m for n, m in self.layers.items() if isinstance(m, nn.Module)}
-        own = {n: getattr(m, "base_layer", m)._parameters.get("weight") for n, m in modules.items()}
-        self._tied = {n for n, weight in own.items() if weight is not None and named[id(weight)] > 1}
+        own = {n: own_weights(getattr(m, "base_layer", m)) for n, m in modules.items()}
+        self._tied = {n for n, weights in own.items() if any(named[id(weight)] > 1 for weight in weights)}
         for name, module in self.layers.items():
             if isinstance(module, nn.Parameter):
                 continue
@@ -380,6 +380,12 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Hook, (None, self._method, *self._args))
+
+
+def own_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters the module's weight is made of: itself, or what its parametrization starts from."""
+    named = module.named_parameters()
+    return [p for name, p in named if name == "weight" or name.startswith("parametrizations.weight.")]
 
 
 def _recomputing() -> bool:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from relflat import FAM, reference, relative_flatness
+from relflat import FAM, LayerError, reference, relative_flatness
 
 VALUE, GRADIENT = 1e-9, 1e-7
 N, IN, CLASSES = 5, 4, 3
@@ -1007,6 +1007,26 @@ class TestTiedAndFeedingItself:
         with FAM(loss_fn, net, "step", strength=1.0, curvature=curvature, method="exact") as fam:
             fam(net(x), y)
         assert fam.last["kappa"] == pytest.approx(want, rel=1e-9)
+
+    def test_a_parametrization_does_not_hide_the_tie(self) -> None:
+        """An effective weight cannot be moved in both places as one, and counting one of them would be wrong."""
+
+        class Doubled(nn.Module):
+            def forward(self, w: Tensor) -> Tensor:
+                return 2 * w
+
+        def value(parametrization: nn.Module | None) -> float:
+            net = self.network()
+            if parametrization is not None:
+                for module in (net.step, net.other):
+                    parametrize.register_parametrization(module, "weight", parametrization)
+                net.other.parametrizations.weight.original = net.step.parametrizations.weight.original
+            return relative_flatness(net, CE, (x, y), layer="step", curvature="ggn", method="exact").value
+
+        x, y = torch.randn(N, IN).double(), torch.tensor([0, 2, 1, 1, 0])
+        assert value(nn.Identity()) == pytest.approx(value(None), rel=1e-9)
+        with pytest.raises(LayerError, match="computed from other parameters"):
+            value(Doubled())
 
 
 def test_a_convolution_unrolled_to_a_dense_layer_has_another_kappa() -> None:

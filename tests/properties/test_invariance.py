@@ -8,10 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from nets import KNOWN_LOSSES, Loss, Net, Problem, losses, nets, relative_error
 from relflat import FAM, DataError, RelflatWarning, reference, relative_flatness, reparam
+from relflat.layers import kind_of
+from relflat.perturb import noise
+from relflat.rng import Rng
 
 SAME = 1e-9
 DIFFERENT = 1e-3
@@ -225,19 +228,44 @@ def test_a_batch_of_one_row_has_no_normalized_features() -> None:
         assert fam.last["kappa"] == 0
 
 
-def test_noise_in_normalized_features_leaves_out_what_never_varies() -> None:
-    problem = example(Loss("cross_entropy"))
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_noise_in_normalized_features_leaves_out_what_never_varies(adaptive: bool) -> None:
+    layer, x = nn.Linear(4, 2), torch.randn(50, 4)
+    x[:, 1], x[:, 3] = 0.0, 0.9
+    kind = kind_of(layer)
+    assert kind is not None
+
+    def change(x: Tensor, normalize: bool) -> Tensor:
+        return noise(x, 0.1, Rng(0, 0), adaptive=adaptive, normalize=normalize, kind=kind, module=layer)
+
+    assert (change(x, True).std(0) > 1e-3).tolist() == [True, False, True, False]
+    assert not change(x, True)[:, [1, 3]].any()
+    assert change(x, False)[:, 3].std() > 1e-3
+    with pytest.warns(RelflatWarning, match="Linear has a single row"):
+        assert not change(x[:1], True).any()
+
+
+def test_a_feature_far_from_zero_varies_as_far_as_its_dtype_can_tell() -> None:
+    """In float64 a deviation of 1 around a mean of 1e7 is no rounding; in float32 it is all there is."""
+    layer, phi = nn.Linear(4, 3).double(), torch.randn(30, 4, dtype=torch.float64)
+    y = torch.arange(30) % 3
     with torch.no_grad():
-        problem.model[0].weight[2] = 0.0
-    seen = []
-    problem.model[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    problem.model.train()
-    options = {"radius": 0.1, "normalize_features": True, "seed": 0}
-    with FAM(problem.loss_fn, problem.model, ["0", "2"], strength=1.0, **options):
-        problem.model(problem.inputs)
-    moved = seen[0].std(0)
-    assert moved[2] < 1e-12
-    assert bool((moved[[0, 1, 3]] > 1e-3).all())
+        layer.bias -= 1e7 * layer.weight[:, 0]
+    far = phi.clone()
+    far[:, 0] += 1e7
+    without = phi.clone()
+    without[:, 0] = 0
+    loss = nn.CrossEntropyLoss()
+    found, less = (
+        relative_flatness(nn.Sequential(layer), loss, (x, y), layer="0", normalize_features=True).value
+        for x in (far, without)
+    )
+    assert found > 1e3 * less  # the mean square of a feature counts
+    assert reparam.normalize_features(layer, far)[0](far).std(0, correction=0)[0] == pytest.approx(
+        1, rel=1e-6
+    )
+    wide = far.float() + torch.randn(30, 1) * torch.tensor([1.0, 0, 0, 0])  # rounded to whole numbers
+    assert reparam.normalize_features(layer.float(), wide)[0].scale[0] == 1
 
 
 def test_rotating_features_is_seen_by_the_adaptive_form() -> None:

@@ -377,9 +377,7 @@ def scaled(size: Size, scale: Scale) -> list[str]:
     lines = [
         f"Measures are taken on {size.samples} training samples. The theory paper shows the correlation with the gap "
         "after rescaling; the experiment `correlation` has that.",
-        "Features that never vary (dead neurons) are taken out before features are divided by their "
-        "deviation; left in, as `relative_flatness(normalize_features=True)` has them, their weights make the value "
-        "see the scale of layers.",
+        "Features that never vary (dead neurons) are left out where features are divided by their deviation.",
         "PAC-Bayes flatness by ten draws of noise; SAM's sharpness by ten steps of ascent, a lower bound of the "
         "maximum.",
     ]

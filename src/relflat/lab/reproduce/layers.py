@@ -67,7 +67,7 @@ def study_one(folder: Path, recipe: Recipe) -> Record:
     network = trained(recipe, folder)
     if not network.result["reached"]:
         return network.result
-    found = kept(folder / f"{recipe.digest}-layers.json", partial(measure, network.network, recipe))
+    found = kept(folder / f"{recipe.digest}-layers-2.json", partial(measure, network.network, recipe))
     return {**network.result, **found}
 
 

@@ -4,7 +4,6 @@ All of them are of the cross-entropy over all samples given, deterministic, and 
 Those of one layer take its name; the others are of all trained parameters.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,10 +77,9 @@ def kappa_adaptive(subject: Subject) -> float:
 def kappa_normalized(subject: Subject) -> float:
     """Relative flatness of the layer in features of standard deviation 1 (Petzka et al. 2021, section 5).
 
-    A feature that never varies, such as a dead neuron's, cannot be given one and is taken out. (`relflat` itself
-    leaves it in, and its weights then count as they are: the value would see the scale of layers.)
+    A feature that never varies, such as a dead neuron's, cannot be given one and is left out.
     """
-    return _flatness(without_constant_features(subject), normalize_features=True).value
+    return _flatness(subject, normalize_features=True).value
 
 
 def kappa_max(subject: Subject) -> float:
@@ -286,47 +284,6 @@ def _unit(tensors: list[Tensor]) -> list[Tensor]:
 def _project(tensors: list[Tensor], rho: float) -> list[Tensor]:
     norm = _norm(tensors)
     return [t * min(1.0, rho / norm) if norm else t for t in tensors]
-
-
-class Take(nn.Module):
-    """Some of the features."""
-
-    index: Tensor
-
-    def __init__(self, index: Int[Tensor, " k"]) -> None:
-        super().__init__()
-        self.register_buffer("index", index)
-
-    def forward(self, phi: Float[Tensor, "*n m"]) -> Float[Tensor, "*n k"]:
-        """Return these."""
-        return phi[..., self.index]
-
-
-@torch.no_grad()
-def without_constant_features(subject: Subject) -> Subject:
-    """The same function on the samples, its layer without the features that are equal on all of them.
-
-    What they gave is added to the bias of the new layer; the network of the subject stays as it is.
-    """
-    layer = subject.model.get_submodule(subject.layer)
-    assert isinstance(layer, nn.Linear)
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    loss_of(subject)
-    hook.remove()
-    features = torch.cat(seen).flatten(0, -2)
-    constant = (features == features[0]).all(0)
-    if not constant.any():
-        return subject
-    kept = constant.logical_not().nonzero()[:, 0]
-    smaller = nn.Linear(len(kept), layer.out_features).to(layer.weight)
-    smaller.weight.copy_(layer.weight[:, kept])
-    smaller.bias.copy_(layer.weight[:, constant] @ features[0, constant])
-    if layer.bias is not None:
-        smaller.bias.add_(layer.bias)
-    model = nn.Sequential(copy.deepcopy(subject.model))
-    model.set_submodule(f"0.{subject.layer}", nn.Sequential(Take(kept), smaller))
-    return Subject(model.eval(), subject.inputs, subject.targets, f"0.{subject.layer}.1")
 
 
 @contextmanager
