@@ -13,7 +13,8 @@ class Flatness:
         method: how it was computed, e.g. ``"closed_form"`` or ``"probe(ggn, 8)"``.
         layer: qualified name of the layer.
         curvature: ``"hessian"`` or ``"ggn"``, whichever ``value`` is made of.
-        trace: Tr(H), trace of the layer's Hessian (or GGN), d m x d m.
+        trace: Tr(H), trace of the layer's Hessian (or GGN), d m x d m; nan for ``finite_difference`` and
+            ``xtrace``, as are the two made of it, ``trace_stderr`` and ``layerwise``.
         trace_stderr: standard error of ``trace``.
         layerwise: ``||W||_F^2 Tr(H)``, the layerwise measure of the FAM paper (section 3).
         weight_norm: ``||W||_F``.

@@ -107,6 +107,14 @@ def test_measure_several_layers_with_a_bound_on_the_error(relflat):
     assert {flat["samples"] for flat in layers.values()} == {64}
 
 
+def test_measure_by_xtrace(relflat):
+    _, out, _ = relflat("train", "digits", *SHORT, "--json")
+    ways = ("--layer", "fc2", "--curvature", "ggn", "--method", "xtrace", "--probes", "8", "--samples", "64")
+    code, out, err = relflat("measure", json.loads(out)["run"], *ways, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["method"] == "xtrace(ggn, 8)"
+
+
 def test_measure_convolutions_and_parameters(relflat, tmp_path):
     """Fresh weights of the small CNN stand in for a trained run: no data set but digits is needed."""
     task = tmp_path / "cnn.py"

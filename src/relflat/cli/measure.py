@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from relflat.cli.console import out, print_json
+from relflat.penalty import Curvature, Method
 
 
 def measure(
@@ -16,8 +17,8 @@ def measure(
     layer: str | None = None,
     split: Literal["train", "validation", "test"] = "train",
     samples: int | None = None,
-    curvature: Literal["hessian", "ggn"] = "hessian",
-    method: Literal["auto", "closed_form", "exact", "probe", "finite_difference"] = "auto",
+    curvature: Curvature = "hessian",
+    method: Method = "auto",
     probes: int | None = None,
     rtol: float | None = None,
     adaptive: bool = False,
@@ -34,7 +35,7 @@ def measure(
         samples: the first so many of them only.
         curvature: the Hessian or its Gauss-Newton part.
         method: how to compute it.
-        probes: number of random probes where it is not exact.
+        probes: number of random probes where it is not exact; for xtrace products, an even number.
         rtol: draw probes until the standard error is below this share of the value.
         adaptive: the elementwise form.
         normalize_features: divide features by their deviation first.
