@@ -47,7 +47,8 @@ def relative_flatness(
     Args:
         model: the network.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar, or one value a row (taken as a mean).
-        data: batches ``(inputs, targets)``, one such tuple, or mappings with ``labels``.
+        data: batches ``(inputs, targets)``, one such tuple, or mappings with ``labels``. ``"xtrace"`` needs the same
+            samples in each pass (no augmentation), in any order.
         layer: as for :class:`relflat.FAM`, but exactly one layer.
         curvature: ``"hessian"`` (may be negative for a hidden layer) or ``"ggn"``.
         method: ``"auto"`` takes a closed form where there is one, a sum over a basis where that is short, and
@@ -56,7 +57,8 @@ def relative_flatness(
             :mod:`relflat.xtrace`): on trained networks more precise than probes from about 24 products on, at more
             memory, without ``Tr H``. ``"auto"`` never takes it, as it is less precise before training.
         probes: random directions a batch (default 16); for ``"xtrace"`` products with the curvature (default 32).
-        rtol: if given, goes over the data again with more probes until ``stderr <= rtol * |value|``.
+        rtol: if given, goes over the data again with more probes until ``stderr <= rtol * |value|``. ``"xtrace"``
+            then starts from 32 products or more, as fewer do not tell the error.
         adaptive: the adaptive form (``W' A W`` weighted feature by feature).
         normalize_features: measure the layer with features divided by their standard deviation over the data
             and its weight multiplied by it. Features that never vary are left out with their columns of the
@@ -91,8 +93,9 @@ def relative_flatness(
         True
 
     Cost: one forward pass over the data with a closed form; see :mod:`relflat.probes` for the others. ``"xtrace"``:
-    two passes over the data, for each doubling of ``rtol`` two more, ``probes`` products in all; memory of 24 bytes
-    for each product, feature and output (or feature again, if there are fewer features than outputs).
+    two passes over the data, for each doubling of ``rtol`` two more, ``probes`` products in all; memory of 18 bytes
+    for each product, feature and output (or feature again, if there are fewer features than outputs), 21 if ``rtol``
+    has them doubled.
     """
     by_layer = relative_flatness_by_layer(
         model,
@@ -155,7 +158,8 @@ def relative_flatness_by_layer(
         raise ConfigError(f"rtol={rtol}: a positive number is needed")
     default = _DEFAULT_XTRACE if method == "xtrace" else _DEFAULT_PROBES
     count = default if probes is None else probes
-    count = max(count, 2) if rtol is not None and count == 1 else count  # one probe has no error
+    if rtol is not None and method != "xtrace":
+        count = max(count, 2) if count > 0 else count  # one probe has no error
     spec = Spec(
         curvature,
         method,

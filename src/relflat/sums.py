@@ -1,8 +1,10 @@
 """Running sums of a measurement over batches and probes, and the results made of them."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from relflat.errors import DataError, NonFiniteError
@@ -70,17 +72,29 @@ class Sums:
     weight: float = 0.0  # what a mean reduction divides by, or 0 for sums
     batches: int = 0
 
+    rounding: float = 0.0  # relative, of the coarsest numbers that went in
+
     def add_loss(self, loss: Tensor, factor: float, divisor: float) -> None:
         """Count a batch, with what its loss is multiplied by and what it adds to the divisor of the sum."""
         self.loss += factor * float(loss.detach().sum())
         self.weight, self.batches = self.weight + divisor, self.batches + 1
+        self.round_to(loss.dtype)
 
-    def short_of(self, rtol: float) -> dict[str, str]:
-        """The layers whose error is too large, each with its value and error in words."""
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Take note that numbers of this precision went in."""
+        self.rounding = max(self.rounding, torch.finfo(dtype).eps)
+
+    def short_of(self, rtol: float, *, widened: Mapping[str, float] | None = None) -> dict[str, str]:
+        """The layers whose error is too large, each with its value and error in words.
+
+        Args:
+            rtol: the largest share of the value that the error may be.
+            widened: by layer, what to multiply its error with first.
+        """
         short = {}
         for name, x in self.layers.items():
             value, error = self._scaled(x.kappa), self._error(x.kappa_var)
-            if not x.exact and not error <= rtol * abs(value):
+            if not x.exact and not error * (widened or {}).get(name, 1.0) <= rtol * abs(value):
                 short[name] = f"kappa({name}) = {value:.4g} ± {error:.2g}"
         return short
 
@@ -103,6 +117,7 @@ class Sums:
             self.samples + other.samples,
             self.weight + other.weight,
             self.batches + other.batches,
+            max(self.rounding, other.rounding),
         )
 
     def check(self) -> None:
@@ -114,8 +129,52 @@ class Sums:
                 else "the data is empty: no batch to measure on"
             )
 
+    def must_be_of_as_many(self, again: "Sums", why: str) -> None:
+        """Refuse a further sweep over another number of samples: a source that is used up.
+
+        Raises:
+            DataError: saying how many there were.
+        """
+        if again.samples != self.samples:
+            raise DataError(
+                f"{why} goes over the data more than once, and they held {self.samples} samples at first, then "
+                f"{again.samples}; give what can be gone over again, such as a DataLoader or a list of batches"
+            )
+
+    def must_be_of_the_same(self, again: "Sums", why: str) -> None:
+        """Refuse a further sweep in which the loss, or the features of a layer, differ by more than rounding.
+
+        The order and the cut into batches may differ.
+
+        Raises:
+            DataError: naming what differs.
+        """
+        self.must_be_of_as_many(again, why)
+        share = min(max(1000 * max(self.rounding, again.rounding), 1e-9), 0.01)
+        nothing = LayerSums(energy=math.inf)
+        pairs = [
+            ("the number of targets that count", self.weight, again.weight, 0.0),
+            ("the loss", self.loss, again.loss, max(self.rounding, again.rounding) * self.samples),
+        ]
+        for name in self.layers | again.layers:
+            one, two = (s.layers.get(name, nothing).energy for s in (self, again))
+            pairs.append((f"sum of squares of the features of layer {name!r}", one, two, 0.0))
+        for what, one, two, tiny in pairs:
+            unknown = math.isnan(one) and math.isnan(two)
+            if not unknown and not math.isclose(one, two, rel_tol=share, abs_tol=tiny):
+                raise DataError(
+                    f"the data changed between two sweeps: {what} was {one:.6g}, then {two:.6g}; {why} needs the "
+                    "same samples every time: turn augmentation off (and drop_last, and randomness of the model in "
+                    "evaluation mode), or use method='probe', which sees each batch once"
+                )
+
     def merge(self, other: "Sums") -> None:
-        """Average with a sweep that used other probes, by number of probes."""
+        """Average with a sweep that used other probes, by number of probes.
+
+        Raises:
+            DataError: the sweep was over another number of samples.
+        """
+        self.must_be_of_as_many(other, "rtol")
         a = self.probes / (self.probes + other.probes)
         for name, x in self.layers.items():
             y = other.layers[name]
