@@ -151,14 +151,13 @@ class Sums:
         """
         self.must_be_of_as_many(again, why)
         share = min(max(1000 * max(self.rounding, again.rounding), 1e-9), 0.01)
-        nothing = LayerSums(energy=math.inf)
         pairs = [
             ("the number of targets that count", self.weight, again.weight, 0.0),
             ("the loss", self.loss, again.loss, max(self.rounding, again.rounding) * self.samples),
         ]
-        for name in self.layers | again.layers:
-            one, two = (s.layers.get(name, nothing).energy for s in (self, again))
-            pairs.append((f"sum of squares of the features of layer {name!r}", one, two, 0.0))
+        for name in [name for name in self.layers if name in again.layers]:
+            one, two = self.layers[name].energy, again.layers[name].energy
+            pairs.append((f"the sum of squares of the features of layer {name!r}", one, two, 0.0))
         for what, one, two, tiny in pairs:
             unknown = math.isnan(one) and math.isnan(two)
             if not unknown and not math.isclose(one, two, rel_tol=share, abs_tol=tiny):

@@ -268,6 +268,7 @@ class _Sweeps:
 
     def _sweep(self) -> Sums:
         settled = [name for name, s in self.sketches.items() if s.pending is None]
+        wanted = self.sketches.keys() - settled
         parts = gathered(lambda: self._share(settled), self.measurement.group)
         sums = functools.reduce(operator.add, [sums for sums, _, _ in parts])
         if self._first is not None:
@@ -280,7 +281,7 @@ class _Sweeps:
                 x = images.pop(name)
                 total[name] = total[name].add_(x.to(total[name].device)) if name in total else x
                 del x
-        self._must_have(total)
+        self._must_be_of(wanted, total)
         for name in list(total):
             device = self.sketches[name].omega.device
             self.sketches[name].receive(total.pop(name).to(device))
@@ -305,13 +306,13 @@ class _Sweeps:
             sums.add_loss(scene.loss, factor, divisor)
         return sums, images, {name: self.sketches[name].coordinates for name in images.keys() - known}
 
-    def _must_have(self, images: Collection[str]) -> None:
-        for name, sketch in self.sketches.items():
-            if sketch.pending is not None and name not in images:
-                raise DataError(
-                    f"a sweep over the data did not come by layer {name!r}, and an earlier one did; give data that "
-                    "are the same every time, or use method='probe'"
-                )
+    def _must_be_of(self, wanted: Collection[str], found: Collection[str]) -> None:
+        """Refuse a later sweep in which other layers took part."""
+        for name in set(wanted) ^ set(found) if self._first is not None else ():
+            raise DataError(
+                f"layer {name!r} took part in one sweep over the data and not in another; give data and a model that "
+                "are the same every time, or use method='probe'"
+            )
 
     def _add_sketch(self, name: str, coordinates: Coordinates) -> None:
         """Begin a layer, with test vectors of its own: errors of layers are independent."""
