@@ -189,10 +189,12 @@ def relative_flatness_by_layer(
         sums = measurement.sweep_all(0)
         sums.check()
         while rtol is not None and (short := sums.short_of(rtol)):
-            if sums.probes * 2 > _MOST_PROBES:
+            needed = sums.needed(rtol)
+            if sums.probes * 2 > _MOST_PROBES or needed > 4 * _MOST_PROBES:  # the prediction is a rough one
                 raise ConfigError(
-                    f"rtol={rtol} is out of reach: after {sums.probes} probes {next(iter(short.values()))}; ask for "
-                    "less, or use method='exact'"
+                    f"rtol={rtol} is out of reach: after {sums.probes} probes {next(iter(short.values()))}, so it "
+                    f"takes about {needed:.2g} probes, and {_MOST_PROBES:,} are the most; ask for less, or use "
+                    "method='xtrace' or 'exact'"
                 )
             sums.merge(measurement.sweep_all(sums.probes, probes=sums.probes))
         return sums.results(spec)

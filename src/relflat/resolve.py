@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.modules.loss import _Loss
 
 from relflat.errors import LayerError
 from relflat.layers import kind_of, matrices, nearest, supported_layers
@@ -54,6 +55,11 @@ def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
         return {name: _target(model, name, parameters[name])}
     supported = supported_layers(model)
     if name == "output":
+        if isinstance(model, _Loss):
+            raise LayerError(
+                f"the model is a {type(model).__name__}, a criterion: are the two swapped? FAM takes the criterion "
+                "first, relative_flatness the model"
+            )
         if not supported:
             raise LayerError(f"{type(model).__name__} has no supported layer; {_candidates(model)}")
         usable: dict[str, Target] = {n: m for n, m in supported.items() if _unusable(n, m) is None}

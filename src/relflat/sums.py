@@ -98,6 +98,18 @@ class Sums:
                 short[name] = f"kappa({name}) = {value:.4g} ± {error:.2g}"
         return short
 
+    def needed(self, rtol: float) -> float:
+        """How many probes ``rtol`` asks for at least, as the error falls with their root.
+
+        A value may be larger than it was found by two errors, and is taken to be.
+        """
+        shares = [
+            self._error(x.kappa_var) / (abs(self._scaled(x.kappa)) + 2 * self._error(x.kappa_var))
+            for x in self.layers.values()
+            if not x.exact and x.kappa_var > 0
+        ]
+        return self.probes * (max(shares, default=0.0) / rtol) ** 2
+
     def _scaled(self, total: float) -> float:
         return total / self.weight if self.weight else total
 

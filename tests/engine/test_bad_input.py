@@ -94,7 +94,7 @@ def test_rtol_out_of_reach() -> None:
     action = measure(model, "0", batch(2), method="probe", rtol=1e-9, probes=512)
     refused(
         model,
-        r"rtol=1e-09 is out of reach: after \d+ probes kappa\(0\) = .*method='exact'",
+        r"rtol=1e-09 is out of reach: after \d+ probes kappa\(0\) = .*method='xtrace' or 'exact'",
         ConfigError,
         action,
     )
@@ -320,3 +320,29 @@ def test_a_frozen_parameter() -> None:
     model[0].weight.requires_grad_(False)
     action = train(model, "0.weight", curvature="hessian")
     refused(model, r"'0.weight'.*frozen \(requires_grad=False\); unfreeze", LayerError, action)
+
+
+def test_a_criterion_in_the_place_of_the_model() -> None:
+    with pytest.raises(LayerError, match="a criterion: are the two swapped"):
+        FAM(nn.Linear(2, 2), nn.CrossEntropyLoss(), "output", strength=0.1)
+    with pytest.raises(LayerError, match="a criterion: are the two swapped"):
+        relative_flatness(
+            nn.CrossEntropyLoss(), nn.Linear(2, 2), (torch.ones(1, 2), torch.ones(1)), layer="output"
+        )
+
+
+def test_an_rtol_far_out_of_reach_is_refused_after_the_first_probes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 90), nn.Tanh(), nn.Linear(90, 3))
+    batches = 0
+
+    def forward(model: nn.Module, batch: object) -> object:
+        nonlocal batches
+        batches += 1
+        return model(x), y
+
+    x, y = torch.randn(8, 20), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    said = r"rtol=1e-05 is out of reach: after 16 probes .*takes about [\d.]+e\+\d+ probes"
+    with pytest.raises(ConfigError, match=said):
+        relative_flatness(model, nn.CrossEntropyLoss(), [(x, y)], layer="0", rtol=1e-5, forward=forward)
+    assert batches <= 3

@@ -343,7 +343,7 @@ class TestRefuses:
         with pytest.raises(ConfigError, match=r"probes=1:"):
             relative_flatness(mlp(), CE(), data(), layer="2", method="xtrace", probes=1, rtol=0.1)
 
-    @pytest.mark.parametrize("options", [{"method": "xtrace"}, {"method": "probe", "rtol": 1e-3}])
+    @pytest.mark.parametrize("options", [{"method": "xtrace"}, {"method": "probe", "rtol": 0.05}])
     def test_data_that_are_used_up(self, options: dict) -> None:
         """They hung for ever, and ended in a KeyError."""
         x, y = data()
