@@ -66,6 +66,19 @@ def test_files_that_do_not_work_are_explained(tmp_path, text, name, message):
         make({"task": f"{path}:{name}"})
 
 
+def test_a_path_without_a_name_gets_the_names_in_the_file(copy, tmp_path):
+    copy.write_text(copy.read_text() + "\nother = task\n")
+    with pytest.raises(ConfigError, match=rf"Did you mean {copy}:task or {copy}:other\?"):
+        make({"task": str(copy)})
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    for path, message in {
+        "empty.py": r"write  task = Task\(",
+        "none.py": "Cannot read the task file",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            make({"task": str(tmp_path / path)})
+
+
 def test_splits_larger_than_the_data_are_rejected(copy):
     copy.write_text(copy.read_text().replace("validation=120", "validation=500"))
     with pytest.raises(ConfigError, match="569 samples are too few for 500 validation and 150 test"):

@@ -17,9 +17,20 @@ from synthetic import COSTS, comparison
 from relflat.lab import export, figures, store, study
 from relflat.lab.arms import ARMS
 from relflat.lab.environment import describe
-from relflat.lab.report import render
+from relflat.lab.report import findings, render
 from relflat.lab.reproduce.association import associate
-from relflat.lab.summary import at_the_edge, columns, merged_bins, number, percent, remarks, rows, verdict
+from relflat.lab.statistics import Difference
+from relflat.lab.summary import (
+    at_the_edge,
+    columns,
+    merged_bins,
+    named,
+    number,
+    percent,
+    remarks,
+    rows,
+    verdict,
+)
 from relflat.lab.summary import score_differences as compared
 from relflat.lab.terminal import show
 
@@ -44,11 +55,63 @@ def test_verdict_may_be_no_difference_shown():
     assert all("no difference shown" in text for text in texts)
 
 
-def test_verdict_says_when_the_seeds_are_too_few_to_show_anything():
+def test_verdict_says_first_when_the_seeds_are_too_few_to_show_anything():
     texts = verdict(compared(comparison([scores[:3] for scores in CLEAR])))
-    assert all("no difference shown" in text for text in texts[:2])
-    assert "With 3 seeds this test can show nothing" in texts[2]
-    assert "--seeds 7" in texts[2]
+    assert "With 3 seeds this test can show nothing" in texts[0]
+    assert "--seeds 7" in texts[0]
+    assert len(texts) == 3
+    assert all("no difference shown" in text for text in texts[1:])
+
+
+def test_verdict_gives_the_cost_where_it_is_known():
+    one = comparison(CLEAR)
+    texts = findings(one, rows(one, COSTS))
+    assert texts[0].endswith("7 seeds), at 2.00x the step.")
+    assert texts[1].endswith("7 seeds), at 1.05x the step.")
+    assert "the step" not in "".join(verdict(compared(one)))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "n", "why"),
+    [
+        (-0.02, -0.002, 0.19, 5, True),
+        (0.002, 0.02, 0.19, 12, True),
+        (-0.02, 0.002, 0.19, 5, False),
+        (-0.02, -0.002, 0.03, 5, False),
+        (-math.inf, math.inf, 1.0, 1, False),
+    ],
+)
+def test_an_interval_that_leaves_out_0_without_significance_is_explained(low, high, p, n, why):
+    (text,) = verdict([Difference("plain", "SAM", (low + high) / 2, low, high, p, 0.01, n)])
+    assert ("the interval leaves out 0, but" in text) is why
+    assert ("too narrow with few seeds, and the verdict goes by p" in text) is (why and n < 10)
+
+
+def test_arms_are_called_by_their_names_on_the_command_line_where_titles_differ():
+    shown = {name: named(arm.title, name) for name, arm in ARMS.items()}
+    assert shown["fam-one"] == "FAM a layer a step (fam-one)"
+    assert shown["fam-frozen"] == "FAM frozen"
+    one = comparison(CLEAR)
+    arms = tuple(replace(arm, title={"sam": "Sharpness"}.get(arm.name, arm.title)) for arm in one.plan.arms)
+    forms = all_forms(replace(one, plan=replace(one.plan, arms=arms)))
+    assert "| Sharpness (sam) |" in forms["markdown"]
+    assert "Sharpness (sam)  rho 0.4" in forms["terminal"]
+    assert "validation at equal time, %" in forms["markdown"]
+
+
+def test_the_title_of_an_own_task_is_what_it_calls_itself(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import replace\nfrom relflat.lab.tasks import TASKS\n"
+        "same = TASKS['digits']\nmine = replace(same, name='[my] <digits>')\n"
+    )
+    one = comparison(CLEAR)
+    forms = all_forms(replace(one, plan=replace(one.plan, task=f"{path}:mine")))
+    assert "help on [my] <digits>?" in forms["markdown"]
+    assert "[my] <digits>, 20 % label noise" in forms["terminal"]
+    assert "help on [my] &lt;digits&gt;?" in forms["html"]
+    forms = all_forms(replace(one, plan=replace(one.plan, task=f"{path}:same")))
+    assert "help on mine-same?" in forms["markdown"]
 
 
 def test_remarks_name_edges_divergence_and_what_radius_is():

@@ -27,6 +27,40 @@ def split_name(task: str) -> tuple[Path, str] | None:
     return (Path(path).expanduser().resolve(), name) if path.endswith(".py") else None
 
 
+def require_name(task: str, kind: type[Any]) -> None:
+    """See that the path of a file is followed by the name of something in it.
+
+    Args:
+        task: as given.
+        kind: what the name must stand for.
+
+    Raises:
+        ConfigError: it is a path alone; what may be meant is listed.
+    """
+    if not task.endswith(".py"):
+        return
+    path = Path(task).expanduser().resolve()
+    known = defined(module_of(path, fingerprint(path)), kind)
+    if not known:
+        raise undefined(path, "task", kind)
+    raise ConfigError(
+        f"{task} is a file; which task in it? Did you mean {' or '.join(f'{task}:{name}' for name in known)}?"
+    )
+
+
+def defined(module: Any, kind: type[Any]) -> list[str]:
+    """Names of the module's objects of this kind."""
+    return [key for key, value in vars(module).items() if isinstance(value, kind)]
+
+
+def undefined(path: Path, name: str, kind: type[Any]) -> ConfigError:
+    """What is wrong with a file that defines nothing of this kind."""
+    return ConfigError(
+        f"{path} defines no {kind.__name__}; write  {name or 'task'} = {kind.__name__}(...)  in it "
+        f"(from {kind.__module__} import {kind.__name__})."
+    )
+
+
 def fingerprint(path: Path) -> str:
     """Twelve hexadecimal digits that stand for the content of the file."""
     return hashlib.sha256(content(path)).hexdigest()[:12]
@@ -59,12 +93,9 @@ def load(path: Path, name: str, kind: type[Any]) -> Any:
     found = vars(module).get(name)
     if isinstance(found, kind):
         return found
-    known = [key for key, value in vars(module).items() if isinstance(value, kind)]
+    known = defined(module, kind)
     if not known:
-        raise ConfigError(
-            f"{path} defines no {kind.__name__}; write  {name or 'task'} = {kind.__name__}(...)  in it "
-            f"(from {kind.__module__} import {kind.__name__})."
-        )
+        raise undefined(path, name, kind)
     raise unknown(f"task in {path.name}", name, known)
 
 

@@ -18,6 +18,7 @@ from relflat.lab.summary import (
     headings,
     merged_bins,
     metric_of,
+    named,
     noise_share,
     remarks,
     rows,
@@ -26,7 +27,7 @@ from relflat.lab.summary import (
     sweeps,
     verdict,
 )
-from relflat.lab.tasks import short_name
+from relflat.lab.tasks import title_of
 from relflat.lab.timing import StepCost
 
 
@@ -64,12 +65,14 @@ def render(
 
 def title(comparison: Comparison) -> str:
     """The question that the report answers."""
-    return f"Does flatness-aware training help on {short_name(comparison.plan.task)}?"
+    return f"Does flatness-aware training help on {title_of(comparison.plan.task)}?"
 
 
 def findings(comparison: Comparison, lines: Sequence[Row]) -> list[str]:
     """The verdict, then what else one should know."""
-    return [*verdict(score_differences(comparison), metric_of(comparison)), *remarks(comparison, lines)]
+    costs = {line.title: line.cost for line in lines}
+    shown = verdict(score_differences(comparison), metric_of(comparison), costs)
+    return [*shown, *remarks(comparison, lines)]
 
 
 def reading(comparison: Comparison, lines: Sequence[Row]) -> str:
@@ -82,8 +85,8 @@ def reading(comparison: Comparison, lines: Sequence[Row]) -> str:
         f"it beside confidence and ||W||. A step of {first.title} takes {1000 * first.cost.seconds:.2f} ms; "
         "“step” is the median ratio to it, all arms taking turns in one single-thread process. On a network of "
         "a few small layers that is mostly call overhead; benchmarks/step_cost.py has the cost on ResNet-18. "
-        f"“At equal time” is the validation {what} when the first arm's training is over; an arm whose steps cost "
-        "more is then in mid-schedule, at a learning rate that has not come down, so this is a lower bound. "
+        f"“Validation at equal time” is the {what} on validation data when the first arm's training is over; an arm "
+        "whose steps cost more is then in mid-schedule, at a learning rate that has not come down, so this is a lower bound. "
         "p-values: paired sign-flip permutation test, Holm-corrected. Intervals: BCa bootstrap over seeds, 95 % "
         "for all pairs together; with under about ten seeds they come out too narrow, so the verdict goes by p. "
         "They describe the spread over seeds, not over other test samples."
@@ -192,7 +195,7 @@ def tried_headings(comparison: Comparison) -> tuple[str, str, str, str]:
 
 def tried(comparison: Comparison) -> list[tuple[str, str, str, str]]:
     """All settings of the search and how they did on validation data."""
-    titles = {arm.name: arm.title for arm in comparison.plan.arms}
+    titles = {arm.name: named(arm.title, arm.name) for arm in comparison.plan.arms}
     return [
         (
             titles[candidate.arm],

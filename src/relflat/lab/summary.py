@@ -9,7 +9,7 @@ from statistics import fmean
 from relflat.lab.arms import Values
 from relflat.lab.compare import Comparison
 from relflat.lab.evaluate import ACCURACY, Metric
-from relflat.lab.statistics import Difference, differences, mean_sd, seeds_needed
+from relflat.lab.statistics import LEVEL, Difference, differences, mean_sd, seeds_needed
 from relflat.lab.tasks import task_named
 from relflat.lab.timing import StepCost
 from relflat.lab.trials import Trial
@@ -146,27 +146,44 @@ def score_differences(comparison: Comparison) -> list[Difference]:
     )
 
 
-def verdict(pairs: Sequence[Difference], metric: Metric = ACCURACY) -> list[str]:
-    """Say in plain English what the differences show, one sentence a pair."""
+def verdict(
+    pairs: Sequence[Difference], metric: Metric = ACCURACY, costs: Mapping[str, StepCost] | None = None
+) -> list[str]:
+    """Say in plain English what the differences show, one sentence a pair; first, whether so few seeds can.
+
+    Args:
+        pairs: what came out.
+        metric: what the task is judged by.
+        costs: of a step, by title of the arm, where they are known.
+    """
     if not pairs:
         return ["Nothing can be compared: on every seed some arm diverged."]
-    found = [sentence(pair, metric) for pair in pairs]
-    if all(pair.least_p >= 0.05 for pair in pairs):
+    found = [sentence(pair, metric, (costs or {}).get(pair.second)) for pair in pairs]
+    if all(pair.least_p >= LEVEL for pair in pairs):
         seeds = "1 seed" if pairs[0].n == 1 else f"{pairs[0].n} seeds"
-        found.append(
+        found.insert(
+            0,
             f"With {seeds} this test can show nothing, whatever comes out; "
-            f"it takes at least {seeds_needed(len(pairs))}: --seeds {seeds_needed(len(pairs))}."
+            f"it takes at least {seeds_needed(len(pairs))}: --seeds {seeds_needed(len(pairs))}.",
         )
     return found
 
 
-def sentence(pair: Difference, metric: Metric) -> str:
-    """What one difference shows."""
+def sentence(pair: Difference, metric: Metric, cost: StepCost | None = None) -> str:
+    """What one difference shows, and at what cost if that is known."""
     points = f"{100 * pair.mean:+.1f} points of test {metric.title}"
-    detail = f"{points} ({certainty(pair)})"
+    detail = f"{points} ({certainty(pair)})" + (f", at {cost_text(cost)} the step" if cost else "")
     if pair.shown:
         return f"{pair.second} is {'better' if pair.mean > 0 else 'worse'} than {pair.first}: {detail}."
-    return f"{pair.second} against {pair.first}: no difference shown, {detail}."
+    return f"{pair.second} against {pair.first}: no difference shown, {detail}{disagreement(pair)}."
+
+
+def disagreement(pair: Difference) -> str:
+    """Why no difference is shown although the interval leaves out 0; nothing where it holds it."""
+    if pair.low <= 0 <= pair.high:
+        return ""
+    why = "BCa intervals are too narrow with few seeds, and " if pair.n < 10 else ""
+    return f"; the interval leaves out 0, but {why}the verdict goes by p"
 
 
 def certainty(pair: Difference) -> str:
@@ -266,6 +283,11 @@ def noise_share(comparison: Comparison) -> float:
     )
 
 
+def named(title: str, name: str) -> str:
+    """An arm's title, followed by its name on the command line where one does not tell the other."""
+    return title if title.lower().replace(" ", "-") == name else f"{title} ({name})"
+
+
 def settings_text(settings: Values) -> str:
     """Settings as people write them on the command line, without the dashes."""
     return ", ".join(
@@ -340,7 +362,7 @@ def columns(comparison: Comparison, where: str = "") -> list[Column]:
         Column("test loss", lambda line: number(line.loss), "p"),
         *(Column(f"on {name}, %", partial(shifted, name), "p") for name in shifts),
         *([Column("ECE, %", lambda line: percent(line.ece), "p")] if probabilities else []),
-        Column("at equal time, %", lambda line: percent(line.equal_time)),
+        Column("validation at equal time, %", lambda line: percent(line.equal_time)),
         Column("kappa", lambda line: number(line.kappa), "tp"),
         *([Column("kappa before", lambda line: number(line.kappa_before))] if known else []),
         *([Column("confidence", lambda line: number(line.confidence), "t")] if probabilities else []),

@@ -408,6 +408,7 @@ def task_named(name: str) -> Task:
     Raises:
         ConfigError: there is none.
     """
+    own.require_name(name, Task)
     place = own.split_name(name)
     task: Task = look_up("task", name, TASKS) if place is None else own.load(*place, Task)
     return task
@@ -420,9 +421,15 @@ def full_name(name: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """The name of a task for titles and folders."""
+    """The name of a task for folders."""
     place = own.split_name(name)
     return name if place is None else f"{place[0].stem}-{place[1]}"
+
+
+def title_of(name: str) -> str:
+    """The name of a task for people: what a task of the user's calls itself, unless a built-in one is called so."""
+    given = task_named(name).name
+    return short_name(name) if given in TASKS else given
 
 
 def source_of(name: str) -> str | None:

@@ -2,20 +2,21 @@
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from relflat.lab.compare import Comparison
 from relflat.lab.report import findings
 from relflat.lab.study import Costs
-from relflat.lab.summary import cells, columns, headings, rows, settings_text
-from relflat.lab.tasks import short_name
+from relflat.lab.summary import cells, columns, headings, named, rows, settings_text
+from relflat.lab.tasks import title_of
 
 
 def show(comparison: Comparison, costs: Costs, console: Console) -> None:
     """Print the table, the chosen settings and the verdict."""
     lines, plan = rows(comparison, costs), comparison.plan
     noise = plan.common.get("label_noise")
-    what = short_name(plan.task) + (f", {100 * noise:g} % label noise" if noise else "")
+    what = escape(title_of(plan.task)) + (f", {100 * noise:g} % label noise" if noise else "")
     table = Table(
         title=f"{what}: mean ± sd over n seeds" + ("; n = 1: no spread" if len(plan.seeds) == 1 else ""),
         title_justify="left",
@@ -29,9 +30,10 @@ def show(comparison: Comparison, costs: Costs, console: Console) -> None:
     for line in lines:
         table.add_row(*cells(line, shown))
     console.print(table)
-    width = max(len(line.title) for line in lines)
+    names = [named(line.title, line.arm) for line in lines]
+    width = max(map(len, names))
     console.print("chosen on validation data:")
-    for line in lines:
-        console.print(f"  {line.title:<{width}}  {settings_text(line.settings)}", highlight=False)
+    for name, line in zip(names, lines, strict=True):
+        console.print(f"  {name:<{width}}  {settings_text(line.settings)}", highlight=False)
     for text in findings(comparison, lines):
         console.print(f"- {text}", highlight=False)
