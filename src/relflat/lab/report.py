@@ -86,10 +86,10 @@ def reading(comparison: Comparison, lines: Sequence[Row]) -> str:
         "“step” is the median ratio to it, all arms taking turns in one single-thread process. On a network of "
         "a few small layers that is mostly call overhead; benchmarks/step_cost.py has the cost on ResNet-18. "
         f"“Validation at equal time” is the {what} on validation data when the first arm's training is over; an arm "
-        "whose steps cost more is then in mid-schedule, at a learning rate that has not come down, so this is a lower bound. "
-        "p-values: paired sign-flip permutation test, Holm-corrected. Intervals: BCa bootstrap over seeds, 95 % "
-        "for all pairs together; with under about ten seeds they come out too narrow, so the verdict goes by p. "
-        "They describe the spread over seeds, not over other test samples."
+        "whose steps cost more is then in mid-schedule, at a learning rate that has not come down, so this is a "
+        "lower bound. p-values: paired sign-flip permutation test, Holm-corrected. Intervals: BCa bootstrap over "
+        "seeds, 95 % for all pairs together; with under about ten seeds they come out too narrow, so the verdict "
+        "goes by p. They describe the spread over seeds, not over other test samples."
     )
 
 

@@ -182,8 +182,9 @@ def disagreement(pair: Difference) -> str:
     """Why no difference is shown although the interval leaves out 0; nothing where it holds it."""
     if pair.low <= 0 <= pair.high:
         return ""
-    why = "BCa intervals are too narrow with few seeds, and " if pair.n < 10 else ""
-    return f"; the interval leaves out 0, but {why}the verdict goes by p"
+    if pair.n < 10:
+        return "; BCa intervals are too narrow with few seeds, so p decides"
+    return "; the interval leaves out 0, but p decides"
 
 
 def certainty(pair: Difference) -> str:
