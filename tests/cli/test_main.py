@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from relflat import __version__
 from relflat.cli.main import COMMANDS, main, option_names
+from relflat.lab.arms import ARMS
+from relflat.lab.reproduce import EXPERIMENTS
+from relflat.lab.tasks import TASKS
+from relflat.measure import _DEFAULT_PROBES, _DEFAULT_XTRACE
 
 SHORT = ["--epochs", "1", "--train-size", "100"]
 
@@ -324,6 +329,48 @@ def test_help_names_every_command(relflat):
     code, out, _ = relflat("--help")
     assert code == 0
     assert all(name in out for name in ("train", "measure", "compare", "report", "data"))
+
+
+def test_version(relflat):
+    assert relflat("--version") == (0, f"relflat {__version__}\n", "")
+    assert "--version" in relflat("--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "start", "end", "known"),
+    [
+        ("compare", "Known (docs/compare.md): ", ". (", ARMS),
+        ("compare", "built-in one (docs/tasks.md): ", ". (", TASKS),
+        ("train", "built-in one (docs/tasks.md): ", ". (", TASKS),
+    ],
+)
+def test_help_lists_the_names(relflat, command, start, end, known):
+    """All of them, and no others."""
+    _, out, _ = relflat(command, "--help")
+    text = " ".join(re.sub(r"[│╭╰─╮╯]", " ", out).split())
+    listed = text.partition(start)[2].partition(end)[0]
+    assert listed.split(", ") == list(known)
+
+
+def test_help_of_reproduce_lists_the_experiments(relflat):
+    listed = re.search(r"\[NAME\] +(.*?)\. \(", relflat("reproduce", "--help")[1])
+    assert listed is not None
+    assert re.split(", | or ", listed[1]) == list(EXPERIMENTS)
+
+
+def test_help_gives_the_numbers_of_probes(relflat):
+    _, out, _ = relflat("measure", "--help")
+    assert f"(default: {_DEFAULT_PROBES}; xtrace: {_DEFAULT_XTRACE})" in " ".join(
+        out.replace("│", " ").split()
+    )
+
+
+def test_a_path_without_the_name_of_a_task_gets_it(relflat, tmp_path):
+    (tmp_path / "my_task.py").write_text(DIVERGES.replace("BROKEN", "False"))
+    for command in ("compare", "train"):
+        code, out, err = relflat(command, "my_task.py")
+        assert (code, out) == (2, "")
+        assert "Did you mean my_task.py:digits or my_task.py:task or my_task.py:wild?" in err
 
 
 def test_module_is_the_command():

@@ -8,14 +8,26 @@ from typing import Annotated, Any
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from relflat.cli.arguments import TaskName
 from relflat.cli.console import err, out, print_json
+from relflat.lab.arms import ARMS
+
+ARMS_HELP = (
+    "what to compare; the first is what the others are held against. "
+    f"Known (docs/compare.md): {', '.join(ARMS)}."
+)
 
 
 def compare(
-    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")],
+    task: TaskName,
     /,
     *,
-    arms: tuple[str, ...] = ("plain", "sam", "fam", "fam-radius"),
+    arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help=ARMS_HELP)] = (
+        "plain",
+        "sam",
+        "fam",
+        "fam-radius",
+    ),
     seeds: int = 8,
     first_seed: int = 0,
     search_seeds: int = 2,

@@ -10,6 +10,7 @@ from typing import get_type_hints, is_typeddict
 import tyro
 from tyro.extras import SubcommandApp
 
+from relflat import __version__
 from relflat.cli.compare import compare, report
 from relflat.cli.console import fail
 from relflat.cli.data import data
@@ -37,10 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with flushed():
+            if given == ["--version"]:
+                print(f"relflat {__version__}")
+                return
             require_known_options(given)
             app.cli(
                 prog="relflat",
-                description="Relative flatness of PyTorch networks: measure it, train with it.",
+                description="Relative flatness of PyTorch networks: measure it, train with it. "
+                "relflat --version prints the version.",
                 args=given,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )

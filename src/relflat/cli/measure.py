@@ -19,7 +19,7 @@ def measure(
     samples: int | None = None,
     curvature: Curvature = "hessian",
     method: Method = "auto",
-    probes: int | None = None,
+    probes: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: 16; xtrace: 32)")] = None,
     rtol: float | None = None,
     adaptive: bool = False,
     normalize_features: bool = False,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypedDict
 
 import tyro
 
+from relflat.cli.arguments import TaskName
 from relflat.cli.console import out, print_json, progress, say
 
 
@@ -88,7 +89,7 @@ class Values(TypedDict, total=False):
 
 
 def train(
-    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")],
+    task: TaskName,
     /,
     *,
     run: Values,
