@@ -7,17 +7,23 @@ import re
 import runpy
 import shlex
 import time
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 import torch
 from code_blocks import WHY_NOT_RUN, blocks, same_output
+from sklearn.metrics import mean_squared_error, r2_score
 
 import relflat
 from relflat import reference, reparam
 from relflat.cli.compare import compare
-from relflat.cli.main import main
+from relflat.cli.main import COMMANDS, main
+from relflat.lab import tasks
 from relflat.lab.arms import ARMS
+from relflat.lab.evaluate import ACCURACY, Metric, evaluate
+from relflat.lab.splits import classification
+from relflat.lab.tasks import SGD, Adam, AdamW, Task
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -276,3 +282,61 @@ def test_every_arm_of_a_comparison_has_a_row_with_its_grid():
         assert float(cost) >= 1, name
     default = inspect.signature(compare).parameters["arms"].default
     assert f"The default is `{' '.join(default)}`." in section
+
+
+OWN_TASK = (ROOT / "docs" / "study" / "own-task.md").read_text()
+
+
+def _rows(section: str) -> dict[str, list[str]]:
+    """The rows of a table by the name in their first cell."""
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {row[0].strip("`"): row for row in cells}
+
+
+def test_every_field_of_a_task_has_a_row_with_its_default():
+    rows = _rows(_section(OWN_TASK, "## Fields of `Task`"))
+    assert list(rows) == [field.name for field in fields(Task)]
+    for field in fields(Task):
+        default = {MISSING: "", ACCURACY: "`ACCURACY`"}.get(field.default, f"`{field.default}`")
+        assert rows[field.name][-1] == default, field.name
+
+
+def test_every_argument_of_classification_has_a_row_with_its_default():
+    rows = _rows(_section(OWN_TASK, "## Arguments of `classification`"))
+    parameters = inspect.signature(classification).parameters
+    assert list(rows) == list(parameters)
+    for name, parameter in parameters.items():
+        assert rows[name][-1] == ("" if parameter.default is parameter.empty else f"`{parameter.default}`"), (
+            name
+        )
+
+
+@pytest.mark.parametrize("record", [SGD, Adam, AdamW])
+def test_optimisers_of_a_task_are_given_with_their_settings(record):
+    settings = [f.name if f.default is MISSING else f"{f.name}={f.default!r}" for f in fields(record)]
+    assert f"`{record.__name__}({', '.join(settings)})`" in OWN_TASK
+
+
+def test_schedules_of_a_task_are_given():
+    schedules = [n for n in _functions(tasks) if "steps" in inspect.signature(vars(tasks)[n]).parameters]
+    assert len(schedules) == 4
+    assert [name for name in schedules if f"`{name}`" not in _section(OWN_TASK, "## Fields of `Task`")] == []
+
+
+def test_the_metric_of_a_regression_is_r2():
+    names = {"torch": torch}
+    exec(_section(OWN_TASK, "## Regression").split("```python")[1].split("```")[0], names)
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(50, 3, generator=generator), torch.randn(50, 1, generator=generator)
+    model = torch.nn.Linear(3, 1)
+    metric = Metric("r2", "R²", "1 - R²", names["r2"])
+    found = evaluate(metric, model, torch.nn.MSELoss(), zip(inputs.split(20), targets.split(20), strict=True))
+    outputs = model(inputs).detach()
+    assert found["r2"] == pytest.approx(r2_score(targets, outputs), rel=1e-5)
+    assert found["loss"] == pytest.approx(mean_squared_error(targets, outputs), rel=1e-5)
+
+
+def test_reference_lists_every_command():
+    listed = set(re.findall(r"^\| `relflat (\w+)", _section(REFERENCE, "## Command line"), re.MULTILINE))
+    assert listed == {*COMMANDS, "data"}
