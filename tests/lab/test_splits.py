@@ -82,3 +82,9 @@ def test_fashion_mnist_is_the_real_thing():
     assert raw.pool.inputs.std().item() == pytest.approx(0.3530, abs=1e-4)
     splits = TASKS["fashion-mnist"].splits(train_size=None, label_noise=0.0, seed=0)
     assert (len(splits.train), len(splits.validation), len(splits.test())) == (55_000, 5_000, 10_000)
+
+
+def test_noise_needs_labels():
+    measured = Arrays(torch.zeros(3, 1), torch.zeros(3))
+    with pytest.raises(ConfigError, match=r"label_noise=0\.2 redraws class labels.*torch\.float32"):
+        redraw(measured, 0.2, 2, torch.Generator())

@@ -105,9 +105,18 @@ def subset(index: torch.Tensor, size: int | None, generator: torch.Generator) ->
 
 
 def redraw(samples: Arrays, probability: float, classes: int, generator: torch.Generator) -> Arrays:
-    """Redraw each label uniformly with a probability; a redrawn label may come out as it was."""
+    """Redraw each label uniformly with a probability; a redrawn label may come out as it was.
+
+    Raises:
+        ConfigError: the targets are not numbers of classes.
+    """
     if probability == 0:
         return samples
+    if samples.targets.is_floating_point():
+        raise ConfigError(
+            f"label_noise={probability} redraws class labels, and this task's targets are {samples.targets.dtype}; "
+            "leave it out"
+        )
     chosen = torch.rand(len(samples), generator=generator) < probability
     drawn = torch.randint(classes, (len(samples),), generator=generator)
     return Arrays(samples.inputs, torch.where(chosen, drawn, samples.targets))
