@@ -203,7 +203,7 @@ def summary(comparison: Comparison, lines: Sequence[Row]) -> dict[str, Any]:
         "plan": comparison.plan.flat(),
         "arms": [asdict(line) for line in lines],
         "differences": [asdict(pair) for pair in pairs],
-        "verdict": verdict(pairs, metric_of(comparison), {line.title: line.cost for line in lines}),
+        "verdict": verdict(pairs, metric_of(comparison)),  # without times, which are with the arms
         "search": [
             {
                 "arm": candidate.arm,
