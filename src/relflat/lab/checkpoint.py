@@ -90,7 +90,7 @@ def load(
         scheduler.load_state_dict(state["scheduler"])
         if scaler is not None:
             scaler.load_state_dict(state["scaler"])
-    except Exception as error:
+    except Exception as error:  # torch.load and load_state_dict let through whatever damaged files raise
         raise DataError(
             f"The checkpoint {found[-1]} cannot be read ({error}). Run again with --fresh."
         ) from error

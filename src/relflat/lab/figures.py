@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -19,6 +19,8 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from relflat.lab.trials import Trial
+
+T = TypeVar("T")
 
 Runs = Mapping[str, Sequence[Trial]]
 Record = Mapping[str, Any]
@@ -139,6 +141,12 @@ def known(value: float | None) -> float:
     return math.nan if value is None else value
 
 
+def every_few(history: Sequence[T], most: int = 200) -> Sequence[T]:
+    """At most so many entries, evenly spread up to the last one: a figure has no more pixels to show them."""
+    stride = -(-len(history) // most) or 1
+    return history[::-1][::stride][::-1]
+
+
 def curves(
     groups: Runs,
     key: str,
@@ -159,7 +167,7 @@ def curves(
 
     def paint(axes: Axes) -> None:
         for place, (title, trials) in enumerate(groups.items()):
-            runs = [trial.history for trial in trials if trial.finished]
+            runs = [every_few(trial.history) for trial in trials if trial.finished]
             if not runs:
                 continue
             values = [

@@ -111,7 +111,7 @@ def splits(name: str, folder: Path) -> tuple["Dataset", "Dataset"]:
     try:
         found = datasets.load_from_disk(folder)
         train, test = (found[split] for split in HUB_SETS[name].rows)
-    except Exception as error:
+    except Exception as error:  # damaged Arrow files and records raise errors of several libraries
         raise DataError(
             f"{folder} cannot be read: {error}. Delete it and run: relflat data get {name}"
         ) from error

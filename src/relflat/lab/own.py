@@ -114,7 +114,7 @@ def blamed(task: str) -> Iterator[None]:
         yield
     except RelflatError:
         raise
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything
         if place is None:
             raise
         frames = traceback.extract_tb(error.__traceback__)
@@ -141,7 +141,7 @@ def module_of(path: Path, digest: str) -> Any:
         spec.loader.exec_module(module)
     except RelflatError:
         raise
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything
         del sys.modules[name]
         raise ConfigError(
             f"The task file {path} raises an error; mend it:\n{of_file(error, path)}"

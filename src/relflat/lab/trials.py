@@ -121,7 +121,7 @@ class Here(Executor):
         torch.set_num_threads(1)
         try:
             future.set_result(fn(*args, **kwargs))
-        except Exception as error:
+        except Exception as error:  # a future keeps whatever was raised for the one who asks for its result
             future.set_exception(error)
         finally:
             torch.set_num_threads(threads)

@@ -28,6 +28,7 @@ from relflat.lab.reproduce.peak import race
 from relflat.lab.timing import step_costs
 
 Where = Literal["output", "hidden"]
+PLACES: tuple[Where, ...] = ("output", "hidden")
 PROBES = 16
 SAMPLES = 32
 FLOAT32_RTOL = 1e-4  # allowed error of the forms that are exact
@@ -192,7 +193,7 @@ class Form:
 
     title: str
     of: Callable[[Problem], Value]
-    places: tuple[Where, ...] = ("output", "hidden")
+    places: tuple[Where, ...] = PLACES
     hessian: bool = False
     most: int = 1024
     trace: bool = False
@@ -320,10 +321,10 @@ def run(context: Context) -> Outcome:
     torch.set_num_threads(1)
     try:
         records = []
-        for where, width in product(("output", "hidden"), size.widths):
+        for where, width in product(PLACES, size.widths):
             path = folder / f"{where}-{width}.json"
             if not path.is_file():
-                store.write_json(path, measure(where, width, size, device))  # type: ignore[arg-type]
+                store.write_json(path, measure(where, width, size, device))
                 context.on_progress(f"{where} layer, {width} x {width}")
             records.append(store.read_json(path))
         path = folder / "steps.json"

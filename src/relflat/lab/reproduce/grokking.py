@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from relflat.lab.config import RunConfig, make
-from relflat.lab.figures import curves
+from relflat.lab.figures import curves, every_few
 from relflat.lab.grokking import learnt_at
 from relflat.lab.reproduce.experiment import Context, Experiment, Figure, Outcome, Scale, Table
 from relflat.lab.trials import Job, Trial, run_all, workers
@@ -168,7 +168,6 @@ def _paint(groups: Grokked, key: str, label: str, axes: Any) -> None:
 
 def thinned(history: Sequence[Mapping[str, Any]], most: int = 60) -> list[dict[str, Any]]:
     """At most so many epochs of a run, evenly spread, the last one among them."""
-    stride = -(-len(history) // most)
     keys = (
         "epoch",
         "train_accuracy",
@@ -178,7 +177,7 @@ def thinned(history: Sequence[Mapping[str, Any]], most: int = 60) -> list[dict[s
         "confidence",
         "weight_norm",
     )
-    return [{key: record[key] for key in keys} for record in history[::-1][::stride][::-1]]
+    return [{key: record[key] for key in keys} for record in every_few(history, most)]
 
 
 def fall(history: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
