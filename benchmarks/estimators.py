@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from output import environment, save
 from relflat import relative_flatness
-from relflat.losses import known_loss
-from relflat.operators import GGNOperator
-from relflat.penalty import Estimator, Scene, Spec
+from relflat.capture.tap import Tap
+from relflat.curvature.operators import GGNOperator
+from relflat.curvature.weight_space import Matrix
+from relflat.estimate.choose import Estimator, Scene, Spec
+from relflat.loss.known import known_loss
+from relflat.measure.xtrace import Coordinates, Sketch
 from relflat.rng import Rng
-from relflat.tap import Tap
-from relflat.weight_space import Matrix
-from relflat.xtrace import Coordinates, Sketch
 
 CE = nn.CrossEntropyLoss()
 GROUPS = {

@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor
 
 from output import RESULTS, environment, save, show
-from relflat.linear_cross_entropy import linear_cross_entropy_fam
+from relflat.vocabulary.function import linear_cross_entropy_fam
 
 PLAIN = "logits + F.cross_entropy"
 

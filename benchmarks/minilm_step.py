@@ -25,9 +25,9 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from output import RESULTS, environment, save, show
 from paired import Ratio, compare
 from relflat.integrations.transformers import FAMTrainer
-from relflat.lab import reviews
-from relflat.lab.fetch import files, get
-from relflat.lab.text import encode
+from relflat.lab.data import reviews
+from relflat.lab.data.fetch import files, get
+from relflat.lab.tasks.text import encode
 
 PLAIN, CONTROL, FAM = "plain Trainer", "plain Trainer again", "FAMTrainer, output layer"
 

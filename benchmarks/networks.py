@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from relflat.lab.models import mlp, resnet18
+from relflat.lab.tasks.models import mlp, resnet18
 
 Batch = tuple[Tensor, Tensor]
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from relflat.lab.environment import describe
+from relflat.lab.train.environment import describe
 
 RESULTS = Path(__file__).parent / "results"
 

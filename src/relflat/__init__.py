@@ -11,17 +11,17 @@ from relflat.errors import (
     RelflatWarning,
     SecondDerivativeError,
 )
-from relflat.landscape import (
+from relflat.fam import FAM
+from relflat.measure.api import relative_flatness, relative_flatness_by_layer
+from relflat.measure.relatives import (
     Estimate,
     feature_robustness,
     max_eigenvalue_flatness,
     per_sample_flatness,
     representativeness,
 )
-from relflat.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy_fam
-from relflat.measure import relative_flatness, relative_flatness_by_layer
-from relflat.regularizer import FAM
 from relflat.result import Flatness
+from relflat.vocabulary.function import LinearCrossEntropy, linear_cross_entropy_fam
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from relflat import relative_flatness
-from relflat.lab.models import small_cnn
+from relflat.lab.tasks.models import small_cnn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -8,10 +8,10 @@ import pytest
 
 from relflat import __version__
 from relflat.cli.main import COMMANDS, main, option_names
-from relflat.lab.arms import ARMS
-from relflat.lab.reproduce import EXPERIMENTS
-from relflat.lab.tasks import TASKS
-from relflat.measure import _DEFAULT_PROBES, _DEFAULT_XTRACE
+from relflat.lab.compare.arms import ARMS
+from relflat.lab.tasks.catalogue import TASKS
+from relflat.measure.api import _DEFAULT_PROBES, _DEFAULT_XTRACE
+from relflat.papers import EXPERIMENTS
 
 SHORT = ["--epochs", "1", "--train-size", "100"]
 
@@ -40,10 +40,10 @@ def relflat(capsys, tmp_path, monkeypatch):
     ids=lambda w: w[0],
 )
 def test_train_prints_one_json_object(relflat, way, tmp_path):
-    code, out, err = relflat("train", "digits", "--method", *way, "--seed", "3", *SHORT, "--json")
+    code, out, err = relflat("train", "digits", "--algorithm", *way, "--seed", "3", *SHORT, "--json")
     assert (code, err) == (0, "")
     answer = json.loads(out)
-    assert answer["config"]["method"] == way[0]
+    assert answer["config"]["algorithm"] == way[0]
     assert answer["config"]["seed"] == 3
     assert answer["result"]["status"] == "finished"
     assert 0 < answer["result"]["test"]["accuracy"] < 1
@@ -81,10 +81,10 @@ def test_bins_of_the_calibration_error_are_kept_but_not_printed(relflat, tmp_pat
 
 
 def test_config_file_and_options_over_it(relflat, tmp_path):
-    (tmp_path / "run.toml").write_text('method = "sam"\nrho = 0.2\nseed = 4\n')
+    (tmp_path / "run.toml").write_text('algorithm = "sam"\nrho = 0.2\nseed = 4\n')
     _, out, _ = relflat("train", "digits", *SHORT, "--config", "run.toml", "--seed", "5", "--json")
     config = json.loads(out)["config"]
-    assert (config["method"], config["rho"], config["seed"]) == ("sam", 0.2, 5)
+    assert (config["algorithm"], config["rho"], config["seed"]) == ("sam", 0.2, 5)
 
 
 def test_measure_agrees_with_training(relflat):
@@ -124,8 +124,8 @@ def test_measure_convolutions_and_parameters(relflat, tmp_path):
     """Fresh weights of the small CNN stand in for a trained run: no data set but digits is needed."""
     task = tmp_path / "cnn.py"
     task.write_text(
-        "from dataclasses import replace\nfrom relflat.lab.models import small_cnn\n"
-        "from relflat.lab.tasks import TASKS\ntask = replace(TASKS['digits'], model=small_cnn)\n"
+        "from dataclasses import replace\nfrom relflat.lab.tasks.models import small_cnn\n"
+        "from relflat.lab.tasks.catalogue import TASKS\ntask = replace(TASKS['digits'], model=small_cnn)\n"
     )
     _, out, _ = relflat("train", "cnn.py:task", *SHORT, "--json")
     ways = ("--samples", "20", "--probes", "2", "--curvature", "ggn", "--json")
@@ -168,14 +168,14 @@ def test_values_of_all_arms(relflat):
     assert len(configs) == 4
     assert {(c["batch_size"], c["lr"], c["precision"]) for c in configs} == {(16, 0.01, "bf16")}
     # plain searches the weight decay, and keeps what it tries
-    assert {(c["method"], c["weight_decay"]) for c in configs} == {("plain", 5e-4), ("fam", 0.001)}
+    assert {(c["algorithm"], c["weight_decay"]) for c in configs} == {("plain", 5e-4), ("fam", 0.001)}
     assert json.loads(out)["plan"]["common"]["lr"] == 0.01
 
 
 DIVERGES = """
 from dataclasses import replace
 
-from relflat.lab.tasks import SGD, TASKS
+from relflat.lab.tasks.catalogue import SGD, TASKS
 
 digits = TASKS["digits"]
 
@@ -251,11 +251,11 @@ def test_trials_that_diverge_are_recorded_and_counted(relflat, tmp_path):
         (["compare", "none.py:task"], "Cannot read the task file"),
         (["report", "nowhere"], "nowhere is not a comparison"),
         (["train", "digist"], "Unknown task 'digist'; did you mean 'digits'"),
-        (["train", "digits", "--method", "famm"], "did you mean 'fam'"),
-        (["train", "digits", "--rho", "1"], "'rho' is a setting of method sam"),
+        (["train", "digits", "--algorithm", "famm"], "did you mean 'fam'"),
+        (["train", "digits", "--rho", "1"], "'rho' is a setting of algorithm sam"),
         (["train", "digits", "--strenght", "1"], "--strength"),
-        (["train", "digits", "--method", "fam", "--regularize", "fc9"], "fc9"),
-        (["train", "digits", "--method", "fam", "--probes", "0"], "probes"),
+        (["train", "digits", "--algorithm", "fam", "--layer", "fc9"], "fc9"),
+        (["train", "digits", "--algorithm", "fam", "--probes", "0"], "probes"),
         (["train", "digits", "--epochs", "two"], "two"),
         (["train", "digits", "--train-size", "5000"], "train_size=5000"),
         (["train", "digits", "--config", "none.toml"], "Cannot read the config file none.toml"),
@@ -319,7 +319,7 @@ def test_interrupt_leaves_with_130(relflat, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("relflat.lab.training.train", interrupted)
+    monkeypatch.setattr("relflat.lab.train.loop.train", interrupted)
     code, _, err = relflat("train", "digits", *SHORT)
     assert code == 130
     assert "goes on after the last finished epoch" in err

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from relflat.lab import training
-from relflat.lab.config import make
-from relflat.lab.measuring import measure_run
+from relflat.lab.train import loop as training
+from relflat.lab.train.config import make
+from relflat.lab.train.measuring import measure_run
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
 
@@ -44,14 +44,25 @@ def launch(*arguments):
 
 
 @pytest.mark.xdist_group("distributed")
-@pytest.mark.parametrize("method", ["plain", "fam", "sam"])
-def test_training_on_two_processes_is_training_on_one(method, tmp_path):
-    values = {"task": "digits", "method": method, "epochs": 2, "lr": 0.01}
+@pytest.mark.parametrize("algorithm", ["plain", "fam", "sam"])
+def test_training_on_two_processes_is_training_on_one(algorithm, tmp_path):
+    values = {"task": "digits", "algorithm": algorithm, "epochs": 2, "lr": 0.01}
     alone = training.train(make(values), tmp_path / "alone", tensorboard=False)
     done = launch(
         "train",
         "digits",
-        *("--method", method, "--epochs", "2", "--lr", "0.01", "--runs", str(tmp_path), "--name", "two"),
+        *(
+            "--algorithm",
+            algorithm,
+            "--epochs",
+            "2",
+            "--lr",
+            "0.01",
+            "--runs",
+            str(tmp_path),
+            "--name",
+            "two",
+        ),
         "--json",
     )
     assert done.returncode == 0, done.stderr

@@ -16,14 +16,14 @@ from code_blocks import WHY_NOT_RUN, blocks, same_output
 from sklearn.metrics import mean_squared_error, r2_score
 
 import relflat
-from relflat import reference, reparam
 from relflat.cli.compare import compare
 from relflat.cli.main import COMMANDS, main
-from relflat.lab import tasks
-from relflat.lab.arms import ARMS
-from relflat.lab.evaluate import ACCURACY, Metric, evaluate
-from relflat.lab.splits import classification
-from relflat.lab.tasks import SGD, Adam, AdamW, Task
+from relflat.lab.compare.arms import ARMS
+from relflat.lab.data.splits import classification
+from relflat.lab.tasks import catalogue as tasks
+from relflat.lab.tasks.catalogue import SGD, Adam, AdamW, Task
+from relflat.lab.train.evaluate import ACCURACY, Metric, evaluate
+from relflat.theory import reference, reparam
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

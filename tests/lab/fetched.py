@@ -5,7 +5,7 @@ import os
 import pytest
 
 from relflat.errors import DataError
-from relflat.lab.fetch import get
+from relflat.lab.data.fetch import get
 
 
 def have(*names: str) -> None:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from relflat.lab.arms import Arm
-from relflat.lab.compare import Comparison, Plan, choose, judge
-from relflat.lab.timing import StepCost
-from relflat.lab.trials import Trial
+from relflat.lab.compare.arms import Arm
+from relflat.lab.compare.search import Comparison, Plan, choose, judge
+from relflat.lab.compare.trials import Trial
+from relflat.lab.train.timing import StepCost
 
 ARMS = (
     Arm("plain", "plain", "plain", "weight_decay", (0.0, 0.01), origin="nowhere"),

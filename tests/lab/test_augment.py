@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from relflat.lab.augment import DRAWS, crop_flip, crop_flip_cutout, cutout, draws_for
-from relflat.lab.batches import EpochOrder, training_loader
-from relflat.lab.data import Arrays
+from relflat.lab.data.arrays import Arrays
+from relflat.lab.data.augment import DRAWS, crop_flip, crop_flip_cutout, cutout, draws_for
+from relflat.lab.data.batches import EpochOrder, training_loader
 
 pictures = torch.arange(2 * 3 * 6 * 6, dtype=torch.float32).reshape(2, 3, 6, 6) + 1
 

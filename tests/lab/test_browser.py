@@ -7,8 +7,8 @@ import subprocess
 import pytest
 from synthetic import COSTS, comparison
 
-from relflat.lab.environment import describe
-from relflat.lab.report import render
+from relflat.lab.report.report import render
+from relflat.lab.train.environment import describe
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTH = "<script>document.title = innerWidth + ' ' + document.documentElement.scrollWidth</script></body>"

@@ -7,11 +7,13 @@ import pytest
 from synthetic import ARMS, PLAN, trial
 
 from relflat.errors import ConfigError
-from relflat.lab import arms, splits, store
-from relflat.lab.compare import choose, compare, judge, plan_from
-from relflat.lab.engines import engine_named
-from relflat.lab.timing import step_costs
-from relflat.lab.trials import workers
+from relflat.lab.compare import arms
+from relflat.lab.compare.engines import engine_named
+from relflat.lab.compare.search import choose, compare, judge, plan_from
+from relflat.lab.compare.trials import workers
+from relflat.lab.data import splits
+from relflat.lab.train import store
+from relflat.lab.train.timing import step_costs
 
 PLAIN, SAM, RADIUS = ARMS
 
@@ -84,7 +86,7 @@ def test_comparison_from_search_to_test(tmp_path):
         "plain": [0, 1],
         "fam-radius": [0, 1],
     }
-    assert [t.config.method for t in outcome.finals["fam-radius"]] == ["fam", "fam"]
+    assert [t.config.algorithm for t in outcome.finals["fam-radius"]] == ["fam", "fam"]
     assert all(one.result["test"]["accuracy"] > 0 for trials in outcome.finals.values() for one in trials)
 
 

@@ -3,19 +3,19 @@ import json
 import pytest
 
 from relflat.errors import ConfigError
-from relflat.lab.config import make, read_file
-from relflat.lab.methods import METHODS
+from relflat.lab.train.algorithms import ALGORITHMS
+from relflat.lab.train.config import make, read_file
 
 
 def test_defaults_come_from_task_and_method():
-    config = make({"task": "digits", "method": "sam"})
+    config = make({"task": "digits", "algorithm": "sam"})
     assert (config.epochs, config.batch_size, config.lr, config.seed) == (80, 32, 0.05, 0)
     assert config.settings.rho == 0.05
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_flat_form_round_trips_through_json(method):
-    config = make({"task": "fashion-mnist", "method": method, "seed": 7, "train_size": 4000})
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_flat_form_round_trips_through_json(algorithm):
+    config = make({"task": "fashion-mnist", "algorithm": algorithm, "seed": 7, "train_size": 4000})
     assert make(json.loads(json.dumps(config.flat()))) == config
 
 
@@ -29,7 +29,7 @@ def test_digest_depends_on_every_value():
 
 
 def test_whole_numbers_are_accepted_for_fractions():
-    assert make({"task": "digits", "method": "fam", "strength": 1}).settings.strength == 1.0
+    assert make({"task": "digits", "algorithm": "fam", "strength": 1}).settings.strength == 1.0
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ def test_whole_numbers_are_accepted_for_fractions():
     [
         ({}, "No task given"),
         ({"task": "digist"}, "Unknown task 'digist'; did you mean 'digits'"),
-        ({"task": "digits", "method": "fma"}, "Unknown method 'fma'; did you mean 'fam'"),
+        ({"task": "digits", "algorithm": "fma"}, "Unknown algorithm 'fma'; did you mean 'fam'"),
         ({"task": "digits", "sede": 1}, "Unknown config key 'sede'; did you mean 'seed'"),
         (
             {"task": "digits", "rho": 0.1},
-            "'rho' is a setting of method sam and fam-sam and looksam, not of 'plain'",
+            "'rho' is a setting of algorithm sam and fam-sam and looksam, not of 'plain'",
         ),
-        ({"task": "digits", "method": "fam", "gradient": "froze"}, "did you mean 'frozen'"),
+        ({"task": "digits", "algorithm": "fam", "gradient": "froze"}, "did you mean 'frozen'"),
         ({"task": "digits", "seed": 1.5}, "seed=1.5 is not a valid value; expected int"),
         ({"task": "digits", "seed": True}, "seed=True is not a valid value; expected int"),
         ({"task": "digits", "lr": "fast"}, "lr='fast' is not a valid value; expected float"),
@@ -64,10 +64,10 @@ def test_wrong_values_are_named(given, message):
 
 def test_config_files(tmp_path):
     toml, js, bad = tmp_path / "a.toml", tmp_path / "a.json", tmp_path / "bad.toml"
-    toml.write_text('method = "sam"\nrho = 0.2\n')
-    js.write_text('{"method": "sam", "rho": 0.2}')
-    bad.write_text("method = ")
-    assert read_file(toml) == read_file(js) == {"method": "sam", "rho": 0.2}
+    toml.write_text('algorithm = "sam"\nrho = 0.2\n')
+    js.write_text('{"algorithm": "sam", "rho": 0.2}')
+    bad.write_text("algorithm = ")
+    assert read_file(toml) == read_file(js) == {"algorithm": "sam", "rho": 0.2}
     with pytest.raises(ConfigError, match=r"bad\.toml is not valid toml"):
         read_file(bad)
     with pytest.raises(ConfigError, match="Cannot read"):

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab import store, study
-from relflat.lab.config import make
-from relflat.lab.training import train
-from relflat.lab.trials import Job, read_trial, run_job
+from relflat.lab.compare import study
+from relflat.lab.compare.trials import Job, read_trial, run_job
+from relflat.lab.train import store
+from relflat.lab.train.config import make
+from relflat.lab.train.loop import train
 
 GIVEN = {"task": "digits", "epochs": 2, "train_size": 100}
 
@@ -122,7 +123,7 @@ def test_a_damaged_comparison(tmp_path):
 def test_parts_of_a_task_that_do_not_fit(tmp_path, line, message):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from dataclasses import replace\nfrom torch import nn\nfrom relflat.lab.tasks import TASKS\n"
+        "from dataclasses import replace\nfrom torch import nn\nfrom relflat.lab.tasks.catalogue import TASKS\n"
         f"base = TASKS['digits']\ntask = {line}\n"
     )
     with pytest.raises(ConfigError, match=message) as caught:

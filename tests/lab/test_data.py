@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab import data, fetch
-from relflat.lab.sources import SOURCES
+from relflat.lab.data import arrays as data
+from relflat.lab.data import fetch
+from relflat.lab.data.sources import SOURCES
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,9 @@ from fetched import have
 from torch.nn import functional
 
 from relflat.errors import DataError
-from relflat.lab import efficientnet
-from relflat.lab.efficientnet import WEIGHTS, EfficientNetLite0, SameConv2d, load_pretrained
-from relflat.lab.fetch import files
+from relflat.lab.data.fetch import files
+from relflat.lab.tasks import efficientnet
+from relflat.lab.tasks.efficientnet import WEIGHTS, EfficientNetLite0, SameConv2d, load_pretrained
 
 
 def packaged(model: EfficientNetLite0) -> dict[str, torch.Tensor]:

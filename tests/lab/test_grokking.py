@@ -4,10 +4,10 @@ from torch import nn
 
 from relflat import relative_flatness
 from relflat.errors import ConfigError
-from relflat.lab.data import Arrays
-from relflat.lab.grokking import AdditionMLP, AdditionTransformer, additions, delay, learnt_at, splits
-from relflat.lab.tasks import TASKS
-from relflat.reference import at_layer, kappa
+from relflat.lab.data.arrays import Arrays
+from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.tasks.grokking import AdditionMLP, AdditionTransformer, additions, delay, learnt_at, splits
+from relflat.theory.reference import at_layer, kappa
 
 
 def test_the_table_holds_every_sum_once():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from relflat.errors import DataError
-from relflat.lab import data, fetch, hub
-from relflat.lab.sources import SOURCES
+from relflat.lab.data import arrays as data
+from relflat.lab.data import fetch, hub
+from relflat.lab.data.sources import SOURCES
 
 datasets = pytest.importorskip("datasets", reason="extra 'hub' is not installed")
 

@@ -2,14 +2,14 @@ import copy
 
 import pytest
 import torch
-from test_methods import batch, learner
+from test_algorithms import batch, learner
 from torch import nn
 
 from relflat.errors import ConfigError
-from relflat.lab.config import make
-from relflat.lab.knobs import KnobbedFAM
-from relflat.lab.methods import METHODS, get_counter, set_counter
-from relflat.lab.models import mlp
+from relflat.lab.tasks.models import mlp
+from relflat.lab.train.algorithms import ALGORITHMS, get_counter, set_counter
+from relflat.lab.train.config import make
+from relflat.papers.knobs import KnobbedFAM
 
 
 def network() -> nn.Sequential:
@@ -17,21 +17,21 @@ def network() -> nn.Sequential:
     return mlp(64, hidden=(16,))
 
 
-def run(method: str, steps: int, **settings) -> tuple[nn.Sequential, list[float]]:
+def run(algorithm: str, steps: int, **settings) -> tuple[nn.Sequential, list[float]]:
     """The network after so many steps on one batch, and the penalty of each."""
     model, penalties = network(), []
-    one = learner(method, model, **settings)
+    one = learner(algorithm, model, **settings)
     for _ in range(steps):
-        penalties.append(METHODS[method].step(one, *batch()).penalty)
+        penalties.append(ALGORITHMS[algorithm].step(one, *batch()).penalty)
     return model, penalties
 
 
-@pytest.mark.parametrize("method", ["fam", "fam-sam"])
-def test_the_penalty_is_taken_away_after_so_many_steps(method):
-    model, penalties = run(method, 5, strength=-0.1, remove_after=3)
+@pytest.mark.parametrize("algorithm", ["fam", "fam-sam"])
+def test_the_penalty_is_taken_away_after_so_many_steps(algorithm):
+    model, penalties = run(algorithm, 5, strength=-0.1, remove_after=3)
     assert all(penalty < 0 for penalty in penalties[:3])
     assert penalties[3:] == [0, 0]
-    kept, all_penalties = run(method, 5, strength=-0.1)
+    kept, all_penalties = run(algorithm, 5, strength=-0.1)
     assert penalties[:3] == all_penalties[:3]
     assert all_penalties[4] < 0
     assert not torch.equal(model.output.weight, kept.output.weight)
@@ -42,10 +42,10 @@ def test_after_the_removal_training_is_plain():
     model = network()
     one = learner("fam", model, strength=0.3, remove_after=2)
     for _ in range(2):
-        METHODS["fam"].step(one, inputs, targets)
+        ALGORITHMS["fam"].step(one, inputs, targets)
     plain = copy.deepcopy(model)
-    METHODS["fam"].step(one, inputs, targets)
-    METHODS["plain"].step(learner("plain", plain), inputs, targets)
+    ALGORITHMS["fam"].step(one, inputs, targets)
+    ALGORITHMS["plain"].step(learner("plain", plain), inputs, targets)
     for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -53,31 +53,31 @@ def test_after_the_removal_training_is_plain():
 def test_a_resumed_run_knows_that_the_penalty_is_gone():
     one = learner("fam", network(), strength=0.3, remove_after=2)
     for _ in range(2):
-        METHODS["fam"].step(one, *batch())
+        ALGORITHMS["fam"].step(one, *batch())
     resumed = learner("fam", network(), strength=0.3, remove_after=2)
     set_counter(resumed.criterion, get_counter(one.criterion))
-    assert METHODS["fam"].step(resumed, *batch()).penalty == 0
+    assert ALGORITHMS["fam"].step(resumed, *batch()).penalty == 0
 
 
 def test_removed_from_a_perturbed_forward_pass_too():
     """With strength 1 on a hidden layer the pass itself carries the noise: after the removal it must not."""
     model = network()
-    one = learner("fam", model, regularize="fc1", radius=0.5, strength=1.0, remove_after=1)
-    METHODS["fam"].step(one, *batch())
+    one = learner("fam", model, layer="fc1", radius=0.5, strength=1.0, remove_after=1)
+    ALGORITHMS["fam"].step(one, *batch())
     plain = copy.deepcopy(model)
-    found = METHODS["fam"].step(one, *batch())
-    expected = METHODS["plain"].step(learner("plain", plain), *batch())
+    found = ALGORITHMS["fam"].step(one, *batch())
+    expected = ALGORITHMS["plain"].step(learner("plain", plain), *batch())
     torch.testing.assert_close(found.total, expected.total)
 
 
-@pytest.mark.parametrize("method", ["fam", "fam-sam"])
-def test_weights_stay_within_the_cap_while_the_penalty_is_there(method):
-    free, _ = run(method, 3, strength=-0.5)
+@pytest.mark.parametrize("algorithm", ["fam", "fam-sam"])
+def test_weights_stay_within_the_cap_while_the_penalty_is_there(algorithm):
+    free, _ = run(algorithm, 3, strength=-0.5)
     assert free.output.weight.norm() > 2.0
-    capped, _ = run(method, 3, strength=-0.5, weight_cap=2.0)
+    capped, _ = run(algorithm, 3, strength=-0.5, weight_cap=2.0)
     assert capped.output.weight.norm().item() == pytest.approx(2.0, rel=1e-5)
-    torch.testing.assert_close(run(method, 0)[0].fc1.weight.norm(), network().fc1.weight.norm())
-    loose, _ = run(method, 3, strength=-0.5, weight_cap=1e6)
+    torch.testing.assert_close(run(algorithm, 0)[0].fc1.weight.norm(), network().fc1.weight.norm())
+    loose, _ = run(algorithm, 3, strength=-0.5, weight_cap=1e6)
     assert torch.equal(loose.output.weight, free.output.weight)
 
 
@@ -85,7 +85,7 @@ def test_temperature_and_unit_features_reach_the_criterion():
     """The penalty is I1 with the softmax of the halved logits and features of norm 1, written out."""
     model, inputs, targets = network(), *batch()
     by_hand = copy.deepcopy(model)
-    losses = METHODS["fam"].step(
+    losses = ALGORITHMS["fam"].step(
         learner("fam", model, strength=1.0, temperature=2.0, unit_features=True), inputs, targets
     )
     weight = by_hand.output.weight
@@ -110,4 +110,4 @@ def test_the_criterion_does_not_own_the_model():
     criterion = KnobbedFAM(nn.CrossEntropyLoss(), network(), "output", strength=0.1, weight_cap=1.0)
     assert list(criterion.parameters()) == []
     assert criterion.state_dict() == {}
-    assert make({"task": "digits", "method": "fam", "remove_after": None}).settings.remove_after is None
+    assert make({"task": "digits", "algorithm": "fam", "remove_after": None}).settings.remove_after is None

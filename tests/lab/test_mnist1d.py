@@ -7,8 +7,8 @@ import torch
 from fetched import have
 
 from relflat.errors import DataError
-from relflat.lab import fetch, mnist1d
-from relflat.lab.sources import SOURCES
+from relflat.lab.data import fetch, mnist1d
+from relflat.lab.data.sources import SOURCES
 
 
 def test_damaged_package_is_named(tmp_path, monkeypatch):

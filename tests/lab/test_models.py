@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from relflat.lab.models import mlp, resnet18, resnet20, small_cnn
+from relflat.lab.tasks.models import mlp, resnet18, resnet20, small_cnn
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 
 from relflat.errors import ConfigError
-from relflat.lab import store
-from relflat.lab.config import make
-from relflat.lab.measuring import measure_run
-from relflat.lab.tasks import Task, task_named
-from relflat.lab.training import train
+from relflat.lab.tasks.catalogue import Task, task_named
+from relflat.lab.train import store
+from relflat.lab.train.config import make
+from relflat.lab.train.loop import train
+from relflat.lab.train.measuring import measure_run
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "study" / "own_task.py"
 
@@ -55,7 +55,11 @@ def test_relative_paths_are_made_whole(copy, monkeypatch):
         ("x = 1\n", "task", r"defines no Task; write  task = Task\(...\)"),
         ("def f(:\n", "task", "SyntaxError"),
         ("def f():\n    return 1 / 0\n\n\nf()\n", "task", r"line 2, in f(.|\n)*ZeroDivisionError"),
-        ("from relflat.lab.tasks import TASKS\n\nmine = TASKS['digits']\n", "mien", "did you mean 'mine'"),
+        (
+            "from relflat.lab.tasks.catalogue import TASKS\n\nmine = TASKS['digits']\n",
+            "mien",
+            "did you mean 'mine'",
+        ),
     ],
 )
 def test_files_that_do_not_work_are_explained(tmp_path, text, name, message):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from relflat.errors import ConfigError
-from relflat.lab import store
-from relflat.lab.config import make
-from relflat.lab.measuring import measure_run
-from relflat.lab.training import build, train
+from relflat.lab.train import store
+from relflat.lab.train.config import make
+from relflat.lab.train.loop import build, train
+from relflat.lab.train.measuring import measure_run
 
 
 def short(**values):
@@ -17,11 +17,11 @@ def short(**values):
 @pytest.mark.parametrize(
     "way",
     [
-        {"method": "plain"},
-        {"method": "sam"},
-        {"method": "fam"},
-        {"method": "fam", "regularize": "fc*", "estimator": "probe"},
-        {"method": "fam", "radius": 0.5, "strength": 1.0, "regularize": "fc*"},
+        {"algorithm": "plain"},
+        {"algorithm": "sam"},
+        {"algorithm": "fam"},
+        {"algorithm": "fam", "layer": "fc*", "method": "probe"},
+        {"algorithm": "fam", "radius": 0.5, "strength": 1.0, "layer": "fc*"},
     ],
     ids=["plain", "sam", "fam", "probes", "radius"],
 )
@@ -58,7 +58,7 @@ def test_only_training_is_cast():
 
 
 def test_interrupted_in_bf16_it_goes_on_bit_for_bit(tmp_path):
-    config = short(precision="bf16", method="fam", epochs=3, train_size=100)
+    config = short(precision="bf16", algorithm="fam", epochs=3, train_size=100)
     whole = train(config, tmp_path / "whole", tensorboard=False)
 
     class Stop(Exception):
@@ -87,7 +87,7 @@ def test_runs_without_it_keep_their_hash(tmp_path):
         "label_noise": 0.2,
     }
     assert make({"task": "digits", **values}).digest == "1f53e4baee"  # taken at commit 1332891
-    assert make({"task": "digits", **values, "method": "fam"}).digest == "adf0149a5b"
+    assert make({"task": "digits", **values, "algorithm": "fam"}).digest == "adf0149a5b"
     config = short(precision="bf16")
     store.open_run(tmp_path / "run", config)
     assert store.config_of(tmp_path / "run") == config
@@ -98,4 +98,4 @@ def test_fp16_and_what_it_needs():
         with pytest.raises(ConfigError, match="precision='fp16' needs a GPU; use precision='bf16'"):
             build(short(precision="fp16"))
     with pytest.raises(ConfigError, match="two passes a step cannot"):
-        short(precision="fp16", method="sam")
+        short(precision="fp16", algorithm="sam")

@@ -14,10 +14,10 @@ import pytest
 
 from relflat.cli.main import main
 from relflat.errors import ConfigError
-from relflat.lab import store
-from relflat.lab.config import make
-from relflat.lab.engines import MARK, Shared, engine_named, versions
-from relflat.lab.trials import Job, run_all, workers
+from relflat.lab.compare.engines import MARK, Shared, engine_named, versions
+from relflat.lab.compare.trials import Job, run_all, workers
+from relflat.lab.train import store
+from relflat.lab.train.config import make
 
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -42,7 +42,7 @@ from pathlib import Path
 
 from torch import nn
 
-from relflat.lab.tasks import TASKS
+from relflat.lab.tasks.catalogue import TASKS
 
 HERE = Path(__file__).parent
 
@@ -84,8 +84,8 @@ def pool(cluster, tmp_path):
         yield engine
 
 
-PLAIN, SAM, FAM = {"method": "plain"}, {"method": "sam"}, {"method": "fam"}
-PROBES = {**FAM, "regularize": "fc*", "estimator": "probe"}
+PLAIN, SAM, FAM = {"algorithm": "plain"}, {"algorithm": "sam"}, {"algorithm": "fam"}
+PROBES = {**FAM, "layer": "fc*", "method": "probe"}
 
 
 def jobs_in(runs: Path, *ways: dict, task: str = "digits") -> list[Job]:

@@ -14,13 +14,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from synthetic import COSTS, comparison
 
-from relflat.lab import export, figures, store, study
-from relflat.lab.arms import ARMS
-from relflat.lab.environment import describe
-from relflat.lab.report import findings, render
-from relflat.lab.reproduce.association import associate
-from relflat.lab.statistics import Difference
-from relflat.lab.summary import (
+from relflat.lab.compare import study
+from relflat.lab.compare.arms import ARMS
+from relflat.lab.compare.statistics import Difference
+from relflat.lab.report import export, figures
+from relflat.lab.report.report import findings, render
+from relflat.lab.report.summary import (
     at_the_edge,
     columns,
     merged_bins,
@@ -31,8 +30,11 @@ from relflat.lab.summary import (
     rows,
     verdict,
 )
-from relflat.lab.summary import score_differences as compared
-from relflat.lab.terminal import show
+from relflat.lab.report.summary import score_differences as compared
+from relflat.lab.report.terminal import show
+from relflat.lab.train import store
+from relflat.lab.train.environment import describe
+from relflat.papers.association import associate
 
 PLAIN = [0.80, 0.81, 0.82, 0.80, 0.81, 0.82, 0.80]
 CLEAR = [PLAIN, [x + 0.1 + k / 1000 for k, x in enumerate(PLAIN)], [x - 0.05 for x in PLAIN]]
@@ -102,7 +104,7 @@ def test_arms_are_called_by_their_names_on_the_command_line_where_titles_differ(
 def test_the_title_of_an_own_task_is_what_it_calls_itself(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from dataclasses import replace\nfrom relflat.lab.tasks import TASKS\n"
+        "from dataclasses import replace\nfrom relflat.lab.tasks.catalogue import TASKS\n"
         "same = TASKS['digits']\nmine = replace(same, name='[my] <digits>')\n"
     )
     one = comparison(CLEAR)

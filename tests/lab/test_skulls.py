@@ -16,13 +16,13 @@ from torch import nn
 
 from relflat import FAM
 from relflat.errors import ConfigError, DataError
-from relflat.lab import skull_metrics, skulls
-from relflat.lab.config import make
-from relflat.lab.fetch import files
-from relflat.lab.skull_models import Autoencoder, Completion, dice_cross_entropy, dice_loss
-from relflat.lab.skulls import LARGE, SIDE, SMALL, Sizes
-from relflat.lab.tasks import TASKS
-from relflat.lab.training import train
+from relflat.lab.data.fetch import files
+from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.train.config import make
+from relflat.lab.train.loop import train
+from relflat.papers import skull_metrics, skulls
+from relflat.papers.skull_models import Autoencoder, Completion, dice_cross_entropy, dice_loss
+from relflat.papers.skulls import LARGE, SIDE, SMALL, Sizes
 
 FEW = Sizes(train=4, validation=2, evaluation=2)
 

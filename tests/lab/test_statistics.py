@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 
 from relflat.errors import DataError
-from relflat.lab.statistics import bca, differences, holm, least_p, mean_sd, seeds_needed, sign_flip
+from relflat.lab.compare.statistics import bca, differences, holm, least_p, mean_sd, seeds_needed, sign_flip
 
 gaps = st.lists(st.integers(-20, 20).map(lambda k: k / 100), min_size=2, max_size=7)
 

@@ -16,9 +16,10 @@ import pytest
 from killable import Killable
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab import store, study
-from relflat.lab.lock import alone_in
-from relflat.lab.trials import workers
+from relflat.lab.compare import study
+from relflat.lab.compare.trials import workers
+from relflat.lab.train import store
+from relflat.lab.train.lock import alone_in
 
 OPTIONS = {"seeds": 2, "search_seeds": 1, "trials": 2, "train_size": 100, "epochs": 3, "label_noise": 0.1}
 TIMES = {"seconds_per_step", "cost", "environment", "step", "equal_time"}
@@ -150,7 +151,7 @@ def test_finished_runs_are_not_done_twice(killable, tmp_path):
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     code = (
         "import os, time\n"
-        "from relflat.lab.trials import workers\n"
+        "from relflat.lab.compare.trials import workers\n"
         "if __name__ == '__main__':\n"
         "    pool = workers(2)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
@@ -193,7 +194,7 @@ TASK = """
 from dataclasses import replace
 from pathlib import Path
 
-from relflat.lab.tasks import TASKS
+from relflat.lab.tasks.catalogue import TASKS
 
 LOCK = Path(__file__).with_name("unlocked")
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from relflat.errors import ConfigError
-from relflat.lab import store, study
-from relflat.lab.config import make
-from relflat.lab.measuring import measure_run
-from relflat.lab.tasks import TASKS
-from relflat.lab.training import train
+from relflat.lab.compare import study
+from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.train import store
+from relflat.lab.train.config import make
+from relflat.lab.train.loop import train
+from relflat.lab.train.measuring import measure_run
 
 PINNED = Path(__file__).with_name("task_versions.json")
 IN_THE_HASH = {"epochs", "batch_size"}  # a run's hash has them, as it has lr and weight_decay
@@ -70,8 +71,8 @@ def test_a_changed_setting_is_seen():
     ("given", "digest"),
     [
         ({"task": "digits"}, "5d615bb018"),
-        ({"task": "fashion-mnist", "method": "fam"}, "e95066352a"),
-        ({"task": "addition", "method": "sam"}, "72925537ea"),
+        ({"task": "fashion-mnist", "algorithm": "fam"}, "e95066352a"),
+        ({"task": "addition", "algorithm": "sam"}, "72925537ea"),
     ],
 )
 def test_hashes_of_earlier_runs_stay(given, digest):
@@ -121,7 +122,7 @@ def test_a_comparison_of_another_version_is_not_gone_on_with(tmp_path, raised):
 def test_a_task_file_may_have_a_version_too(tmp_path):
     path = tmp_path / "mine.py"
     text = (
-        "from dataclasses import replace\nfrom relflat.lab.tasks import TASKS\n"
+        "from dataclasses import replace\nfrom relflat.lab.tasks.catalogue import TASKS\n"
         "task = replace(TASKS['digits'], version={})\n"
     )
     path.write_text(text.format(1))

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from test_text import WORDS, archive, tiny_bert
 
-from relflat.lab import fetch, hub
-from relflat.lab.config import make
-from relflat.lab.measuring import measure_run
-from relflat.lab.sources import SOURCES
-from relflat.lab.tasks import TASKS
-from relflat.lab.training import build, train
+from relflat.lab.data import fetch, hub
+from relflat.lab.data.sources import SOURCES
+from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.train.config import make
+from relflat.lab.train.loop import build, train
+from relflat.lab.train.measuring import measure_run
 
 pytest.importorskip("transformers", reason="extra 'transformers' is not installed")
 
-FAM = {"method": "fam", "strength": 0.1, "epochs": 1, "batch_size": 16, "lr": 1e-3}
+FAM = {"algorithm": "fam", "strength": 0.1, "epochs": 1, "batch_size": 16, "lr": 1e-3}
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from fetched import have
 
 from relflat import relative_flatness
 from relflat.errors import DataError
-from relflat.lab import fetch, hub, reviews, text
-from relflat.lab.sources import SOURCES
+from relflat.lab.data import fetch, hub, reviews
+from relflat.lab.data.sources import SOURCES
+from relflat.lab.tasks import text
 
 transformers = pytest.importorskip("transformers", reason="extra 'transformers' is not installed")
 

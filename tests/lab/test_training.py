@@ -7,22 +7,23 @@ from fetched import fashion_mnist
 from safetensors.torch import load_file
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab import checkpoint, splits, store
-from relflat.lab.config import make
-from relflat.lab.measuring import measure_run
-from relflat.lab.methods import METHODS
-from relflat.lab.training import build, train
+from relflat.lab.data import splits
+from relflat.lab.train import checkpoint, store
+from relflat.lab.train.algorithms import ALGORITHMS
+from relflat.lab.train.config import make
+from relflat.lab.train.loop import build, train
+from relflat.lab.train.measuring import measure_run
 
 # random probes at every other step, growing strength: everything FAM keeps between steps is in use
-BUSY = {"method": "fam", "regularize": "fc2", "every": 2, "warmup_steps": 9, "estimator": "probe"}
-NOISE = {"method": "fam", "strength": 1.0, "radius": 0.5, "regularize": "fc*"}
+BUSY = {"algorithm": "fam", "layer": "fc2", "every": 2, "warmup_steps": 9, "method": "probe"}
+NOISE = {"algorithm": "fam", "strength": 1.0, "radius": 0.5, "layer": "fc*"}
 WAYS = {
-    "sam": {"method": "sam", "rho": 0.1},
-    "looksam": {"method": "looksam", "rho": 0.1, "period": 4},
+    "sam": {"algorithm": "sam", "rho": 0.1},
+    "looksam": {"algorithm": "looksam", "rho": 0.1, "period": 4},
     "probes": BUSY,
     "radius": NOISE,
-    "radius and sam": {**NOISE, "method": "fam-sam"},
-    "dropout": {"method": "dropout"},
+    "radius and sam": {**NOISE, "algorithm": "fam-sam"},
+    "dropout": {"algorithm": "dropout"},
 }
 
 
@@ -192,9 +193,9 @@ def test_half_written_checkpoint_is_ignored(tmp_path, config):
     assert without_times(train(config(), folder, tensorboard=False)) == without_times(expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_digits(tmp_path, config, method):
-    run = config(method=method, epochs=15, train_size=None, label_noise=0.0)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_learns_digits(tmp_path, config, algorithm):
+    run = config(algorithm=algorithm, epochs=15, train_size=None, label_noise=0.0)
     result = train(run, tmp_path / "run", test=False, tensorboard=False)
     assert result["validation"]["accuracy"] > 0.85
 
@@ -235,7 +236,7 @@ def test_batches_of_an_epoch_are_a_permutation(config):
 def test_fashion_mnist_learns(tmp_path, config):
     fashion_mnist()
     run = config(
-        task="fashion-mnist", train_size=1000, epochs=3, label_noise=0.0, method="fam", strength=0.01
+        task="fashion-mnist", train_size=1000, epochs=3, label_noise=0.0, algorithm="fam", strength=0.01
     )
     result = train(run, tmp_path / "run", tensorboard=False)
     assert result["test"]["accuracy"] > 0.6

@@ -75,7 +75,7 @@ def test_the_average_over_all_subsets_is_the_whole(size: int, options: dict, mon
     whole, report = penalised(net, **options)
     parts = []
     for drawn in itertools.combinations(range(4), size):
-        monkeypatch.setattr("relflat.regularizer.subset", lambda *_, drawn=drawn: list(drawn))
+        monkeypatch.setattr("relflat.fam.subset", lambda *_, drawn=drawn: list(drawn))
         values, part = penalised(net, layers_per_step=size, **options)
         parts.append(values)
         assert part["layers"] == [NAMES[i] for i in drawn] == list(part["by_layer"])
@@ -92,7 +92,7 @@ def test_the_stated_variance(monkeypatch) -> None:
     _, report = penalised(net)
     sums = []
     for drawn in itertools.combinations(range(n), k):
-        monkeypatch.setattr("relflat.regularizer.subset", lambda *_, drawn=drawn: list(drawn))
+        monkeypatch.setattr("relflat.fam.subset", lambda *_, drawn=drawn: list(drawn))
         sums.append(penalised(net, layers_per_step=k)[1]["kappa"])
     between = torch.tensor(list(report["by_layer"].values())).var()
     assert torch.tensor(sums).var(correction=0) == pytest.approx(float(n * (n - k) / k * between), rel=1e-5)
@@ -101,7 +101,7 @@ def test_the_stated_variance(monkeypatch) -> None:
 @pytest.mark.parametrize(("drawn", "crossed"), [([3], 0), ([2], 0), ([1], 1), ([0], 2), ([0, 2], 2)])
 def test_the_pull_back_stops_at_the_deepest_layer_drawn(drawn, crossed, monkeypatch) -> None:
     net, (x, y) = network(), batch()
-    monkeypatch.setattr("relflat.regularizer.subset", lambda *_: drawn)
+    monkeypatch.setattr("relflat.fam.subset", lambda *_: drawn)
     fam = FAM(CE(), net, NAMES, strength=0.7, layers_per_step=len(drawn))
     fam(net(x), y)  # coupling between samples is asked for once a layer
     out = net(x)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from relflat import FAM
 from relflat.errors import GraphError
-from relflat.read_loss import read_loss
+from relflat.loss.reading import read_loss
 
 
 @pytest.fixture(autouse=True)

@@ -8,16 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relflat import (
-    FAM,
-    ConfigError,
-    GraphError,
-    LayerError,
-    LossError,
-    RelflatWarning,
-    reference,
-    relative_flatness,
-)
+from relflat import FAM, ConfigError, GraphError, LayerError, LossError, RelflatWarning, relative_flatness
+from relflat.theory import reference
 
 CE = nn.CrossEntropyLoss
 

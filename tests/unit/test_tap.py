@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from relflat import FAM, GraphError, LayerError
-from relflat.resolve import resolve
-from relflat.tap import Tap
+from relflat.capture.resolve import resolve
+from relflat.capture.tap import Tap
 
 
 def mlp() -> nn.Sequential:

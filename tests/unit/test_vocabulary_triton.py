@@ -10,7 +10,9 @@ import os
 import pytest
 import torch
 
-from relflat import linear_cross_entropy_fam, vocabulary_blocks, vocabulary_sweep
+from relflat import linear_cross_entropy_fam
+from relflat.vocabulary import blocks as vocabulary_blocks
+from relflat.vocabulary import sweep as vocabulary_sweep
 
 GPU = torch.cuda.is_available()
 if importlib.util.find_spec("triton") is None:
@@ -20,7 +22,7 @@ if importlib.util.find_spec("triton") is None:
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-from relflat import vocabulary_triton  # noqa: E402
+from relflat.vocabulary import triton as vocabulary_triton  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 SIZES = [(1, 1), (3, 7), (5, 64), (4, 2049), (2, 5000)]
@@ -97,7 +99,7 @@ def test_the_whole_function(gradient, probes, smoothing, bias, monkeypatch):
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (phi, weight, *([b] if bias else []))]
         given = {"bias": inputs[2]} if bias else {}
         g = torch.linalg.qr(torch.ones(8, 3, device=DEVICE).tril())[0] * (8 / 3) ** 0.5
-        monkeypatch.setattr("relflat.linear_cross_entropy._directions", lambda k, w, rng: g.to(w.dtype))
+        monkeypatch.setattr("relflat.vocabulary.function._directions", lambda k, w, rng: g.to(w.dtype))
         found = linear_cross_entropy_fam(*inputs[:2], y, **given, **options, probes=probes, chunk_classes=16)
         return [found.total, found.kappa, *torch.autograd.grad(found.total, inputs)]
 

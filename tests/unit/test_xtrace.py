@@ -14,14 +14,14 @@ from relflat import (
     ConfigError,
     DataError,
     NonFiniteError,
-    measure,
     per_sample_flatness,
-    reference,
     relative_flatness,
     relative_flatness_by_layer,
-    xtrace,
 )
-from relflat.xtrace import Coordinates, Sketch
+from relflat.measure import api as measure
+from relflat.measure import xtrace
+from relflat.measure.xtrace import Coordinates, Sketch
+from relflat.theory import reference
 
 CE = nn.CrossEntropyLoss
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from relflat.cli.arguments import TaskName
 from relflat.cli.console import err, out, print_json
-from relflat.lab.arms import ARMS
+from relflat.lab.compare.arms import ARMS
 
 ARMS_HELP = (
     "what to compare; the first is what the others are held against. "
@@ -75,9 +75,10 @@ def compare(
         gpus: GPUs a trial takes of a Ray cluster, or a share of one; 0 trains on CPUs.
         json: print one JSON object.
     """
-    from relflat.lab import store, study
-    from relflat.lab.engines import engine_named
-    from relflat.lab.terminal import show
+    from relflat.lab.compare import study
+    from relflat.lab.compare.engines import engine_named
+    from relflat.lab.report.terminal import show
+    from relflat.lab.train import store
 
     plan = study.plan_for(
         task,
@@ -122,8 +123,9 @@ def report(
         folder: of the comparison.
         json: print one JSON object.
     """
-    from relflat.lab import store, study
-    from relflat.lab.terminal import show
+    from relflat.lab.compare import study
+    from relflat.lab.report.terminal import show
+    from relflat.lab.train import store
 
     comparison = study.rebuild(folder)
     if json:

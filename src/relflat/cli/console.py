@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from relflat.lab.jsonable import finite
-from relflat.lab.launch import rank
+from relflat.lab.train.launch import rank
 
 out = Console()
 err = Console(stderr=True)

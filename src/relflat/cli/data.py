@@ -18,8 +18,8 @@ def list_(json: bool = False) -> None:
     Args:
         json: print one JSON object.
     """
-    from relflat.lab.fetch import cache_folder, is_here
-    from relflat.lab.sources import SOURCES
+    from relflat.lab.data.fetch import cache_folder, is_here
+    from relflat.lab.data.sources import SOURCES
 
     if json:
         print_json({name: {**source.__dict__, "here": is_here(source)} for name, source in SOURCES.items()})
@@ -46,10 +46,10 @@ def get(
         names: data sets or weights as named by 'relflat data list'.
         json: print one JSON object.
     """
-    from relflat.lab.fetch import get as fetch
-    from relflat.lab.fetch import is_here
+    from relflat.lab.data.fetch import get as fetch
+    from relflat.lab.data.fetch import is_here
+    from relflat.lab.data.sources import SOURCES
     from relflat.lab.names import look_up
-    from relflat.lab.sources import SOURCES
 
     if not names:
         raise ConfigError(f"Name at least one data set. Known: {', '.join(sorted(SOURCES))}.")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from relflat.cli.console import out, print_json
-from relflat.penalty import Curvature, Method
+from relflat.estimate.choose import Curvature, Method
 
 
 def measure(
@@ -42,8 +42,8 @@ def measure(
         seed: of the probes.
         json: print one JSON object.
     """
-    from relflat.lab.launch import rank
-    from relflat.lab.measuring import measure_run
+    from relflat.lab.train.launch import rank
+    from relflat.lab.train.measuring import measure_run
 
     found = measure_run(
         run,

@@ -31,9 +31,9 @@ def reproduce(
         workers: processes, one thread each.
         json: print one JSON object.
     """
-    from relflat.lab.reproduce import EXPERIMENTS, experiment_named
-    from relflat.lab.reproduce.experiment import Context
-    from relflat.lab.reproduce.write import open_folders, write
+    from relflat.papers import EXPERIMENTS, experiment_named
+    from relflat.papers.experiment import Context
+    from relflat.papers.write import open_folders, write
 
     if name is None:
         summaries = {known: EXPERIMENTS[known].summary for known in EXPERIMENTS}

@@ -17,10 +17,10 @@ def option(metavar: str, default: str) -> object:
 
 
 class Values(TypedDict, total=False):
-    """Values of the run; what is left out comes from the config file, the task or the method.
+    """Values of the run; what is left out comes from the config file, the task or the algorithm.
 
     Attributes:
-        method: plain, smoothing, dropout, noise, sam, looksam, fam or fam-sam.
+        algorithm: plain, smoothing, dropout, noise, sam, looksam, fam or fam-sam.
         seed: of initial weights, data order, label noise and probes.
         epochs: passes over the training data.
         batch_size: samples a step.
@@ -36,11 +36,11 @@ class Values(TypedDict, total=False):
         rate: probability of dropping an entry.
         sigma: deviation of plain noise.
         strength: lambda of the paper.
-        regularize: the layers it acts on, by name or glob; several with commas.
+        layer: the layers it acts on, by name or glob; several with commas.
         radius: finite radius of the feature noise instead of kappa.
         curvature: ggn or hessian.
         gradient: full, frozen or weights.
-        estimator: auto, closed_form, exact, probe or finite_difference.
+        method: auto, closed_form, exact, probe or finite_difference.
         probes: random probes a step where kappa is not exact.
         adaptive: the elementwise form.
         every: add the penalty every so many steps.
@@ -53,7 +53,7 @@ class Values(TypedDict, total=False):
         layers_per_step: of several layers, draw so many for each step.
     """
 
-    method: Annotated[str, option("NAME", "default: plain")]
+    algorithm: Annotated[str, option("NAME", "default: plain")]
     seed: Annotated[int, option("INT", "default: 0")]
     epochs: Annotated[int, option("INT", "default: the task's")]
     batch_size: Annotated[int, option("INT", "default: the task's")]
@@ -69,11 +69,11 @@ class Values(TypedDict, total=False):
     rate: Annotated[float, option("FLOAT", "dropout; default: 0.1")]
     sigma: Annotated[float, option("FLOAT", "noise; default: 0.1")]
     strength: Annotated[float, option("FLOAT", "fam; default: 0.1")]
-    regularize: Annotated[str, option("LAYER", "fam; default: output; dropout, noise: *")]
+    layer: Annotated[str, option("LAYER", "fam; default: output; dropout, noise: *")]
     radius: Annotated[float, option("FLOAT", "fam; default: none")]
     curvature: Annotated[str, option("NAME", "fam; default: ggn")]
     gradient: Annotated[str, option("NAME", "fam; default: full")]
-    estimator: Annotated[str, option("NAME", "fam; default: auto")]
+    method: Annotated[str, option("NAME", "fam; default: auto")]
     probes: Annotated[int, option("INT", "fam; default: 1")]
     adaptive: Annotated[bool, tyro.conf.FlagConversionOff, option("True|False", "sam, fam; default: False")]
     every: Annotated[int, option("INT", "fam; default: 1")]
@@ -100,7 +100,7 @@ def train(
     no_test: bool = False,
     json: bool = False,
 ) -> None:
-    """Train a task by one method, and evaluate its test split once at the end.
+    """Train a task by one algorithm, and evaluate its test split once at the end.
 
     An interrupted run goes on where it stopped, to the same numbers; a finished one is only read.
 
@@ -109,15 +109,16 @@ def train(
         run: what the numbers depend on.
         config: TOML or JSON file with values under the same names; options given here win.
         runs: folder that keeps the runs.
-        name: name of this run's folder; by default task, method and a hash of all values.
+        name: name of this run's folder; by default task, algorithm and a hash of all values.
         fresh: remove an earlier run of this folder and start again.
         no_test: leave the test split alone; without this option it is evaluated once, at the end.
         json: print one JSON object; the bins of the calibration error are in result.json only.
     """
-    from relflat.lab import launch, training
-    from relflat.lab.config import make, read_file
-    from relflat.lab.store import folder_of, result_of
-    from relflat.lab.tasks import task_named
+    from relflat.lab.tasks.catalogue import task_named
+    from relflat.lab.train import launch
+    from relflat.lab.train import loop as training
+    from relflat.lab.train.config import make, read_file
+    from relflat.lab.train.store import folder_of, result_of
 
     from_file = read_file(config) if config else {}
     resolved = make({**from_file, **run, "task": task})

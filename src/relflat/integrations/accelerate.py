@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from relflat.capture.resolve import Layer
+from relflat.fam import FAM
 from relflat.integrations.common import extra
-from relflat.regularizer import FAM
-from relflat.resolve import Layer
 
 with extra("accelerate"):
     from accelerate import Accelerator

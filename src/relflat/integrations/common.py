@@ -6,9 +6,9 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from relflat.capture.resolve import Layer
 from relflat.errors import ConfigError, GraphError
-from relflat.regularizer import FAM
-from relflat.resolve import Layer
+from relflat.fam import FAM
 from relflat.result import Flatness
 
 

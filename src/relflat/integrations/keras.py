@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from relflat.capture.kinds import kind_of, nearest
 from relflat.errors import ConfigError, LayerError, LossError
+from relflat.fam import FAM
 from relflat.integrations.common import extra, fam_for_computed_loss
-from relflat.layers import kind_of, nearest
-from relflat.regularizer import FAM
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # read when Keras is first imported
 with extra("keras"):

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relflat.batches import Batch, ForwardFn
 from relflat.errors import DataError, GraphError, LayerError
+from relflat.fam import FAM
 from relflat.integrations.common import check_every, check_options, extra, fam_for_computed_loss, metrics
-from relflat.measure import relative_flatness_by_layer
-from relflat.regularizer import FAM
+from relflat.measure.api import relative_flatness_by_layer
+from relflat.measure.batches import Batch, ForwardFn
 
 with extra("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from relflat.fam import FAM
 from relflat.integrations.common import extra, fam_for_computed_loss
-from relflat.regularizer import FAM
 
 with extra("skorch"):
     from skorch import NeuralNet

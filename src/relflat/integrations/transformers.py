@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relflat.batches import Batch, ForwardFn
 from relflat.errors import ConfigError, DataError, LossError
+from relflat.fam import FAM
 from relflat.integrations.common import check_every, extra, fam_for_computed_loss, metrics
-from relflat.measure import relative_flatness_by_layer
-from relflat.regularizer import FAM
+from relflat.measure.api import relative_flatness_by_layer
+from relflat.measure.batches import Batch, ForwardFn
 
 with extra("transformers"):
     from transformers import Trainer, TrainerCallback

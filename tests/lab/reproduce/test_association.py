@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import kendalltau, pearsonr
 
 from relflat.errors import DataError
-from relflat.lab.reproduce.association import associate, pearson, tau
+from relflat.papers.association import associate, pearson, tau
 
 
 def pairs(n=12, seed=0):

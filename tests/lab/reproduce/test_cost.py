@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from relflat.lab.reproduce import cost
-from relflat.lab.reproduce.cost import FORMS, SIZES, Value, deviations, measure, problem
-from relflat.lab.reproduce.peak import STATUS, peak, race
+from relflat.papers import cost
+from relflat.papers.cost import FORMS, SIZES, Value, deviations, measure, problem
+from relflat.papers.peak import STATUS, peak, race
 
 CPU = torch.device("cpu")
 
@@ -80,9 +80,9 @@ def test_the_papers_settings():
     assert cost.gigabytes(256) < size.hessian_gigabytes
     configs = cost.step_configs(size)
     assert configs["plain"].task == "cifar10-resnet18"
-    assert configs["FAM, output, closed form"].settings.regularize == "output"
+    assert configs["FAM, output, closed form"].settings.layer == "output"
     assert configs["FAM, output, closed form"].batch_size == 64
-    assert configs["FAM, hidden layer, one probe"].settings.regularize == "features"
+    assert configs["FAM, hidden layer, one probe"].settings.layer == "features"
 
 
 @pytest.mark.skipif(not STATUS.is_file(), reason="only Linux tells a process its peak memory")

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from relflat import papers as reproduce
 from relflat.errors import ConfigError
-from relflat.lab import reproduce
-from relflat.lab.reproduce import EXPERIMENTS, NAMES, experiment_named
-from relflat.lab.reproduce.experiment import Context, Experiment, Figure, Outcome, Table
+from relflat.papers import EXPERIMENTS, NAMES, experiment_named
+from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Table
 
 
 def paint(axes):

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from relflat.lab.reproduce.grokking import PLANS, conclude, fall, onset, restored
-from relflat.lab.trials import Trial
+from relflat.lab.compare.trials import Trial
+from relflat.papers.grokking import PLANS, conclude, fall, onset, restored
 
 TINY = replace(PLANS["small"], common={**PLANS["small"].common, "epochs": 3, "train_size": 60}, seeds=(0, 1))
 
@@ -93,14 +93,14 @@ def test_the_command_trains_all_arms_from_the_same_networks(reproduced, monkeypa
     assert kappas["towards flat"] < kappas["plain"] < kappas["away from flat"]
     assert kappas["away, removed"] == kappas["away from flat"]  # so early it is not removed yet
     assert "Validation accuracy" in (tmp_path / values["folder"] / "report.html").read_text()
-    monkeypatch.setattr("relflat.lab.training.run_epoch", None)
+    monkeypatch.setattr("relflat.lab.train.loop.run_epoch", None)
     assert reproduced("grokking")["data"] == values["data"]
 
 
 def test_knobs_and_removal_reach_the_runs():
     plan = PLANS["paper"]
     plain, towards, away, removed = (plan.config(arm, 3) for arm in plan.arms)
-    assert plain.method == "plain"
+    assert plain.algorithm == "plain"
     assert towards.settings.strength == -away.settings.strength > 0
     assert (away.settings.temperature, away.settings.unit_features) == (2.0, True)
     assert away.settings.weight_cap is not None

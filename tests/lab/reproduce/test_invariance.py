@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from relflat.lab.models import mlp
-from relflat.lab.reproduce import invariance
-from relflat.lab.reproduce.invariance import CASES, HIGH, LOW, SAME, SIZES, Size, rescale_neurons
-from relflat.lab.reproduce.measures import MEASURES
-from relflat.lab.reproduce.trained import Source
+from relflat.lab.tasks.models import mlp
+from relflat.papers import invariance
+from relflat.papers.invariance import CASES, HIGH, LOW, SAME, SIZES, Size, rescale_neurons
+from relflat.papers.measures import MEASURES
+from relflat.papers.trained import Source
 
 
 @pytest.fixture

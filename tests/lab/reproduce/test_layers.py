@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from relflat import reference
 from relflat.errors import DataError
-from relflat.lab.reproduce import layers
-from relflat.lab.reproduce.layers import HIDDEN, LAYERS, conclude, measure, recipes
-from relflat.lab.reproduce.trained import Source, grid, samples, trained
+from relflat.papers import layers
+from relflat.papers.layers import HIDDEN, LAYERS, conclude, measure, recipes
+from relflat.papers.trained import Source, grid, samples, trained
+from relflat.theory import reference
 
 DIGITS = Source("digits", 60, 300, held_out=500)
 TINY = grid(
@@ -88,7 +88,7 @@ def test_the_paper_scale_has_four_hidden_layers_on_all_pictures():
 
 
 def layers_of(name):
-    from relflat.lab.reproduce.trained import NETWORKS
+    from relflat.papers.trained import NETWORKS
 
     return [
         (key, module)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from relflat import reference
-from relflat.lab.reproduce.measures import (
+from relflat.papers.measures import (
     MEASURES,
     Subject,
     accuracy,
@@ -24,6 +23,7 @@ from relflat.lab.reproduce.measures import (
     trace,
     weight_norm,
 )
+from relflat.theory import reference
 
 
 @pytest.fixture(params=["0", "2"])

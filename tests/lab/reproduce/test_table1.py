@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from relflat.lab.compare import Plan
-from relflat.lab.config import make
-from relflat.lab.reproduce import table1
-from relflat.lab.reproduce.table1 import GRIDS, PAPER, SIZES, Part, Size, plan_of
+from relflat.lab.compare.search import Plan
+from relflat.lab.train.config import make
+from relflat.papers import table1
+from relflat.papers.table1 import GRIDS, PAPER, SIZES, Part, Size, plan_of
 
 TINY = {"train_size": 120, "epochs": 2}
 
@@ -41,7 +41,7 @@ def test_a_tiny_table(reproduced, tiny, tmp_path):
 
 
 def test_an_interrupted_table_goes_on(relflat, reproduced, tiny, monkeypatch, tmp_path):
-    from relflat.lab import trials
+    from relflat.lab.compare import trials
 
     train, calls = trials.train, []
 
@@ -78,7 +78,7 @@ def test_the_papers_settings():
         fam = next(arm for arm in plan.arms if arm.name == "fam")
         config = plan.config(fam, fam.grid[0], 0)
         assert config.settings.strength == {"CIFAR-100": 1.0}.get(title, 0.1)
-        assert config.settings.regularize == "output"
+        assert config.settings.layer == "output"
         assert config.train_size is None
     arm = plans["CIFAR-10"].arms[0]
     resnet = plans["CIFAR-10"].config(arm, arm.grid[0], 0)

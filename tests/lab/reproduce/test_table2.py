@@ -6,14 +6,13 @@ import pytest
 from fetched import have
 
 from relflat.errors import DataError
-from relflat.lab import skulls
-from relflat.lab.fetch import files
-from relflat.lab.reproduce import table2
-from relflat.lab.reproduce.experiment import Context
-from relflat.lab.reproduce.table2 import ARMS, BUDGETS, SEEDS, STRENGTHS, Arm, conclude, configuration
-from relflat.lab.skull_models import Autoencoder
-from relflat.lab.tasks import TASKS
-from relflat.lab.trials import Trial
+from relflat.lab.compare.trials import Trial
+from relflat.lab.data.fetch import files
+from relflat.lab.tasks.catalogue import TASKS
+from relflat.papers import skulls, table2
+from relflat.papers.experiment import Context
+from relflat.papers.skull_models import Autoencoder
+from relflat.papers.table2 import ARMS, BUDGETS, SEEDS, STRENGTHS, Arm, conclude, configuration
 
 FEW = skulls.Sizes(train=4, validation=2, evaluation=2)
 
@@ -50,17 +49,17 @@ def test_the_command_trains_every_arm_and_scores_both_sets(few, reproduced, monk
         assert np.isfinite(arm["mean"]["kappa"])
     norms = [arm["mean"]["weight_norm"] for arm in arms]
     assert len(set(norms)) == 3  # the penalty and its kind of gradient reach the layer
-    monkeypatch.setattr("relflat.lab.training.run_epoch", None)
+    monkeypatch.setattr("relflat.lab.train.loop.run_epoch", None)
     assert reproduced("table2")["data"] == values["data"]
 
 
 def test_the_paper_scale_has_its_strengths_rate_and_epochs():
     budget = BUDGETS["paper"]
     plain, *others = (configuration(arm, 0, budget) for arm in ARMS)
-    assert (plain.method, plain.epochs, plain.lr) == ("plain", 200, 1e-4)
+    assert (plain.algorithm, plain.epochs, plain.lr) == ("plain", 200, 1e-4)
     assert [each.settings.strength for each in others] == [0.0006, 0.002, 0.02, 0.1, 0.7] * 2
     assert [each.settings.gradient for each in others] == ["full"] * 5 + ["weights"] * 5
-    assert {each.settings.regularize for each in others} == {"from_latent"}
+    assert {each.settings.layer for each in others} == {"from_latent"}
     layer = Autoencoder().from_latent
     assert tuple(layer.weight.shape) == (64, 8)
     assert len(SEEDS["paper"]) == 3

@@ -8,10 +8,11 @@ from statistics import mean, stdev
 import pytest
 import torch
 
-from relflat.lab import fetch, reviews, text
-from relflat.lab.reproduce import sentences, table3
-from relflat.lab.reproduce.table3 import SIZES, Size, config
-from relflat.lab.sources import SOURCES
+from relflat.lab.data import fetch, reviews
+from relflat.lab.data.sources import SOURCES
+from relflat.lab.tasks import text
+from relflat.papers import sentences, table3
+from relflat.papers.table3 import SIZES, Size, config
 
 transformers = pytest.importorskip("transformers", reason="extra 'transformers' is not installed")
 
@@ -89,7 +90,7 @@ def test_the_papers_settings():
     size = SIZES["paper"]
     fam = config(size, "fam", table3.PRINTED_STRENGTH, 3)
     assert (fam.lr, fam.epochs, fam.batch_size, fam.seed) == (2e-5, 20, 32, 3)
-    assert (fam.settings.strength, fam.settings.gradient, fam.settings.regularize) == (3e6, "full", "output")
+    assert (fam.settings.strength, fam.settings.gradient, fam.settings.layer) == (3e6, "full", "output")
     assert config(size, "fam-code", 3e6, 0).settings.gradient == "weights"
     assert len(size.seeds) == 5
     assert text.PAIR_TOKENS == 128

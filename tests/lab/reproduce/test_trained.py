@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 
-from relflat.lab.reproduce import trained as module
-from relflat.lab.reproduce.trained import (
+from relflat.lab.compare.trials import Here
+from relflat.papers import trained as module
+from relflat.papers.trained import (
     NETWORKS,
     Recipe,
     Source,
@@ -16,8 +17,7 @@ from relflat.lab.reproduce.trained import (
     samples,
     trained,
 )
-from relflat.lab.trials import Here
-from relflat.reparam import random_rescaling
+from relflat.theory.reparam import random_rescaling
 
 DIGITS = Source("digits", 200, 300, held_out=500)
 

@@ -1,0 +1,1 @@
+"""What a forward pass left: layers, their calls, the graph."""

@@ -1,0 +1,138 @@
+"""What the user may call a layer, and the modules or parameters it means."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.modules.loss import _Loss
+
+from relflat.capture.kinds import kind_of, matrices, nearest, supported_layers
+from relflat.errors import LayerError
+
+Layer = str | nn.Module | nn.Parameter | Sequence["str | nn.Module | nn.Parameter"]
+Target = nn.Module | nn.Parameter
+
+
+def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
+    """Map what the user calls a layer to ``{qualified name: module or parameter}``.
+
+    A module of a known kind stands for itself. A parameter, or the only matrix of a module of another kind,
+    is differentiated directly, whatever the network does with it.
+
+    Args:
+        model: the network.
+        layer: a module or parameter of it, a qualified name, a glob, or a list of those. ``"output"`` maps to
+            every supported layer; :class:`relflat.capture.tap.Tap` narrows it down during the first forward pass.
+
+    Raises:
+        LayerError: if nothing matches, or a match has no weight matrix; names the candidates.
+    """
+    if isinstance(layer, str):
+        return _by_name(model, layer)
+    if isinstance(layer, nn.Module | nn.Parameter):
+        named = model.named_modules if isinstance(layer, nn.Module) else model.named_parameters
+        name = next((n for n, m in named(remove_duplicate=False) if m is layer), None)
+        if name is None:
+            raise LayerError(
+                f"the given {type(layer).__name__} is not part of this model; {_candidates(model)}"
+            )
+        return {name: _target(model, name, layer)}
+    if not layer:
+        raise LayerError(f"the list of layers is empty; {_candidates(model)}")
+    found: dict[str, Target] = {}
+    for one in layer:
+        found |= resolve(model, one)
+    return found
+
+
+def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name in modules and (name or kind_of(model)):
+        return {name: _target(model, name, modules[name])}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if name in parameters:
+        return {name: _target(model, name, parameters[name])}
+    supported = supported_layers(model)
+    if name == "output":
+        if isinstance(model, _Loss):
+            raise LayerError(
+                f"the model is a {type(model).__name__}, a criterion: are the two swapped? FAM takes the criterion "
+                "first, relative_flatness the model"
+            )
+        if not supported:
+            raise LayerError(f"{type(model).__name__} has no supported layer; {_candidates(model)}")
+        usable: dict[str, Target] = {n: m for n, m in supported.items() if _unusable(n, m) is None}
+        if not usable:
+            raise LayerError(_unusable(*next(iter(supported.items()))))
+        return usable
+    if any(c in name for c in "*?["):
+        for choices in (supported, matrices(model)):
+            matches: dict[str, Target] = {n: m for n, m in choices.items() if fnmatchcase(n, name)}
+            if matches:
+                return {n: _target(model, n, m) for n, m in matches.items()}
+    near = nearest(name, [*supported, *matrices(model)])
+    hint = f"did you mean {near}? " if near else ""
+    raise LayerError(f"no layer named {name!r}; {hint}{_candidates(model)}")
+
+
+def _target(model: nn.Module, name: str, found: Target) -> Target:
+    """Check a match: a known kind, a matrix, or a module with a single matrix of its own."""
+    problem = _unusable(name, found)
+    if problem is not None:
+        raise LayerError(problem)
+    if isinstance(found, nn.Parameter):
+        if found.ndim < 2:
+            raise LayerError(
+                f"parameter {name!r} has shape {tuple(found.shape)}, no rows and columns; {_candidates(model)}"
+            )
+        return found
+    if kind_of(found):
+        return found
+    own = [p for p in found.parameters(recurse=False) if p.ndim >= 2]
+    if len(own) == 1:
+        return own[0]
+    inside = [n for n in (*supported_layers(model), *matrices(model)) if n.startswith(f"{name}.")]
+    raise LayerError(
+        f"layer {name!r}: {type(found).__name__} is not a layer that acts linearly on its input by one weight; "
+        + (f"candidates: {inside}" if inside else _candidates(model))
+    )
+
+
+def _unusable(name: str, found: Target) -> str | None:
+    """Why a layer's weight cannot be differentiated, and what to do; None if it can."""
+    if isinstance(found, nn.Parameter):
+        weights = [found]
+    elif ".quantized." in type(found).__module__:
+        return (
+            f"layer {name!r} is quantised ({type(found).__module__}): take the model before it is quantised"
+        )
+    else:
+        own = getattr(found, "base_layer", found).parameters(recurse=False)
+        weights = [p for p in own if p.ndim >= 2]
+    for w in weights:
+        if w.is_meta:
+            return (
+                f"the weight of {name!r} is on the meta device and holds no numbers; first call "
+                "model.to_empty(device=...) and load the weights"
+            )
+        if w.layout != torch.strided:
+            return f"the weight of {name!r} is {w.layout}; make it dense: weight.to_dense()"
+        if w.is_complex():
+            return (
+                f"the weight of {name!r} is {w.dtype}; kappa is defined for real weights: keep the real and the "
+                "imaginary part as two parameters (torch.view_as_real)"
+            )
+        if not w.is_floating_point():
+            return (
+                f"the weight of {name!r} is {w.dtype}, and its curvature needs real numbers; take the model before "
+                "it is quantised"
+            )
+    return None
+
+
+def _candidates(model: nn.Module) -> str:
+    layers = list(supported_layers(model))
+    others = [n for n in matrices(model) if n.removesuffix(".weight") not in layers]
+    last = "" if "output" in layers else ", or 'output'"
+    return f"layers: {layers}{last}" + (f"; parameters: {others}" if others else "")

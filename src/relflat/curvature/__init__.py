@@ -1,0 +1,1 @@
+"""Operators and the spaces they act in."""

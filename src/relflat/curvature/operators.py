@@ -1,0 +1,204 @@
+"""Products with the curvature of the loss after a layer, by automatic differentiation of the tail alone.
+
+A direction lives in the output space of the tapped calls (identity I5): nothing here differentiates through
+the layer's weight or the trunk before it.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from relflat.capture.calls import Call, ancestors
+from relflat.curvature.torch_norms import norms_mended
+from relflat.errors import GraphError, LossError, SecondDerivativeError
+
+Direction = Sequence[Tensor]
+
+
+class Operator(Protocol):
+    """A symmetric linear map on directions, one tensor a call."""
+
+    def __call__(self, v: Direction) -> list[Tensor]:
+        """The product with ``v``."""
+
+    def slope_at_calls(self) -> list[Tensor]:
+        """The gradient of the loss with respect to the calls' outputs."""
+
+
+class HessianOperator:
+    """``v -> (d2 L / dz2) v``. Setting up costs one backward of the tail, each product two more."""
+
+    def __init__(self, loss: Tensor, calls: Sequence[Call], *, create_graph: bool) -> None:
+        self.calls, self.create_graph = calls, create_graph
+        self.gradient = pull([loss], calls, None, create_graph=True)
+        _check_no_dead_end(self.gradient, calls)
+        if not any(g.requires_grad for g in self.gradient):
+            raise LossError(
+                f"the gradient of the loss does not change with the output of layer {calls[0].layer!r}: its "
+                "Hessian is zero wherever it exists, as for a hinge or absolute error; use a smooth loss, or "
+                "FAM(..., radius=...), which needs no Hessian"
+            )
+
+    def __call__(self, v: Direction) -> list[Tensor]:
+        """The product: ``grad(g, z, grad_outputs=v)``, right also where v depends on the parameters."""
+        pairs = [(g, x) for g, x in zip(self.gradient, v, strict=True) if g.requires_grad]
+        of, along = [g for g, _ in pairs], [x for _, x in pairs]
+        return pull(of, self.calls, along, create_graph=self.create_graph, required=False)
+
+    def slope_at_calls(self) -> list[Tensor]:
+        """The gradient the operator started from."""
+        return [g.detach() for g in self.gradient]
+
+
+class GGNOperator:
+    """``v -> J' A J v``, J the Jacobian of the outputs and A the Hessian of the loss with respect to them.
+
+    ``J v`` by differentiating the vector-Jacobian product in its vector. Each product costs four backward
+    passes of the tail, and one of the loss.
+    """
+
+    def __init__(self, loss: Tensor, outputs: Tensor, calls: Sequence[Call], *, create_graph: bool) -> None:
+        self.calls, self.create_graph, self.outputs = calls, create_graph, outputs
+        slope = differentiate([loss], [outputs], None, create_graph=True)[0]
+        if slope is None:
+            raise GraphError(
+                "the loss was not computed from the model's outputs, so there is no Gauss-Newton matrix; "
+                "use curvature='hessian'"
+            )
+        if not slope.requires_grad:
+            raise LossError(
+                "the gradient of the loss does not change with the model's outputs: its Gauss-Newton matrix is "
+                "zero, as for a hinge or absolute error; use a smooth loss, or FAM(..., radius=...)"
+            )
+        self.slope = slope
+        self.dual = torch.zeros_like(outputs, requires_grad=True)
+        self.pullback = pull([outputs], calls, [self.dual], create_graph=True)
+        _check_no_dead_end([*self.pullback, slope], calls)
+
+    def __call__(self, v: Direction) -> list[Tensor]:
+        """The product: push ``v`` forward, curve it, pull it back."""
+        pushed = self._one(self.pullback, self.dual, v)
+        curved = self._one([self.slope], self.outputs, [pushed])
+        return pull([self.outputs], self.calls, [curved], create_graph=self.create_graph, required=False)
+
+    def slope_at_calls(self) -> list[Tensor]:
+        """The gradient, by one pull-back."""
+        return pull([self.outputs], self.calls, [self.slope.detach()], create_graph=False, required=False)
+
+    def _one(self, of: Sequence[Tensor], at: Tensor, v: Direction) -> Tensor:
+        pairs = [(f, x) for f, x in zip(of, v, strict=True) if f.requires_grad]
+        found = differentiate(
+            [f for f, _ in pairs], [at], [x for _, x in pairs], create_graph=self.create_graph
+        )
+        return torch.zeros_like(at) if found[0] is None else found[0]
+
+
+def pull(
+    of: Sequence[Tensor],
+    calls: Sequence[Call],
+    along: Direction | None,
+    *,
+    create_graph: bool,
+    required: bool = True,
+) -> list[Tensor]:
+    """Gradients with respect to the calls' outputs, zero where there is no dependence.
+
+    Raises:
+        GraphError: if a call recorded no graph; or, with ``required``, if there is no dependence at all.
+    """
+    for c in calls:
+        if c.edge is None:
+            raise GraphError(
+                f"layer {c.layer!r} ran under torch.no_grad() inside a training forward pass, so its curvature "
+                "cannot be differentiated; with gradient checkpointing use use_reentrant=False, for validation "
+                "use model.eval()"
+            )
+    edges = [c.edge for c in calls if c.edge is not None]
+    found = differentiate(of, edges, along, create_graph=create_graph)
+    if required and all(g is None for g in found):
+        raise GraphError(
+            f"the loss does not depend on the output of layer {calls[0].layer!r} in the last forward pass of the "
+            "model; give the criterion the outputs of that very pass, not detached and not of another model"
+        )
+    sparse = [
+        c.layer for g, c in zip(found, calls, strict=True) if g is not None and g.layout != torch.strided
+    ]
+    if sparse:
+        raise GraphError(
+            f"the gradient in parameter {sparse[0]!r} is sparse and cannot be differentiated again; name the module "
+            "in place of its parameter, or build nn.Embedding with sparse=False"
+        )
+    return [torch.zeros_like(c.output) if g is None else g for g, c in zip(found, calls, strict=True)]
+
+
+def differentiate(
+    of: Sequence[Tensor],
+    at: Sequence[Tensor] | Sequence[GradientEdge],
+    along: Direction | None,
+    *,
+    create_graph: bool,
+) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` that keeps the graph and says which operation has no second derivative."""
+    try:
+        with norms_mended(of, at) if create_graph else nullcontext():
+            return torch.autograd.grad(
+                of, at, along, create_graph=create_graph, retain_graph=True, allow_unused=True
+            )
+    except RuntimeError as error:
+        raise _explained(error) from error
+
+
+def check_differentiable_again(value: Tensor) -> None:
+    """Refuse a value whose gradient would meet an operation that has no second derivative.
+
+    Raises:
+        SecondDerivativeError: naming the operation and the remedy.
+    """
+    for node in ancestors(value.grad_fn):
+        if node.name() == "torch::autograd::NotImplemented":
+            raise _explained(_error_of(node))
+
+
+def _check_no_dead_end(gradients: Sequence[Tensor], calls: Sequence[Call]) -> None:
+    """Refuse gradients through ``once_differentiable`` operations: autograd takes them for constants there.
+
+    Walks the graph of the tail.
+    """
+    trunk = {c.edge.node for c in calls if c.edge is not None}
+    for gradient in gradients:
+        for node in ancestors(gradient.grad_fn, trunk):
+            if node.name() in ("Error", "torch::autograd::Error"):
+                raise _explained(_error_of(node))
+
+
+def _error_of(node: Any) -> RuntimeError:
+    """What the node would say if it were reached; it takes as many tensors as its operation has outputs."""
+    for count in range(1, 9):
+        try:
+            node(*[torch.zeros(())] * count)
+        except TypeError:
+            continue
+        except RuntimeError as error:
+            return error
+    return RuntimeError("derivative is not implemented")
+
+
+def _explained(error: RuntimeError) -> Exception:
+    text = str(error).splitlines()[0]
+    if "margin_loss_backward" in text:
+        return LossError(
+            f"a hinge loss has no Hessian at its kink and a zero one elsewhere ({text}); use a smooth loss, or "
+            "FAM(..., radius=...)"
+        )
+    markers = ("is not implemented", "once_differentiable", "support double backward", "donated buffers")
+    if any(m in text for m in markers):
+        return SecondDerivativeError(
+            f"an operation after the layer cannot be differentiated twice ({text}); use gradient='frozen' with "
+            "curvature='ggn', or method='finite_difference' with curvature='hessian', or for attention "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )
+    return error

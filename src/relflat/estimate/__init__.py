@@ -1,0 +1,1 @@
+"""Estimators of kappa, and the choice between them."""

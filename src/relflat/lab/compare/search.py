@@ -1,0 +1,187 @@
+"""A fair comparison: settings are chosen on validation data, then run on fresh seeds and tested once.
+
+Every arm gets the same number of trials. Runs are kept by the hash of their configuration, so a comparison
+that was interrupted goes on where it stopped.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from relflat.errors import ConfigError
+from relflat.lab.compare.arms import Arm, Values
+from relflat.lab.compare.trials import Job, Trial, run_all
+from relflat.lab.tasks.catalogue import task_named
+from relflat.lab.train.config import RunConfig, make
+from relflat.lab.train.evaluate import ACCURACY
+
+OnTrial = Callable[[Trial], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        task: name of the task.
+        common: values that all runs share.
+        arms: the contenders; the first is the one the others are held against.
+        search_seeds: seeds of the trials that settings are chosen by.
+        seeds: fresh seeds of the runs that are tested.
+    """
+
+    task: str
+    common: Values
+    arms: tuple[Arm, ...]
+    search_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        sizes = {arm.name: len(arm.values) for arm in self.arms}
+        if len(sizes) < 2 or len(sizes) < len(self.arms):
+            raise ConfigError(
+                f"A comparison needs two arms or more of different names, but got {list(sizes)}."
+            )
+        if len(set(sizes.values())) > 1:
+            raise ConfigError(f"Every arm needs the same number of settings to try, but got {sizes}.")
+        if not self.seeds or not self.search_seeds:
+            raise ConfigError(
+                "A comparison needs at least one seed to choose by and one to test; raise --seeds."
+            )
+        both = sorted(set(self.search_seeds) & set(self.seeds))
+        if both:
+            raise ConfigError(f"Seeds {both} are used for choosing and for testing; make them different.")
+
+    @property
+    def runs(self) -> int:
+        """How many runs it takes."""
+        return sum(len(arm.values) * len(self.search_seeds) + len(self.seeds) for arm in self.arms)
+
+    def config(self, arm: Arm, settings: Values, seed: int) -> RunConfig:
+        """The configuration of one run."""
+        return make({"task": self.task, **self.common, "algorithm": arm.algorithm, **settings, "seed": seed})
+
+    def flat(self) -> dict[str, Any]:
+        """As plain values; ``plan_from`` turns them back into the plan."""
+        return asdict(self)
+
+
+def plan_from(values: Mapping[str, Any]) -> Plan:
+    """Build a plan from what ``Plan.flat`` gave, also after a round trip through JSON."""
+    arms = tuple(Arm(**{**arm, "values": tuple(arm["values"])}) for arm in values["arms"])
+    return Plan(values["task"], values["common"], arms, tuple(values["search_seeds"]), tuple(values["seeds"]))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of one arm and how it did on validation data.
+
+    Attributes:
+        arm: name of the arm.
+        settings: what was tried.
+        score: mean of the task's metric on validation data over the search seeds; -infinite if any trial diverged.
+        loss: mean validation loss; infinite if any trial diverged.
+        diverged: number of trials that diverged.
+        trials: the runs.
+    """
+
+    arm: str
+    settings: Values
+    score: float
+    loss: float
+    diverged: int
+    trials: Sequence[Trial]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out.
+
+    Attributes:
+        plan: what was compared.
+        candidates: all settings that were tried.
+        chosen: for each arm's name the best setting on validation data.
+        finals: for each arm's name the tested runs, in the order of ``plan.seeds``.
+    """
+
+    plan: Plan
+    candidates: Sequence[Candidate]
+    chosen: Mapping[str, Candidate]
+    finals: Mapping[str, Sequence[Trial]]
+
+
+RunAll = Callable[[Sequence[Job]], list[Trial]]
+
+
+def compare(plan: Plan, runs: Path, pool: Executor, on_trial: OnTrial) -> Comparison:
+    """Search on validation data, then test the chosen settings once on the fresh seeds.
+
+    Args:
+        plan: what to compare.
+        runs: folder that keeps the runs.
+        pool: workers.
+        on_trial: called after each run.
+    """
+    return conclude(plan, runs, lambda jobs: run_all(pool, jobs, on_trial))
+
+
+def conclude(plan: Plan, runs: Path, do: RunAll) -> Comparison:
+    """The order of things: all trials of the search first, then the tested runs of what was chosen.
+
+    Args:
+        plan: what to compare.
+        runs: folder that keeps the runs.
+        do: does the runs, or reads them.
+    """
+    candidates = search(plan, runs, do)
+    chosen = {arm.name: choose(candidates, arm.name) for arm in plan.arms}
+    jobs = [
+        Job(plan.config(arm, chosen[arm.name].settings, seed), runs, test=True)
+        for seed in plan.seeds
+        for arm in plan.arms
+    ]
+    trials = do(jobs)
+    finals = {arm.name: trials[place :: len(plan.arms)] for place, arm in enumerate(plan.arms)}
+    return Comparison(plan, candidates, chosen, finals)
+
+
+def search(plan: Plan, runs: Path, do: RunAll) -> list[Candidate]:
+    """Try every setting on the search seeds; the test split is not evaluated."""
+    pairs = [(arm, settings) for arm in plan.arms for settings in arm.grid]
+    trials = do(
+        [
+            Job(plan.config(arm, settings, seed), runs, test=False)
+            for arm, settings in pairs
+            for seed in plan.search_seeds
+        ]
+    )
+    per_setting = len(plan.search_seeds)
+    return [
+        judge(
+            arm.name,
+            settings,
+            trials[place * per_setting : (place + 1) * per_setting],
+            task_named(plan.task).metric.name,
+        )
+        for place, (arm, settings) in enumerate(pairs)
+    ]
+
+
+def judge(arm: str, settings: Values, trials: Sequence[Trial], metric: str = ACCURACY.name) -> Candidate:
+    """Score one setting by its validation results."""
+    diverged = sum(not trial.finished for trial in trials)
+    if diverged:
+        return Candidate(arm, settings, -math.inf, math.inf, diverged, trials)
+    score = fmean(trial.result["validation"][metric] for trial in trials)
+    loss = fmean(trial.result["validation"]["loss"] for trial in trials)
+    return Candidate(arm, settings, score, loss, 0, trials)
+
+
+def choose(candidates: Sequence[Candidate], arm: str) -> Candidate:
+    """The setting with the best validation score; of equal ones the one with the lower loss."""
+    own = [candidate for candidate in candidates if candidate.arm == arm]
+    return max(own, key=lambda candidate: (candidate.score, -candidate.loss))

@@ -1,0 +1,272 @@
+"""A comparison on disk: its plan, its step costs, and the report in all its forms.
+
+plan.json          what is compared, and which folder keeps the runs
+costs.json         seconds a step
+environment.json   where it ran
+report.html, report.md, report.csv, report.tex, report.json
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relflat.errors import ConfigError, DataError
+from relflat.lab.compare.arms import arms_named
+from relflat.lab.compare.search import Comparison, OnTrial, Plan, compare, conclude, plan_from
+from relflat.lab.compare.trials import Job, Trial, read_trial, workers
+from relflat.lab.report import export
+from relflat.lab.report.report import render
+from relflat.lab.report.summary import Row, columns, metric_of, rows, score_differences, verdict
+from relflat.lab.tasks import own
+from relflat.lab.tasks.catalogue import short_name, source_of, task_named
+from relflat.lab.train import store
+from relflat.lab.train.config import require_unchanged
+from relflat.lab.train.environment import describe
+from relflat.lab.train.timing import StepCost, step_costs
+
+PLAN, COSTS, ENVIRONMENT, REPORT = "plan.json", "costs.json", "environment.json", "report.json"
+FIRST_SEARCH_SEED = 100
+Costs = dict[str, StepCost]
+
+
+def plan_for(
+    task: str,
+    arms: Sequence[str],
+    *,
+    seeds: int,
+    search_seeds: int,
+    trials: int,
+    first_seed: int = 0,
+    **common: Any,
+) -> Plan:
+    """The plan of a comparison as the command line gives it.
+
+    Args:
+        task: name of the task.
+        arms: names of the arms.
+        seeds: number of tested seeds.
+        search_seeds: number of seeds to choose by: 100, 101, ...
+        trials: number of settings an arm.
+        first_seed: the first tested seed.
+        **common: values of all runs; those that are None are the task's own.
+
+    Raises:
+        ConfigError: an unknown name, or numbers that do not fit.
+    """
+    contenders = arms_named(arms)
+    most = min(len(arm.values) for arm in contenders) if contenders else 0
+    if not 1 <= trials <= most:
+        raise ConfigError(f"trials={trials} must lie between 1 and {most}, the settings in the arms' grids.")
+    if not 0 <= first_seed < FIRST_SEARCH_SEED:
+        raise ConfigError(f"first_seed={first_seed} must lie between 0 and {FIRST_SEARCH_SEED - 1}.")
+    if not 1 <= seeds <= FIRST_SEARCH_SEED - first_seed:
+        raise ConfigError(f"seeds={seeds} must lie between 1 and {FIRST_SEARCH_SEED - first_seed}.")
+    if search_seeds < 1:
+        raise ConfigError(f"search_seeds={search_seeds} must be above 0.")
+    plan = Plan(
+        task,
+        {key: value for key, value in common.items() if value is not None},
+        tuple(replace(arm, values=arm.values[:trials]) for arm in contenders),
+        tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + search_seeds)),
+        tuple(range(first_seed, first_seed + seeds)),
+    )
+    for arm in plan.arms:  # a wrong value is found before anything runs
+        plan.config(arm, arm.grid[0], 0)
+    return plan
+
+
+def folder_for(plan: Plan, runs: Path) -> Path:
+    """Where the report of a comparison goes by default: a name made of its task and a hash of the plan."""
+    text = json.dumps({**plan.flat(), "source": source_of(plan.task)}, sort_keys=True)
+    return runs / f"compare-{short_name(plan.task)}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def describe_plan(plan: Plan) -> str:
+    """What is run, in a few sentences."""
+    config = plan.config(plan.arms[0], plan.arms[0].grid[0], plan.seeds[0])
+    size = "All training samples" if config.train_size is None else f"{config.train_size:,} training samples"
+    noise = (
+        f", each training label redrawn with probability {config.label_noise:g}" if config.label_noise else ""
+    )
+    return (
+        f"{task_named(plan.task).summary}. {size}{noise}; {config.epochs} epochs, batches of {config.batch_size}. "
+        "Settings were chosen on validation data, the same number for each arm, and tested once on fresh seeds."
+    )
+
+
+def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
+    """Write the plan of a comparison, or see that the folder holds the same one.
+
+    Raises:
+        ConfigError: it holds another comparison, or cannot be written.
+    """
+    values = {
+        **plan.flat(),
+        "source": source_of(plan.task),
+        "notes": notes,
+        "runs": os.path.relpath(runs, folder),
+    }
+    if (folder / PLAN).is_file():
+        old = store.read_json(folder / PLAN)
+        new = store.as_json(values)
+        keys = [key for key in new if key != "notes" and old.get(key) != new[key]]
+        if keys == ["source"]:
+            begun = f"the comparison in {folder} was begun. Choose another --out"
+            require_unchanged(plan.task, old["source"], begun)
+        if keys:
+            raise ConfigError(
+                f"{folder} holds a comparison with other values of {', '.join(keys)}. Choose another --out."
+            )
+    with store.writing(folder, "--runs" if folder.parent == runs else "--out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for pattern in (PLAN, COSTS, ENVIRONMENT, "report.*"):  # what a killed process had begun to write
+            for unfinished in folder.glob(f".{pattern}-*"):
+                unfinished.unlink()
+        if not (folder / PLAN).is_file():
+            store.write_json(folder / PLAN, values)
+
+
+def carry_out(
+    folder: Path, plan: Plan, runs: Path, engine: int | Executor, on_trial: OnTrial
+) -> tuple[Comparison, Costs]:
+    """Do the runs that are missing, time the steps, and write the report.
+
+    Args:
+        folder: of the comparison, after ``open_study``.
+        plan: what to compare.
+        runs: folder that keeps the runs.
+        engine: what does them, shut down afterwards; a number stands for so many processes of this machine.
+        on_trial: called after each run.
+
+    Raises:
+        ConfigError: something cannot be written, or a task's file raises an error.
+    """
+    with workers(engine) if isinstance(engine, int) else engine as pool:
+        comparison = compare(plan, runs.absolute(), pool, on_trial)
+    with own.blamed(plan.task):
+        costs = costs_of(folder, comparison)
+    with store.writing(folder, "--out"):
+        if not (folder / ENVIRONMENT).is_file():
+            store.write_json(folder / ENVIRONMENT, describe())
+    write_report(folder, comparison, costs)
+    return comparison, costs
+
+
+def costs_of(folder: Path, comparison: Comparison) -> Costs:
+    """Seconds a step of each arm's chosen setting: those that were kept, else measured now and kept."""
+    arms = comparison.plan.arms
+    if (folder / COSTS).is_file():
+        try:
+            kept = store.read_json(folder / COSTS)
+            return {arm.name: StepCost(**kept[arm.name]) for arm in arms}
+        except (KeyError, TypeError) as error:
+            raise store.damaged(folder / COSTS, f"{type(error).__name__}: {error}") from error
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seed = comparison.plan.seeds[0]
+    configs = [comparison.plan.config(arm, comparison.chosen[arm.name].settings, seed) for arm in arms]
+    try:
+        costs = dict(zip((arm.name for arm in arms), step_costs(configs), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    with store.writing(folder, "--out"):
+        store.write_json(folder / COSTS, {name: asdict(cost) for name, cost in costs.items()})
+    return costs
+
+
+def write_report(folder: Path, comparison: Comparison, costs: Costs) -> None:
+    """Write the report in all its forms."""
+    environment = store.read_json(folder / ENVIRONMENT)
+    notes = str(store.read_json(folder / PLAN)["notes"])
+    lines = rows(comparison, costs)
+    texts = {
+        "report.html": render(comparison, costs, environment, notes),
+        "report.md": export.markdown(comparison, costs, environment, notes),
+        "report.csv": export.comma_separated(lines, metric_of(comparison).name),
+        "report.tex": export.latex(lines, columns(comparison, "p")),
+    }
+    with store.writing(folder, "--out"):
+        for name, text in texts.items():
+            store.write_text(folder / name, text)
+        store.write_json(folder / REPORT, {**summary(comparison, lines), "environment": environment})
+
+
+def summary(comparison: Comparison, lines: Sequence[Row]) -> dict[str, Any]:
+    """The numbers behind the report."""
+    pairs = score_differences(comparison)
+    return {
+        "plan": comparison.plan.flat(),
+        "arms": [asdict(line) for line in lines],
+        "differences": [asdict(pair) for pair in pairs],
+        "verdict": verdict(pairs, metric_of(comparison)),  # without times, which are with the arms
+        "search": [
+            {
+                "arm": candidate.arm,
+                "settings": dict(candidate.settings),
+                f"validation_{metric_of(comparison).name}": candidate.score,
+                "validation_loss": candidate.loss,
+                "diverged": candidate.diverged,
+                "chosen": candidate is comparison.chosen[candidate.arm],
+            }
+            for candidate in comparison.candidates
+        ],
+        "tested": {
+            name: [{"seed": trial.config.seed, "test": trial.result["test"]} for trial in trials]
+            for name, trials in comparison.finals.items()
+        },
+    }
+
+
+def rebuild(folder: Path) -> Comparison:
+    """Write the report of a finished comparison again, from its runs; nothing is trained.
+
+    Raises:
+        DataError: the folder holds no comparison, or one that is not finished.
+        ConfigError: its task has changed since.
+    """
+    missing = [name for name in (PLAN, COSTS, ENVIRONMENT) if not (folder / name).is_file()]
+    if PLAN in missing:
+        raise DataError(
+            f"{folder} is not a comparison: it has no {PLAN}. Make one with: relflat compare TASK --out {folder}"
+        )
+    values = store.read_json(folder / PLAN)
+    if missing:
+        raise DataError(
+            f"The comparison in {folder} is not finished: {', '.join(missing)} is missing. "
+            "Give its relflat compare command again; it goes on where it stopped."
+        )
+    try:
+        plan = plan_from(values)
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / PLAN} is damaged or of another version ({type(error).__name__}: {error})."
+            f"{store.written_by(folder)} Give its relflat compare command again with another --out."
+        ) from error
+    made = f"the comparison in {folder} was made. Give its relflat compare command again with another --out"
+    require_unchanged(plan.task, values.get("source"), made)
+    comparison = conclude(plan, (folder / values["runs"]).resolve(), reader(folder))
+    write_report(folder, comparison, costs_of(folder, comparison))
+    return comparison
+
+
+def reader(folder: Path) -> Callable[[Sequence[Job]], list[Trial]]:
+    """Reads finished runs in place of doing them."""
+
+    def read(jobs: Sequence[Job]) -> list[Trial]:
+        trials = [read_trial(job) for job in jobs]
+        lost = sum(trial is None for trial in trials)
+        if lost:
+            raise DataError(
+                f"{lost} of {len(jobs)} runs of the comparison in {folder} are not in its folder of runs. "
+                "Give its relflat compare command again; it does what is missing."
+            )
+        return [trial for trial in trials if trial is not None]
+
+    return read

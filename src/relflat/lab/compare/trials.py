@@ -1,0 +1,143 @@
+"""Running many configurations on local worker processes, one thread each."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from relflat.errors import ConfigError
+from relflat.lab.train import store
+from relflat.lab.train.config import RunConfig
+from relflat.lab.train.loop import train
+from relflat.lab.train.store import folder_of, metrics_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished run.
+
+    Attributes:
+        config: what ran.
+        result: its ``result.json``.
+        history: its ``metrics.jsonl``.
+    """
+
+    config: RunConfig
+    result: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    @property
+    def finished(self) -> bool:
+        """False when training diverged."""
+        return bool(self.result["status"] == "finished")
+
+    @property
+    def tested(self) -> dict[str, Any]:
+        """What the report of a tested run keeps of it."""
+        kept = {key: self.result[key] for key in ("status", "test", "flatness")}
+        return {"seed": self.config.seed, **kept}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to do: its configuration, where runs are kept, and whether it may see the test split."""
+
+    config: RunConfig
+    runs: Path
+    test: bool
+
+
+def start_worker() -> None:
+    """Compute on one thread, as several processes share the machine, and end when the parent is gone."""
+    torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the parent, even by kill -9, then leave at once."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def run_job(job: Job) -> Trial:
+    """Do one run, go on with it, or read it if it is finished; return what it left behind."""
+    folder = folder_of(job.config, job.runs)
+    result = train(job.config, folder, test=job.test, tensorboard=False)
+    return Trial(job.config, result, metrics_of(folder))
+
+
+def read_trial(job: Job) -> Trial | None:
+    """A finished run, or None; a run that was to be tested must have been."""
+    folder = folder_of(job.config, job.runs)
+    result = store.result_of(folder)
+    if result is None or (job.test and result["test"] is None and result["status"] == "finished"):
+        return None
+    return Trial(job.config, result, metrics_of(folder))
+
+
+def run_all(
+    pool: Executor, jobs: Sequence[Job], on_done: Callable[[Trial], None] = lambda trial: None
+) -> list[Trial]:
+    """Do all runs and return them in the order of the jobs; the first error stops the rest."""
+    places: dict[Future[Trial], int] = {}
+    trials: dict[int, Trial] = {}
+
+    def collect(future: Future[Trial]) -> None:
+        trials[places[future]] = future.result()
+        on_done(trials[places[future]])
+
+    try:
+        for place, job in enumerate(jobs):
+            future = pool.submit(run_job, job)
+            places[future] = place
+            if future.done():
+                collect(future)
+        for future in as_completed([future for future, place in places.items() if place not in trials]):
+            collect(future)
+    except BaseException:
+        for future in places:
+            future.cancel()
+        raise
+    return [trials[place] for place in range(len(jobs))]
+
+
+class Here(Executor):
+    """Does the work in this process, on one thread; what a pool of one would do without starting a process."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Do it now."""
+        future: Future[T] = Future()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # a future keeps whatever was raised for the one who asks for its result
+            future.set_exception(error)
+        finally:
+            torch.set_num_threads(threads)
+        return future
+
+
+def workers(count: int) -> Executor:
+    """A pool of single-thread processes; for one worker this process itself.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    if count < 1:
+        raise ConfigError(f"workers={count} must be above 0.")
+    if count == 1:
+        return Here()
+    return ProcessPoolExecutor(
+        count, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
+    )

@@ -1,0 +1,1 @@
+"""What a comparison prints, draws and writes."""

@@ -1,0 +1,172 @@
+"""EfficientNet-Lite0 with ImageNet weights under a new output layer, for fine-tuning on small pictures.
+
+EfficientNet (Tan and Le 2019) without squeeze-and-excitation and with ReLU6, as Google released it for phones. It is
+piecewise linear, so the generalised Gauss-Newton curvature of any of its layers is the Hessian. Convolutions pad as
+TensorFlow does, where the weights come from: the odd pixel goes to the right and the bottom.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from relflat.errors import DataError
+from relflat.lab.data.fetch import files
+
+WEIGHTS = "efficientnet-lite0-57934424.pth"
+# repeats, kernel, stride of the first, expansion, output channels (Tan and Le 2019, table 1)
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+STEM, HEAD = 32, 1280
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution with sides of ceil(input / stride), padded on the right and bottom by the odd pixel."""
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
+        """Convolve."""
+        top, bottom = self._padding(x.shape[-2])
+        left, right = self._padding(x.shape[-1])
+        if top == bottom and left == right:
+            return functional.conv2d(x, self.weight, None, self.stride, (top, left), 1, self.groups)
+        padded = functional.pad(x, (left, right, top, bottom))
+        return functional.conv2d(padded, self.weight, None, self.stride, 0, 1, self.groups)
+
+    def _padding(self, size: int) -> tuple[int, int]:
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        return total // 2, total - total // 2
+
+
+def convolution(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, *, groups: int = 1, active: bool = True
+) -> nn.Sequential:
+    """Convolution, BatchNorm with TensorFlow's epsilon and, where active, ReLU6."""
+    layers = [
+        SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs, eps=1e-3),
+    ]
+    return nn.Sequential(*layers, nn.ReLU6()) if active else nn.Sequential(*layers)
+
+
+class InvertedResidual(nn.Module):
+    """Widen by 1x1, filter each channel by itself, narrow by 1x1; a shortcut where the shape stays."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = inputs * expansion
+        self.expand: nn.Module = nn.Identity() if expansion == 1 else convolution(inputs, wide, 1)
+        self.depthwise = convolution(wide, wide, kernel, stride, groups=wide)
+        self.project = convolution(wide, outputs, 1, active=False)
+        self.shortcut = stride == 1 and inputs == outputs
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
+        """Apply the block."""
+        out = self.project(self.depthwise(self.expand(x)))
+        return out + x if self.shortcut else out
+
+
+class EfficientNetLite0(nn.Module):
+    """The network with random weights; `efficientnet_lite0` loads the pretrained ones.
+
+    Args:
+        num_classes: outputs.
+        side: pictures are resized to this many pixels (bilinear) before anything else; None leaves them.
+        dropout: probability before the output layer.
+
+    Attributes:
+        output: the last Linear layer.
+    """
+
+    def __init__(self, num_classes: int = 1000, side: int | None = None, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.side = side
+        self.stem = convolution(3, STEM, 3, 2)
+        blocks: list[nn.Module] = []
+        inputs = STEM
+        for repeats, kernel, stride, expansion, outputs in STAGES:
+            for place in range(repeats):
+                blocks.append(InvertedResidual(inputs, outputs, kernel, 1 if place else stride, expansion))
+                inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.head = convolution(inputs, HEAD, 1)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout))
+        self.output = nn.Linear(HEAD, num_classes)
+
+    def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        """Return the logits of pictures with values from 0 to 1; they are scaled as for the pretraining."""
+        if self.side is not None:
+            x = functional.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False)
+        x = (x * 255 - 127) / 128
+        return self.output(self.pool(self.head(self.blocks(self.stem(x)))))
+
+
+def efficientnet_lite0(num_classes: int = 10, side: int | None = 64) -> EfficientNetLite0:
+    """EfficientNet-Lite0 with ImageNet weights and a new output layer.
+
+    Raises:
+        DataError: the weights were not fetched or are damaged.
+    """
+    model = EfficientNetLite0(num_classes, side)
+    load_pretrained(model, files("efficientnet-lite0") / WEIGHTS)
+    return model
+
+
+def load_pretrained(model: EfficientNetLite0, path: Path, *, output: bool = False) -> None:
+    """Copy the packaged weights into the network.
+
+    Args:
+        model: the network.
+        path: of the weights.
+        output: copy the output layer of the 1000 ImageNet classes too.
+
+    Raises:
+        DataError: the file cannot be read or holds other tensors than the network has.
+    """
+    try:
+        packaged = torch.load(path, map_location="cpu", weights_only=True)
+        found = {ours: packaged.pop(theirs) for ours, theirs in names(model)}
+        head = {name: packaged.pop(f"_fc.{name}") for name in ("weight", "bias")}
+        if packaged:
+            raise KeyError(f"weights without a place: {', '.join(packaged)}")
+        missing = model.load_state_dict(found, strict=False).missing_keys
+        if [name for name in missing if not name.startswith("output.")]:
+            raise KeyError(f"no weights for {', '.join(missing)}")
+        if output:
+            model.output.load_state_dict(head)
+    except Exception as error:  # torch.load lets through whatever unpickling raises
+        raise DataError(
+            f"{path} does not hold the weights of EfficientNet-Lite0: {error!r}. Delete its folder and run: "
+            "relflat data get efficientnet-lite0"
+        ) from error
+
+
+def names(model: EfficientNetLite0) -> Iterator[tuple[str, str]]:
+    """Pairs of a tensor's name here and in the packaged file, all but the output layer."""
+    parts: list[tuple[nn.Module, str, str, str]] = [
+        (model.stem, "stem", "_conv_stem", "_bn0"),
+        (model.head, "head", "_conv_head", "_bn1"),
+    ]
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block, InvertedResidual)
+        here, there = f"blocks.{number}", f"_blocks.{number}"
+        parts += [
+            (block.depthwise, f"{here}.depthwise", f"{there}._depthwise_conv", f"{there}._bn1"),
+            (block.project, f"{here}.project", f"{there}._project_conv", f"{there}._bn2"),
+        ]
+        if isinstance(block.expand, nn.Sequential):
+            parts.append((block.expand, f"{here}.expand", f"{there}._expand_conv", f"{there}._bn0"))
+    for part, here, convolution_there, norm_there in parts:
+        for name in part.state_dict():
+            place, tensor = name.split(".", 1)
+            yield f"{here}.{name}", f"{convolution_there if place == '0' else norm_there}.{tensor}"

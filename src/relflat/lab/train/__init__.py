@@ -1,0 +1,1 @@
+"""One run: configuration, algorithms, loop, checkpoints, store."""

@@ -1,0 +1,137 @@
+"""Checkpoints after an epoch: enough to go on as if nothing had happened, bit for bit.
+
+The data order of an epoch follows from the seed and the epoch's number, so the number is all that has
+to be kept of it. Weights are safetensors; the rest is a torch file read with ``weights_only=True``.
+"""
+
+import io
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from relflat.errors import DataError
+from relflat.lab.train.algorithms import get_counter, set_counter
+from relflat.lab.train.store import write_folder
+
+WEIGHTS, STATE = "model.safetensors", "state.pt"
+
+
+def save(
+    run: Path,
+    *,
+    epoch: int,
+    model: nn.Module,
+    criterion: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    scaler: Any,
+    history: list[dict[str, Any]],
+) -> None:
+    """Write the checkpoint of an epoch and remove older ones.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left, and the older ones are.
+    """
+    state = {
+        "epoch": epoch,
+        "criterion_step": get_counter(criterion),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "rng": rng_state(),
+        "history": history,
+    }
+
+    def fill(folder: Path) -> None:
+        try:
+            save_model(model, str(folder / WEIGHTS))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        content = io.BytesIO()  # torch.save into a file that fails ends in an error that does not say why
+        torch.save(state, content)
+        (folder / STATE).write_bytes(content.getbuffer())
+
+    write_folder(run / f"checkpoint-{epoch:04d}", fill)
+    remove_old(run)
+
+
+def remove_old(run: Path) -> None:
+    """Remove all checkpoints but the newest."""
+    for old in checkpoints(run)[:-1]:
+        shutil.rmtree(old)
+
+
+def load(
+    run: Path,
+    *,
+    model: nn.Module,
+    criterion: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    scaler: Any,
+) -> list[dict[str, Any]]:
+    """Put everything back as the newest checkpoint has it; return the history, empty without a checkpoint."""
+    found = checkpoints(run)
+    if not found:
+        return []
+    try:
+        state = torch.load(found[-1] / STATE, weights_only=True, map_location="cpu")
+        load_model(model, str(found[-1] / WEIGHTS))
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        if scaler is not None:
+            scaler.load_state_dict(state["scaler"])
+    except Exception as error:  # torch.load and load_state_dict let through whatever damaged files raise
+        raise DataError(
+            f"The checkpoint {found[-1]} cannot be read ({error}). Run again with --fresh."
+        ) from error
+    set_counter(criterion, state["criterion_step"])
+    set_rng_state(state["rng"])
+    return list(state["history"])
+
+
+def load_weights(run: Path, model: nn.Module) -> None:
+    """Load the weights of the newest checkpoint.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = checkpoints(run)
+    if not found:
+        raise DataError(f"{run} has no checkpoint yet; train it first.")
+    load_model(model, str(found[-1] / WEIGHTS))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(run.glob("checkpoint-*"))
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global generators of torch, CUDA, NumPy and Python as plain values and tensors."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what ``rng_state`` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    random.setstate(state["python"])

@@ -1,0 +1,69 @@
+"""Measuring the relative flatness of a trained run, on its own data."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from relflat import Flatness, relative_flatness_by_layer
+from relflat.errors import ConfigError
+from relflat.lab.data.arrays import Arrays
+from relflat.lab.data.batches import in_order
+from relflat.lab.data.splits import Splits
+from relflat.lab.names import look_up, names_in
+from relflat.lab.tasks.catalogue import task_named
+from relflat.lab.train import checkpoint, launch
+from relflat.lab.train.store import config_of
+
+Split = Literal["train", "validation", "test"]
+
+SPLITS: dict[str, Callable[[Splits], Arrays]] = {
+    "train": lambda splits: splits.train,
+    "validation": lambda splits: splits.validation,
+    "test": lambda splits: splits.test(),
+}
+
+
+def measure_run(
+    run: Path, *, layer: str | None = None, split: str = "train", samples: int | None = None, **options: Any
+) -> dict[str, Flatness]:
+    """Rebuild a run's data and network from its folder and measure some of its layers.
+
+    Under ``torchrun`` each process measures its share of the samples and all get the result for all of them.
+
+    Args:
+        run: the run's folder.
+        layer: name or glob of layers or parameters, several with commas; by default the layer its task follows.
+        split: which samples, with the labels the run saw.
+        samples: measure on the first so many of them only.
+        **options: further arguments of `relflat.relative_flatness_by_layer`.
+
+    Returns:
+        The measurement of each layer, by its qualified name.
+
+    Raises:
+        DataError: the folder holds no run, no checkpoint, or the data set was not fetched.
+        ConfigError: no such split, or fewer samples than 1.
+        LayerError: no such layer.
+    """
+    config = config_of(run)
+    choose = look_up("split", split, SPLITS)
+    if samples is not None and samples < 1:
+        raise ConfigError(f"samples={samples} must be above 0; leave it out to measure on all of them.")
+    task = task_named(config.task)
+    model = task.model()
+    checkpoint.load_weights(run, model)
+    device = launch.device()
+    data = choose(task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed))
+    data = data.take(slice(samples))
+    with launch.process_group() as group:
+        ranks = 1 if group is None else group.size()
+        share = slice(*(len(data) * (launch.rank() + i) // ranks for i in (0, 1)))
+        return relative_flatness_by_layer(
+            model.to(device),
+            task.loss(),
+            list(in_order(data.take(share), device)),
+            layer=names_in(layer or task.layer),
+            device=device,
+            process_group=group,
+            **options,
+        )

@@ -1,0 +1,221 @@
+"""Reads from its graph how a scalar loss was made from logits, for frameworks that compute the loss themselves.
+
+Understood is ``c * loss(z)``: c constants by which the loss was multiplied or divided (accumulation, gradient
+scaling, number of tokens), loss one of those of :mod:`relflat.loss.known` with a mean or sum reduction, z the logits.
+Targets, class weights and ignored index are the ones autograd saved, so nothing about the batch is guessed. Anything
+else is not described, and goes through automatic differentiation.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from relflat.capture.calls import Call
+from relflat.curvature.output_space import samples_of
+from relflat.loss.known import KnownLoss, known_loss
+
+_REDUCTION = {1: "mean", 2: "sum"}
+# Ops that keep row-major order, that move dimensions, and that leave rows out.
+_KEEPING = (
+    "_DDPSink",
+    "Alias",
+    "Clone",
+    "ReshapeAlias",
+    "Squeeze",
+    "ToCopy",
+    "UnsafeView",
+    "Unsqueeze",
+    "View",
+)
+_MOVING = ("Permute", "T", "Transpose")
+_SELECTING = ("Index", "IndexSelect", "Select", "Slice")
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a loss was computed from.
+
+    Attributes:
+        known: the loss as a function of ``outputs``, constants included.
+        outputs: the logits, or log-probabilities, of which it is the same function; with their graph.
+        targets: the targets that go with ``outputs``.
+        call: the call of an output layer that gave the logits, if it is one of those asked about.
+    """
+
+    known: KnownLoss
+    outputs: Tensor
+    targets: Tensor
+    call: Call | None
+
+
+def read_loss(loss: Tensor, calls: Sequence[Call]) -> Reading | None:
+    """Read the graph of a scalar loss.
+
+    Args:
+        loss: the loss, before its graph is freed.
+        calls: recorded calls, among them perhaps that of the output layer.
+
+    Returns:
+        None, if the loss is not understood.
+    """
+    if loss.numel() != 1 or not bool(torch.isfinite(loss.detach()).all()):
+        return None
+    found = _without_constants(loss.grad_fn)
+    if found is None:
+        return None
+    node, constant = found
+    read = _READERS.get(_kind(node))
+    reduction = _REDUCTION.get(getattr(node, "_saved_reduction", 0))
+    if read is None or reduction is None or not constant > 0:
+        return None
+    reading = read(node, reduction, calls, float(loss.detach()) / constant)
+    if reading is None:
+        return None
+    return Reading(reading.known.times(constant), reading.outputs, reading.targets, reading.call)
+
+
+def _kind(node: Any) -> str:
+    return node.name().rstrip("0123456789").removesuffix("Backward")
+
+
+def _without_constants(node: Node | None) -> tuple[Any, float] | None:
+    """The operation that made the loss, and the product of the constants that multiply it."""
+    constant = 1.0
+    while node is not None:
+        kind = _kind(node)
+        if kind in ("Mul", "Div"):
+            parents = [parent for parent, _ in node.next_functions]
+            side = 1 if parents[0] is None else 0
+            if (len(parents) > 1 and None not in parents) or (side == 1 and kind == "Div"):
+                return None
+            factor = getattr(node, "_saved_self" if side else "_saved_other", None)
+            if factor is None or (isinstance(factor, Tensor) and factor.numel() != 1):
+                return None
+            constant = constant * float(factor) if kind == "Mul" else constant / float(factor)
+            node = parents[side]
+        elif kind in _KEEPING:
+            node = node.next_functions[0][0]
+        else:
+            return node, constant
+    return None
+
+
+# -- cross-entropy -------------------------------------------------------------------------------------------
+
+
+def _cross_entropy(node: Any, reduction: str, calls: Sequence[Call], value: float) -> Reading | None:
+    above = _walk(node.next_functions[0][0], _KEEPING)
+    if above is None or _kind(above) != "LogSoftmax":
+        return None
+    saved, dim = above._saved_result, _signed(above._saved_dim)
+    log_p = saved.movedim(dim, -1)
+    log_p = log_p.reshape(-1, log_p.shape[-1])
+    targets, ignored = node._saved_target.reshape(-1), _signed(node._saved_ignore_index)
+    options = {"weight": node._saved_weight, "ignore_index": ignored, "reduction": reduction}
+    if targets.numel() != log_p.shape[0]:
+        return None
+    again = F.nll_loss(log_p.detach(), targets, **options)
+    if not math.isclose(
+        float(again), value, rel_tol=1e-2 if again.dtype.itemsize < 4 else 1e-4, abs_tol=1e-6
+    ):
+        return None
+    for call in calls:
+        last = dim in (-1, saved.ndim - 1)
+        rows = _rows_taken(call, above, log_p.detach(), classes_last=last)
+        if rows is not None:
+            z = call.outputs_last()
+            y = torch.full(z.shape[:-1], ignored, dtype=targets.dtype, device=targets.device)
+            y.view(-1)[rows] = targets
+            return _reading(F.cross_entropy, z.movedim(-1, 1) if z.ndim > 1 else z, y, options, call)
+    outputs, y = log_p, targets  # log-probabilities are logits too, of the same probabilities
+    samples = samples_of(calls[0]) if calls else 1
+    if len(y) != samples and len(y) % samples == 0:
+        outputs, y = log_p.unflatten(0, (samples, -1)).movedim(-1, 1), y.reshape(samples, -1)
+    return _reading(F.cross_entropy, outputs, y, options, None)
+
+
+def _rows_taken(
+    call: Call, log_softmax: Any, log_p: Float[Tensor, "p d"], *, classes_last: bool
+) -> Tensor | slice | None:
+    """Which rows of the call's output the logits are, in order; None if they are not rows of it."""
+    if call.edge is None or not call.untouched() or call.weight.shape[0] != log_p.shape[1]:
+        return None
+    rows: Tensor | slice = slice(None)
+    (above, index), z, end = log_softmax.next_functions[0], call.outputs_last(), call.edge.node
+    if _walk(above, _KEEPING, until=end) is end:
+        if classes_last and z is call.output and z.numel() == log_p.numel():
+            return rows  # nothing but views in between: no need to compare
+    elif _walk(above, _KEEPING + _MOVING, until=end) is not end:
+        if _walk(above, _KEEPING + _MOVING + _SELECTING, until=end) is not end:
+            return None
+        ones = torch.ones_like(log_softmax._saved_result)
+        (marked,) = torch.autograd.grad(
+            (GradientEdge(above, index),), (call.edge,), (ones,), retain_graph=True
+        )
+        mark = call.kind.outputs_last(call.module, marked).reshape(-1, log_p.shape[1])[:, 0]
+        if bool((mark > 1).any()):
+            return None
+        rows = mark.nonzero()[:, 0]
+    with torch.no_grad():
+        chosen = z.reshape(-1, z.shape[-1])[rows].to(log_p.dtype)
+        same = chosen.shape == log_p.shape and torch.allclose(chosen.log_softmax(-1), log_p, atol=1e-5)
+    return rows if same else None
+
+
+# -- losses of one output each -------------------------------------------------------------------------------
+
+
+def _binary(node: Any, reduction: str, calls: Sequence[Call], value: float) -> Reading | None:
+    options = {"weight": node._saved_weight, "pos_weight": node._saved_pos_weight, "reduction": reduction}
+    return _elementwise(F.binary_cross_entropy_with_logits, node, options)
+
+
+def _squared(node: Any, reduction: str, calls: Sequence[Call], value: float) -> Reading | None:
+    return _elementwise(F.mse_loss, node, {"reduction": reduction})
+
+
+def _elementwise(function: Callable[..., Tensor], node: Any, options: dict[str, Any]) -> Reading | None:
+    outputs = node._saved_self
+    return _reading(function, outputs, node._saved_target, options, None) if outputs.requires_grad else None
+
+
+_READERS: dict[str, Callable[..., Reading | None]] = {
+    "NllLoss": _cross_entropy,
+    "NllLoss2D": _cross_entropy,
+    "BinaryCrossEntropyWithLogits": _binary,
+    "MseLoss": _squared,
+}
+
+
+# -- tools ---------------------------------------------------------------------------------------------------
+
+
+def _reading(
+    function: Callable[..., Tensor],
+    outputs: Tensor,
+    targets: Tensor,
+    options: dict[str, Any],
+    call: Call | None,
+) -> Reading | None:
+    known = known_loss(functools.partial(function, **options), outputs, (targets,), {})
+    return None if known is None else Reading(known, outputs, targets, call)
+
+
+def _walk(node: Any, through: Sequence[str], until: Node | None = None) -> Any:
+    """Follow first parents while the operations are among ``through``; where that ends."""
+    while node is not None and node is not until and _kind(node) in through:
+        node = node.next_functions[0][0]
+    return node
+
+
+def _signed(number: int) -> int:
+    """Autograd shows saved signed integers as unsigned ones."""
+    return number - 2**64 if number >= 2**63 else number

@@ -1,0 +1,1 @@
+"""Kappa over a data set."""

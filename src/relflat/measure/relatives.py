@@ -1,0 +1,385 @@
+"""Relatives of kappa: sample by sample, by largest eigenvalues, and the robustness and fit it comes from.
+
+All of them leave the model as they found it and take data as :func:`relflat.relative_flatness` does.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from relflat.capture.kinds import kind_of
+from relflat.capture.resolve import Layer
+from relflat.capture.tap import Inject
+from relflat.curvature.operators import HessianOperator
+from relflat.curvature.weight_space import Matrix
+from relflat.errors import ConfigError, LayerError, LossError
+from relflat.estimate.choose import Curvature, Estimator, Method, Scene, Spec, output_tensor
+from relflat.estimate.differences import noise
+from relflat.measure.batches import Batch, ForwardFn
+from relflat.measure.sweep import Measurement, measuring
+from relflat.rng import Rng
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error (or error bound, where the function says so).
+
+    Attributes:
+        value: the estimate.
+        stderr: its error.
+        method: how it was obtained.
+    """
+
+    value: float
+    stderr: float
+    method: str
+
+
+def per_sample_flatness(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    data: Iterable[Batch] | Batch,
+    *,
+    layer: Layer,
+    curvature: Curvature = "hessian",
+    method: Method = "auto",
+    probes: int = 16,
+    adaptive: bool = False,
+    forward: ForwardFn | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> Float[Tensor, " n"]:
+    """Kappa of each sample's own loss, in the order of the data (Walter et al., arXiv 2405.16918).
+
+    For a mean reduction without class weights and ignored targets their mean is kappa of the whole. Confident
+    samples are flat, right or wrong, so a small value says nothing about correctness.
+
+    Args:
+        model: the network.
+        loss_fn: a loss that is a mean or a sum over samples.
+        data: batches, as for :func:`relflat.relative_flatness`; the rest likewise.
+        layer: exactly one layer.
+        curvature: ``"hessian"`` or ``"ggn"``.
+        method: as for :func:`relflat.relative_flatness`, but not ``"finite_difference"`` or ``"xtrace"``, which
+            take all samples together.
+        probes: random directions for each sample, where the method is stochastic.
+        adaptive: the adaptive form.
+        forward: ``forward(model, batch) -> (outputs, targets)``.
+        device: where to move batches.
+        seed: of the probes.
+
+    Returns:
+        One value a sample, float64, on the CPU. Positions of a sample (tokens, pixels) are added.
+
+    Raises:
+        LossError: if samples are coupled after the layer, so that there are no shares.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+        >>> per_sample_flatness(model, nn.CrossEntropyLoss(), (x, y), layer="output").shape
+        torch.Size([8])
+    """
+    if method in ("finite_difference", "xtrace"):
+        raise ConfigError(
+            f"method={method!r} takes all samples together, and each is wanted by itself; use 'auto', 'exact' or "
+            "'probe'"
+        )
+    spec = Spec(curvature, method, probes, adaptive, gradient=None, exact_up_to=64)
+    found = []
+    with measuring(
+        model, loss_fn, data, layer, spec, forward=forward, device=device, seed=seed
+    ) as measurement:
+        estimator = Estimator(spec, seed)
+        for i, (scene, _) in enumerate(measurement.scenes()):
+            parts = estimator(scene, i)
+            if len(parts) != 1:
+                raise LayerError(f"layer={layer!r} matches {list(parts)}; name one")
+            (part,) = parts.values()
+            n = scene.loss.numel() if scene.loss.ndim else _samples(scene)
+            shares = part.kappa.detach().double().mean(0).cpu()
+            if shares.numel() % n:
+                raise LossError(
+                    f"kappa of layer {layer!r} has {shares.numel()} shares for {n} samples: they are coupled after "
+                    "it, so no sample has a share of its own"
+                )
+            found.append(shares.reshape(n, -1).sum(1) * (n if measurement.averages(scene) else 1))
+    return torch.cat(found)
+
+
+def max_eigenvalue_flatness(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    data: Iterable[Batch] | Batch,
+    *,
+    layer: Layer,
+    rtol: float = 1e-4,
+    max_products: int = 100,
+    forward: ForwardFn | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """``sum_s ||w_s||^2 lambda_max(H_{s,s})`` (Petzka et al. 2021, the maximum-eigenvalue version), matrix-free.
+
+    Lanczos with full reorthogonalisation on each of the d diagonal blocks, from products with the Hessian of
+    the loss over all of the data.
+
+    Args:
+        model: the network.
+        loss_fn: a loss that is a mean or a sum over samples.
+        data: batches, gone over once a product; the rest as for :func:`relflat.relative_flatness`.
+        layer: exactly one layer.
+        rtol: a block is done when the residual of its eigenvalue is below this share of it.
+        max_products: most products for one block.
+        forward: ``forward(model, batch) -> (outputs, targets)``.
+        device: where to move batches.
+        seed: of the starting vectors.
+
+    Returns:
+        The value; ``stderr`` holds ``sum_s ||w_s||^2 r_s``, r_s the residual norms: that near to each value used
+        there is an eigenvalue of its block, almost surely the largest from a random start.
+
+    Cost: d times the number of Lanczos steps, each a forward and two backward passes over the data.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+        >>> flat = max_eigenvalue_flatness(model, nn.CrossEntropyLoss(), (x, y), layer="output")
+        >>> flat.value > 0 and flat.stderr <= 1e-3 * flat.value
+        True
+    """
+    spec = Spec("hessian", gradient=None)
+    with measuring(
+        model, loss_fn, data, layer, spec, forward=forward, device=device, seed=seed
+    ) as measurement:
+        measurement.batches.must_be_repeatable("Lanczos")
+        matrix = _the_matrix(measurement, layer)
+        weight = matrix.weight().detach()
+        call = matrix.as_call()
+        rng = Rng(seed, 0)
+
+        def product(row: int, v: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+            direction = torch.zeros_like(weight)
+            direction[row] = v.to(weight.dtype)
+            total, divisor = torch.zeros_like(weight), 0.0
+            for scene, (factor, part) in measurement.scenes():
+                operator = HessianOperator(scene.loss.sum(), [call], create_graph=False)
+                total = total + factor * matrix.view(operator([matrix.back(direction)])[0])
+                divisor += part
+            return (total[row] / divisor if divisor else total[row]).double()
+
+        value = error = 0.0
+        for row in range(weight.shape[0]):
+            start = rng.normal(weight[row]).double()
+            top, residual = _largest(functools.partial(product, row), start, rtol, max_products)
+            norm2 = float(weight[row].double().square().sum())
+            value, error = value + norm2 * top, error + norm2 * residual
+    return Estimate(value, error, "lanczos")
+
+
+def feature_robustness(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    data: Iterable[Batch] | Batch,
+    *,
+    layer: Layer,
+    radius: float,
+    draws: int = 8,
+    forward: ForwardFn | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """``E_A[L(phi + radius A phi) - L(phi)]``, A random orthogonal (Petzka et al. 2021, Def. 2, at finite radius).
+
+    ``A phi`` is uniform on the sphere of radius ``||phi||``; it is drawn for each sample and position, together
+    with its negative. For small radius and one position a sample the value is ``radius^2 / (2 m) kappa +
+    O(radius^4)`` (I8); with tokens or pixels, which move independently, what couples them is not in it.
+
+    Args:
+        model: the network.
+        loss_fn: a loss that is a mean or a sum over samples.
+        data: batches; the rest as for :func:`relflat.relative_flatness`.
+        layer: exactly one layer with real inputs.
+        radius: size of the change relative to the features.
+        draws: pairs of changes for each batch, at least two for an error.
+        forward: ``forward(model, batch) -> (outputs, targets)``.
+        device: where to move batches.
+        seed: of the noise.
+
+    Returns:
+        The value and its standard error. Cost: ``1 + 2 draws`` forward passes over the data.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+        >>> rise = feature_robustness(model, nn.CrossEntropyLoss(), (x, y), layer="output", radius=0.1)
+        >>> rise.value > 0
+        True
+    """
+    if not radius > 0 or draws < 1:
+        raise ConfigError(
+            f"radius={radius}, draws={draws}: a positive radius and at least one draw are needed"
+        )
+    spec = Spec("hessian", gradient=None)
+    totals = torch.zeros(draws, dtype=torch.float64)
+    divisor = 0.0
+    with measuring(
+        model, loss_fn, data, layer, spec, forward=forward, device=device, seed=seed
+    ) as measurement:
+        for i, (scene, (factor, part)) in enumerate(measurement.scenes()):
+            divisor += part
+            for k in range(draws):
+                for sign in (1.0, -1.0):
+                    inject = _sphere(measurement, sign * radius, Rng(seed, i * draws + k))
+                    moved = measurement.loss_again(inject)
+                    totals[k] += factor * float((moved - scene.loss).sum()) / 2
+    totals = totals / divisor if divisor else totals
+    stderr = float(totals.std()) / math.sqrt(draws) if draws > 1 else math.nan
+    return Estimate(float(totals.mean()), stderr, f"sphere(radius={radius:g}, {draws} pairs)")
+
+
+def representativeness(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    train: Iterable[Batch] | Batch,
+    test: Iterable[Batch] | Batch,
+    *,
+    layer: Layer,
+    bandwidth: float | None = None,
+    draws: int = 8,
+    forward: ForwardFn | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """Test loss minus the training loss smoothed by a Gaussian kernel in feature space (Petzka et al. 2021).
+
+    How well the training features, blurred, stand for the test distribution: the generalisation gap is this
+    plus the feature robustness at the same kernel.
+
+    Args:
+        model: the network.
+        loss_fn: a loss that is a mean over samples.
+        train: training batches.
+        test: test batches.
+        layer: exactly one layer with real inputs.
+        bandwidth: standard deviation of the kernel in every feature; by default Scott's rule,
+            ``n^(-1/(m+4))`` times the standard deviation of the feature.
+        draws: samples of the kernel for each training sample.
+        forward: ``forward(model, batch) -> (outputs, targets)``.
+        device: where to move batches.
+        seed: of the kernel's samples.
+
+    Returns:
+        The value and its standard error over draws. Cost: ``draws`` passes over train, one over test.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+        >>> rep = representativeness(model, nn.CrossEntropyLoss(), (x, y), (x, y), layer="output", bandwidth=1e-6)
+        >>> abs(rep.value) < 1e-3
+        True
+    """
+    spec = Spec("hessian", gradient=None)
+    setup: dict[str, Any] = {"forward": forward, "device": device, "seed": seed}
+    with measuring(model, loss_fn, test, layer, spec, **setup) as measurement:
+        total = divisor = 0.0
+        for scene, (factor, part) in measurement.scenes():
+            total, divisor = total + factor * float(scene.loss.detach().sum()), divisor + part
+        test_loss = total / divisor if divisor else total
+    smoothed = torch.zeros(draws, dtype=torch.float64)
+    with measuring(model, loss_fn, train, layer, spec, **setup) as measurement:
+        width = _scott(measurement) if bandwidth is None else torch.tensor(bandwidth)
+        divisor = 0.0
+        for i, (_, (factor, part)) in enumerate(measurement.scenes()):
+            divisor += part
+            for k in range(draws):
+                moved = measurement.loss_again(functools.partial(_blurred, width, Rng(seed, i * draws + k)))
+                smoothed[k] += factor * float(moved.sum())
+    smoothed = smoothed / divisor if divisor else smoothed
+    stderr = float(smoothed.std()) / math.sqrt(draws) if draws > 1 else math.nan
+    return Estimate(test_loss - float(smoothed.mean()), stderr, f"kde({draws} draws)")
+
+
+# -- how ---------------------------------------------------------------------------------------------------
+
+
+def _samples(scene: Scene) -> int:
+    tensor = scene.outputs if scene.outputs is not None else output_tensor(scene.calls[0].output)
+    return tensor.shape[0] if tensor is not None and tensor.ndim > 1 else 1
+
+
+def _the_matrix(measurement: Measurement, layer: Layer) -> Matrix:
+    if measurement.tap.searching:
+        next(iter(measurement.scenes()))
+    if len(measurement.tap.layers) != 1:
+        raise LayerError(f"layer={layer!r} matches {list(measurement.tap.layers)}; name one")
+    (item,) = measurement.tap.layers.items()
+    return Matrix.of(*item)
+
+
+def _scott(measurement: Measurement) -> Float[Tensor, " m"]:
+    """Scott's rule for the bandwidth of each feature."""
+    measurement.batches.must_be_repeatable("Scott's rule for the bandwidth")
+    scales = measurement.feature_scales()
+    n, width = 0, 0
+    for scene, _ in measurement.scenes():
+        n, width = n + _samples(scene), scene.calls[0].phi.shape[-1]
+    scale = next(iter(scales.values()))
+    if len(scales) != 1 or width != scale.numel():
+        raise ConfigError(
+            f"Scott's rule needs one dense layer, and {list(scales)} were given; give bandwidth="
+        )
+    return scale * n ** (-1 / (scale.numel() + 4))
+
+
+def _blurred(width: Tensor, rng: Rng, name: str, x: Tensor) -> Tensor:
+    return x + (width.to(x.device) * rng.normal(x)).to(x.dtype)
+
+
+def _sphere(measurement: Measurement, radius: float, rng: Rng) -> Inject:
+    def move(name: str, x: Tensor) -> Tensor:
+        module = measurement.tap.layers[name]
+        assert isinstance(module, nn.Module)
+        kind = kind_of(module)
+        assert kind is not None
+        change = noise(x, radius, rng, adaptive=False, normalize=False, kind=kind, module=module)
+        return (x + change).to(x.dtype)
+
+    return move
+
+
+def _largest(
+    product: Callable[[Tensor], Tensor], start: Float[Tensor, " m"], rtol: float, most: int
+) -> tuple[float, float]:
+    """Largest eigenvalue of a symmetric operator and the norm of its residual, by Lanczos."""
+    basis = [start / start.norm()]
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
+    top = residual = 0.0
+    for _ in range(min(most, start.numel())):
+        w = product(basis[-1])
+        alphas.append(w @ basis[-1])
+        for q in basis * 2:  # twice, so that the basis stays orthogonal
+            w = w - (w @ q) * q
+        tridiagonal = torch.diag(torch.stack(alphas))
+        if betas:
+            off = torch.diag(torch.stack(betas), 1)
+            tridiagonal = tridiagonal + off + off.mT
+        values, vectors = torch.linalg.eigh(tridiagonal)
+        beta = w.norm()
+        top, residual = float(values[-1]), float(beta * vectors[-1, -1].abs())
+        if residual <= rtol * abs(top) or float(beta) <= 1e-14 * float(values.abs().max()):
+            break
+        betas.append(beta)
+        basis.append(w / beta)
+    return top, residual

@@ -1,0 +1,113 @@
+"""What an experiment is, what it is given, and what it hands back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+
+Scale = Literal["small", "paper"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report.
+
+    Attributes:
+        title: what it shows.
+        headings: of the columns.
+        rows: the cells, as they are shown.
+        note: how to read it.
+    """
+
+    title: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the report.
+
+    Attributes:
+        title: what it shows, for readers who do not see it too.
+        paint: fills one pair of axes, with the colours of `relflat.lab.report.figures`.
+        caption: how to read it.
+    """
+
+    title: str
+    paint: Callable[[Axes], None]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out.
+
+    Attributes:
+        findings: plain sentences; "not reproduced" is one of the things they may say.
+        tables: the numbers that matter.
+        figures: the same to look at.
+        scaled: what differs from the paper, and why.
+        data: all numbers, as JSON can hold them.
+    """
+
+    findings: list[str]
+    tables: list[Table]
+    figures: list[Figure]
+    scaled: list[str]
+    data: Mapping[str, Any]
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an experiment runs with.
+
+    Attributes:
+        scale: ``"small"`` fits two cores in minutes; ``"paper"`` uses the paper's numbers.
+        out: folder of the report.
+        runs: folder that keeps trainings and other results worth keeping.
+        workers: processes, one thread each.
+        on_progress: told in a line what has been done.
+    """
+
+    scale: Scale
+    out: Path
+    runs: Path
+    workers: int = 1
+    on_progress: Callable[[str], None] = silent
+
+    def counter(self, what: str, total: int | None = None) -> Callable[[object], None]:
+        """A function to call after each one is done; it tells how many are.
+
+        Args:
+            what: they are.
+            total: how many there will be, where that is known.
+        """
+        numbers = count(1)
+        of = "" if total is None else f" of {total}"
+        return lambda each: self.on_progress(f"{next(numbers)}{of} {what}")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table or figure of a paper, as code.
+
+    Attributes:
+        name: on the command line.
+        summary: one line for lists.
+        paper: what the paper reports, with its numbers and the place.
+        run: does it; what is kept in ``Context.runs`` is not done twice.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    run: Callable[[Context], Outcome]

@@ -1,0 +1,71 @@
+"""FAM with the two knobs of Han et al. (2025) that need a training loop: its removal, and a cap on the weights."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from relflat import FAM
+from relflat.capture.kinds import weight_of
+from relflat.capture.resolve import resolve
+from relflat.errors import ConfigError
+
+
+class KnobbedFAM(FAM):
+    """`relflat.FAM` that is taken away after some steps, and whose layers' weights stay within a ball.
+
+    A negative strength rewards growing weights, which says nothing about flatness; the cap closes that road, as long
+    as the penalty is there. Both are functions of the step and the weights, so a resumed run needs nothing more.
+
+    Args:
+        loss: the criterion.
+        model: the network.
+        layer: as in `relflat.FAM`.
+        remove_after: steps with the penalty; from then on there is none. None: it stays.
+        weight_cap: greatest Frobenius norm of each layer's weight after a step; None: any.
+        **options: of `relflat.FAM`.
+
+    Raises:
+        ConfigError: a negative number of steps, or a cap that is not positive.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        model: nn.Module,
+        layer: str | list[str],
+        *,
+        remove_after: int | None = None,
+        weight_cap: float | None = None,
+        **options: Any,
+    ) -> None:
+        if remove_after is not None and remove_after < 0:
+            raise ConfigError(f"remove_after={remove_after}: give a number of steps, at least 0, or none.")
+        if weight_cap is not None and not weight_cap > 0:
+            raise ConfigError(f"weight_cap={weight_cap}: the norm must be above 0, or none.")
+        self._given = 0.0
+        self._remove_after, self._weight_cap = remove_after, weight_cap
+        super().__init__(loss, model, layer, **options)
+        self._layers_of = [model]  # in a list: the criterion must not register the model as its part
+
+    @property
+    def strength(self) -> float:
+        """The strength of the step to come."""
+        return 0.0 if self._removed else self._given
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._given = value
+
+    @property
+    def _removed(self) -> bool:
+        return self._remove_after is not None and self.step >= self._remove_after
+
+    @torch.no_grad()
+    def cap(self) -> None:
+        """Scale the weight of each layer down to the cap; to be called after the optimiser's step."""
+        if self._weight_cap is None or self._removed:
+            return
+        for target in resolve(self._layers_of[0], self.layers).values():
+            weight = target if isinstance(target, nn.Parameter) else weight_of(target)
+            weight.mul_((self._weight_cap / weight.norm()).clamp(max=1))

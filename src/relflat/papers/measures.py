@@ -1,0 +1,329 @@
+"""Measures of flatness and size that the papers hold against relative flatness, each from its own definition.
+
+All of them are of the cross-entropy over all samples given, deterministic, and leave the network as they found it.
+Those of one layer take its name; the others are of all trained parameters.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from relflat import Flatness, relative_flatness
+from relflat.capture.kinds import weight_of
+from relflat.capture.resolve import resolve
+from relflat.measure.relatives import max_eigenvalue_flatness
+
+CHUNK = 1000  # samples at a time
+PAC_BAYES_DEVIATION = 0.1  # loss of accuracy that defines the measure (Jiang et al. 2020)
+WIDEST = 2.0**20  # standard deviation at which the search of PAC-Bayes gives up
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network and the samples it is measured on.
+
+    Attributes:
+        model: a classifier in evaluation mode.
+        inputs: (n, ...), of the dtype of its parameters.
+        targets: (n,) classes.
+        layer: name of the layer.
+    """
+
+    model: nn.Module
+    inputs: Float[Tensor, "n ..."]
+    targets: Int[Tensor, " n"]
+    layer: str
+
+    @property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and targets, a chunk at a time."""
+        return list(zip(torch.split(self.inputs, CHUNK), torch.split(self.targets, CHUNK), strict=True))
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight."""
+        (target,) = resolve(self.model, self.layer).values()
+        return target if isinstance(target, nn.Parameter) else weight_of(target)
+
+
+# -- of one layer ----------------------------------------------------------------------------------------------
+
+
+def kappa(subject: Subject) -> float:
+    """Relative flatness (Petzka et al. 2021, Definition 3)."""
+    return _flatness(subject).value
+
+
+def kappa_adaptive(subject: Subject) -> float:
+    """Its adaptive form: feature matrices that are diagonal (`relflat.theory.reference.kappa_adaptive`)."""
+    return _flatness(subject, adaptive=True).value
+
+
+def kappa_normalized(subject: Subject) -> float:
+    """Relative flatness of the layer in features of standard deviation 1 (Petzka et al. 2021, section 5).
+
+    A feature that never varies, such as a dead neuron's, cannot be given one and is left out.
+    """
+    return _flatness(subject, normalize_features=True).value
+
+
+def kappa_max(subject: Subject) -> float:
+    """``sum_s ||w_s||^2 lambda_max(H_ss)`` (Petzka et al. 2021, the maximum-eigenvalue version)."""
+    network, loss = subject.model, nn.CrossEntropyLoss()
+    return max_eigenvalue_flatness(network, loss, subject.batches, layer=subject.layer, rtol=1e-8).value
+
+
+def trace(subject: Subject) -> float:
+    """``Tr H``, H the Hessian with respect to the layer's weight; by the closed form, or the sum over a basis."""
+    return _flatness(subject).trace
+
+
+def layerwise(subject: Subject) -> float:
+    """``||W||_F^2 Tr H``, which bounds relative flatness (Adilova et al. 2023, section 3)."""
+    return _flatness(subject).layerwise
+
+
+def weight_norm(subject: Subject) -> float:
+    """``||W||_F`` of the layer."""
+    return float(subject.weight.detach().double().norm())
+
+
+def lambda_max(subject: Subject) -> float:
+    """Largest eigenvalue of the Hessian with respect to the layer's weight, by ARPACK's Lanczos.
+
+    Cost: a forward and two backward passes over the samples for each of some dozens of products.
+    """
+    weight = subject.weight
+
+    def product(v: NDArray[np.float64]) -> NDArray[np.float64]:
+        direction = torch.as_tensor(v, dtype=weight.dtype).reshape(weight.shape)
+        total = torch.zeros_like(weight)
+        for inputs, targets in subject.batches:
+            loss = nn.functional.cross_entropy(subject.model(inputs), targets, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+            (part,) = torch.autograd.grad((gradient * direction).sum(), weight)
+            total += part
+        return np.asarray((total / len(subject.targets)).double().reshape(-1).numpy())
+
+    size = weight.numel()
+    start = np.random.default_rng(0).standard_normal(size)
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    tolerance = 1e-10 if weight.dtype == torch.float64 else 1e-4
+    (value,) = eigsh(operator, k=1, which="LA", v0=start, tol=tolerance, return_eigenvectors=False)
+    return float(value)
+
+
+def _flatness(subject: Subject, *, adaptive: bool = False, normalize_features: bool = False) -> Flatness:
+    return relative_flatness(
+        subject.model,
+        nn.CrossEntropyLoss(),
+        subject.batches,
+        layer=subject.layer,
+        adaptive=adaptive,
+        normalize_features=normalize_features,
+    )
+
+
+# -- of all trained parameters --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fisher_rao(subject: Subject) -> float:
+    """Fisher-Rao norm ``sqrt(E <theta, grad l>^2)`` (Liang et al. 2019, Definition 2; labels as given).
+
+    Their closed form ``(L + 1)^2 E <dl/df, f>^2`` is the same for ReLU networks of L hidden layers without biases;
+    this one, ``<dl/df, J theta>`` with one forward-mode pass, holds for any network.
+    """
+    theta = {name: p.detach() for name, p in subject.parameters.items()}
+    total = 0.0
+    for inputs, targets in subject.batches:
+
+        def outputs(parameters: dict[str, Tensor], inputs: Tensor = inputs) -> Tensor:
+            answer: Tensor = functional_call(subject.model, parameters, (inputs,))
+            return answer
+
+        logits, change = cast(tuple[Tensor, Tensor], jvp(outputs, (theta,), (theta,)))
+        residual = logits.softmax(1) - nn.functional.one_hot(targets, logits.shape[1])
+        total += float((residual * change).sum(1).double().square().sum())
+    return math.sqrt(total / len(subject.targets))
+
+
+@torch.no_grad()
+def pac_bayes(subject: Subject, draws: int = 10, rtol: float = 1e-3, seed: int = 0) -> float:
+    """PAC-Bayes flatness ``1 / sigma^2`` (Jiang et al. 2020, appendix on PAC-Bayes measures).
+
+    sigma is the deviation of isotropic Gaussian noise on all parameters that costs 0.1 of the training accuracy on
+    average; found by bisection, with the same draws of noise at each step.
+
+    Args:
+        subject: the network; 0 is returned where no noise costs as much.
+        draws: samples of the noise.
+        rtol: of sigma.
+        seed: of the noise.
+    """
+    wanted = accuracy(subject) - PAC_BAYES_DEVIATION
+
+    def enough(sigma: float) -> bool:
+        return _mean_accuracy_under_noise(subject, sigma, draws, seed) <= wanted
+
+    low = high = 1e-2
+    while enough(low):
+        low /= 2
+    while not enough(high):
+        high *= 2
+        if high > WIDEST:
+            return 0.0
+    while high > low * (1 + rtol):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return 1 / (low * high)
+
+
+def sam_sharpness(subject: Subject, rho: float = 0.05, steps: int = 10, *, adaptive: bool = False) -> float:
+    """``max_{||e|| <= rho} L(theta + e) - L(theta)`` (Foret et al. 2021, eq. 1), by projected gradient ascent.
+
+    Their own first step goes all the way to the sphere; the ones after it can only add, so this is at least what
+    SAM itself sees, and a lower bound of the maximum.
+
+    Args:
+        subject: the network.
+        rho: radius.
+        steps: of the ascent.
+        adaptive: the ball is ``||e / |theta||| <= rho`` (Kwon et al. 2021, elementwise).
+    """
+    parameters = list(subject.parameters.values())
+    origin = [p.detach().clone() for p in parameters]
+    scale = [o.abs() if adaptive else torch.ones_like(o) for o in origin]
+    shift = [torch.zeros_like(o) for o in origin]  # in units of the scale
+    start, highest = loss_of(subject), -math.inf
+    with parameters_kept(subject.model):
+        for step in range(steps + 1):
+            value, gradients = _loss_and_gradients(subject, parameters)
+            if step:
+                highest = max(highest, value)
+            uphill = [g * s for g, s in zip(gradients, scale, strict=True)]
+            shift = _project([e + rho * u for e, u in zip(shift, _unit(uphill), strict=True)], rho)
+            with torch.no_grad():
+                for p, o, e, s in zip(parameters, origin, shift, scale, strict=True):
+                    p.copy_(o + e * s)
+    return highest - start
+
+
+def asam_sharpness(subject: Subject) -> float:
+    """`sam_sharpness` in the elementwise ball of Kwon et al. (2021), with their radius 0.5."""
+    return sam_sharpness(subject, 0.5, adaptive=True)
+
+
+# -- parts -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def loss_of(subject: Subject) -> float:
+    """Mean cross-entropy."""
+    total = sum(
+        float(nn.functional.cross_entropy(subject.model(inputs), targets, reduction="sum"))
+        for inputs, targets in subject.batches
+    )
+    return total / len(subject.targets)
+
+
+@torch.no_grad()
+def accuracy(subject: Subject) -> float:
+    """Share that is right."""
+    right = sum(int((subject.model(x).argmax(1) == y).sum()) for x, y in subject.batches)
+    return right / len(subject.targets)
+
+
+def _mean_accuracy_under_noise(subject: Subject, sigma: float, draws: int, seed: int) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(draws):
+        with parameters_kept(subject.model):
+            for p in subject.parameters.values():
+                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                p.add_((sigma * noise).to(p))
+            found.append(accuracy(subject))
+    return sum(found) / draws
+
+
+def _loss_and_gradients(subject: Subject, parameters: list[nn.Parameter]) -> tuple[float, list[Tensor]]:
+    total, gradients = 0.0, [torch.zeros_like(p) for p in parameters]
+    for inputs, targets in subject.batches:
+        loss = nn.functional.cross_entropy(subject.model(inputs), targets, reduction="sum")
+        loss = loss / len(subject.targets)
+        total += float(loss.detach())
+        for kept, part in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
+            kept += part
+    return total, gradients
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+
+
+def _unit(tensors: list[Tensor]) -> list[Tensor]:
+    norm = _norm(tensors)
+    return [t / norm if norm else t for t in tensors]
+
+
+def _project(tensors: list[Tensor], rho: float) -> list[Tensor]:
+    norm = _norm(tensors)
+    return [t * min(1.0, rho / norm) if norm else t for t in tensors]
+
+
+@contextmanager
+def parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Put the values of all parameters back at the end."""
+    values = [p.detach().clone() for p in model.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), values, strict=True):
+                p.copy_(value)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure as reports show it.
+
+    Attributes:
+        title: in tables.
+        source: where it is from.
+        of: computes it.
+    """
+
+    title: str
+    source: str
+    of: Callable[[Subject], float]
+
+
+MEASURES: dict[str, Measure] = {
+    "kappa": Measure("kappa", "Petzka et al. 2021", kappa),
+    "kappa_normalized": Measure("kappa, features / sd", "Petzka et al. 2021", kappa_normalized),
+    "kappa_adaptive": Measure("kappa, adaptive", "this library", kappa_adaptive),
+    "kappa_max": Measure("kappa, largest eigenvalues", "Petzka et al. 2021", kappa_max),
+    "layerwise": Measure("||W||² Tr H", "Adilova et al. 2023", layerwise),
+    "trace": Measure("Tr H", "Keskar et al. 2017", trace),
+    "lambda_max": Measure("lambda_max(H)", "Keskar et al. 2017", lambda_max),
+    "weight_norm": Measure("||W||", "Neyshabur et al. 2015", weight_norm),
+    "fisher_rao": Measure("Fisher-Rao norm", "Liang et al. 2019", fisher_rao),
+    "pac_bayes": Measure("PAC-Bayes flatness", "Jiang et al. 2020", pac_bayes),
+    "sam": Measure("SAM sharpness", "Foret et al. 2021", sam_sharpness),
+    "asam": Measure("ASAM sharpness", "Kwon et al. 2021", asam_sharpness),
+}

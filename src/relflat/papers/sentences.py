@@ -1,0 +1,111 @@
+"""The tasks of table 3: few short sentences and MiniLM for two cores; RTE and BERT-base as in the FAM paper.
+
+They are the experiment's own, named by this file: ``relflat train path/to/sentences.py:few`` trains one alone.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from relflat.errors import DataError
+from relflat.lab.data.arrays import RawData
+from relflat.lab.data.fetch import cache_folder
+from relflat.lab.data.splits import classification
+from relflat.lab.tasks import text
+from relflat.lab.tasks.catalogue import REVIEWS, RTE, AdamW, Task, glue
+
+SHORT = 16  # most tokens of a sentence of the small task
+BERT = "bert-base-uncased"
+
+
+def read_short() -> RawData:
+    """The film sentences of at most ``SHORT`` tokens, without the test sets from elsewhere."""
+    pool = text.read_reviews().pool
+    assert isinstance(pool.inputs, dict)
+    short = pool.take(pool.inputs["attention_mask"].sum(1) <= SHORT)
+    return RawData(short, None, 2)
+
+
+few: Task = replace(
+    REVIEWS,
+    name="few",
+    summary="short sentences of film reviews, good or bad, pretrained MiniLM",
+    splits=partial(classification, read_short, validation=200, test=400, standardise=False),
+)
+
+
+class Bert(nn.Module):
+    """BERT with its pooler, dropout and a new output layer, as it is fine-tuned on GLUE (Devlin et al. 2019).
+
+    Args:
+        encoder: of `transformers`; gives ``pooler_output``.
+        num_classes: outputs.
+    """
+
+    def __init__(self, encoder: nn.Module, num_classes: int = 2) -> None:
+        super().__init__()
+        config: Any = encoder.config
+        self.encoder = encoder
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.output = nn.Linear(config.hidden_size, num_classes)
+        nn.init.normal_(self.output.weight, std=config.initializer_range)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "n tokens"],
+        attention_mask: Int[Tensor, "n tokens"],
+        token_type_ids: Int[Tensor, "n tokens"],
+    ) -> Float[Tensor, "n d"]:
+        """Return the logits."""
+        hidden = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+        )
+        logits: Tensor = self.output(self.dropout(hidden.pooler_output))
+        return logits
+
+
+def bert_folder() -> Path:
+    """Where the pretrained BERT is looked for."""
+    return cache_folder() / BERT
+
+
+def require_bert() -> None:
+    """See that it is there.
+
+    Raises:
+        DataError: it is not; what is needed, and where, is said.
+    """
+    missing = [name for name in ("config.json", "model.safetensors") if not (bert_folder() / name).is_file()]
+    if missing:
+        raise DataError(
+            f"Table 3 at the paper's scale fine-tunes the pretrained BERT-base, uncased (110 M parameters), and "
+            f"{bert_folder()} has no {' and no '.join(missing)}. Save it there (440 MB): "
+            f"hf download google-bert/{BERT} config.json model.safetensors --local-dir {bert_folder()}"
+        )
+
+
+def bert() -> Bert:
+    """The pretrained BERT-base under a new output layer.
+
+    Raises:
+        DataError: it is not in the cache, or transformers is not installed.
+    """
+    require_bert()
+    return Bert(text.library().AutoModel.from_pretrained(bert_folder(), local_files_only=True).float())
+
+
+rte_bert: Task = replace(
+    RTE,
+    name="rte-bert",
+    summary="does a sentence follow from another, pretrained BERT-base, the FAM paper's budget",
+    splits=glue("rte", 40),
+    model=bert,
+    optimizer=AdamW(lr=2e-5),
+    epochs=20,
+    batch_size=32,
+)

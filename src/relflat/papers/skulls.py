@@ -1,0 +1,306 @@
+"""Deformations of one real head CT, a piece of each vault removed: the skulls of the reconstruction task.
+
+Public sets of skulls are behind registrations, so this one is made from the one CT that a Debian package
+carries. Every sample is that skull stretched, turned, shifted and smoothly bent, on a grid of 48^3 voxels; a
+rough ellipsoid is cut out of its vault. The network sees the rest and is asked for the whole. It says something
+about learning shapes; it says nothing about the variety of real skulls.
+"""
+
+import hashlib
+import io
+import json
+import os
+import plistlib
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.random import Generator, default_rng
+from scipy import ndimage
+from torch import Tensor
+
+from relflat.errors import ConfigError, DataError
+from relflat.lab.data.arrays import Arrays
+from relflat.lab.data.fetch import cache_folder, files
+from relflat.lab.data.sources import SOURCES
+from relflat.lab.data.splits import Splits, subset
+
+PROJECT = "Cranium.inv3"
+SIDE = 48  # voxels
+SPACING = 4.5  # mm from voxel to voxel
+BONE = 226  # Hounsfield units: the threshold of the project's own bone mask
+FINE = 2.0  # mm: what the CT is resampled to
+SEED = 20261124  # of the skulls; the seed of a run never changes one
+VERSION = 1  # of the recipe: raised whenever the same numbers would give other skulls
+
+Mask = np.ndarray
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many skulls there are.
+
+    Attributes:
+        train: training skulls.
+        validation: validation skulls.
+        evaluation: skulls of each of the two evaluation sets.
+    """
+
+    train: int = 100
+    validation: int = 40
+    evaluation: int = 50
+
+    @property
+    def total(self) -> int:
+        """Different skulls; the two evaluation sets share theirs."""
+        return self.train + self.validation + self.evaluation
+
+
+class Scan(NamedTuple):
+    """A skull cut free from a CT.
+
+    Attributes:
+        hounsfield: int16 (z, y, x), z upwards and y to the face; 0 away from the skull.
+        spacing: mm from voxel to voxel along each axis.
+        centre: middle of the skull's bounding box, in voxels.
+    """
+
+    hounsfield: np.ndarray
+    spacing: tuple[float, float, float]
+    centre: np.ndarray
+
+
+class Skulls(NamedTuple):
+    """What is kept of the whole set; masks of shape (n, 48, 48, 48).
+
+    Attributes:
+        complete: the skulls.
+        defective: the same skulls, each with a defect.
+        other: the last ``Sizes.evaluation`` of them once more, with larger defects.
+    """
+
+    complete: Mask
+    defective: Mask
+    other: Mask
+
+
+# -- the CT ------------------------------------------------------------------------------------------------------
+
+
+def read_project(path: Path) -> Scan:
+    """Read an InVesalius project and cut its skull free.
+
+    Args:
+        path: a gzipped tar file with ``main.plist`` and the raw volume it names.
+
+    Raises:
+        DataError: it is not such a file.
+    """
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            members = {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
+            description = plistlib.loads(_content(archive, members["main.plist"]))
+            matrix = description["matrix"]
+            raw = np.frombuffer(_content(archive, members[matrix["filename"]]), dtype=matrix["dtype"])
+            volume = raw.reshape(matrix["shape"])
+    except (OSError, EOFError, KeyError, TypeError, ValueError, tarfile.TarError) as error:
+        raise DataError(
+            f"{path} is not an InVesalius project with a volume ({error}). Delete its folder and get it again "
+            f"with: {SOURCES['skulls'].command}"
+        ) from error
+    x, y, z = description["spacing"]
+    return cut_free(volume, (z, y, x))
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None, "only regular files are asked for"
+    return file.read()
+
+
+def cut_free(volume: np.ndarray, spacing: tuple[float, float, float]) -> Scan:
+    """Keep the largest connected piece of bone with the voxel next to it; everything else becomes 0 HU."""
+    pieces, count = ndimage.label(volume >= BONE)
+    if count == 0:
+        raise DataError(f"The CT has no voxel of {BONE} HU or more, so there is no bone in it.")
+    sizes = np.bincount(pieces.ravel())
+    skull = pieces == 1 + sizes[1:].argmax()
+    box = ndimage.find_objects(skull.astype(np.int8))[0]
+    centre = np.array([(side.start + side.stop - 1) / 2 for side in box])
+    return Scan(np.where(ndimage.binary_dilation(skull), volume, 0).astype(np.int16), spacing, centre)
+
+
+def resampled(scan: Scan, spacing: float = FINE) -> Scan:
+    """The scan on a cubic grid, smoothed first by what the coarser grids cannot show (deviation 2 mm)."""
+    factors = np.asarray(scan.spacing) / spacing
+    smooth = ndimage.gaussian_filter(scan.hounsfield.astype(np.float32), 2.0 / np.asarray(scan.spacing))
+    shape = np.ceil(np.array(smooth.shape) * factors).astype(int)
+    values = ndimage.affine_transform(smooth, 1 / factors, output_shape=tuple(shape), order=1)
+    return Scan(values.astype(np.int16), (spacing,) * 3, scan.centre * factors)
+
+
+# -- one skull ---------------------------------------------------------------------------------------------------
+
+
+def smooth_field(random: Generator, knots: int, side: int) -> np.ndarray:
+    """A field of unit deviation at ``knots^3`` knots, cubic in between; shape (side, side, side)."""
+    return ndimage.zoom(random.standard_normal((knots,) * 3), side / knots, order=3, mode="nearest")
+
+
+def rotation(angles: np.ndarray) -> np.ndarray:
+    """The rotation matrix about the three axes in turn, angles in radians."""
+    matrix = np.eye(3)
+    for axis, angle in enumerate(angles):
+        one, two = (axis + 1) % 3, (axis + 2) % 3
+        turn = np.eye(3)
+        turn[one, one] = turn[two, two] = np.cos(angle)
+        turn[one, two], turn[two, one] = -np.sin(angle), np.sin(angle)
+        matrix = matrix @ turn
+    return matrix
+
+
+def deformed(scan: Scan, random: Generator) -> Mask:
+    """One complete skull on the grid.
+
+    Each axis is scaled by .85 to 1.12, the whole is turned by angles of deviation .06 rad and shifted by at most
+    4 mm, bent by a displacement of deviation 4.4 mm at 5^3 knots, and cut at 120 to 260 HU.
+    """
+    scale = random.uniform(0.85, 1.12, 3)
+    turn = rotation(random.normal(0, 0.06, 3))
+    shift = random.uniform(-4, 4, 3)
+    bend = np.stack([4.4 * smooth_field(random, 5, SIDE) for _ in range(3)])
+    grid = SPACING * (np.indices((SIDE,) * 3) - (SIDE - 1) / 2)
+    place = (grid + bend - shift[:, None, None, None]).reshape(3, -1)
+    inside = (turn.T @ place) / (scale * scan.spacing)[:, None] + scan.centre[:, None]
+    values = ndimage.map_coordinates(scan.hounsfield, inside, output=np.float32, order=1, cval=0)
+    return (values >= random.uniform(120, 260)).reshape((SIDE,) * 3)
+
+
+def defect(complete: Mask, random: Generator, radii: tuple[float, float]) -> Mask:
+    """What is removed of a skull: its voxels inside a rough ellipsoid around one in the upper half.
+
+    Args:
+        complete: the skull.
+        random: of place, half-axes and roughness.
+        radii: the least and greatest half-axis, voxels.
+    """
+    height = np.flatnonzero(complete.any((1, 2)))
+    vault = np.argwhere(complete)
+    vault = vault[vault[:, 0] >= (height[0] + height[-1]) / 2]
+    centre = vault[random.integers(len(vault))]
+    axes = rotation(random.uniform(0, np.pi, 3)) @ (
+        np.indices(complete.shape) - centre[:, None, None, None]
+    ).reshape(3, -1)
+    distance = np.sqrt(((axes / random.uniform(*radii, 3)[:, None]) ** 2).sum(0)).reshape(complete.shape)
+    return complete & (distance < 1 + 0.15 * smooth_field(random, 8, SIDE))
+
+
+SMALL, LARGE = (4.0, 8.0), (7.0, 11.0)  # half-axes of a defect, voxels
+
+
+def make(scan: Scan, sizes: Sizes, seed: int = SEED) -> Skulls:
+    """Make the whole set; sample ``i`` is a function of the scan, the seed and ``i`` alone. Cost: .1 s a skull."""
+    fine = resampled(scan)
+    complete, defective, other = [], [], []
+    for number in range(sizes.total):
+        skull = deformed(fine, default_rng([seed, number]))
+        complete.append(skull)
+        defective.append(skull & ~defect(skull, default_rng([seed, number, 1]), SMALL))
+        if number >= sizes.train + sizes.validation:
+            other.append(skull & ~defect(skull, default_rng([seed, number, 2]), LARGE))
+    return Skulls(np.stack(complete), np.stack(defective), np.stack(other))
+
+
+# -- the set, kept -----------------------------------------------------------------------------------------------
+
+
+def kept(sizes: Sizes) -> Path:
+    """Where the set of these sizes is, or would be, in the cache."""
+    recipe = {"source": SOURCES["skulls"].sha256, "seed": SEED, "version": VERSION, **asdict(sizes)}
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / f"skulls-made-{digest[:12]}.npz"
+
+
+def skulls(sizes: Sizes) -> Skulls:
+    """The set of these sizes: made once, then read from the cache.
+
+    Raises:
+        DataError: the CT was not fetched, or a file is damaged.
+    """
+    path = kept(sizes)
+    if not path.is_file():
+        write(path, make(read_project(files("skulls") / PROJECT), sizes))
+    return read(path)
+
+
+def write(path: Path, made: Skulls) -> None:
+    """Write the set, one bit a voxel, so that the file is there whole or not at all."""
+    content = io.BytesIO()
+    complete, defective, other = (np.packbits(mask) for mask in made)
+    np.savez_compressed(content, complete=complete, defective=defective, other=other)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.getvalue())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> Skulls:
+    """Read what ``write`` wrote."""
+    try:
+        with np.load(path) as bits:
+            masks = [np.unpackbits(bits[name]).astype(bool) for name in Skulls._fields]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}). Delete it; it is made again when needed.") from error
+    return Skulls(*(mask.reshape(-1, SIDE, SIDE, SIDE) for mask in masks))
+
+
+@cache
+def arrays(sizes: Sizes) -> tuple[Arrays, Arrays]:
+    """All skulls as (defective, complete), float32 of shape (n, 1, 48, 48, 48), and the second evaluation set."""
+    made = skulls(sizes)
+    complete = _tensor(made.complete)
+    return Arrays(_tensor(made.defective), complete), Arrays(
+        _tensor(made.other), complete[-sizes.evaluation :]
+    )
+
+
+def _tensor(mask: Mask) -> Tensor:
+    return torch.from_numpy(mask[:, None].astype(np.float32))
+
+
+def splits(*, train_size: int | None, label_noise: float, seed: int, sizes: Sizes = Sizes()) -> Splits:
+    """Training, validation and the two evaluation sets: the same skulls with small and with large defects.
+
+    Args:
+        train_size: how many of the training skulls to use; None for all.
+        label_noise: must be 0: a shape has no label.
+        seed: of the subset.
+        sizes: of the set.
+
+    Raises:
+        ConfigError: noise was asked for, or more skulls than there are.
+        DataError: the CT was not fetched.
+    """
+    if label_noise != 0:
+        raise ConfigError(f"label_noise={label_noise}: the targets are shapes, not labels; leave it out.")
+    everything, other = arrays(sizes)
+    generator = torch.Generator().manual_seed(seed)
+    train = subset(torch.arange(sizes.train), train_size, generator)
+    first = sizes.train + sizes.validation
+    return Splits(
+        train=everything.take(train),
+        validation=everything.take(slice(sizes.train, first)),
+        test=lambda: everything.take(slice(first, None)),
+        shifts={"larger-defects": lambda: other},
+    )

@@ -1,0 +1,1 @@
+"""The definitions, dense, and the reparametrisations that keep the function."""

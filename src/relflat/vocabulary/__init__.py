@@ -1,0 +1,1 @@
+"""Cross-entropy and its penalty for large vocabularies, without the logits."""

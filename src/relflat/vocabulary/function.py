@@ -1,0 +1,303 @@
+r"""Cross-entropy and kappa of a large output layer, without the (tokens x vocabulary) matrix.
+
+The layer computes ``z_p = W phi_p + b`` for tokens p and classes c, W of shape (d, m); ``pi_p = softmax(z_p)``,
+``t_p`` is the smoothed target and ``a_p`` the weight of a token in the reduction (``1 / tokens`` for the mean). Then
+
+    L     = sum_p a_p (log sum_c exp z_pc - sum_c t_pc z_pc)
+    kappa = sum_p a_p ||phi_p||^2 v_p        v_p = sum_c pi_pc ||w_c||^2 - ||mu_p||^2        mu_p = sum_c pi_pc w_c
+
+(identity I1 of the design), and what is returned is ``L + strength * kappa``.
+
+**Value.** With k the most likely class and ``q = pi - e_k``, ``delta = mu - w_k = q W``. With ``~`` for "minus the
+mean row of W", which kappa does not see, ``v = q . ||w~||^2 - delta . (2 w~_k + delta)``. All entries of q are of the
+size of what is missing to certainty, so nothing cancels when a token is certain, or rows share a large part.
+
+**Gradient.** Write ``D = pi - t``, ``beta_p = strength a_p ||phi_p||^2``, and for the third derivatives
+``K_pc = pi_pc (||w_c - mu_p||^2 - v_p)``, which is ``d v_p / d z_pc``. Then
+
+    d/dz     = a D + beta K
+    d/dphi   = 2 strength a v phi + (d/dz) W
+    d/dw_c   = ((d/dz)' phi)_c + 2 sum_p beta_p pi_pc (w_c - mu_p)
+    d/db     = sum_p d/dz_p
+
+The terms with K are the part of Lemma 1 that goes through the third derivatives: ``gradient="full"``. Without them
+the curvature is constant (``"frozen"``), and without ``2 strength a v phi`` too, only W sees kappa (``"weights"``).
+
+**Sketch.** With ``probes=k``, kappa sees ``V = (W - mean row) G``, (d, k), in the place of W. ``G = sqrt(m / k) Q``
+has orthogonal columns in random directions, so that ``E[G G'] = I``, and ``v(V)`` is an unbiased estimate of
+``v(W)``. Gradients are those of the estimate, and so unbiased; but what needs no product of tokens and classes
+is exact in the gradient in W: ``2 w_c sum_p beta_p pi_pc``, and what is common to all mu_p. The rest of it,
+``2 sum_p beta_p pi_pc mu_p``, keeps a relative noise of about ``sqrt(m / k)``, which averages out over steps as that
+of batches does.
+
+With C the covariance of the rows of W under pi, averaged over tokens with weights ``a ||phi||^2``, and
+``r = (Tr C)^2 / ||C||_F^2`` the number of directions in which it is spread (1 to m), kappa has the relative standard
+error
+
+    sqrt(2 (m - k) (m / r - 1) / (k (m - 1) (m + 2)))  =  about sqrt(2 / (k r)),  at most sqrt(2 / k)
+
+**Cost**, in products of n d m multiplications, of which plain logits and cross-entropy take three:
+
+                                    value                gradient                                        together
+    "frozen", "weights"             logits, pi W         D' (a phi - 2 beta mu); D W costs no more       3
+    "full"                          logits, pi W         mu W', (d/dz) W, (d/dz)' phi, pi' (beta mu)     6
+    any, k probes                   logits, pi V: k/m    nu V': k/m, (d/dz) W, (d/dz)' phi, pi' nu: k/m  3 + 3 k/m
+
+The three of ``"full"`` cannot be folded into the others: K W is the covariance of the rows of W under pi, applied to
+a vector, for which both products need the finished mu. Gradients are made in the forward pass, while a chunk of
+probabilities is at hand, which saves computing the logits twice; backward multiplies them by the incoming scalar.
+``reduction="none"`` has no such scalar and goes through everything again in backward: 2 products more.
+
+**Memory** beyond inputs and gradients: one buffer of ``chunk_tokens`` x d, one or two of ``chunk_tokens`` x
+``chunk_classes``, and for a sketch two of d x k; in float32 (float64 for such inputs). Half-precision inputs are
+widened a chunk at a time.
+"""
+
+from typing import Any, NamedTuple, NoReturn, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from relflat.errors import ConfigError, DataError, GraphError, LayerError
+from relflat.estimate.probes import Gradient
+from relflat.rng import Rng
+from relflat.vocabulary.sweep import Reduction, Sweep, SweepOptions
+
+_BUFFER = 2**26  # probabilities at a time, unless chunk_tokens says otherwise: 256 MiB in float32
+
+
+class LinearCrossEntropy(NamedTuple):
+    """What :func:`linear_cross_entropy_fam` returns.
+
+    Attributes:
+        total: ``task + strength * kappa``, the one to call ``backward()`` on.
+        task: the cross-entropy, detached.
+        kappa: relative flatness of the output layer, reduced as the loss is, detached.
+    """
+
+    total: Tensor
+    task: Tensor
+    kappa: Tensor
+
+
+def linear_cross_entropy_fam(
+    features: Float[Tensor, "... m"],
+    weight: Float[Tensor, "d m"],
+    targets: Int[Tensor, "..."],
+    *,
+    strength: float,
+    bias: Float[Tensor, " d"] | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    gradient: Gradient = "full",
+    probes: int | None = None,
+    seed: int = 0,
+    step: int | None = None,
+    chunk_tokens: int | None = None,
+    chunk_classes: int = 4096,
+) -> LinearCrossEntropy:
+    """Cross-entropy of ``features @ weight.T + bias`` plus ``strength`` times kappa of that layer, in chunks.
+
+    The same numbers as ``FAM(nn.CrossEntropyLoss(), ...)`` on an output layer, for vocabularies so large that the
+    logits of all tokens do not fit. Differentiable once, in features, weight and bias.
+
+    Args:
+        features: input of the layer, any leading shape; float64, float32, bfloat16 or float16.
+        weight: of the layer, read where it is whole (inside the forward pass of the module that FSDP shards).
+        targets: class indices, shaped as the features without the last dimension.
+        strength: the paper's lambda, on the paper's kappa. May be negative or 0.
+        bias: of the layer.
+        ignore_index: target of tokens that do not count.
+        reduction: ``"mean"`` over tokens not ignored, ``"sum"``, or ``"none"``: one value a token, 0 where ignored.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        gradient: ``"full"``, ``"frozen"`` or ``"weights"``, as in :class:`relflat.FAM`.
+        probes: kappa seen along so many random directions of the features, at most m: value and gradients
+            unbiased, the full gradient at the cost of cross-entropy alone. None: exact.
+        seed: of the directions.
+        step: number of this step, which the directions depend on (and on the rank of the process), so that each
+            step sees others and a resumed run the same; needed with ``probes``.
+        chunk_tokens: tokens at a time; by default as many as make a buffer of 2^26 probabilities.
+        chunk_classes: classes at a time.
+
+    Returns:
+        ``(total, task, kappa)``, in float32 (float64 for such inputs). As in ``F.cross_entropy`` a mean over no token
+        is not a number, with zero gradients.
+
+    Raises:
+        ConfigError: an option has no such value.
+        LayerError: the shapes of features, weight and bias do not fit.
+        DataError: the targets are no class indices of the right shape and range.
+        GraphError: in backward, if the gradient is differentiated again.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> phi, W, y = torch.randn(6, 4), torch.randn(10, 4, requires_grad=True), torch.randint(10, (6,))
+        >>> loss = linear_cross_entropy_fam(phi, W, y, strength=0.1)
+        >>> loss.total.backward()
+        >>> bool(torch.isclose(loss.task, torch.nn.functional.cross_entropy(phi @ W.T, y)))
+        True
+
+    Cost: ``gradient="full"`` twice the multiplications of logits and cross-entropy, forward and backward, with exact
+    gradients; ``"frozen"`` and ``"weights"`` as many as those; any with k probes 1 + k/m times as many. The relative
+    standard error of an estimate is at most ``sqrt(2 / k)``, and ``sqrt(2 / (k r))`` where the weights are spread
+    over r directions. See the module for the count and the formulas.
+    """
+    _check(features, weight, bias, targets, reduction, label_smoothing, gradient, chunk_tokens, chunk_classes)
+    _check_probes(probes, step, weight)
+    d, m = weight.shape
+    phi, y = features.reshape(-1, m), targets.reshape(-1)
+    counted = y != ignore_index
+    count = int(counted.sum())
+    if count < len(y):
+        phi, y = phi[counted], y[counted]
+    if count and not 0 <= int(y.min()) <= int(y.max()) < d:
+        raise DataError(
+            f"targets reach from {int(y.min())} to {int(y.max())} and there are {d} classes; mend the labels or set "
+            "ignore_index"
+        )
+    size = chunk_tokens or max(1, _BUFFER // d)
+    differentiate = torch.is_grad_enabled()
+    options = SweepOptions(strength, label_smoothing, gradient, size, chunk_classes, reduction, differentiate)
+    g = None if probes is None or step is None else _directions(probes, weight, Rng(seed, step))
+    total, task, kappa = _apply(phi, weight, bias, y, g, options)
+    if reduction != "none":
+        return LinearCrossEntropy(total, task, kappa)
+    everywhere = [x.new_zeros(len(counted)).masked_scatter(counted, x) for x in (total, task, kappa)]
+    return LinearCrossEntropy(*(x.reshape(targets.shape) for x in everywhere))
+
+
+def _check(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    reduction: str,
+    label_smoothing: float,
+    gradient: str,
+    chunk_tokens: int | None,
+    chunk_classes: int,
+) -> None:
+    for name, value, allowed in (("reduction", reduction, Reduction), ("gradient", gradient, Gradient)):
+        if value not in get_args(allowed):
+            raise ConfigError(f"{name}={value!r}: choose one of {list(get_args(allowed))}")
+    if not 0 <= label_smoothing <= 1:
+        raise ConfigError(f"label_smoothing={label_smoothing}: a number from 0 to 1 is needed")
+    if chunk_classes < 1 or (chunk_tokens is not None and chunk_tokens < 1):
+        raise ConfigError(f"chunk_tokens={chunk_tokens}, chunk_classes={chunk_classes}: at least 1 is needed")
+    if hasattr(weight, "full_tensor"):
+        raise LayerError(
+            "the weight is sharded (DTensor) here; call linear_cross_entropy_fam inside the forward pass of the "
+            "module that fully_shard wraps, where it is whole"
+        )
+    if weight.ndim != 2 or features.ndim < 1 or features.shape[-1] != weight.shape[1]:
+        raise LayerError(
+            f"features {tuple(features.shape)} and weight {tuple(weight.shape)} do not fit: they must be (..., m) "
+            "and (d, m)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise LayerError(f"the bias has shape {tuple(bias.shape)}, not {tuple(weight.shape[:1])}")
+    if targets.is_floating_point() or targets.shape != features.shape[:-1]:
+        raise DataError(
+            f"targets of shape {tuple(targets.shape)} and type {targets.dtype} for features of shape "
+            f"{tuple(features.shape)}: one class index a token is needed"
+        )
+
+
+def _check_probes(probes: int | None, step: int | None, weight: Tensor) -> None:
+    if probes is None:
+        return
+    if not 1 <= probes <= weight.shape[1]:
+        raise ConfigError(
+            f"probes={probes}: from 1 to {weight.shape[1]}, the number of features, or None for the exact value"
+        )
+    if step is None:
+        raise ConfigError(
+            f"probes={probes} without step: pass step=, the number of the training step; with the same directions "
+            "in all steps only these would become flat"
+        )
+
+
+def _directions(k: int, weight: Float[Tensor, "d m"], rng: Rng) -> Float[Tensor, "m k"]:
+    """``G = sqrt(m / k) Q``, Q the first k columns of a random rotation."""
+    m, wide = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        q = torch.linalg.qr(rng.normal(weight.new_empty(m, k, dtype=wide)))[0]
+    return q * (m / k) ** 0.5
+
+
+def _apply(*args: Any) -> Any:
+    if torch.compiler.is_compiling():  # not as a decorator: that would import the compiler along with relflat
+        return torch.compiler.disable(_eagerly)(*args)  # type: ignore[no-untyped-call]
+    return _eagerly(*args)
+
+
+def _eagerly(*args: Any) -> Any:
+    return _LinearCrossEntropy.apply(*args)  # type: ignore[no-untyped-call]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Runs the sweep and hands its gradients to autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        phi: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        directions: Tensor | None,
+        options: SweepOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, and unless ``reduction="none"`` the gradients too."""
+        ctx.options, wanted = options, ctx.needs_input_grad[:3]
+        each = options.reduction == "none"
+        later = each or not options.differentiate
+        size = 1 / max(len(y), 1) if options.reduction == "mean" else 1.0
+        sweep = Sweep(phi, weight, bias, y, directions, options, (False,) * 3 if later else wanted)
+        sweep.run(torch.full_like(sweep.task, size))
+        ctx.save_for_backward(phi, weight, bias, *((y, directions) if each else sweep.gradients))
+        task, kappa = sweep.task, sweep.kappa
+        if not each:
+            reduce = torch.mean if options.reduction == "mean" else torch.sum
+            task, kappa = reduce(task), reduce(kappa)
+        ctx.mark_non_differentiable(task, kappa)
+        return task + options.strength * kappa, task, kappa
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times the incoming one, in the types of the inputs."""
+        inputs, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        with torch.no_grad():
+            if ctx.options.reduction == "none":
+                phi, weight, bias = inputs
+                y, directions = saved
+                wanted = ctx.needs_input_grad[:3]
+                sweep = Sweep(phi, weight, bias, y, directions, ctx.options, wanted)
+                sweep.run(grad)
+                grads = sweep.gradients
+            else:
+                grads = [None if g is None else g * grad for g in saved]
+            grads = [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = [None if g is None else _Once.apply(g, grad, *inputs) for g in grads]  # type: ignore[no-untyped-call]
+        return (*grads, None, None, None)
+
+
+class _Once(torch.autograd.Function):
+    """Passes a gradient on as one that depends on all inputs, in a way that is not known."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        """The gradient."""
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *unused: Tensor) -> NoReturn:
+        """Say so."""
+        raise GraphError(
+            "linear_cross_entropy_fam can be differentiated once, and its gradient was differentiated again; where "
+            "second derivatives are needed (kappa of a hidden layer, a gradient penalty) write the logits out: "
+            "FAM(nn.CrossEntropyLoss(), model, [layers])(logits, targets)"
+        )
