@@ -18,7 +18,6 @@ from relflat.measure.relatives import (
     feature_robustness,
     max_eigenvalue_flatness,
     per_sample_flatness,
-    representativeness,
 )
 from relflat.result import Flatness
 from relflat.vocabulary.function import LinearCrossEntropy, linear_cross_entropy_fam
@@ -45,5 +44,4 @@ __all__ = [
     "per_sample_flatness",
     "relative_flatness",
     "relative_flatness_by_layer",
-    "representativeness",
 ]

@@ -1,33 +1,18 @@
-"""What one forward pass leaves behind: the calls of the tapped layers, and how other tensors relate to them."""
+"""What a forward pass leaves behind: the calls of the tapped layers, and what was computed from them."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
+from relflat.capture.graph import KEEPING, MOVING, ancestors, follow, same_memory
 from relflat.capture.kinds import Kind
 from relflat.errors import GraphError
 from relflat.rng import RngState
-
-# Ops that move or copy the values of a tensor without computing anything new.
-_RELABELLING = (
-    "_DDPSink",
-    "Alias",
-    "Clone",
-    "Permute",
-    "ReshapeAlias",
-    "Squeeze",
-    "T",
-    "ToCopy",
-    "Transpose",
-    "Unsqueeze",
-    "UnsafeView",
-    "View",
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,8 +26,7 @@ class Call:
         phi: its input, as the layer saw it.
         weight: its weight at that moment, as ``(d, m)``.
         output: the tensor it returned; may have been overwritten in place since.
-        edge: where gradients with respect to the output are taken, valid even after in-place ops; None
-            under ``no_grad``.
+        edge: where gradients in the output are taken, valid also after in-place operations; None under ``no_grad``.
         versions: of input and output at that moment.
         tied: whether another module has the same weight.
     """
@@ -57,6 +41,12 @@ class Call:
     versions: tuple[int, int]
     tied: bool = False
 
+    @property
+    def samples(self) -> int:
+        """How many samples the call saw; one if it had no batch dimension."""
+        last = self.outputs_last()
+        return last.shape[0] if last.ndim > 1 else 1
+
     def untouched(self) -> bool:
         """Whether the output still holds what the layer returned."""
         return self.output._version == self.versions[1]
@@ -64,6 +54,17 @@ class Call:
     def outputs_last(self) -> Float[Tensor, "... d"]:
         """The output with its rows in the last dimension, a view."""
         return self.kind.outputs_last(self.module, self.output)
+
+    def rows(self, z: Tensor) -> Float[Tensor, "n t d"]:
+        """A tensor like the output as (samples, positions, outputs)."""
+        last = self.kind.outputs_last(self.module, z)
+        return last[None, None] if last.ndim == 1 else last.flatten(1, -2) if last.ndim > 2 else last[:, None]
+
+    def from_rows(self, rows: Float[Tensor, "..."]) -> Tensor:
+        """Undo :meth:`rows`: shaped and typed as the output."""
+        last = rows.reshape(self.outputs_last().shape)
+        back = self.kind.outputs_back(self.module, last).reshape(self.output.shape)
+        return back.to(self.output.dtype).contiguous()
 
     def input(self) -> Tensor:
         """The input, after checking that nothing overwrote it since."""
@@ -79,7 +80,7 @@ class Call:
 class Forward:
     """What one forward pass of the model left: calls of tapped layers, tapped parameters, inputs, outputs.
 
-    ``alone`` is false where the calls are of several passes.
+    ``mode`` stands for which modules were in training mode.
     """
 
     args: tuple[Any, ...]
@@ -90,14 +91,6 @@ class Forward:
     mode: int = 0
     outputs: Any = None
     grad: bool = True
-    alone: bool = True
-
-
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether both read the same numbers in the same row-major order from the same memory."""
-    if a.numel() != b.numel() or a.data_ptr() != b.data_ptr() or a.dtype != b.dtype:
-        return False
-    return (a.is_contiguous() and b.is_contiguous()) or (a.shape == b.shape and a.stride() == b.stride())
 
 
 def same_values(call: Call, tensor: Float[Tensor, "..."], output: Float[Tensor, "..."]) -> bool:
@@ -114,13 +107,10 @@ def same_values(call: Call, tensor: Float[Tensor, "..."], output: Float[Tensor, 
         return True
     if call.edge is None or tensor.grad_fn is None or tensor.numel() != call.output.numel():
         return False
-    node: Node | None = tensor.grad_fn
-    while node is not None and node is not call.edge.node:
-        if node.name().rstrip("0123456789").removesuffix("Backward") not in _RELABELLING:
-            return False
-        node = node.next_functions[0][0]
+    if follow(tensor.grad_fn, KEEPING + MOVING, until=call.edge.node) is not call.edge.node:
+        return False
     flat = output.detach().reshape(-1)
-    return node is not None and torch.equal(tensor.detach().reshape(-1).to(flat.dtype), flat)
+    return torch.equal(tensor.detach().reshape(-1).to(flat.dtype), flat)
 
 
 def depends_on(tensor: Tensor, calls: Sequence[Call]) -> list[Call]:
@@ -130,20 +120,6 @@ def depends_on(tensor: Tensor, calls: Sequence[Call]) -> list[Call]:
     return [c for c in calls if c in found]
 
 
-def feeds_itself(calls: Sequence[Call]) -> bool:
-    """Whether an input of the layer was computed from an earlier output of it, as in a recurrence."""
+def is_recurrent(calls: Sequence[Call]) -> bool:
+    """Whether an input of the layer was computed from an earlier output of it."""
     return any(depends_on(later.phi, calls[:i]) for i, later in enumerate(calls) if i)
-
-
-def ancestors(root: Node | None, without: Collection[Node] = ()) -> Iterator[Node]:
-    """All nodes of the graph that a node leads to, itself included, but not past those ``without``."""
-    seen, stack = {root, *without}, [root]
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        yield node
-        for parent, _ in node.next_functions:
-            if parent not in seen:
-                seen.add(parent)
-                stack.append(parent)

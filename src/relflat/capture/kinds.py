@@ -1,14 +1,13 @@
 """The classes of layer whose weight acts linearly: how each sees its input, output and weight as rows.
 
 At every position (sample, token, pixel) such a layer computes ``z = W phi + b``. A :class:`Kind` says what
-phi, W and the positions are. To add a class of layer, write one and list it in ``_KINDS``. Modules of other
+phi, W and the positions are. To add a class of layer, write one and :func:`register` it. Modules of other
 classes, and bare parameters, are handled through their weight alone (:mod:`relflat.curvature.weight_space`).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -41,6 +40,32 @@ class Kind:
     outputs_back: Callable[[Any, Tensor], Tensor]
 
 
+_KINDS: list[Kind] = []
+
+
+def register(kind: Kind) -> Kind:
+    """Add a class of layer; asked before those that are there already.
+
+    Example:
+        >>> from torch import nn
+        >>> class Transposed(nn.Module):
+        ...     "A dense layer whose weight is stored as (m, d)."
+        >>> linear = kind_of(nn.Linear(2, 3))
+        >>> kind = Kind(
+        ...     matches=lambda module: isinstance(module, Transposed),
+        ...     matrix=lambda module, weight: weight.mT,
+        ...     features=linear.features,
+        ...     project=linear.project,
+        ...     outputs_last=lambda module, z: z,
+        ...     outputs_back=lambda module, z: z,
+        ... )
+        >>> register(kind) is kind_of(Transposed())
+        True
+    """
+    _KINDS.insert(0, kind)
+    return kind
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a module, or None."""
     return next((k for k in _KINDS if k.matches(module)), None)
@@ -51,10 +76,10 @@ def weight_of(module: Any) -> Tensor:
     return getattr(module, "base_layer", module).weight
 
 
-def rows(kind: Kind, module: nn.Module, z: Tensor) -> Float[Tensor, "n t d"]:
-    """A layer's output as (samples, positions, outputs)."""
-    last = kind.outputs_last(module, z)
-    return last[None, None] if last.ndim == 1 else last.flatten(1, -2) if last.ndim > 2 else last[:, None]
+def own_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters the weight is made of: itself, or what its parametrization starts from."""
+    named = getattr(module, "base_layer", module).named_parameters()
+    return [p for name, p in named if name == "weight" or name.startswith("parametrizations.weight.")]
 
 
 def _same(module: nn.Module, z: Tensor) -> Tensor:
@@ -286,24 +311,5 @@ _TRANSPOSED_CONVOLUTION = Kind(
     _channels_back,
 )
 
-_KINDS = (_LINEAR, _CONVOLUTION, _EMBEDDING, _TRANSPOSED_LINEAR, _LORA, _TRANSPOSED_CONVOLUTION)
-
-
-# -- what a model offers -------------------------------------------------------------------------------------
-
-
-def supported_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All layers of the model of a known kind, in order of registration."""
-    return {name: m for name, m in model.named_modules() if kind_of(m)}
-
-
-def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters of the model with two or more dimensions."""
-    return {name: p for name, p in model.named_parameters() if p.ndim >= 2}
-
-
-def nearest(name: str, candidates: list[str]) -> str:
-    """The candidates spelled most like ``name``, for error messages; none if nothing is like it."""
-    ending = [c for c in candidates if c.endswith(f".{name}")]
-    close = ending or get_close_matches(name, candidates, n=3, cutoff=0.4)
-    return " or ".join(map(repr, close))
+for _kind in (_TRANSPOSED_CONVOLUTION, _LORA, _TRANSPOSED_LINEAR, _EMBEDDING, _CONVOLUTION, _LINEAR):
+    register(_kind)

@@ -1,13 +1,14 @@
 """What the user may call a layer, and the modules or parameters it means."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 from torch.nn.modules.loss import _Loss
 
-from relflat.capture.kinds import kind_of, matrices, nearest, supported_layers
+from relflat.capture.kinds import kind_of
 from relflat.errors import LayerError
 
 Layer = str | nn.Module | nn.Parameter | Sequence["str | nn.Module | nn.Parameter"]
@@ -136,3 +137,20 @@ def _candidates(model: nn.Module) -> str:
     others = [n for n in matrices(model) if n.removesuffix(".weight") not in layers]
     last = "" if "output" in layers else ", or 'output'"
     return f"layers: {layers}{last}" + (f"; parameters: {others}" if others else "")
+
+
+def supported_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All layers of the model of a known kind, in order of registration."""
+    return {name: m for name, m in model.named_modules() if kind_of(m)}
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of the model with two or more dimensions."""
+    return {name: p for name, p in model.named_parameters() if p.ndim >= 2}
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """The candidates spelled most like ``name``, for error messages; none if nothing is like it."""
+    ending = [c for c in candidates if c.endswith(f".{name}")]
+    close = ending or get_close_matches(name, candidates, n=3, cutoff=0.4)
+    return " or ".join(map(repr, close))

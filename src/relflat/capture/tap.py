@@ -1,4 +1,4 @@
-"""Finds layers in a model and keeps their inputs and outputs of the running forward pass.
+"""Hooks that keep the inputs and outputs of some layers during the model's own forward pass.
 
 The tap never runs the model. It opens a record when the model's own forward begins, closes it when
 that forward ends, and so ignores whatever else calls the layer: a recomputation by gradient
@@ -7,25 +7,26 @@ checkpointing, another model that shares it, a forward in evaluation mode.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
-from relflat.capture.calls import Call, Forward, same_values
-from relflat.capture.kinds import kind_of, supported_layers, weight_of
-from relflat.capture.resolve import Layer, resolve
+from relflat.capture.calls import Call, Forward
+from relflat.capture.kinds import kind_of, own_weights, weight_of
+from relflat.capture.outputs import output_layer
+from relflat.capture.pending import Pending
+from relflat.capture.resolve import Layer, Target, resolve, supported_layers
+from relflat.distributed import freed_after_forward
 from relflat.errors import ConfigError, GraphError, LayerError
-from relflat.rng import RngState, rng_preserved
-from relflat.sharding import freed_after_forward
+from relflat.rng import RngState
 
-Inject = Callable[[str, Tensor], Tensor]
-_MAX_PENDING = 8
+Inject = Callable[[nn.Module, Tensor], Tensor]
+"""What to give a tapped layer in place of its input: ``(layer, input) -> input``."""
 
 
 class Tap:
@@ -33,44 +34,44 @@ class Tap:
 
     Args:
         model: the module the user calls.
-        layer: see :func:`resolve`.
+        layer: see :func:`relflat.capture.resolve.resolve`.
         when: whether a forward that begins now is recorded; by default while ``model.training``.
 
     Attributes:
         layers: the tapped layers, by qualified name.
-        injector: if set, called at the start of each recorded forward; returns a function of ``(layer name,
-            input)`` that gives the input to use at each call of a tapped layer.
+        injector: if set, called at the start of each recorded forward; the change of the inputs of tapped layers.
         searching: whether the output layer is yet to be found by the first forward pass.
         keep_rng: whether each record keeps the state of the random number generators at its start.
+        copied: whether this is a copy (deepcopy, pickle), which watches no model.
 
     The hooks hold no reference to the tap, so dropping the tap removes them. A deep copy or an unpickled
     copy of the model carries inert hooks.
     """
 
+    searching = keep_rng = copied = False
+    _depth = 0
+    _open: Forward | None = None
+    _watched: Forward | None = None
+    injector: Callable[[], Inject | None] | None = None
+
     def __init__(self, model: nn.Module, layer: Layer, when: Callable[[], bool] | None = None) -> None:
-        self.layers = resolve(model, layer)
+        self.layers: dict[str, Target] = resolve(model, layer)
         named = [layer] if isinstance(layer, str | nn.Module | nn.Parameter) else list(layer)
         others = [n for n in named if not (isinstance(n, str) and n == "output")]
-        self._called: set[str] = set()
-        self._used = False  # whether the last forward pass was handed over
         self._asked_for = set(resolve(model, others)) if others else set()
-        candidates = set(self.layers) - self._asked_for
         self.searching = (
-            len(others) < len(named) and len(candidates) > 1 and "output" not in dict(model.named_modules())
+            len(others) < len(named)
+            and len(set(self.layers) - self._asked_for) > 1
+            and "output" not in dict(model.named_modules())
         )
         self._model = weakref.ref(model)
         self._when = when
-        self._depth = 0
-        self._open: Forward | None = None
-        self._pending: list[Forward] = []
-        self._overflow = False
-        self._watched: Forward | None = None
-        self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
-        self._replaying = self.copied = False
-        self.injector: Callable[[], Inject | None] | None = None
+        self._called: set[str] = set()
+        self._pending = Pending()
+        self._replaying = False
+        self._changed = False  # whether a layer's input or parameter was changed in a pass with a graph
         self._inject: Inject | None = None
-        self.keep_rng = False
-        self._moved = False  # whether a layer's input or parameter was changed in a pass with a graph
+        self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
         self._caches: list[Any] = []
         self._handles: dict[str, list[Any]] = {}
         self._attach(model)
@@ -79,13 +80,10 @@ class Tap:
     # -- hooks ---------------------------------------------------------------------------------------
 
     def _attach(self, model: nn.Module) -> None:
-        named = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         modules = {n: m for n, m in self.layers.items() if isinstance(m, nn.Module)}
-        own = {n: own_weights(getattr(m, "base_layer", m)) for n, m in modules.items()}
-        self._tied = {n for n, weights in own.items() if any(named[id(weight)] > 1 for weight in weights)}
-        for name, module in self.layers.items():
-            if isinstance(module, nn.Parameter):
-                continue
+        self._tied = {n for n, m in modules.items() if any(uses[id(w)] > 1 for w in own_weights(m))}
+        for name, module in modules.items():
             before = module.register_forward_pre_hook(_Hook(self, "_before_layer", name), with_kwargs=True)
             after = module.register_forward_hook(
                 _Hook(self, "_after_layer", name),
@@ -109,7 +107,7 @@ class Tap:
             mode = hash(tuple(m.training for m in model.modules()))
             self._open = Forward(args, kwargs, rng, grad=torch.is_grad_enabled(), mode=mode)
             self._inject = None if self.injector is None else self.injector()
-            self._moved = False
+            self._changed = False
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -119,14 +117,10 @@ class Tap:
         if output is None:  # the forward raised: nothing of it is kept
             return
         record.outputs = output
-        record.parameters = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
+        record.parameters = self._parameters()
         if self.searching:
-            self._narrow(record)
-        if len(self._pending) == _MAX_PENDING:
-            self._pending.clear()
-            self._overflow = True
-        self._pending.append(record)
-        self._used = False
+            record.calls = self._keep(output_layer(record, self.layers), record.calls)
+        self._pending.put(record)
 
     def _before_layer(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -134,45 +128,42 @@ class Tap:
         if _recomputing():
             self._refuse_to_recompute(name)
             return None
-        if self._open is not None and parametrize.is_parametrized(module):
-            # The layer and the record read its weight: one evaluation for both (power iteration counts them).
-            self._caches.append(parametrize.cached())
+        if self._open is not None:
+            self._prepare(name, module)
+        if self._inject is None or (self._open is None and not self._replaying):
+            return None
+        self._changed = self._changed or torch.is_grad_enabled()
+        if args:
+            return (self._inject(module, args[0]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, kwargs | {first: self._inject(module, kwargs[first])}
+
+    def _prepare(self, name: str, module: nn.Module) -> None:
+        """Have the layer's weight read once, by itself and the record, and keep what FSDP2 frees after the layer."""
+        if parametrize.is_parametrized(module):
+            self._caches.append(parametrize.cached())  # power iteration, for one, counts evaluations
             self._caches[-1].__enter__()
-        if self._open is not None and freed_after_forward(self.model, name):
+        if freed_after_forward(self.model, name):
             kind = kind_of(module)
             assert kind is not None
             self._whole[name] = kind.matrix(module, weight_of(module)).clone()
-        if self._inject is None or (self._open is None and not self._replaying):
-            return None
-        self._moved = self._moved or torch.is_grad_enabled()
-        if args:
-            return (self._inject(name, args[0]), *args[1:]), kwargs
-        first = next(iter(kwargs))
-        return args, kwargs | {first: self._inject(name, kwargs[first])}
 
     def _after_layer(
-        self,
-        name: str,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Tensor | None,
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
         if _recomputing():
             return None if output is None else _with_graph(output)
         if self._open is None:
             return None
-        cached = self._caches.pop() if self._caches and parametrize.is_parametrized(module) else nullcontext()
         try:
-            return None if output is None else self._record(name, module, args, kwargs, output)
+            phi = args[0] if args else next(iter(kwargs.values()))
+            return None if output is None else self._record(name, module, phi, output)
         finally:
-            cached.__exit__(None, None, None)
+            if self._caches and parametrize.is_parametrized(module):
+                self._caches.pop().__exit__(None, None, None)
 
-    def _record(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
+    def _record(self, name: str, module: nn.Module, phi: Tensor, output: Tensor) -> Tensor | None:
         assert self._open is not None
-        phi = args[0] if args else next(iter(kwargs.values()))
         replaced = _with_graph(output)
         output = output if replaced is None else replaced
         edge = get_gradient_edge(output) if output.requires_grad else None
@@ -186,25 +177,12 @@ class Tap:
         return replaced
 
     def _refuse_to_recompute(self, name: str) -> None:
-        if self._moved:
+        if self._changed:
             raise GraphError(
                 f"gradient checkpointing recomputes layer {name!r} without the change that radius= or "
                 "method='finite_difference' made to it; leave that layer out of the checkpointed part, or use "
                 "another method"
             )
-
-    def _narrow(self, record: Forward) -> None:
-        """Find out which of the tapped layers is the output layer, and leave the others alone."""
-        tensors = [t for t in tree_leaves(record.outputs) if isinstance(t, Tensor)]
-        ends = {c.layer for c in record.calls if any(_ends_in(c, t) for t in tensors)}
-        if not ends and record.calls:
-            ends = {record.calls[-1].layer}
-        if len(ends) != 1:
-            raise LayerError(
-                f"'output' is ambiguous: {sorted(ends) or list(self.layers)} "
-                f"{'all feed' if ends else 'were not called, none feeds'} the output; name one of them"
-            )
-        record.calls = self._keep(ends.pop(), record.calls)
 
     def _keep(self, keep: str, calls: list[Call]) -> list[Call]:
         """Remove the hooks of all layers but one and those asked for by name, and their calls."""
@@ -215,6 +193,9 @@ class Tap:
             del self.layers[name]
         self.searching = False
         return [c for c in calls if c.layer in wanted]
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
 
     # -- use -----------------------------------------------------------------------------------------
 
@@ -251,33 +232,14 @@ class Tap:
 
         Raises:
             GraphError: if there is none, or too many were left unused.
-            LayerError: if a tapped layer was not called in any of them.
+            LayerError: if a tapped layer was never called.
         """
         model = self.model
-        records, self._pending = self._pending, []
         if self._watched is not None:
             return [self._watched]
-        overflow, self._overflow = self._overflow, False
-        if overflow:
-            raise GraphError(
-                f"more than {_MAX_PENDING} training forward passes since the criterion was last called, so "
-                "the older ones were dropped; call it once after each, run unused ones under "
-                "torch.no_grad() with model.eval(), or call its reset() first"
-            )
-        if not records:
-            if self._used:
-                raise GraphError(
-                    "no training forward pass to go with this criterion call: an earlier call used the last one; run "
-                    "the model again before each call, or add the losses and call the criterion once"
-                )
-            raise GraphError(
-                "no training forward pass to go with this criterion call: call the model "
-                f"({type(model).__name__}, as given to FAM, in training mode and not one of its parts) first, "
-                "and the criterion once after it"
-            )
-        self._used = True
-        called = {c.layer for r in records for c in r.calls}
-        self._called |= called  # a layer that rests in one step, such as an expert, has kappa 0 there
+        records = self._pending.take(type(model).__name__)
+        self._called |= {c.layer for r in records for c in r.calls}
+        # a layer that rests in one step, such as an expert, has kappa 0 there
         unused = [n for n, m in self.layers.items() if isinstance(m, nn.Module) and n not in self._called]
         if unused:
             raise LayerError(
@@ -293,35 +255,16 @@ class Tap:
         Raises:
             ConfigError: naming the option and the parameter.
         """
-        for name, target in self.layers.items():
-            if isinstance(target, nn.Parameter):
-                raise ConfigError(f"{option} needs features, and {name!r} is a parameter; name a layer")
+        for name in self._parameters():
+            raise ConfigError(f"{option} needs features, and {name!r} is a parameter; name a layer")
 
-    def replay(
-        self,
-        record: Forward,
-        inject: Inject | None = None,
-        change: tuple[Tensor, Tensor] | None = None,
-    ) -> Any:
-        """Run a recorded forward once more with other inputs to the tapped layers, or another parameter.
-
-        Dropout masks are those of the record (if ``keep_rng``), buffers such as BatchNorm statistics are left
-        alone, and so are the global random number generators. Cost: one forward pass.
-
-        Args:
-            record: the forward pass to repeat.
-            inject: ``(layer name, input) -> input`` to use instead.
-            change: a parameter of the model and the tensor to use in its place.
-        """
-        model = self.model
-        replaced = {name: b.clone() for name, b in model.named_buffers()}
-        if change is not None:
-            replaced |= {n: change[1] for n, p in model.named_parameters() if p is change[0]}
+    @contextmanager
+    def replaying(self, inject: Inject | None) -> Iterator[None]:
+        """Within the block the model may be run once more, unrecorded, with other inputs to the tapped layers."""
         self._inject, self._replaying = inject, True
-        self._moved = self._moved or torch.is_grad_enabled()
+        self._changed = self._changed or torch.is_grad_enabled()
         try:
-            with rng_preserved(record.rng):
-                return torch.func.functional_call(model, replaced, record.args, record.kwargs)
+            yield
         finally:
             self._inject, self._replaying = None, False
 
@@ -331,8 +274,7 @@ class Tap:
         :meth:`take` then hands over all of it each time.
         """
         self.reset()
-        parameters = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
-        self._depth, self._open = 1, Forward((), {}, parameters=parameters)
+        self._depth, self._open = 1, Forward((), {}, parameters=self._parameters())
         self._watched = self._open
 
     @property
@@ -346,10 +288,9 @@ class Tap:
 
     def reset(self) -> None:
         """Forget the records kept so far, and stop watching."""
-        self._pending, self._open, self._depth, self._overflow = [], None, 0, False
+        self._pending.clear()
         self._whole = {}
-        self._used = False
-        self._watched = None
+        self._depth, self._open, self._watched = 0, None, None
 
     def close(self) -> None:
         """Remove the hooks and forget everything."""
@@ -382,12 +323,6 @@ class _Hook:
         return (_Hook, (None, self._method, *self._args))
 
 
-def own_weights(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters the module's weight is made of: itself, or what its parametrization starts from."""
-    named = module.named_parameters()
-    return [p for name, p in named if name == "weight" or name.startswith("parametrizations.weight.")]
-
-
 def _recomputing() -> bool:
     """Whether this runs inside a backward pass, as the recomputation of gradient checkpointing does."""
     return torch._C._current_graph_task_id() != -1
@@ -406,8 +341,7 @@ def _nothing() -> None:
 
 def _closed_tap() -> Tap:
     tap = object.__new__(Tap)
-    tap.layers, tap._handles, tap._model = {}, {}, _nothing  # type: ignore[assignment]
-    tap.searching, tap._when, tap.injector, tap.keep_rng, tap._replaying = False, None, None, False, False
+    tap.layers, tap._handles, tap._model, tap._pending = {}, {}, _nothing, Pending()  # type: ignore[assignment]
     tap.copied = True
     tap.reset()
     return tap
@@ -418,11 +352,3 @@ def _remove(handles: dict[str, list[Any]]) -> None:
         for handle in group:
             handle.remove()
     handles.clear()
-
-
-def _ends_in(call: Call, tensor: Tensor) -> bool:
-    """Whether the tensor is the output of the call, perhaps with the classes moved."""
-    if same_values(call, tensor, call.output):
-        return True
-    moved = tensor.movedim(1, -1) if tensor.ndim > 2 else tensor
-    return same_values(call, moved, call.output) or same_values(call, moved, call.outputs_last())

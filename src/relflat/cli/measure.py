@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from relflat.cli.console import out, print_json
-from relflat.estimate.choose import Curvature, Method
+from relflat.options import Curvature, Method
 
 
 def measure(

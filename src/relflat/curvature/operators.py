@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from relflat.capture.calls import Call, ancestors
+from relflat.capture.calls import Call
+from relflat.capture.graph import ancestors
 from relflat.curvature.torch_norms import norms_mended
 from relflat.errors import GraphError, LossError, SecondDerivativeError
 

@@ -1,7 +1,7 @@
-"""A tapped layer in a forward pass, seen as rows: features, weight, and directions in its output space."""
+"""A layer's outputs as the space of its changes (I5): features, weight, and directions as rows."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,23 +9,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relflat.capture.calls import Call
-from relflat.capture.kinds import dropping_adapter, rows
-from relflat.errors import LayerError, warn
+from relflat.capture.kinds import dropping_adapter
+from relflat.curvature.operators import Operator
+from relflat.curvature.scales import divisor, std_of_rows
+from relflat.curvature.space import Shares, Term
+from relflat.errors import LayerError
+from relflat.rng import Rng
+
+_FEW_POSITIONS = 16
+_SKETCH = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class OutputSpace:
     """All calls of one layer, as independent groups x positions.
 
     A group is a sample, or the whole batch where samples are coupled after the layer; then every formula that
     treats groups as independent stays exact. Several calls of the layer, tokens, pixels are positions.
+    Directions are Float[Tensor, "g t d"].
 
     Attributes:
         calls: the calls, in order.
         weight: the layer's weight as (d, m), float32 or float64, times ``scale``.
         scale: kappa is that of ``phi / scale, W * scale``, without the features whose scale is 0; None for 1.
         coupled: whether all samples form one group.
-        constant: whether features count as constants (``gradient="weights"``).
+        constant: whether features count as constants.
     """
 
     calls: tuple[Call, ...]
@@ -33,6 +41,7 @@ class Site:
     scale: Float[Tensor, " m"] | None
     coupled: bool
     constant: bool
+    where = ""
 
     @classmethod
     def of(
@@ -42,8 +51,8 @@ class Site:
         scale: Float[Tensor, " m"] | None = None,
         coupled: bool = False,
         constant: bool = False,
-    ) -> "Site":
-        """Build the site of one layer's calls.
+    ) -> "OutputSpace":
+        """The space of one layer's calls.
 
         Raises:
             LayerError: if the layer is not one linear map of one input.
@@ -59,7 +68,7 @@ class Site:
         if scale is not None:
             scale = scale.to(weight.dtype)
             weight = weight * scale
-        uneven = len({samples_of(c) for c in calls}) > 1
+        uneven = len({c.samples for c in calls}) > 1
         return cls(tuple(calls), weight, scale, coupled or uneven, constant)
 
     @property
@@ -67,25 +76,35 @@ class Site:
         """Qualified name of the layer."""
         return self.calls[0].layer
 
+    # -- rows ------------------------------------------------------------------------------------------------
+
     @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """Groups g, positions t, channel groups c, features m."""
-        groups = 1 if self.coupled else samples_of(self.calls[0])
+        groups = 1 if self.coupled else self.calls[0].samples
         c = getattr(self.calls[0].module, "groups", 1)
         return groups, sum(self._positions), c, self.weight.shape[1]
 
     @functools.cached_property
     def _positions(self) -> list[int]:
         """Positions of each call; none of its samples may be there (an expert that nothing was routed to)."""
-        sizes = [rows(c.kind, c.module, c.output).shape for c in self.calls]
+        sizes = [c.rows(c.output).shape for c in self.calls]
         return [n * t if self.coupled else t for n, t, _ in sizes]
 
     @functools.cached_property
     def features(self) -> Float[Tensor, "g t c m"]:
         """Phi of every group and position, written out."""
-        parts = [self._regroup(c.kind.features(c.module, self._input(c))) for c in self.calls]
-        phi = _joined(parts)
+        phi = _joined([self._regroup(c.kind.features(c.module, self._input(c))) for c in self.calls])
         return phi if self.scale is None else phi / divisor(self.scale)
+
+    def project(self, b: Float[Tensor, "g q m"]) -> Float[Tensor, "g t c q"]:
+        """``b . phi`` for q directions a group, without writing phi out where the layer can do that."""
+        b = b if self.scale is None else b / divisor(self.scale)
+        parts = []
+        for call in self.calls:
+            mine = b.expand(call.samples, -1, -1) if self.coupled else b
+            parts.append(self._regroup(call.kind.project(call.module, self._input(call), mine)))
+        return _joined(parts)
 
     def energy(self) -> float:
         """``sum ||phi||^2`` over all rows, without writing phi out."""
@@ -95,43 +114,26 @@ class Site:
         for call in self.calls:
             x = self._input(call).detach()
             x = x.square() if x.is_floating_point() else x
-            each = call.kind.project(call.module, x, ones.expand(samples_of(call), 1, -1))
+            each = call.kind.project(call.module, x, ones.expand(call.samples, 1, -1))
             total += float(each.sum(dtype=torch.float64))
         return total
 
-    def project(self, b: Float[Tensor, "g q m"]) -> Float[Tensor, "g t c q"]:
-        """``b . phi`` for q directions a group, without writing phi out where the layer can do that."""
-        b = b if self.scale is None else b / divisor(self.scale)
-        parts = []
-        for call in self.calls:
-            mine = b.expand(samples_of(call), -1, -1) if self.coupled else b
-            parts.append(self._regroup(call.kind.project(call.module, self._input(call), mine)))
-        return _joined(parts)
-
-    def spread(self, s: Float[Tensor, "g t c"]) -> Float[Tensor, "g t d"]:
+    def _spread(self, s: Float[Tensor, "g t c"]) -> Float[Tensor, "g t d"]:
         """Give every output its channel group's number."""
         d, c = self.weight.shape[0], s.shape[-1]
         return s.expand(-1, -1, d) if c == 1 else s.repeat_interleave(d // c, dim=-1)
 
-    def apply(self, phi: Float[Tensor, "g t c m"]) -> Float[Tensor, "g t d"]:
+    def _by_channel(self, g: Float[Tensor, "g t d"]) -> Float[Tensor, "g t c o"]:
+        c = self.shape[2]
+        return g.reshape(*g.shape[:-1], c, g.shape[-1] // c)
+
+    @property
+    def _weight_by_channel(self) -> Float[Tensor, "c o m"]:
+        return self.weight.reshape(self.shape[2], -1, self.weight.shape[1])
+
+    def _apply(self, phi: Float[Tensor, "g t c m"]) -> Float[Tensor, "g t d"]:
         """``W phi``, each channel group with its own rows of W."""
-        c = phi.shape[2]
-        by_group = self.weight.reshape(c, -1, self.weight.shape[-1])
-        return torch.einsum("gtcm,com->gtco", phi, by_group).flatten(2)
-
-    def split(self, u: Float[Tensor, "g t d"]) -> list[Tensor]:
-        """Cut a direction into one tensor a call, each shaped and typed as that call's output."""
-        parts = []
-        for part, call in zip(torch.split(u, self._positions, dim=1), self.calls, strict=True):
-            last = part.reshape(call.outputs_last().shape)
-            back = call.kind.outputs_back(call.module, last).reshape(call.output.shape)
-            parts.append(back.to(call.output.dtype).contiguous())
-        return parts
-
-    def join(self, grads: Sequence[Tensor]) -> Float[Tensor, "g t d"]:
-        """Undo :meth:`split`: gradients with respect to the calls' outputs, as rows."""
-        parts = [rows(c.kind, c.module, x) for c, x in zip(self.calls, grads, strict=True)]
-        return _joined([self._regroup(p.to(self.weight.dtype)) for p in parts])
+        return torch.einsum("gtcm,com->gtco", phi, self._weight_by_channel).flatten(2)
 
     def _input(self, call: Call) -> Tensor:
         x = call.input().detach() if self.constant else call.input()
@@ -140,45 +142,113 @@ class Site:
     def _regroup(self, x: Tensor) -> Tensor:
         return x.reshape(1, -1, *x.shape[2:]) if self.coupled else x
 
+    # -- exact sums ------------------------------------------------------------------------------------------
+
+    def products_for_exact(self, *, adaptive: bool, trace: bool) -> int:
+        """One for each pair of position and output; each feature if adaptive."""
+        basis = self.shape[1] * self.weight.shape[0]
+        return self.weight.shape[1] + (basis if trace else 0) if adaptive else basis
+
+    def columns(self) -> Iterator[Tensor]:
+        """``W (phi_t e_t)`` for each feature t."""
+        for t in range(self.shape[3]):
+            only = torch.zeros_like(self.features)
+            only[..., t] = 1
+            yield self._apply(self.features * only)
+
+    def terms(self) -> Iterator[Term]:
+        """I3: ``kappa = sum_{p,j} < (Phi Phi' e_p) (x) (W W' e_j), H (e_p (x) e_j) >`` for every group."""
+        (g, t, c, _), d = self.shape, self.weight.shape[0]
+        gram = self.weight @ self.weight.mT
+        for p in range(t):
+            for j in range(d):
+                basis = self.weight.new_zeros((g, t, d))
+                basis[:, p, j] = 1
+                # Phi Phi' e_p, in the channel group of output j
+                phi_p = self.features[:, p, j * c // d]
+                near = self._spread(torch.einsum("gscm,gm->gsc", self.features, phi_p))
+                yield Term(basis, near * gram[:, j], near.detach() * basis[:, p : p + 1])
+
+    # -- random directions -----------------------------------------------------------------------------------
+
+    def probe(self, rng: Rng, *, adaptive: bool) -> Float[Tensor, "g t d"]:
+        """I6: ``u = (W a)(b . phi)``, a and b Rademacher for each group; if adaptive ``u = W (b * phi)`` (I9)."""
+        g, _, _, m = self.shape
+        b = rng.signs((g, 1, m), self.weight)
+        if adaptive:
+            return self._apply(self.features * b[:, None])
+        along = rng.signs((g, m), self.weight) @ self.weight.mT
+        return self._spread(self.project(b).squeeze(-1)) * along[:, None]
+
+    def trace_probe(self, rng: Rng) -> Float[Tensor, "g t d"]:
+        """The same with independent signs in place of ``W a``."""
+        g, _, _, m = self.shape
+        s = self.project(rng.signs((g, 1, m), self.weight)).squeeze(-1).detach()
+        return self._spread(s) * rng.signs((g, 1, self.weight.shape[0]), self.weight)
+
+    # -- products --------------------------------------------------------------------------------------------
+
+    def product(self, operator: Operator, direction: Float[Tensor, "g t d"]) -> Float[Tensor, "g t d"]:
+        """Cut the direction into one tensor a call, and join what comes back."""
+        parts = torch.split(direction, self._positions, dim=1)
+        return self.pulled(operator([c.from_rows(p) for c, p in zip(self.calls, parts, strict=True)]))
+
+    def inner(self, one: Float[Tensor, "g t d"], two: Float[Tensor, "g t d"]) -> Shares:
+        """Over positions and outputs."""
+        return (one * two).sum((1, 2))
+
+    def pulled(self, gradients: Sequence[Tensor]) -> Float[Tensor, "g t d"]:
+        """Gradients with respect to the calls' outputs, as rows."""
+        parts = [c.rows(x).to(self.weight.dtype) for c, x in zip(self.calls, gradients, strict=True)]
+        return _joined([self._regroup(p) for p in parts])
+
+    def squared_norms(
+        self, g: Float[Tensor, "g t d"], rng: Rng, *, adaptive: bool, trace: bool
+    ) -> tuple[Shares, Shares]:
+        """``||W' G||_F^2`` and ``||G||_F^2`` of each group's ``G = sum_t g_t phi_t'``.
+
+        Exact through Gram matrices of the positions where those are few. Else from the images ``G b`` of
+        ``_SKETCH`` independent Rademacher vectors b a group, as ``E_b ||W' G b||^2`` is the same number.
+        """
+        groups, t, c, m = self.shape
+        if t * c > _FEW_POSITIONS and not adaptive:
+            b = rng.signs((groups, _SKETCH, m), self.weight)
+            seen = torch.einsum("gtcq,gtco->gqco", self.project(b), self._by_channel(g)).flatten(2)
+            kappa = (seen @ self.weight).square().sum((1, 2)) / _SKETCH
+            return kappa, seen.detach().square().sum((1, 2)) / _SKETCH
+        pulled = torch.einsum("gtco,com->gtcm", self._by_channel(g), self._weight_by_channel)  # W' g
+        if adaptive:
+            kappa = (pulled * self.features).sum((1, 2)).square().sum(-1)
+        else:
+            kappa = _gram_product(pulled.flatten(1, 2), self.features.flatten(1, 2))
+        if not trace:
+            return kappa, kappa
+        # channel groups have features of their own
+        by_channel, phi = self._by_channel(g.detach()), self.features.detach()
+        norms = [_gram_product(by_channel[:, :, i], phi[:, :, i]) for i in range(c)]
+        return kappa, torch.stack(norms).sum(0)
+
+    def weight_product(self, operator: Operator, v: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
+        """By way of the outputs (I5): ``sum_p (H [V phi])_p phi_p'``."""
+        c, m = self.shape[2:]
+        phi = self.features.detach().reshape(-1, c, m).movedim(1, 0)
+        u = (phi @ v.reshape(c, -1, m).mT).movedim(0, 1).reshape(*self.shape[:2], -1)
+        curved = self.product(operator, u).detach().reshape(phi.shape[1], c, -1).movedim(1, 0)
+        return (curved.mT @ phi).flatten(0, 1)
+
+
+def feature_std(calls: Sequence[Call]) -> Float[Tensor, " m"]:
+    """Standard deviation of each feature over the calls' rows, a constant; 0 where a feature never varies."""
+    features = OutputSpace.of(calls, constant=True).features
+    return std_of_rows(features.flatten(0, 2), f"layer {calls[0].layer!r}")
+
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def samples_of(call: Call) -> int:
-    """How many samples a call saw; one if it had no batch dimension."""
-    last = call.outputs_last()
-    return last.shape[0] if last.ndim > 1 else 1
-
-
-def feature_std(calls: Sequence[Call]) -> Float[Tensor, " m"]:
-    """Standard deviation of each feature over the calls' rows, a constant; 0 where a feature never varies."""
-    return std_of_rows(Site.of(calls, constant=True).features.flatten(0, 2), f"layer {calls[0].layer!r}")
-
-
-def std_of_rows(phi: Float[Tensor, "n m"], whose: str) -> Float[Tensor, " m"]:
-    """Standard deviation of each column; 0 where it never varies, with a warning if one row is all there is."""
-    if phi.shape[0] < 2:
-        warn(
-            f"{whose} has a single row of features in this batch, so none varies and kappa in normalised features "
-            "is 0 there; use larger batches (drop_last=True leaves out a short last one)"
-        )
-    return std_of(phi.var(0, correction=0), phi.mean(0), phi.dtype)
-
-
-def std_of(
-    variance: Float[Tensor, " m"], mean: Float[Tensor, " m"], dtype: torch.dtype
-) -> Float[Tensor, " m"]:
-    """Square root; 0 for a feature that never varies: less than ten roundings of its mean in the features' dtype."""
-    rounding = 10 * torch.finfo(dtype).eps * mean
-    return torch.where(variance > rounding.square(), variance, 0.0).sqrt()
-
-
-def divisor(scale: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """What features are divided by: the scale, and infinity where it is 0, which leaves the feature out.
-
-    A feature that never varies has no unit of its own: ``W_j sigma_j`` is 0 there, and so is ``phi_j / sigma_j``
-    for a dead one (0 throughout). A constant other than 0 acts as a bias does and belongs left out like a bias;
-    the limit of ``phi_j / sigma_j`` would be infinite.
-    """
-    return torch.where(scale > 0, scale, torch.inf)
+def _gram_product(x: Float[Tensor, "g p a"], y: Float[Tensor, "g p b"]) -> Float[Tensor, " g"]:
+    """``||sum_p x_p y_p'||_F^2``."""
+    if x.shape[1] == 1:
+        return x.square().sum((1, 2)) * y.square().sum((1, 2))
+    return ((x @ x.mT) * (y @ y.mT)).sum((1, 2))

@@ -6,20 +6,24 @@ block-diagonal over rows ``p`` (samples, tokens, pixels) with the known blocks `
     kappa = sum_p ||phi_p||^2 Tr(W' A_p W)        kappa_adaptive = sum_p sum_t phi_pt^2 (W' A_p W)_tt.
 """
 
-import torch
+from collections.abc import Sequence
+
 from jaxtyping import Float
 from torch import Tensor
 
-from relflat.capture.calls import Call, same_memory, same_values
-from relflat.capture.kinds import rows
-from relflat.curvature.output_space import Site
-from relflat.loss.known import DiagonalHessian, KnownLoss, LogitHessian
+from relflat.capture.calls import Call, same_values
+from relflat.capture.graph import same_memory
+from relflat.curvature.output_space import OutputSpace
+from relflat.loss.hessians import DiagonalHessian, LogitHessian
+from relflat.loss.known import KnownLoss
 
 
-def why_not(calls: list[Call], outputs: Tensor | None, known: KnownLoss | None) -> str | None:
+def why_not(calls: Sequence[Call], outputs: Tensor | None, known: KnownLoss | None) -> str | None:
     """The reason why no closed form applies to these calls of a layer, or None if one does."""
     if known is None or outputs is None:
         return "the loss is not one whose Hessian is known (CrossEntropyLoss, BCEWithLogitsLoss, MSELoss)"
+    if not calls:
+        return "it is a parameter, and only output layers have one"
     if len(calls) != 1:
         return f"the layer was called {len(calls)} times"
     (call,) = calls
@@ -44,37 +48,30 @@ def seen_without_graph(call: Call, outputs: Tensor | None, known: KnownLoss | No
 
 
 def logit_hessian(
-    site: Site, known: KnownLoss, outputs: Float[Tensor, "..."], targets: Tensor
+    space: OutputSpace, known: KnownLoss, outputs: Float[Tensor, "..."], targets: Tensor
 ) -> LogitHessian:
     """The blocks ``A_p`` with respect to the rows of the layer's output."""
     hessian = known.hessian(outputs, targets)
     if isinstance(hessian, DiagonalHessian):  # the loss may see (n,) where the layer gave (n, 1)
-        call = site.calls[0]
-        return DiagonalHessian(
-            rows(call.kind, call.module, hessian.a.reshape(call.output.shape)).flatten(0, 1)
-        )
+        call = space.calls[0]
+        return DiagonalHessian(call.rows(hessian.a.reshape(call.output.shape)).flatten(0, 1))
     return hessian
 
 
 def kappa_rows(
-    site: Site, hessian: LogitHessian, *, adaptive: bool, unit_features: bool = False
+    energy: Float[Tensor, "p m"], weight: Float[Tensor, "d m"], hessian: LogitHessian, *, adaptive: bool
 ) -> Float[Tensor, " p"]:
     """Each row's share of kappa. Cost: one product of the size of the layer's own (adaptive: two)."""
-    energy = _energy(site, unit_features)
     if adaptive:
-        return (energy * hessian.diagonal(site.weight)).sum(-1)
-    return energy.sum(-1) * hessian.total(site.weight)
+        return (energy * hessian.diagonal(weight)).sum(-1)
+    return energy.sum(-1) * hessian.total(weight)
 
 
-def trace_rows(site: Site, hessian: LogitHessian, *, unit_features: bool = False) -> Float[Tensor, " p"]:
+def trace_rows(energy: Float[Tensor, "p m"], hessian: LogitHessian) -> Float[Tensor, " p"]:
     """Each row's share of ``Tr H``, H the Hessian with respect to the layer's weight."""
-    return _energy(site, unit_features).sum(-1) * hessian.trace()
+    return energy.sum(-1) * hessian.trace()
 
 
-def _energy(site: Site, unit: bool) -> Float[Tensor, "p m"]:
-    """Squares of the features of each row; if ``unit`` of norm 1, or 0 for a row of zeros."""
-    energy = site.features.flatten(0, 2).square()
-    if unit:
-        total = energy.sum(-1, keepdim=True)
-        energy = energy / torch.where(total > 0, total, 1.0)
-    return energy
+def squared_features(space: OutputSpace) -> Float[Tensor, "p m"]:
+    """Squares of the features of each row."""
+    return space.features.flatten(0, 2).square()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from relflat.capture.kinds import kind_of, nearest
+from relflat.capture.kinds import kind_of
+from relflat.capture.resolve import nearest
 from relflat.errors import ConfigError, LayerError, LossError
 from relflat.fam import FAM
 from relflat.integrations.common import extra, fam_for_computed_loss

@@ -19,24 +19,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from relflat.capture.calls import Call
-from relflat.curvature.output_space import samples_of
+from relflat.capture.graph import KEEPING, MOVING, SELECTING, follow, operation
 from relflat.loss.known import KnownLoss, known_loss
 
 _REDUCTION = {1: "mean", 2: "sum"}
-# Ops that keep row-major order, that move dimensions, and that leave rows out.
-_KEEPING = (
-    "_DDPSink",
-    "Alias",
-    "Clone",
-    "ReshapeAlias",
-    "Squeeze",
-    "ToCopy",
-    "UnsafeView",
-    "Unsqueeze",
-    "View",
-)
-_MOVING = ("Permute", "T", "Transpose")
-_SELECTING = ("Index", "IndexSelect", "Select", "Slice")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +58,7 @@ def read_loss(loss: Tensor, calls: Sequence[Call]) -> Reading | None:
     if found is None:
         return None
     node, constant = found
-    read = _READERS.get(_kind(node))
+    read = _READERS.get(operation(node))
     reduction = _REDUCTION.get(getattr(node, "_saved_reduction", 0))
     if read is None or reduction is None or not constant > 0:
         return None
@@ -82,15 +68,11 @@ def read_loss(loss: Tensor, calls: Sequence[Call]) -> Reading | None:
     return Reading(reading.known.times(constant), reading.outputs, reading.targets, reading.call)
 
 
-def _kind(node: Any) -> str:
-    return node.name().rstrip("0123456789").removesuffix("Backward")
-
-
 def _without_constants(node: Node | None) -> tuple[Any, float] | None:
     """The operation that made the loss, and the product of the constants that multiply it."""
     constant = 1.0
     while node is not None:
-        kind = _kind(node)
+        kind = operation(node)
         if kind in ("Mul", "Div"):
             parents = [parent for parent, _ in node.next_functions]
             side = 1 if parents[0] is None else 0
@@ -101,7 +83,7 @@ def _without_constants(node: Node | None) -> tuple[Any, float] | None:
                 return None
             constant = constant * float(factor) if kind == "Mul" else constant / float(factor)
             node = parents[side]
-        elif kind in _KEEPING:
+        elif kind in KEEPING:
             node = node.next_functions[0][0]
         else:
             return node, constant
@@ -112,8 +94,8 @@ def _without_constants(node: Node | None) -> tuple[Any, float] | None:
 
 
 def _cross_entropy(node: Any, reduction: str, calls: Sequence[Call], value: float) -> Reading | None:
-    above = _walk(node.next_functions[0][0], _KEEPING)
-    if above is None or _kind(above) != "LogSoftmax":
+    above = follow(node.next_functions[0][0], KEEPING)
+    if above is None or operation(above) != "LogSoftmax":
         return None
     saved, dim = above._saved_result, _signed(above._saved_dim)
     log_p = saved.movedim(dim, -1)
@@ -136,7 +118,7 @@ def _cross_entropy(node: Any, reduction: str, calls: Sequence[Call], value: floa
             y.view(-1)[rows] = targets
             return _reading(F.cross_entropy, z.movedim(-1, 1) if z.ndim > 1 else z, y, options, call)
     outputs, y = log_p, targets  # log-probabilities are logits too, of the same probabilities
-    samples = samples_of(calls[0]) if calls else 1
+    samples = calls[0].samples if calls else 1
     if len(y) != samples and len(y) % samples == 0:
         outputs, y = log_p.unflatten(0, (samples, -1)).movedim(-1, 1), y.reshape(samples, -1)
     return _reading(F.cross_entropy, outputs, y, options, None)
@@ -150,11 +132,11 @@ def _rows_taken(
         return None
     rows: Tensor | slice = slice(None)
     (above, index), z, end = log_softmax.next_functions[0], call.outputs_last(), call.edge.node
-    if _walk(above, _KEEPING, until=end) is end:
+    if follow(above, KEEPING, until=end) is end:
         if classes_last and z is call.output and z.numel() == log_p.numel():
             return rows  # nothing but views in between: no need to compare
-    elif _walk(above, _KEEPING + _MOVING, until=end) is not end:
-        if _walk(above, _KEEPING + _MOVING + _SELECTING, until=end) is not end:
+    elif follow(above, KEEPING + MOVING, until=end) is not end:
+        if follow(above, KEEPING + MOVING + SELECTING, until=end) is not end:
             return None
         ones = torch.ones_like(log_softmax._saved_result)
         (marked,) = torch.autograd.grad(
@@ -207,13 +189,6 @@ def _reading(
 ) -> Reading | None:
     known = known_loss(functools.partial(function, **options), outputs, (targets,), {})
     return None if known is None else Reading(known, outputs, targets, call)
-
-
-def _walk(node: Any, through: Sequence[str], until: Node | None = None) -> Any:
-    """Follow first parents while the operations are among ``through``; where that ends."""
-    while node is not None and node is not until and _kind(node) in through:
-        node = node.next_functions[0][0]
-    return node
 
 
 def _signed(number: int) -> int:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from relflat.capture.outputs import output_tensor
 from relflat.errors import DataError, LossError
-from relflat.estimate.choose import output_tensor
 from relflat.rng import rng_preserved
 
 Batch = Any
@@ -38,10 +38,10 @@ def default_forward(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
 class Batches:
     """The data as batches on a device."""
 
-    def __init__(self, data: Any, forward: ForwardFn, device: torch.device | None) -> None:
+    def __init__(self, data: Any, forward: ForwardFn | None, device: torch.device | None) -> None:
         single = isinstance(data, tuple | Mapping)
         self.data: Iterable[Batch] = [data] if single else data
-        self.forward, self.device = forward, device
+        self.forward, self.device = forward or default_forward, device
         if not isinstance(self.data, Iterable):
             raise DataError(
                 f"data must be batches or one (inputs, targets) tuple, not {type(data).__name__} (wrap a Dataset in "
@@ -107,15 +107,3 @@ def samples_in(batch: Batch) -> int:
 def join(one: Any, two: Any) -> Any:
     """Two batches' outputs or targets as one, tensor by tensor."""
     return tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, one, two)
-
-
-class Switch:
-    """Says whether forwards are recorded."""
-
-    on = False
-
-    def __enter__(self) -> None:
-        self.on = True
-
-    def __exit__(self, *exc: object) -> None:
-        self.on = False

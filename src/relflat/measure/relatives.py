@@ -1,4 +1,4 @@
-"""Relatives of kappa: sample by sample, by largest eigenvalues, and the robustness and fit it comes from.
+"""Relatives of kappa: sample by sample, by largest eigenvalues, and the feature robustness it comes from.
 
 All of them leave the model as they found it and take data as :func:`relflat.relative_flatness` does.
 """
@@ -13,16 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from relflat.capture.kinds import kind_of
+from relflat.capture.matrix import Matrix
+from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer
-from relflat.capture.tap import Inject
 from relflat.curvature.operators import HessianOperator
-from relflat.curvature.weight_space import Matrix
 from relflat.errors import ConfigError, LayerError, LossError
-from relflat.estimate.choose import Curvature, Estimator, Method, Scene, Spec, output_tensor
-from relflat.estimate.differences import noise
+from relflat.estimate.radius import noisy
+from relflat.estimate.scene import Scene
+from relflat.measure.additivity import is_mean
 from relflat.measure.batches import Batch, ForwardFn
 from relflat.measure.sweep import Measurement, measuring
+from relflat.options import Curvature, Options
 from relflat.rng import Rng
 
 
@@ -48,7 +49,7 @@ def per_sample_flatness(
     *,
     layer: Layer,
     curvature: Curvature = "hessian",
-    method: Method = "auto",
+    method: str = "auto",
     probes: int = 16,
     adaptive: bool = False,
     forward: ForwardFn | None = None,
@@ -92,14 +93,13 @@ def per_sample_flatness(
             f"method={method!r} takes all samples together, and each is wanted by itself; use 'auto', 'exact' or "
             "'probe'"
         )
-    spec = Spec(curvature, method, probes, adaptive, gradient=None, exact_up_to=64)
+    options = Options(curvature, method, probes, adaptive, measuring=True, exact_up_to=64)
     found = []
     with measuring(
-        model, loss_fn, data, layer, spec, forward=forward, device=device, seed=seed
+        model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed
     ) as measurement:
-        estimator = Estimator(spec, seed)
         for i, (scene, _) in enumerate(measurement.scenes()):
-            parts = estimator(scene, i)
+            parts = measurement.estimator(scene, i)
             if len(parts) != 1:
                 raise LayerError(f"layer={layer!r} matches {list(parts)}; name one")
             (part,) = parts.values()
@@ -110,7 +110,7 @@ def per_sample_flatness(
                     f"kappa of layer {layer!r} has {shares.numel()} shares for {n} samples: they are coupled after "
                     "it, so no sample has a share of its own"
                 )
-            found.append(shares.reshape(n, -1).sum(1) * (n if measurement.averages(scene) else 1))
+            found.append(shares.reshape(n, -1).sum(1) * (n if is_mean(scene) else 1))
     return torch.cat(found)
 
 
@@ -156,9 +156,9 @@ def max_eigenvalue_flatness(
         >>> flat.value > 0 and flat.stderr <= 1e-3 * flat.value
         True
     """
-    spec = Spec("hessian", gradient=None)
+    options = Options("hessian", measuring=True)
     with measuring(
-        model, loss_fn, data, layer, spec, forward=forward, device=device, seed=seed
+        model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed
     ) as measurement:
         measurement.batches.must_be_repeatable("Lanczos")
         matrix = _the_matrix(measurement, layer)
@@ -229,85 +229,23 @@ def feature_robustness(
         raise ConfigError(
             f"radius={radius}, draws={draws}: a positive radius and at least one draw are needed"
         )
-    spec = Spec("hessian", gradient=None)
+    options = Options("hessian", measuring=True)
     totals = torch.zeros(draws, dtype=torch.float64)
     divisor = 0.0
     with measuring(
-        model, loss_fn, data, layer, spec, forward=forward, device=device, seed=seed
+        model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed
     ) as measurement:
         for i, (scene, (factor, part)) in enumerate(measurement.scenes()):
             divisor += part
             for k in range(draws):
                 for sign in (1.0, -1.0):
-                    inject = _sphere(measurement, sign * radius, Rng(seed, i * draws + k))
-                    moved = measurement.loss_again(inject)
+                    assert scene.replay is not None
+                    with torch.no_grad():
+                        moved = scene.replay.loss(inject=noisy(sign * radius, Rng(seed, i * draws + k)))
                     totals[k] += factor * float((moved - scene.loss).sum()) / 2
     totals = totals / divisor if divisor else totals
     stderr = float(totals.std()) / math.sqrt(draws) if draws > 1 else math.nan
     return Estimate(float(totals.mean()), stderr, f"sphere(radius={radius:g}, {draws} pairs)")
-
-
-def representativeness(
-    model: nn.Module,
-    loss_fn: Callable[..., Any],
-    train: Iterable[Batch] | Batch,
-    test: Iterable[Batch] | Batch,
-    *,
-    layer: Layer,
-    bandwidth: float | None = None,
-    draws: int = 8,
-    forward: ForwardFn | None = None,
-    device: torch.device | str | None = None,
-    seed: int = 0,
-) -> Estimate:
-    """Test loss minus the training loss smoothed by a Gaussian kernel in feature space (Petzka et al. 2021).
-
-    How well the training features, blurred, stand for the test distribution: the generalisation gap is this
-    plus the feature robustness at the same kernel.
-
-    Args:
-        model: the network.
-        loss_fn: a loss that is a mean over samples.
-        train: training batches.
-        test: test batches.
-        layer: exactly one layer with real inputs.
-        bandwidth: standard deviation of the kernel in every feature; by default Scott's rule,
-            ``n^(-1/(m+4))`` times the standard deviation of the feature.
-        draws: samples of the kernel for each training sample.
-        forward: ``forward(model, batch) -> (outputs, targets)``.
-        device: where to move batches.
-        seed: of the kernel's samples.
-
-    Returns:
-        The value and its standard error over draws. Cost: ``draws`` passes over train, one over test.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
-        >>> rep = representativeness(model, nn.CrossEntropyLoss(), (x, y), (x, y), layer="output", bandwidth=1e-6)
-        >>> abs(rep.value) < 1e-3
-        True
-    """
-    spec = Spec("hessian", gradient=None)
-    setup: dict[str, Any] = {"forward": forward, "device": device, "seed": seed}
-    with measuring(model, loss_fn, test, layer, spec, **setup) as measurement:
-        total = divisor = 0.0
-        for scene, (factor, part) in measurement.scenes():
-            total, divisor = total + factor * float(scene.loss.detach().sum()), divisor + part
-        test_loss = total / divisor if divisor else total
-    smoothed = torch.zeros(draws, dtype=torch.float64)
-    with measuring(model, loss_fn, train, layer, spec, **setup) as measurement:
-        width = _scott(measurement) if bandwidth is None else torch.tensor(bandwidth)
-        divisor = 0.0
-        for i, (_, (factor, part)) in enumerate(measurement.scenes()):
-            divisor += part
-            for k in range(draws):
-                moved = measurement.loss_again(functools.partial(_blurred, width, Rng(seed, i * draws + k)))
-                smoothed[k] += factor * float(moved.sum())
-    smoothed = smoothed / divisor if divisor else smoothed
-    stderr = float(smoothed.std()) / math.sqrt(draws) if draws > 1 else math.nan
-    return Estimate(test_loss - float(smoothed.mean()), stderr, f"kde({draws} draws)")
 
 
 # -- how ---------------------------------------------------------------------------------------------------
@@ -325,37 +263,6 @@ def _the_matrix(measurement: Measurement, layer: Layer) -> Matrix:
         raise LayerError(f"layer={layer!r} matches {list(measurement.tap.layers)}; name one")
     (item,) = measurement.tap.layers.items()
     return Matrix.of(*item)
-
-
-def _scott(measurement: Measurement) -> Float[Tensor, " m"]:
-    """Scott's rule for the bandwidth of each feature."""
-    measurement.batches.must_be_repeatable("Scott's rule for the bandwidth")
-    scales = measurement.feature_scales()
-    n, width = 0, 0
-    for scene, _ in measurement.scenes():
-        n, width = n + _samples(scene), scene.calls[0].phi.shape[-1]
-    scale = next(iter(scales.values()))
-    if len(scales) != 1 or width != scale.numel():
-        raise ConfigError(
-            f"Scott's rule needs one dense layer, and {list(scales)} were given; give bandwidth="
-        )
-    return scale * n ** (-1 / (scale.numel() + 4))
-
-
-def _blurred(width: Tensor, rng: Rng, name: str, x: Tensor) -> Tensor:
-    return x + (width.to(x.device) * rng.normal(x)).to(x.dtype)
-
-
-def _sphere(measurement: Measurement, radius: float, rng: Rng) -> Inject:
-    def move(name: str, x: Tensor) -> Tensor:
-        module = measurement.tap.layers[name]
-        assert isinstance(module, nn.Module)
-        kind = kind_of(module)
-        assert kind is not None
-        change = noise(x, radius, rng, adaptive=False, normalize=False, kind=kind, module=module)
-        return (x + change).to(x.dtype)
-
-    return move
 
 
 def _largest(

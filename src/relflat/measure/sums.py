@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from relflat.errors import DataError, NonFiniteError
-from relflat.estimate.choose import Spec
+from relflat.options import Curvature
 from relflat.result import Flatness
 
 
@@ -25,6 +25,10 @@ def mean_and_variance(values: Tensor | None, exact: bool) -> tuple[float, float]
 def joined(one: str, two: str) -> str:
     """The methods of two parts of the data, each named once."""
     return ", ".join(dict.fromkeys(m for m in (*one.split(", "), *two.split(", ")) if m))
+
+
+_ADDED_BY_LAYER = ("kappa", "kappa_var", "trace", "trace_var", "energy")
+_ADDED = ("loss", "confidence", "confident", "samples", "weight", "batches")
 
 
 @dataclass
@@ -47,16 +51,9 @@ class LayerSums:
 
     def __add__(self, other: "LayerSums") -> "LayerSums":
         """The sums over both parts of the data."""
-        return LayerSums(
-            self.kappa + other.kappa,
-            self.kappa_var + other.kappa_var,
-            self.trace + other.trace,
-            self.trace_var + other.trace_var,
-            self.energy + other.energy,
-            self.weight_norm or other.weight_norm,
-            joined(self.method, other.method),
-            self.exact and other.exact,
-        )
+        added = {name: getattr(self, name) + getattr(other, name) for name in _ADDED_BY_LAYER}
+        norm, exact = self.weight_norm or other.weight_norm, self.exact and other.exact
+        return LayerSums(**added, weight_norm=norm, method=joined(self.method, other.method), exact=exact)
 
 
 @dataclass
@@ -71,7 +68,6 @@ class Sums:
     samples: int = 0
     weight: float = 0.0  # what a mean reduction divides by, or 0 for sums
     batches: int = 0
-
     rounding: float = 0.0  # relative, of the coarsest numbers that went in
 
     def add_loss(self, loss: Tensor, factor: float, divisor: float) -> None:
@@ -120,17 +116,8 @@ class Sums:
         """The sums over both parts of the data, of the same layers and probes."""
         layers = {name: x + other.layers.get(name, LayerSums()) for name, x in self.layers.items()}
         layers |= {name: x for name, x in other.layers.items() if name not in layers}
-        return Sums(
-            layers,
-            self.probes,
-            self.loss + other.loss,
-            self.confidence + other.confidence,
-            self.confident + other.confident,
-            self.samples + other.samples,
-            self.weight + other.weight,
-            self.batches + other.batches,
-            max(self.rounding, other.rounding),
-        )
+        added = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
+        return Sums(layers, self.probes, **added, rounding=max(self.rounding, other.rounding))
 
     def check(self) -> None:
         """Refuse data that hold nothing to measure on."""
@@ -141,34 +128,34 @@ class Sums:
                 else "the data is empty: no batch to measure on"
             )
 
-    def must_be_of_as_many(self, again: "Sums", why: str) -> None:
-        """Refuse a further sweep over another number of samples: a source that is used up.
+    def must_be_of_as_many(self, other: "Sums", why: str) -> None:
+        """Refuse a later sweep over another number of samples: a source that is used up.
 
         Raises:
             DataError: saying how many there were.
         """
-        if again.samples != self.samples:
+        if other.samples != self.samples:
             raise DataError(
                 f"{why} goes over the data more than once, and they held {self.samples} samples at first, then "
-                f"{again.samples}; give what can be gone over again, such as a DataLoader or a list of batches"
+                f"{other.samples}; give what can be gone over again, such as a DataLoader or a list of batches"
             )
 
-    def must_be_of_the_same(self, again: "Sums", why: str) -> None:
-        """Refuse a further sweep in which the loss, or the features of a layer, differ by more than rounding.
+    def must_be_of_the_same(self, other: "Sums", why: str) -> None:
+        """Refuse a later sweep in which the loss, or the features of a layer, differ by more than rounding.
 
         The order and the cut into batches may differ.
 
         Raises:
             DataError: naming what differs.
         """
-        self.must_be_of_as_many(again, why)
-        share = min(max(1000 * max(self.rounding, again.rounding), 1e-9), 0.01)
+        self.must_be_of_as_many(other, why)
+        share = min(max(1000 * max(self.rounding, other.rounding), 1e-9), 0.01)
         pairs = [
-            ("the number of targets that count", self.weight, again.weight, 0.0),
-            ("the loss", self.loss, again.loss, max(self.rounding, again.rounding) * self.samples),
+            ("the number of targets that count", self.weight, other.weight, 0.0),
+            ("the loss", self.loss, other.loss, max(self.rounding, other.rounding) * self.samples),
         ]
-        for name in [name for name in self.layers if name in again.layers]:
-            one, two = self.layers[name].energy, again.layers[name].energy
+        for name in [name for name in self.layers if name in other.layers]:
+            one, two = self.layers[name].energy, other.layers[name].energy
             pairs.append((f"the sum of squares of the features of layer {name!r}", one, two, 0.0))
         for what, one, two, tiny in pairs:
             unknown = math.isnan(one) and math.isnan(two)
@@ -195,7 +182,7 @@ class Sums:
             x.method = x.method.replace(f"{self.probes})", f"{self.probes + other.probes})")
         self.probes += other.probes
 
-    def results(self, spec: Spec) -> dict[str, Flatness]:
+    def results(self, curvature: Curvature) -> dict[str, Flatness]:
         """Divide by what the loss divides by, and check."""
         found = {}
         for name, x in self.layers.items():
@@ -205,7 +192,7 @@ class Sums:
                 stderr=0.0 if x.exact else self._error(x.kappa_var),
                 method=x.method,
                 layer=name,
-                curvature=spec.curvature,
+                curvature=curvature,
                 trace=trace,
                 trace_stderr=0.0 if x.exact else self._error(x.trace_var),
                 layerwise=x.weight_norm**2 * trace,

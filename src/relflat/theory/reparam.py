@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from relflat.curvature.output_space import std_of
+from relflat.curvature.scales import std_of
 from relflat.errors import ConfigError, DataError, GraphError, LayerError, LossError
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

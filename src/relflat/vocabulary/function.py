@@ -60,7 +60,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from relflat.errors import ConfigError, DataError, GraphError, LayerError
-from relflat.estimate.probes import Gradient
+from relflat.options import Gradient
 from relflat.rng import Rng
 from relflat.vocabulary.sweep import Reduction, Sweep, SweepOptions
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from relflat.estimate.probes import Gradient
+from relflat.options import Gradient
 from relflat.vocabulary import blocks as on_blocks
 
 Reduction = Literal["mean", "sum", "none"]

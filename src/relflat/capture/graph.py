@@ -1,0 +1,55 @@
+"""The autograd graph behind a tensor: names of operations, where they lead, and which of them compute nothing."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+# Operations that keep row-major order, that move dimensions, and that leave rows out; none computes a new value.
+KEEPING = (
+    "_DDPSink",
+    "Alias",
+    "Clone",
+    "ReshapeAlias",
+    "Squeeze",
+    "ToCopy",
+    "UnsafeView",
+    "Unsqueeze",
+    "View",
+)
+MOVING = ("Permute", "T", "Transpose")
+SELECTING = ("Index", "IndexSelect", "Select", "Slice")
+
+
+def operation(node: Any) -> str:
+    """Name of a node's operation, such as ``"LogSoftmax"`` for ``<LogSoftmaxBackward0>``."""
+    return node.name().rstrip("0123456789").removesuffix("Backward")
+
+
+def follow(node: Node | None, through: Sequence[str], until: Node | None = None) -> Any:
+    """Follow first parents while the operations are among ``through``; where that ends."""
+    while node is not None and node is not until and operation(node) in through:
+        node = node.next_functions[0][0]
+    return node
+
+
+def ancestors(root: Node | None, without: Collection[Node] = ()) -> Iterator[Node]:
+    """All nodes of the graph that a node leads to, itself included, but not past those ``without``."""
+    seen, stack = {root, *without}, [root]
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        yield node
+        for parent, _ in node.next_functions:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether both read the same numbers in the same row-major order from the same memory."""
+    if a.numel() != b.numel() or a.data_ptr() != b.data_ptr() or a.dtype != b.dtype:
+        return False
+    return (a.is_contiguous() and b.is_contiguous()) or (a.shape == b.shape and a.stride() == b.stride())

@@ -1,0 +1,75 @@
+"""A parameter seen as the matrix W of shape (d, m)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from relflat.capture.calls import Call
+from relflat.capture.kinds import kind_of, weight_of
+from relflat.errors import LayerError
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A parameter seen as W of shape (d, m).
+
+    Attributes:
+        layer: name of the layer, for messages.
+        parameter: the leaf tensor.
+        view: from the parameter's shape to (d, m); moves entries only.
+    """
+
+    layer: str
+    parameter: Tensor
+    view: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, layer: str, target: nn.Module | nn.Parameter) -> "Matrix":
+        """The matrix of a tapped module or parameter.
+
+        Raises:
+            LayerError: if the module's weight is computed from other parameters.
+        """
+        if isinstance(target, nn.Parameter):
+            return cls(layer, target, lambda w: w.flatten(1))
+        kind, weight = kind_of(target), weight_of(target)
+        assert kind is not None
+        if not isinstance(weight, nn.Parameter) or hasattr(target, "lora_A"):
+            raise LayerError(
+                f"the weight of layer {layer!r} is computed from other parameters (parametrization, adapter), so it "
+                "cannot be changed or differentiated as a whole; name one of those parameters instead"
+            )
+        return cls(layer, weight, lambda w: kind.matrix(target, w))
+
+    def weight(self) -> Float[Tensor, "d m"]:
+        """W itself."""
+        return self.view(self.parameter)
+
+    def back(self, direction: Float[Tensor, "d m"]) -> Tensor:
+        """A direction in the shape and type of the parameter: the inverse of ``view``, which is its transpose."""
+        blank = torch.zeros_like(self.parameter, requires_grad=True)
+        with torch.enable_grad():
+            (moved,) = torch.autograd.grad(
+                self.view(blank), blank, direction.to(blank.dtype), create_graph=direction.requires_grad
+            )
+        return moved
+
+    def as_call(self) -> Call:
+        """The parameter in the place of a layer's output, as an endpoint of differentiation."""
+        if hasattr(self.parameter, "full_tensor"):
+            raise LayerError(
+                f"the curvature of layer {self.layer!r} is taken in its weight, and that is sharded (FSDP); name a "
+                "dense or convolutional layer that the network calls, whose curvature is taken in its output"
+            )
+        if not self.parameter.requires_grad:
+            raise LayerError(
+                f"the curvature of layer {self.layer!r} is taken in its weight, and that is frozen "
+                "(requires_grad=False); unfreeze it while FAM or the measurement runs"
+            )
+        p: Any = self.parameter
+        return Call(self.layer, None, None, p, p, p, get_gradient_edge(p), (0, 0))  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+"""What a model returned: which tensor of it a loss takes, and which layer made that."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from relflat.capture.calls import Call, Forward, same_values
+from relflat.errors import GraphError, LayerError
+
+
+def output_tensor(outputs: Any) -> Tensor | None:
+    """The one tensor among a model's outputs that a loss is computed from: itself, ``logits``, or the only one."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    return tensors[0] if len(tensors) == 1 else None
+
+
+def output_layer(record: Forward, names: Iterable[str]) -> str:
+    """The layer among the recorded calls whose output the model returned; the last one called if none was.
+
+    Raises:
+        LayerError: if several feed the outputs, or none was called.
+    """
+    tensors = [t for t in tree_leaves(record.outputs) if isinstance(t, Tensor)]
+    ends = {c.layer for c in record.calls if any(_ends_in(c, t) for t in tensors)}
+    if not ends and record.calls:
+        ends = {record.calls[-1].layer}
+    if len(ends) != 1:
+        raise LayerError(
+            f"'output' is ambiguous: {sorted(ends) or list(names)} "
+            f"{'all feed' if ends else 'were not called, none feeds'} the output; name one of them"
+        )
+    return ends.pop()
+
+
+def same_part(recorded: Any, given: Any, replayed: Any) -> Any:
+    """The part of a replayed output that ``given`` was of the recorded one.
+
+    Raises:
+        GraphError: if ``given`` is no part of it, but computed from it.
+    """
+    if given is recorded:
+        return replayed
+    for leaf, replacement in zip(tree_leaves(recorded), tree_leaves(replayed), strict=True):
+        if leaf is given:
+            return replacement
+    raise GraphError(
+        "the criterion was given something computed from the model's outputs, which a perturbed forward pass "
+        "cannot repeat; move that computation into the model or the loss function"
+    )
+
+
+def _ends_in(call: Call, tensor: Tensor) -> bool:
+    """Whether the tensor is the output of the call, perhaps with the classes moved."""
+    if same_values(call, tensor, call.output):
+        return True
+    moved = tensor.movedim(1, -1) if tensor.ndim > 2 else tensor
+    return same_values(call, moved, call.output) or same_values(call, moved, call.outputs_last())

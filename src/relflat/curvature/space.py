@@ -1,0 +1,87 @@
+"""What every estimator needs of a layer: directions in which its weight moves, and their products with a curvature.
+
+By I4 kappa is ``E_R <W R, H[W R]>``. A space holds what stands for such a change of the weight: the change itself
+(:class:`relflat.curvature.weight_space.WeightSpace`), or its effect on the layer's output (I5,
+:class:`relflat.curvature.output_space.OutputSpace`). Shares are kept by group: independent samples, or all of them
+together where samples are coupled.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from relflat.capture.calls import Call
+from relflat.curvature.operators import Operator
+from relflat.rng import Rng
+
+Shares = Float[Tensor, " g"]
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One term of the exact sum: the shares are inner products of ``H direction`` with these two.
+
+    Attributes:
+        direction: what the curvature is applied to.
+        kappa: its partner in kappa; carries the gradient in W and the features.
+        trace: its partner in ``Tr H``.
+    """
+
+    direction: Tensor
+    kappa: Tensor
+    trace: Tensor
+
+
+class Space(Protocol):
+    """Changes of one layer's weight W of shape (d, m); a direction is a tensor of a shape of the space's own.
+
+    Attributes:
+        where: for names of methods: ``""`` in the outputs, ``"weight"`` in the weight.
+    """
+
+    where: str
+
+    @property
+    def layer(self) -> str:
+        """Qualified name of the layer."""
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The endpoints at which curvature operators are taken."""
+
+    @property
+    def weight(self) -> Float[Tensor, "d m"]:
+        """W, feature scales included."""
+
+    def products_for_exact(self, *, adaptive: bool, trace: bool) -> int:
+        """How many products the exact sum takes."""
+
+    def columns(self) -> Iterator[Tensor]:
+        """For each feature the change ``W e_t e_t'``: their quadratic forms add up to the adaptive kappa (I9)."""
+
+    def terms(self) -> Iterator[Term]:
+        """The terms of ``kappa = sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'})`` over a basis (Def. 3)."""
+
+    def probe(self, rng: Rng, *, adaptive: bool) -> Tensor:
+        """A random ``W R`` whose quadratic form has mean kappa (I4; I6 in the outputs)."""
+
+    def trace_probe(self, rng: Rng) -> Tensor:
+        """A random direction whose quadratic form has mean ``Tr H``."""
+
+    def product(self, operator: Operator, direction: Tensor) -> Tensor:
+        """``H`` times a direction."""
+
+    def inner(self, one: Tensor, two: Tensor) -> Shares:
+        """Inner products by group."""
+
+    def pulled(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Gradients at the endpoints as a direction."""
+
+    def squared_norms(self, g: Tensor, rng: Rng, *, adaptive: bool, trace: bool) -> tuple[Shares, Shares]:
+        """``||W' G||_F^2`` and ``||G||_F^2`` by group, G the gradient in the weight that ``g`` stands for (I7)."""
+
+    def weight_product(self, operator: Operator, v: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
+        """``H V`` in the weight, summed over all groups, without a graph."""

@@ -1,0 +1,62 @@
+"""Whether samples influence each other after a layer (BatchNorm in training mode, contrastive losses).
+
+Where they do not, the curvature is block-diagonal over samples: every sample is a group with directions of its own.
+A direction that is zero on some samples has an image that is zero there too, exactly, unless samples are coupled.
+Any two samples are told apart by one of ``log2 n`` directions.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from relflat.capture.calls import Call
+from relflat.curvature.operators import Operator, pull
+from relflat.rng import Rng
+
+_LEAK = 1e-6  # what counts as exactly zero, relative to the response of a sample itself
+
+
+def coupled_in_products(operator: Operator, calls: Sequence[Call], rng: Rng) -> bool:
+    """Ask products with the curvature. Cost: ``log2 n`` of them."""
+
+    def respond(own: Bool[Tensor, " n"]) -> list[Tensor]:
+        directions = []
+        for call in calls:
+            u = rng.signs(tuple(call.rows(call.output).shape), call.output)
+            u[~own] = 0
+            directions.append(call.from_rows(u))
+        return operator(directions)
+
+    return any(_leaks(calls, respond(own), own) for own in _bipartitions(calls[0]))
+
+
+def coupled_in_outputs(outputs: Tensor, calls: Sequence[Call], rng: Rng) -> bool:
+    """Ask first derivatives: do outputs of some samples depend on features of others?
+
+    Cost: ``2 log2 n`` backward passes of what comes after the layer.
+    """
+    if outputs.ndim == 0 or outputs.shape[0] != calls[0].samples:
+        return True  # no telling which output belongs to which sample; one group is right in any case
+
+    def respond(own: Bool[Tensor, " n"]) -> list[Tensor]:
+        r = rng.signs(tuple(outputs.shape), outputs)
+        r[~own] = 0
+        return pull([outputs], calls, [r], create_graph=False)
+
+    return any(_leaks(calls, respond(own), own) for half in _bipartitions(calls[0]) for own in (half, ~half))
+
+
+def _leaks(calls: Sequence[Call], response: Sequence[Tensor], own: Bool[Tensor, " n"]) -> bool:
+    """Whether something comes out at samples where nothing was put in."""
+    sizes = [c.rows(x.detach()).abs().flatten(1) for c, x in zip(calls, response, strict=True)]
+    size = torch.cat(sizes, dim=1)
+    return size.numel() > 0 and bool(size[~own].max() > _LEAK * size[own].max())
+
+
+def _bipartitions(call: Call) -> Iterator[Bool[Tensor, " n"]]:
+    """Splits of the samples in two, by the binary digits of their numbers: any two are separated by one."""
+    numbers = torch.arange(call.samples, device=call.output.device)
+    for digit in range((call.samples - 1).bit_length()):
+        yield numbers.bitwise_right_shift(digit).bitwise_and(1).bool()

@@ -1,0 +1,96 @@
+"""From a scene to contributions: every layer gets its method, every method runs once."""
+
+from collections.abc import Collection, Iterator
+
+import torch
+
+from relflat.curvature.operators import check_differentiable_again
+from relflat.errors import SecondDerivativeError, warn
+from relflat.estimate.contributions import Contributions
+from relflat.estimate.methods import Method, choose, named
+from relflat.estimate.radius import increase
+from relflat.estimate.scene import Scene
+from relflat.estimate.subject import Memory, Subject
+from relflat.options import Options
+from relflat.rng import Rng
+
+
+class Estimator:
+    """Estimates kappa of layers in scenes, one after the other.
+
+    Args:
+        options: what is estimated and how.
+        seed: of the probes.
+
+    Raises:
+        ConfigError: if there is no such method.
+    """
+
+    def __init__(self, options: Options, seed: int) -> None:
+        self.options, self.seed, self.memory = options, seed, Memory()
+        self._wanted = named(options.method)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether forward passes are run once more, so that their random state is needed."""
+        differences = self._wanted is not None and self._wanted.name == "finite_difference"
+        return self.options.radius is not None or differences
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether finite differences stand in where an operation has no second derivative."""
+        auto, options = self.options.method == "auto", self.options
+        return (
+            auto and options.curvature == "hessian" and options.gradient == "full" and options.radius is None
+        )
+
+    def __call__(self, scene: Scene, step: int, options: Options | None = None) -> dict[str, Contributions]:
+        """The contributions to kappa of every layer of the scene, each with its method.
+
+        Args:
+            scene: the forward pass and loss.
+            step: with the seed, determines the probes.
+            options: the same options with another number of probes.
+        """
+        options = options or self.options
+        if options.radius is not None:
+            return {"+".join(scene.layers): increase(scene, options, self.seed, step)}
+        try:
+            return self._estimate(scene, step, options)
+        except SecondDerivativeError as error:
+            if not self.may_repeat or scene.replay is None:
+                raise
+            warn(
+                "kappa is estimated by finite differences from now on (noisy, and wrong where the network has kinks "
+                f"such as ReLU within a step), as {error}"
+            )
+            self._wanted = named("finite_difference")
+            return self._estimate(scene, step, options)
+
+    def subjects(
+        self, scene: Scene, *, without: Collection[str] = (), together: bool = False
+    ) -> Iterator[Subject]:
+        """The layers of a scene, with samples as one group if ``together``."""
+        for layer in scene.layers:
+            if layer not in without:
+                yield Subject(scene, layer, self.options, self.memory, self.seed, together=together)
+
+    def _estimate(self, scene: Scene, step: int, options: Options) -> dict[str, Contributions]:
+        chosen: dict[str, tuple[Method, list[Subject]]] = {}
+        found: dict[str, Contributions] = {}
+        rng = Rng(self.seed, step)
+        with torch.autocast(scene.loss.device.type, enabled=False):
+            for subject in self.subjects(scene):
+                method = choose(subject, self._wanted)
+                chosen.setdefault(method.name, (method, []))[1].append(subject)
+            for method, subjects in chosen.values():
+                found |= method.run(subjects, options, rng)
+        if options.full:
+            self._must_have_gradients(found)
+        return {layer: found[layer] for layer in scene.layers}
+
+    def _must_have_gradients(self, found: dict[str, Contributions]) -> None:
+        """Look, once a layer, whether its kappa can be differentiated."""
+        for layer in found.keys() - self.memory.smooth:
+            check_differentiable_again(found[layer].kappa)
+        self.memory.smooth |= found.keys()

@@ -1,0 +1,62 @@
+"""A recorded forward pass and its loss, run once more with a change."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relflat.capture.calls import Forward
+from relflat.capture.outputs import same_part
+from relflat.capture.tap import Inject, Tap
+from relflat.errors import GraphError
+from relflat.loss.criterion import Criterion
+from relflat.rng import rng_preserved
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """The loss of a recorded pass, of other inputs to its layers, another parameter, or other outputs.
+
+    Dropout masks are those of the record (if the tap keeps random states); buffers such as BatchNorm statistics are
+    left alone, and so are the global random number generators.
+
+    Attributes:
+        tap: whose passes they are.
+        forwards: the passes behind the loss; one can be repeated.
+        outputs: what the loss was computed from, the model's output or a part of it.
+        criterion: the loss of such outputs, targets included.
+    """
+
+    tap: Tap
+    forwards: Sequence[Forward]
+    outputs: Any
+    criterion: Criterion
+
+    def loss(self, *, inject: Inject | None = None, change: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The loss of one more forward pass.
+
+        Args:
+            inject: gives tapped layers other inputs.
+            change: a parameter of the model and the tensor to use in its place.
+
+        Raises:
+            GraphError: if several passes led to the loss.
+        """
+        if len(self.forwards) != 1:
+            raise GraphError(
+                f"radius and finite differences repeat one forward pass, and there were {len(self.forwards)} since "
+                "the last call of the criterion; call it once after each, or use another method"
+            )
+        (record,), model = self.forwards, self.tap.model
+        replaced = {name: b.clone() for name, b in model.named_buffers()}
+        if change is not None:
+            replaced |= {n: change[1] for n, p in model.named_parameters() if p is change[0]}
+        with self.tap.replaying(inject), rng_preserved(record.rng):
+            replayed = torch.func.functional_call(model, replaced, record.args, record.kwargs)
+        return self.criterion(same_part(record.outputs, self.outputs, replayed))
+
+    def loss_of(self, outputs: Tensor) -> Tensor | None:
+        """The loss of other outputs, if the model's is a single tensor; no pass."""
+        return self.criterion(outputs) if isinstance(self.outputs, Tensor) else None

@@ -1,0 +1,188 @@
+"""One layer of a scene, with the operator and the space its kappa is taken in, each built once."""
+
+import functools
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from relflat.capture.calls import Call, is_recurrent, same_values
+from relflat.capture.graph import ancestors
+from relflat.capture.matrix import Matrix
+from relflat.curvature.operators import GGNOperator, HessianOperator, Operator
+from relflat.curvature.output_space import OutputSpace, feature_std
+from relflat.curvature.space import Space
+from relflat.curvature.weight_space import WeightSpace
+from relflat.errors import ConfigError, GraphError, warn
+from relflat.estimate.coupling import coupled_in_outputs, coupled_in_products
+from relflat.estimate.scene import Scene
+from relflat.loss.known import KnownLoss
+from relflat.options import Options
+from relflat.rng import Rng
+
+
+@dataclass
+class Memory:
+    """What was found out about a model in earlier steps and need not be asked again.
+
+    Attributes:
+        coupled: whether samples are coupled after a layer, by layer and training mode of all modules.
+        curved: layers in whose output the loss was seen to have a curvature, or said to have none.
+        through: layers that the loss was seen to reach through the outputs only.
+        smooth: layers whose kappa was seen to have a gradient.
+    """
+
+    coupled: dict[tuple[str, int], bool] = field(default_factory=dict)
+    curved: set[str] = field(default_factory=set)
+    through: set[str] = field(default_factory=set)
+    smooth: set[str] = field(default_factory=set)
+
+
+class Subject:
+    """One layer of a scene.
+
+    Args:
+        scene: the pass and its loss.
+        layer: name of one of its layers.
+        options: what is estimated.
+        memory: of earlier steps.
+        seed: of the directions that coupling is asked with.
+        together: take all samples as one group, coupled or not.
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        layer: str,
+        options: Options,
+        memory: Memory,
+        seed: int,
+        *,
+        together: bool = False,
+    ) -> None:
+        self.scene, self.layer, self.options = scene, layer, options
+        self.memory, self.seed, self.together = memory, seed, together
+        self.calls: list[Call] = scene.calls_of(layer)
+        if options.normalize_features and not self.calls:
+            raise ConfigError(
+                f"normalize_features needs features, and {layer!r} is a parameter; name a layer"
+            )
+
+    @property
+    def target(self) -> nn.Module | nn.Parameter:
+        """The layer itself."""
+        return self.calls[0].module if self.calls else self.scene.parameters[self.layer]
+
+    @functools.cached_property
+    def in_weight(self) -> bool:
+        """Whether kappa is taken in the weight, not in the outputs: a parameter, or a recurrent layer.
+
+        The Hessian of a recurrent layer has terms through its later inputs. The Gauss-Newton matrix has none, and is
+        taken in the weight only where that is tied to another module's, so that both are of all the uses.
+        """
+        if not self.calls:
+            return True
+        return (self.options.curvature == "hessian" or self.calls[0].tied) and is_recurrent(self.calls)
+
+    @functools.cached_property
+    def at_end(self) -> bool:
+        """Whether the loss is computed from the layer's output as it is, so that Hessian and GGN are one."""
+        outputs = self.scene.outputs
+        if self.in_weight or outputs is None:
+            return False
+        return same_values(self.calls[0], outputs, self.calls[0].output)
+
+    @property
+    def known(self) -> KnownLoss | None:
+        """The loss, if its Hessian is known and the Gauss-Newton matrix is wanted, which is made of that alone."""
+        return self.scene.known if self.options.curvature == "ggn" else None
+
+    @functools.cached_property
+    def scale(self) -> Tensor | None:
+        """What features are divided by, with ``normalize_features``."""
+        if not self.options.normalize_features:
+            return None
+        given = self.scene.scales.get(self.layer)
+        return feature_std(self.calls) if given is None else given
+
+    @functools.cached_property
+    def space(self) -> Space:
+        """Where the weight moves; whether samples are coupled is settled first."""
+        if self.in_weight:
+            return self._weight_space
+        return self.output_space(coupled=self.together or self._coupled())
+
+    def output_space(self, *, coupled: bool = False) -> OutputSpace:
+        """The layer's outputs, for a layer with calls."""
+        constant = self.options.constant_features
+        return OutputSpace.of(self.calls, scale=self.scale, coupled=coupled, constant=constant)
+
+    @functools.cached_property
+    def _weight_space(self) -> WeightSpace:
+        if self.options.gradient == "frozen" and not self.options.measuring:
+            raise ConfigError(
+                f"gradient='frozen' keeps the gradient through the features, and those of layer {self.layer!r} are "
+                "not seen as its curvature is taken in its weight; use gradient='full' or 'weights'"
+            )
+        return WeightSpace(Matrix.of(self.layer, self.target), self.scale)
+
+    @functools.cached_property
+    def operator(self) -> Operator:
+        """Products with the curvature of the whole batch.
+
+        Raises:
+            GraphError: if there is no Gauss-Newton matrix.
+        """
+        scene, loss = self.scene, self.scene.loss.sum()
+        calls = self._weight_space.calls if self.in_weight else self.calls
+        operator: Operator
+        if self.options.curvature == "hessian" or self.at_end:
+            operator = HessianOperator(loss, calls, create_graph=self.options.full)
+        else:
+            if scene.outputs is None:
+                raise GraphError(
+                    "curvature='ggn' needs the tensor that the loss was computed from, and the model's outputs are "
+                    "no single tensor; use curvature='hessian' or call the criterion with (outputs, targets)"
+                )
+            if self.layer not in self.memory.through:
+                _only_through(scene.outputs, scene.loss, calls)
+                self.memory.through.add(self.layer)
+            operator = GGNOperator(loss, scene.outputs, calls, create_graph=self.options.full)
+        if not self.in_weight and self.layer not in self.memory.curved:
+            self._must_be_curved(operator)
+        return operator
+
+    def _must_be_curved(self, operator: Operator) -> None:
+        """Warn, once a layer, where a gradient meets no curvature in a random direction."""
+        rng = Rng(self.seed, -2)
+        products = operator([rng.signs(tuple(c.output.shape), c.output) for c in self.calls])
+        if not any(bool(x.any()) for x in products) and any(bool(x.any()) for x in operator.slope_at_calls()):
+            warn(
+                f"the loss has a gradient in the output of layer {self.layer!r} but no curvature on this batch, so "
+                "kappa is 0 there; a hinge or absolute error has none anywhere: use a smooth loss, or radius="
+            )
+        self.memory.curved.add(self.layer)
+
+    def _coupled(self) -> bool:
+        """Ask once for each layer and mode of all modules of its model, when a batch first has two samples."""
+        if self.calls[0].samples < 2 or len({c.samples for c in self.calls}) > 1:
+            return False
+        key, rng = (self.layer, self.scene.mode), Rng(self.seed, -1)
+        if key not in self.memory.coupled:
+            if self.known is not None and self.options.method != "exact":
+                assert self.scene.outputs is not None
+                self.memory.coupled[key] = coupled_in_outputs(self.scene.outputs, self.calls, rng)
+            else:
+                self.memory.coupled[key] = coupled_in_products(self.operator, self.calls, rng)
+        return self.memory.coupled[key]
+
+
+def _only_through(outputs: Tensor, loss: Tensor, calls: list[Call] | tuple[Call, ...]) -> None:
+    """Refuse a loss that sees the layer past the outputs: its Gauss-Newton matrix would lack that part."""
+    if outputs.grad_fn is None:
+        return
+    past = set(ancestors(loss.grad_fn, without=[outputs.grad_fn]))
+    if any(c.edge is not None and c.edge.node in past for c in calls):
+        raise GraphError(
+            f"the loss depends on layer {calls[0].layer!r} also past the tensor taken for the outputs (an auxiliary "
+            "loss, a second head), so there is no Gauss-Newton matrix; use curvature='hessian'"
+        )

@@ -1,0 +1,64 @@
+"""The user's loss: called, its errors explained, its Hessian looked up."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from relflat.errors import DataError, LossError
+from relflat.loss.known import KnownLoss, known_loss
+
+
+@dataclass(frozen=True, eq=False)
+class Criterion:
+    """A loss function with the targets of a batch: a function of the outputs alone.
+
+    Attributes:
+        loss_fn: called as ``loss_fn(outputs, *targets, **kwargs)``.
+        targets: positional arguments after the outputs.
+        kwargs: keyword arguments.
+        remedy: what to do where it cannot take the outputs, for the error; None raises the error as it is.
+    """
+
+    loss_fn: Callable[..., Any]
+    targets: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    remedy: str | None = None
+
+    def __call__(self, outputs: Any) -> Tensor:
+        """The loss of the outputs.
+
+        Raises:
+            LossError: a target lies outside the classes, or the loss is no tensor.
+            DataError: the loss cannot take such outputs.
+        """
+        try:
+            loss = self.loss_fn(outputs, *self.targets, **self.kwargs)
+        except IndexError as error:
+            if "arget" not in str(error):  # PyTorch's "Target 7 is out of bounds."
+                raise
+            raise LossError(
+                f"{str(error).rstrip('.')}: a target lies outside the classes (outputs of shape "
+                f"{tuple(getattr(outputs, 'shape', ()))}); mend the labels or set ignore_index"
+            ) from error
+        except TypeError as error:
+            if isinstance(outputs, Tensor) or self.remedy is None:
+                raise
+            raise DataError(
+                f"the loss cannot take the model's outputs ({type(outputs).__name__}): {error}; {self.remedy}"
+            ) from error
+        if not isinstance(loss, Tensor):
+            raise LossError(
+                f"the criterion returned {type(loss).__name__}, not a tensor; wrap it to return its loss"
+            )
+        return loss
+
+    def known(self, outputs: Any) -> KnownLoss | None:
+        """What is known of it as a function of these outputs."""
+        return known_loss(self.loss_fn, outputs, self.targets, dict(self.kwargs))
+
+    @property
+    def trained_through(self) -> bool:
+        """Whether the loss depends on the model through its targets too: then there is no Gauss-Newton matrix."""
+        return any(isinstance(t, Tensor) and t.requires_grad for t in self.targets)

@@ -1,0 +1,105 @@
+"""Hessians of losses with respect to one row of logits, in the forms that kappa needs."""
+
+import copy
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+class LogitHessian(Protocol):
+    """Rows ``A_p = d2 L / dz_p2``, the weights and the reduction of the loss included."""
+
+    def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
+        """The diagonal of ``W' A_p W``."""
+
+    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
+        """``Tr(W' A_p W)``."""
+
+    def trace(self) -> Float[Tensor, " p"]:
+        """``Tr A_p``."""
+
+    def factor(self, eps: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        """``S_p eps_p`` with ``S_p S_p' = A_p``."""
+
+    def times(self, constant: float) -> "LogitHessian":
+        """``constant * A_p``, for a constant that is not negative."""
+
+
+class SoftmaxHessian:
+    """``A_p = mass_p (diag p - p p')``: cross-entropy (identity I1 of the design).
+
+    Everything is written in ``q = p - e_k``, k the most likely class, whose entries are of the size of what
+    is missing to certainty. So the variance keeps its relative accuracy when ``p`` is nearly one-hot, where
+    ``E|w|^2 - |E w|^2`` would lose all of it.
+    """
+
+    def __init__(self, logits: Float[Tensor, "p d"], mass: Float[Tensor, " p"]) -> None:
+        self.mass = mass
+        self.log_p = F.log_softmax(logits, dim=-1)
+        self.k = self.log_p.argmax(-1, keepdim=True)
+        self.others = self.log_p.exp().scatter(-1, self.k, 0.0)
+        self.missing = self.others.sum(-1)
+
+    def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
+        """``E_p w^2 - (E_p w)^2`` feature by feature, times the mass."""
+        q, centred, mean = self._deviations(weight)
+        return self.mass[:, None] * (q @ centred.square() - mean * (2 * centred[self.k[:, 0]] + mean))
+
+    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
+        """``E_p ||w||^2 - ||E_p w||^2``, times the mass."""
+        q, centred, mean = self._deviations(weight)
+        spread = (mean * (2 * centred[self.k[:, 0]] + mean)).sum(-1)
+        return self.mass * (q @ centred.square().sum(-1) - spread)
+
+    def _deviations(self, weight: Float[Tensor, "d m"]) -> tuple[Tensor, Tensor, Tensor]:
+        """``q``, the weight without its mean row (which kappa does not see, but rounding does), ``q W``."""
+        q = self.others.scatter(-1, self.k, -self.missing[:, None])
+        centred = weight - weight.detach().mean(0)
+        return q, centred, q @ centred
+
+    def trace(self) -> Float[Tensor, " p"]:
+        """``1 - ||p||^2`` times the mass."""
+        return self.mass * (2 * self.missing - self.missing.square() - self.others.square().sum(-1))
+
+    def factor(self, eps: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        """``sqrt(p) eps - p <sqrt(p), eps>`` times the root of the mass (I7)."""
+        root = (0.5 * self.log_p).exp()
+        along = (root * eps).sum(-1, keepdim=True)
+        return self.mass.sqrt()[:, None] * (root * eps - self.log_p.exp() * along)
+
+    def times(self, constant: float) -> "SoftmaxHessian":
+        """The mass times the constant."""
+        scaled = copy.copy(self)
+        scaled.mass = self.mass * constant
+        return scaled
+
+
+class DiagonalHessian:
+    """``A_p = diag(a_p)``: losses that are sums over the outputs, each of one output (identity I2)."""
+
+    def __init__(self, a: Float[Tensor, "p d"]) -> None:
+        self.a = a
+
+    def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
+        """``sum_c a_c w_c^2`` feature by feature."""
+        return self.a @ weight.square()
+
+    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
+        """``sum_c a_c ||w_c||^2``."""
+        return self.a @ weight.square().sum(-1)
+
+    def trace(self) -> Float[Tensor, " p"]:
+        """``sum_c a_c``."""
+        return self.a.sum(-1)
+
+    def factor(self, eps: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        """``sqrt(a) eps``; without the infinite slope of the root where ``a`` is 0."""
+        live = self.a > 0
+        return torch.where(live, torch.where(live, self.a, 1.0).sqrt(), 0.0) * eps
+
+    def times(self, constant: float) -> "DiagonalHessian":
+        """The entries times the constant."""
+        return DiagonalHessian(self.a * constant)

@@ -1,0 +1,116 @@
+"""The options of FAM and of measuring in one record, with every check of them."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from relflat.errors import ConfigError
+
+Curvature = Literal["hessian", "ggn"]
+Gradient = Literal["full", "frozen", "weights"]
+Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference", "xtrace"]
+"""The methods that come with the library; :func:`relflat.estimate.methods.register` adds others."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is estimated and how.
+
+    Attributes:
+        curvature: the Hessian, or its Gauss-Newton part (never negative for losses convex in the outputs).
+        method: how; ``"auto"`` takes the cheapest that is exact or unbiased for ``curvature``.
+        probes: products for a stochastic method.
+        adaptive: the adaptive form (I9) in place of kappa.
+        normalize_features: divide features by their standard deviation (and multiply the weight by it), leaving out
+            those that never vary.
+        gradient: which derivatives of kappa are kept in training.
+        radius: the finite-radius penalty in place of kappa.
+        every: the penalty is added on every so-many-th call.
+        layers_per_step: of several layers, so many are drawn for each step.
+        measuring: no graph is built, and no gradient is wanted.
+        trace: whether ``Tr H`` is wanted too.
+        exact_up_to: largest number of products for which ``"auto"`` prefers a sum over a basis; in training
+            for output layers only, whose products cost nothing but the loss.
+
+    Raises:
+        ConfigError: naming the argument, its value and what it may be.
+    """
+
+    curvature: Curvature = "ggn"
+    method: str = "auto"
+    probes: int = 1
+    adaptive: bool = False
+    normalize_features: bool = False
+    gradient: Gradient = "full"
+    radius: float | None = None
+    every: int = 1
+    layers_per_step: int | None = None
+    measuring: bool = False
+    trace: bool = False
+    exact_up_to: int = 16
+
+    def __post_init__(self) -> None:
+        for problem in (*self._wrong_values(), *self._wrong_together()):
+            raise ConfigError(problem)
+
+    @property
+    def full(self) -> bool:
+        """Whether the curvature itself is differentiated (third derivatives)."""
+        return self.gradient == "full" and not self.measuring
+
+    @property
+    def constant_features(self) -> bool:
+        """Whether no gradient goes through the features."""
+        return self.measuring or self.gradient == "weights"
+
+    def _wrong_values(self) -> Iterator[str]:
+        for name, allowed in (("curvature", Curvature), ("gradient", Gradient)):
+            value = getattr(self, name)
+            if value not in get_args(allowed):
+                yield f"{name}={value!r}: choose one of {list(get_args(allowed))}"
+        if self.probes < 1:
+            yield f"probes={self.probes}: at least one product is needed"
+        if self.radius is not None and not self.radius > 0:
+            yield f"radius={self.radius}: a positive number is needed, or None for kappa itself"
+        if self.every < 1:
+            yield f"every={self.every}: a number of steps from 1 on is needed"
+
+    def _wrong_together(self) -> Iterator[str]:
+        if self.method == "xtrace" and not self.measuring:
+            yield (
+                "method='xtrace' measures over all of the data and has no gradient; use it in relative_flatness, and "
+                "'auto' or 'probe' in training"
+            )
+        if self.method == "xtrace" and (self.probes < 4 or self.probes % 2):
+            yield (
+                f"probes={self.probes}: XTrace spends products in pairs and needs two pairs for an error; give an "
+                "even number from 4 on"
+            )
+        if self.method == "finite_difference" and self.gradient != "full":
+            yield f"gradient={self.gradient!r}: finite differences have the full gradient only"
+        if self.method == "finite_difference" and self.curvature != "hessian":
+            yield "method='finite_difference' estimates the Hessian: add curvature='hessian'"
+        if self.radius is None:
+            return
+        given = {
+            "gradient": self.gradient != "full",
+            "method": self.method != "auto",
+            "layers_per_step": self.layers_per_step is not None,
+        }
+        for name in [name for name, has in given.items() if has]:
+            yield (
+                f"{name} has no meaning with radius={self.radius}, which moves all layers at once and needs no "
+                "curvature; leave it out"
+            )
+
+
+def finite_strength(strength: float) -> float:
+    """The strength, if it is a finite number.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    if not math.isfinite(strength):
+        raise ConfigError(f"strength={strength}: a finite number is needed")
+    return strength
