@@ -1,9 +1,9 @@
 """FAM: relative flatness aware minimization (Adilova et al. 2023), as a criterion around the criterion."""
 
 import math
-import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +14,16 @@ from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer, supported_layers
 from relflat.capture.tap import Inject, Tap
 from relflat.distributed import kept_whole
-from relflat.errors import ConfigError, LayerError, LossError
-from relflat.estimate.contributions import Contributions
+from relflat.errors import ConfigError, LayerError
+from relflat.estimate.contributions import shaped
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import perturbation
 from relflat.estimate.replay import Replay
-from relflat.estimate.scene import Scene, calls_behind
+from relflat.estimate.scene import Scene
 from relflat.guards import Guards
-from relflat.loss.criterion import Criterion
+from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.loss.reading import read_loss
-from relflat.options import Curvature, Gradient, Options, finite_strength
+from relflat.options import Curvature, Gradient, Options, Strength, strength_at, warmed_up
 from relflat.rng import subset
 
 
@@ -45,9 +45,8 @@ class FAM(nn.Module):
             of 0 nothing is estimated.
         radius: if given, the penalty is ``E[L(phi + radius ||phi|| u) - L(phi)]``, u a random unit vector, in
             place of kappa; for small radius and a layer with one position a sample it is ``radius^2 / (2 m) kappa``
-            (Petzka et al., Def. 2); tokens and pixels move independently. Kin of
-            Gaussian noise injection (Camuto et al. 2020); with ``adaptive`` it is Gaussian dropout of variance
-            ``radius^2``.
+            (Petzka et al., Def. 2); tokens and pixels move independently. Kin of Gaussian noise injection (Camuto et
+            al. 2020); with ``adaptive`` it is Gaussian dropout of variance ``radius^2``.
         curvature: ``"ggn"`` (never negative for losses convex in the outputs) or ``"hessian"``. They agree for
             an output layer, and where the network is piecewise linear after the layer. For ``radius`` neither is
             used.
@@ -69,9 +68,8 @@ class FAM(nn.Module):
         warmup_steps: deprecated; give ``strength`` as a function of the step.
 
     Cost: output layer with a known loss: no extra pass. Other layers, ``"ggn"``: one more backward of the part
-    after the layer, and its derivative (with ``layers_per_step`` of what comes after the deepest layer
-    drawn). ``radius``: one more forward from a stored batch; for hidden layers
-    with ``strength=1`` none, as the forward pass itself is perturbed.
+    after the layer, and its derivative (with ``layers_per_step`` of what comes after the deepest layer drawn).
+    ``radius``: one more forward; for hidden layers with ``strength=1`` none, as the forward pass itself is perturbed.
 
     Raises:
         LayerError, ConfigError: here, if the arguments do not fit; GraphError, LossError: when called.
@@ -97,7 +95,7 @@ class FAM(nn.Module):
         model: nn.Module,
         layer: Layer,
         *,
-        strength: float | Callable[[int], float],
+        strength: Strength,
         radius: float | None = None,
         curvature: Curvature = "ggn",
         gradient: Gradient = "full",
@@ -122,10 +120,9 @@ class FAM(nn.Module):
             every=every,
             layers_per_step=layers_per_step,
         )
+        strength_at(strength, 0)
         self.loss_fn, self.step = loss_fn, 0
-        self.strength = _warmed_up(strength, warmup_steps) if warmup_steps else strength
-        if not callable(strength):
-            finite_strength(strength)
+        self.strength = warmed_up(strength, warmup_steps) if warmup_steps else strength
         self._estimator = Estimator(self.options, torch.initial_seed() if seed is None else seed)
         self._guards = Guards()
         self._last: dict[str, Any] = {}
@@ -138,13 +135,11 @@ class FAM(nn.Module):
         self._tap.keep_rng = self._estimator.repeats or self._estimator.may_repeat
         if self.strength == 1 and radius is not None and every == 1 and probes == 1:
             self._perturb_the_forward_pass()
-        self._register_state_dict_hook(_without_wrapper)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_with_wrapper)  # type: ignore[no-untyped-call]
+        keep_state_dict_of_criterion(self)
 
     def _check_layers(self) -> None:
         """See that the layers go with the options; ``"output"`` may be settled later."""
-        options, count = self.options, len(self._tap.layers)
-        wanted = options.layers_per_step
+        options, wanted, count = self.options, self.options.layers_per_step, len(self._tap.layers)
         if wanted is not None and not 1 <= wanted <= count:
             raise ConfigError(
                 f"layers_per_step={wanted}: a number from 1 to {count} is needed, as the layers are "
@@ -152,10 +147,8 @@ class FAM(nn.Module):
             )
         if self._tap.searching:
             return
-        if options.normalize_features:
-            self._tap.must_have_features("normalize_features")
-        if options.radius is not None:
-            self._tap.must_have_features("radius=")
+        if options.normalize_features or options.radius is not None:
+            self._tap.must_have_features("normalize_features" if options.normalize_features else "radius=")
         for name, target in self._tap.layers.items() if options.gradient == "weights" else ():
             parameters = [target] if isinstance(target, nn.Parameter) else list(target.parameters())
             if not any(p.requires_grad for p in parameters if p.ndim > 1):
@@ -182,23 +175,22 @@ class FAM(nn.Module):
             LossError: if the loss has no curvature, or a target lies outside the classes.
         """
         criterion = Criterion(self.loss_fn, targets, kwargs)
-        if self._perturbs() and self._active():
-            return self._loss_of_perturbed(criterion, outputs)
-        task = criterion(outputs)
-        if not self._active():
+        active = self._active()
+        task, tensor = criterion(outputs), output_tensor(outputs)
+        if active and self._perturbs():
+            self._tap.take()
+            return self._report_perturbed(task, tensor)
+        if not active:
             self._forget()
             self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
             return task
-        forwards = self._tap.take()
-        calls, last, known = calls_behind(forwards, task), forwards[-1], criterion.known(outputs)
-        scene = Scene(
-            loss=task,
-            calls=calls,
-            outputs=None if known is None and criterion.trained_through else output_tensor(outputs),
+        forwards, known = self._tap.take(), criterion.known(outputs)
+        scene = Scene.of(
+            forwards,
+            task,
+            outputs=None if known is None and criterion.trained_through else tensor,
             known=known,
             targets=targets[0] if known else None,
-            parameters=last.parameters,
-            mode=last.mode,
             replay=Replay(self._tap, forwards, outputs, criterion),
         )
         penalty = self._penalty(scene)
@@ -230,20 +222,14 @@ class FAM(nn.Module):
         last = forwards[-1]
         if self._tap.watching and not last.parameters and not depends_on(loss, last.calls):
             return loss.new_zeros(())  # one of several losses, and not one of these layers
-        calls = calls_behind(forwards, loss)
-        reading = read_loss(loss, calls)
+        scene = Scene.of(forwards, loss)
+        reading = read_loss(loss, scene.calls)
         if self._tap.searching:
-            calls = self._tap.settle(calls, None if reading is None else reading.call)
-        returned = output_tensor(last.outputs) if len(forwards) == 1 else None
-        scene = Scene(
-            loss=loss,
-            calls=calls,
-            outputs=returned if reading is None else reading.outputs,
-            known=None if reading is None else reading.known,
-            targets=None if reading is None else reading.targets,
-            parameters=last.parameters,
-            mode=last.mode,
-        )
+            scene = replace(scene, calls=self._tap.settle(scene.calls, reading.call if reading else None))
+        if reading is not None:
+            scene = replace(scene, outputs=reading.outputs, known=reading.known, targets=reading.targets)
+        elif len(forwards) == 1:
+            scene = replace(scene, outputs=output_tensor(last.outputs))
         penalty = self._penalty(scene)
         return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
 
@@ -305,62 +291,47 @@ class FAM(nn.Module):
         if not (self._tap.copied or self._tap.watching):
             self._tap.reset()
 
-    def _strength_now(self) -> float:
-        if self.step % self.options.every:
-            return 0.0
-        return finite_strength(self.strength(self.step)) if callable(self.strength) else self.strength
-
     def _penalty(self, scene: Scene) -> Tensor | None:
         """``strength * kappa``, or None where this step has none; reports in ``last``."""
-        strength, step, task = self._strength_now(), self.step, scene.loss.detach().mean()
-        self.step += 1
+        step, task = self.step, scene.loss.detach().mean()
+        strength = 0.0 if step % self.options.every else strength_at(self.strength, step)
         penalty: Tensor | None = None
         report: dict[str, Any] = {"task": task, "penalty": 0.0, "total": task, "strength": strength}
         if self._guards.finite("the task loss", scene.loss, step) and strength != 0:
             self._check_layers()  # "output" may have been settled since
-            scene = self._drawn(scene, step, report)
-            with kept_whole(self._tap.model):
-                parts = self._estimator(scene, step)
-            value = self._judged(scene, parts, strength, step, report)
-            if value is not None:
-                penalty = strength * value
-                report["kappa"], report["penalty"] = value.detach().mean(), penalty.detach().mean()
+            kappa = self._kappa(scene, step, strength, report)
+            if kappa is not None:
+                penalty = strength * kappa
+                report["kappa"], report["penalty"] = kappa.detach().mean(), penalty.detach().mean()
                 report["total"] = task + report["penalty"]
-        self._guards.collapse(step, scene.watched())
-        self._last = report | {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
+        self._finish(scene.watched(), report)
         return penalty
 
-    def _drawn(self, scene: Scene, step: int, report: dict[str, Any]) -> Scene:
-        """The part of a pass that belongs to this step's layers."""
-        size = self.options.layers_per_step
-        if size is None:
-            return scene
-        names = self.layers
-        report["layers"] = [names[i] for i in subset(self._estimator.seed, step, len(names), size)]
-        return scene.only(report["layers"])
-
-    def _judged(
-        self,
-        scene: Scene,
-        parts: Mapping[str, Contributions],
-        strength: float,
-        step: int,
-        report: dict[str, Any],
-    ) -> Tensor | None:
+    def _kappa(self, scene: Scene, step: int, strength: float, report: dict[str, Any]) -> Tensor | None:
         """Kappa in the shape of the loss, or None where it is not finite; what was found goes into the report."""
+        names, size, share = self.layers, self.options.layers_per_step, 1.0
+        if size is not None:
+            share = len(names) / size
+            report["layers"] = names = [
+                names[i] for i in subset(self._estimator.seed, step, len(names), size)
+            ]
+            scene = scene.only(names)
+        with kept_whole(self._tap.model):
+            parts = self._estimator(scene, step)
         kappas = {layer: part.kappa for layer, part in parts.items()}
-        convex = scene.known is not None and self.options.curvature == "ggn"
-        if not convex and self.options.radius is None and strength > 0:
-            for layer, kappa in kappas.items():
-                self._guards.negative(layer, kappa)
         rows = max(1, scene.loss.numel())  # shares of samples average as their losses do
         report["by_layer"] = {k: v.detach().mean(0).sum() / rows for k, v in kappas.items()}
         report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
-        if not self._guards.all_finite({f"kappa of layer {k!r}": v for k, v in kappas.items()}, step):
+        convex = scene.known is not None and self.options.curvature == "ggn"
+        may_be_negative = not convex and self.options.radius is None and strength > 0
+        if not self._guards.judge(kappas, step, may_be_negative=may_be_negative):
             return None
-        drawn = self.options.layers_per_step
-        value = _shaped(kappas, scene.loss)
-        return value if drawn is None else len(self._tap.layers) / drawn * value
+        return share * shaped(kappas, scene.loss)
+
+    def _finish(self, watched: dict[str, Tensor], report: dict[str, Any]) -> None:
+        self._guards.collapse(self.step, watched)
+        self._last = report | {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
+        self.step += 1
 
     # -- radius with strength 1: the forward pass itself is perturbed -----------------------------------
 
@@ -383,72 +354,15 @@ class FAM(nn.Module):
         """Whether this step's forward pass is perturbed itself; ``strength`` and the mode may have changed."""
         return self._tap.injector is not None and self.training and self.strength == 1
 
-    def _loss_of_perturbed(self, criterion: Criterion, outputs: Any) -> Tensor:
-        """Task loss plus penalty, which is the loss of the perturbed pass."""
-        self._tap.take()
-        total = criterion(outputs)
-        tensor = output_tensor(outputs)
-        self._guards.collapse(self.step, {} if tensor is None else {"the outputs": tensor})
-        self.step += 1
-        self._last = {
-            "task": math.nan,
-            "penalty": math.nan,
-            "total": total.detach().mean(),
-            "strength": 1.0,
-            "method": f"radius({self.options.radius:g}), perturbed forward",
-            "skipped": self._guards.skipped,
-            "collapsed": self._guards.collapsed,
-        }
+    def _report_perturbed(self, total: Tensor, outputs: Tensor | None) -> Tensor:
+        """Task loss plus penalty is the loss of the perturbed pass."""
+        report: dict[str, Any] = {"task": math.nan, "penalty": math.nan, "total": total.detach().mean()}
+        report |= {"strength": 1.0, "method": f"radius({self.options.radius:g}), perturbed forward"}
+        self._finish({} if outputs is None else {"the outputs": outputs}, report)
         return total
-
-
-def _warmed_up(strength: float | Callable[[int], float], steps: int) -> Callable[[int], float]:
-    if steps < 0 or callable(strength):
-        raise ConfigError(
-            f"warmup_steps={steps}: give strength as a function of the step alone, such as "
-            "strength=lambda step: 0.1 * min(1, step / 1000)"
-        )
-    warnings.warn(
-        "warmup_steps is deprecated; give strength as a function of the step: "
-        f"strength=lambda step: {strength} * min(1, (step + 1) / {steps + 1})",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return lambda step: strength * min(1.0, (step + 1) / (steps + 1))
-
-
-def _shaped(kappas: Mapping[str, Tensor], task: Tensor) -> Tensor:
-    """Mean over probes, summed to the shape of the task loss: all of it, or each sample's share."""
-    total = torch.zeros_like(task.detach())
-    for layer, values in kappas.items():
-        share = values.mean(0)
-        if task.ndim == 0:
-            share = share.sum()
-        elif share.numel() == task.numel():
-            share = share.reshape(task.shape)
-        else:
-            raise LossError(
-                f"the criterion returns losses of shape {tuple(task.shape)} and kappa of layer {layer!r} has "
-                f"{share.numel()} shares (samples coupled, or not one loss a row); use a criterion that reduces"
-            )
-        total = total + share
-    return total
 
 
 def _number(value: Any) -> Any:
     if isinstance(value, Tensor):
         return float(value)
     return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _without_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for key in [k for k in state if k.startswith(f"{prefix}loss_fn.")]:
-        state[prefix + key.removeprefix(f"{prefix}loss_fn.")] = state.pop(key)
-
-
-def _with_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    loss_fn = getattr(module, "loss_fn", None)
-    if isinstance(loss_fn, nn.Module):
-        for key in loss_fn.state_dict():
-            if prefix + key in state:
-                state[f"{prefix}loss_fn.{key}"] = state.pop(prefix + key)

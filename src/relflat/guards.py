@@ -40,32 +40,21 @@ class Guards:
         )
         return False
 
-    def all_finite(self, values: Mapping[str, Tensor], step: int) -> bool:
-        """The same of several, waiting for the device once."""
-        each = [torch.isfinite(v.detach()).all() for v in values.values()]
+    def judge(self, kappas: Mapping[str, Tensor], step: int, *, may_be_negative: bool) -> bool:
+        """Whether the kappa of every layer is finite, waiting for the device once; negative ones are named."""
+        for layer, kappa in kappas.items() if may_be_negative and "negative" not in self._said else ():
+            value = float(kappa.detach().mean(0).sum())
+            if value < 0:
+                self._say(
+                    "negative",
+                    f"kappa of layer {layer!r} is {value:.3g}, or estimated so: off a minimum it may be. Minimising "
+                    "it then seeks negative curvature, not flatness; curvature='ggn' of a convex loss is never "
+                    "negative",
+                )
+        each = [torch.isfinite(v.detach()).all() for v in kappas.values()]
         if not each or bool(torch.stack([x.to(each[0].device) for x in each]).all()):
             return True
-        return all(self.finite(what, value, step) for what, value in values.items())
-
-    def negative(self, layer: str, kappa: Tensor) -> None:
-        """Say that kappa went below zero, where less is not flatter."""
-        if "negative" in self._said:
-            return
-        value = float(kappa.detach().mean(0).sum())
-        if value < 0:
-            self._say(
-                "negative",
-                f"kappa of layer {layer!r} is {value:.3g}, or estimated so: off a minimum it may be. Minimising it "
-                "then seeks negative curvature, not flatness; curvature='ggn' of a convex loss is never negative",
-            )
-
-    def falls_back(self, reason: Exception) -> None:
-        """Say that finite differences stand in for derivatives."""
-        self._say(
-            "falls back",
-            "kappa is estimated by finite differences from now on (noisy, and wrong where the network has kinks such "
-            f"as ReLU within a step), as {reason}",
-        )
+        return all(self.finite(f"kappa of layer {layer!r}", value, step) for layer, value in kappas.items())
 
     def collapse(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Look, every ``_EVERY`` steps, whether tensors (samples first) still depend on the input.

@@ -1,6 +1,6 @@
-"""The public path of :mod:`relflat.measure.relatives`: kappa by sample, largest eigenvalues, robustness."""
+"""The public path of :mod:`relflat.theory.relatives`: kappa by sample, largest eigenvalues, robustness."""
 
-from relflat.measure.relatives import (
+from relflat.theory.relatives import (
     Estimate,
     feature_robustness,
     max_eigenvalue_flatness,

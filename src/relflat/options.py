@@ -1,7 +1,8 @@
 """The options of FAM and of measuring in one record, with every check of them."""
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,6 +12,8 @@ Curvature = Literal["hessian", "ggn"]
 Gradient = Literal["full", "frozen", "weights"]
 Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference", "xtrace"]
 """The methods that come with the library; :func:`relflat.estimate.methods.register` adds others."""
+Strength = float | Callable[[int], float]
+"""The paper's lambda, or that of each step."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,22 @@ class Options:
             )
 
 
-def finite_strength(strength: float) -> float:
-    """The strength, if it is a finite number.
+def strength_at(strength: Strength, step: int) -> float:
+    """The strength of a step.
 
     Raises:
-        ConfigError: if it is not.
+        ConfigError: if it is not a finite number.
     """
-    if not math.isfinite(strength):
-        raise ConfigError(f"strength={strength}: a finite number is needed")
-    return strength
+    value = strength(step) if callable(strength) else strength
+    if not math.isfinite(value):
+        raise ConfigError(f"strength={value}: a finite number is needed")
+    return value
+
+
+def warmed_up(strength: Strength, steps: int) -> Strength:
+    """What ``warmup_steps`` stood for, with a warning that names what replaces it."""
+    if steps < 0 or callable(strength):
+        raise ConfigError(f"warmup_steps={steps}: give strength as a function of the step in its place")
+    replacement = f"strength=lambda step: {strength} * min(1, (step + 1) / {steps + 1})"
+    warnings.warn(f"warmup_steps is deprecated; give {replacement}", DeprecationWarning, stacklevel=3)
+    return lambda step: strength * min(1.0, (step + 1) / (steps + 1))

@@ -10,15 +10,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
+def _dense_features(module: nn.Module, x: Float[Tensor, "... m"]) -> Float[Tensor, "n t 1 m"]:
+    if x.ndim == 1:
+        return x[None, None, None]
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), 1, x.shape[-1])
+
+
+def _dense_project(module: nn.Module, x: Tensor, b: Float[Tensor, "n q m"]) -> Float[Tensor, "n t 1 q"]:
+    return (_dense_features(module, x).squeeze(2) @ b.mT).unsqueeze(2)
+
+
+def _same(module: nn.Module, z: Tensor) -> Tensor:
+    return z
+
+
 @dataclass(frozen=True)
 class Kind:
-    """How a class of layer acts linearly.
+    """How a class of layer acts linearly; by default features and outputs are in the last dimension.
 
     Channel groups c (grouped convolutions, else one) split the outputs evenly; each has features of its own.
 
@@ -30,14 +43,17 @@ class Kind:
             forming phi.
         outputs_last: ``(module, output) -> (n, ..., d)``, a view.
         outputs_back: undoes ``outputs_last``.
+        problem: ``module ->`` why the layer as it is now is not one linear map of its input, with ``{layer}`` for
+            its name; or None.
     """
 
     matches: Callable[[nn.Module], bool]
     matrix: Callable[[Any, Tensor], Tensor]
-    features: Callable[[Any, Tensor], Tensor]
-    project: Callable[[Any, Tensor, Tensor], Tensor]
-    outputs_last: Callable[[Any, Tensor], Tensor]
-    outputs_back: Callable[[Any, Tensor], Tensor]
+    features: Callable[[Any, Tensor], Tensor] = _dense_features
+    project: Callable[[Any, Tensor, Tensor], Tensor] = _dense_project
+    outputs_last: Callable[[Any, Tensor], Tensor] = _same
+    outputs_back: Callable[[Any, Tensor], Tensor] = _same
+    problem: Callable[[Any], str | None] = lambda module: None
 
 
 _KINDS: list[Kind] = []
@@ -50,15 +66,7 @@ def register(kind: Kind) -> Kind:
         >>> from torch import nn
         >>> class Transposed(nn.Module):
         ...     "A dense layer whose weight is stored as (m, d)."
-        >>> linear = kind_of(nn.Linear(2, 3))
-        >>> kind = Kind(
-        ...     matches=lambda module: isinstance(module, Transposed),
-        ...     matrix=lambda module, weight: weight.mT,
-        ...     features=linear.features,
-        ...     project=linear.project,
-        ...     outputs_last=lambda module, z: z,
-        ...     outputs_back=lambda module, z: z,
-        ... )
+        >>> kind = Kind(lambda module: isinstance(module, Transposed), lambda module, weight: weight.mT)
         >>> register(kind) is kind_of(Transposed())
         True
     """
@@ -82,10 +90,6 @@ def own_weights(module: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in named if name == "weight" or name.startswith("parametrizations.weight.")]
 
 
-def _same(module: nn.Module, z: Tensor) -> Tensor:
-    return z
-
-
 def _runs(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
     """Match modules that run the forward of one of the classes, not one of their own."""
     return lambda module: any(isinstance(module, c) and type(module).forward is c.forward for c in classes)
@@ -93,60 +97,41 @@ def _runs(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
 
 # -- dense layers ------------------------------------------------------------------------------------------
 
-
-def _dense_features(module: nn.Module, x: Float[Tensor, "... m"]) -> Float[Tensor, "n t 1 m"]:
-    if x.ndim == 1:
-        return x[None, None, None]
-    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), 1, x.shape[-1])
-
-
-def _dense_project(module: nn.Module, x: Tensor, b: Float[Tensor, "n q m"]) -> Float[Tensor, "n t 1 q"]:
-    return (_dense_features(module, x).squeeze(2) @ b.mT).unsqueeze(2)
-
-
-_LINEAR = Kind(
-    _runs(nn.Linear),
-    lambda module, w: w,
-    _dense_features,
-    _dense_project,
-    outputs_last=_same,
-    outputs_back=_same,
-)
+_LINEAR = Kind(_runs(nn.Linear), lambda module, w: w)
 
 # Conv1D of GPT-2 (transformers), a dense layer whose weight is stored as (m, d).
 _TRANSPOSED_LINEAR = Kind(
-    lambda module: type(module).__name__ == "Conv1D" and hasattr(module, "nf"),
-    lambda module, w: w.mT,
-    _dense_features,
-    _dense_project,
-    outputs_last=_same,
-    outputs_back=_same,
+    lambda module: type(module).__name__ == "Conv1D" and hasattr(module, "nf"), lambda module, w: w.mT
 )
 
 
 # -- low-rank adaptation -------------------------------------------------------------------------------------
 
 
-def _lora_matrix(module: Any, w: Tensor) -> Float[Tensor, "d m"]:
-    """Effective weight of a dense layer wrapped by ``peft``: frozen base plus trainable factors.
+def _adapters(module: Any) -> list[str]:
+    """Names of the adapters that act; those switched off, or merged into the base, do not."""
+    off = getattr(module, "disable_adapters", False) or getattr(module, "merged", False)
+    return [] if off else [name for name in module.active_adapters if name in module.lora_A]
 
-    Adapters that are switched off, or merged into the base, add nothing.
-    """
-    if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
-        return w
-    for name in module.active_adapters:
-        if name in module.lora_A:
-            w = w + module.scaling[name] * (module.lora_B[name].weight @ module.lora_A[name].weight)
+
+def _lora_matrix(module: Any, w: Tensor) -> Float[Tensor, "d m"]:
+    """Effective weight of a dense layer wrapped by ``peft``: frozen base plus trainable factors."""
+    for name in _adapters(module):
+        w = w + module.scaling[name] * (module.lora_B[name].weight @ module.lora_A[name].weight)
     return w
 
 
-def dropping_adapter(module: nn.Module) -> str | None:
-    """An adapter whose input is not that of its base layer, as dropout is active on it; None if there is none."""
-    if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
-        return None
-    found: dict[str, Any] = dict(getattr(module, "lora_dropout", {}))
-    active = [n for n in getattr(module, "active_adapters", ()) if n in found]
-    return next((n for n in active if found[n].training and getattr(found[n], "p", 0.0) > 0), None)
+def _lora_problem(module: Any) -> str | None:
+    """Dropout on an adapter's input gives it other features than the base layer has."""
+    dropout = dict(getattr(module, "lora_dropout", {}))
+    for name in [n for n in _adapters(module) if n in dropout]:
+        if dropout[name].training and getattr(dropout[name], "p", 0.0) > 0:
+            return (
+                f"adapter {name!r} of layer '{{layer}}' has active dropout (lora_dropout), so it sees other features "
+                "than the base layer does, and the two are not one linear map with a kappa; set lora_dropout=0, or "
+                f"name a factor by itself, such as '{{layer}}.lora_B.{name}', whose kappa is defined"
+            )
+    return None
 
 
 _LORA = Kind(
@@ -156,10 +141,7 @@ _LORA = Kind(
         and not getattr(module, "lora_magnitude_vector", None)  # DoRA has another effective weight
     ),
     _lora_matrix,
-    _dense_features,
-    _dense_project,
-    outputs_last=_same,
-    outputs_back=_same,
+    problem=_lora_problem,
 )
 
 
@@ -186,15 +168,12 @@ _EMBEDDING = Kind(
     lambda module, w: w.mT,
     _embedding_features,
     _embedding_project,
-    outputs_last=_same,
-    outputs_back=_same,
 )
 
 
 # -- convolutions ----------------------------------------------------------------------------------------------
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def _batched(module: Any, x: Tensor) -> Tensor:
@@ -207,7 +186,7 @@ def _padded(module: Any, x: Tensor) -> Tensor:
     return F.pad(_batched(module, x), pad, mode=mode) if any(pad) else _batched(module, x)
 
 
-def _windows(x: Tensor, module: Any, stride: tuple[int, ...]) -> Float[Tensor, "n t c m"]:
+def _windows(module: Any, x: Tensor, stride: tuple[int, ...]) -> Float[Tensor, "n t c m"]:
     """Every window of a padded input, flattened as a kernel of the module is."""
     spatial = len(module.kernel_size)
     for i, (k, step, gap) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True)):
@@ -218,22 +197,16 @@ def _windows(x: Tensor, module: Any, stride: tuple[int, ...]) -> Float[Tensor, "
     return x.movedim(3, 1).flatten(3)
 
 
-def _conv_features(module: Any, x: Tensor) -> Float[Tensor, "n t c m"]:
-    return _windows(_padded(module, x), module, module.stride)
-
-
-def _conv_project(module: Any, x: Tensor, b: Float[Tensor, "n q m"]) -> Float[Tensor, "n t c q"]:
-    """One convolution of the whole batch, each sample with its own q kernels."""
-    x = _padded(module, x)
-    n, channels, c, q = x.shape[0], x.shape[1], module.groups, b.shape[1]
-    kernels = b.reshape(n, 1, q, channels // c, *module.kernel_size).expand(
-        -1, c, *[-1] * (b.ndim + len(x.shape) - 3)
-    )
-    run = _CONV[len(module.kernel_size)]
-    s = run(
+def _convolved(
+    module: Any, x: Tensor, b: Float[Tensor, "n q m"], stride: tuple[int, ...]
+) -> Float[Tensor, "n t c q"]:
+    """``b`` times the windows of a padded input: one grouped convolution, each sample with its own q kernels."""
+    n, channels, c, q, kernel = x.shape[0], x.shape[1], module.groups, b.shape[1], module.kernel_size
+    kernels = b.reshape(n, 1, q, channels // c, *kernel).expand(-1, c, *[-1] * (2 + len(kernel)))
+    s = _CONV[len(kernel)](
         x.reshape(1, n * channels, *x.shape[2:]),
-        kernels.reshape(n * c * q, channels // c, *module.kernel_size),
-        stride=module.stride,
+        kernels.reshape(n * c * q, channels // c, *kernel),
+        stride=stride,
         dilation=module.dilation,
         groups=n * c,
     )
@@ -251,8 +224,8 @@ def _channels_back(module: Any, z: Tensor) -> Tensor:
 _CONVOLUTION = Kind(
     _runs(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     lambda module, w: w.flatten(1),
-    _conv_features,
-    _conv_project,
+    lambda module, x: _windows(module, _padded(module, x), module.stride),
+    lambda module, x, b: _convolved(module, _padded(module, x), b, module.stride),
     _channels_last,
     _channels_back,
 )
@@ -265,48 +238,29 @@ def _transpose_matrix(module: Any, w: Tensor) -> Float[Tensor, "d m"]:
     return w.flatten(0, 1).flatten(1)
 
 
-def _transpose_features(module: Any, x: Tensor) -> Float[Tensor, "n t c m"]:
-    """Windows of the input with zeros put between its pixels."""
+def _stretched(module: Any, x: Tensor) -> Tensor:
+    """The input with zeros between its pixels and around: a transposed convolution is a convolution of that."""
     x = _batched(module, x)
-    spatial = len(module.kernel_size)
-    stretched = x
+    sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], module.stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *sizes)
+    places: Any = (..., *[slice(None, None, step) for step in module.stride])
+    wide[places] = x
     pad: list[int] = []
-    for i, (size, stride) in enumerate(zip(x.shape[2:], module.stride, strict=True)):
-        dim = 2 + i
-        wide = stretched.new_zeros(
-            *stretched.shape[:dim], (size - 1) * stride + 1, *stretched.shape[dim + 1 :]
-        )
-        at = torch.arange(0, (size - 1) * stride + 1, stride, device=x.device)
-        stretched = wide.index_copy(dim, at, stretched)
-    for i in reversed(range(spatial)):
+    for i in reversed(range(len(sizes))):
         reach = module.dilation[i] * (module.kernel_size[i] - 1) - module.padding[i]
         pad += [reach, reach + module.output_padding[i]]
-    return _windows(F.pad(stretched, pad), module, (1,) * spatial)
+    return F.pad(wide, pad)
 
 
-def _transpose_project(module: Any, x: Tensor, b: Float[Tensor, "n q m"]) -> Float[Tensor, "n t c q"]:
-    x = _batched(module, x)
-    n, channels, c, q = x.shape[0], x.shape[1], module.groups, b.shape[1]
-    spatial = len(module.kernel_size)
-    kernels = b.reshape(n, 1, q, channels // c, *module.kernel_size).transpose(2, 3)
-    kernels = kernels.flip(tuple(range(4, 4 + spatial))).expand(-1, c, *[-1] * (2 + spatial))
-    s = _CONV_TRANSPOSE[spatial](
-        x.reshape(1, n * channels, *x.shape[2:]),
-        kernels.reshape(n * channels, q, *module.kernel_size),
-        stride=module.stride,
-        padding=module.padding,
-        output_padding=module.output_padding,
-        groups=n * c,
-        dilation=module.dilation,
-    )
-    return s.reshape(n, c, q, -1).permute(0, 3, 1, 2)
+def _ones(module: Any) -> tuple[int, ...]:
+    return (1,) * len(module.kernel_size)
 
 
 _TRANSPOSED_CONVOLUTION = Kind(
     _runs(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     _transpose_matrix,
-    _transpose_features,
-    _transpose_project,
+    lambda module, x: _windows(module, _stretched(module, x), _ones(module)),
+    lambda module, x, b: _convolved(module, _stretched(module, x), b, _ones(module)),
     _channels_last,
     _channels_back,
 )

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from relflat.capture.kinds import kind_of
@@ -54,19 +54,9 @@ def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if name in parameters:
         return {name: _target(model, name, parameters[name])}
-    supported = supported_layers(model)
     if name == "output":
-        if isinstance(model, _Loss):
-            raise LayerError(
-                f"the model is a {type(model).__name__}, a criterion: are the two swapped? FAM takes the criterion "
-                "first, relative_flatness the model"
-            )
-        if not supported:
-            raise LayerError(f"{type(model).__name__} has no supported layer; {_candidates(model)}")
-        usable: dict[str, Target] = {n: m for n, m in supported.items() if _unusable(n, m) is None}
-        if not usable:
-            raise LayerError(_unusable(*next(iter(supported.items()))))
-        return usable
+        return _possible_outputs(model)
+    supported = supported_layers(model)
     if any(c in name for c in "*?["):
         for choices in (supported, matrices(model)):
             matches: dict[str, Target] = {n: m for n, m in choices.items() if fnmatchcase(n, name)}
@@ -75,6 +65,21 @@ def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
     near = nearest(name, [*supported, *matrices(model)])
     hint = f"did you mean {near}? " if near else ""
     raise LayerError(f"no layer named {name!r}; {hint}{_candidates(model)}")
+
+
+def _possible_outputs(model: nn.Module) -> dict[str, Target]:
+    if isinstance(model, _Loss):
+        raise LayerError(
+            f"the model is a {type(model).__name__}, a criterion: are the two swapped? FAM takes the criterion "
+            "first, relative_flatness the model"
+        )
+    supported = supported_layers(model)
+    if not supported:
+        raise LayerError(f"{type(model).__name__} has no supported layer; {_candidates(model)}")
+    usable: dict[str, Target] = {n: m for n, m in supported.items() if _unusable(n, m) is None}
+    if not usable:
+        raise LayerError(_unusable(*next(iter(supported.items()))))
+    return usable
 
 
 def _target(model: nn.Module, name: str, found: Target) -> Target:
@@ -103,32 +108,29 @@ def _target(model: nn.Module, name: str, found: Target) -> Target:
 def _unusable(name: str, found: Target) -> str | None:
     """Why a layer's weight cannot be differentiated, and what to do; None if it can."""
     if isinstance(found, nn.Parameter):
-        weights = [found]
+        problems = [_problem(found)]
     elif ".quantized." in type(found).__module__:
         return (
             f"layer {name!r} is quantised ({type(found).__module__}): take the model before it is quantised"
         )
     else:
         own = getattr(found, "base_layer", found).parameters(recurse=False)
-        weights = [p for p in own if p.ndim >= 2]
-    for w in weights:
-        if w.is_meta:
-            return (
-                f"the weight of {name!r} is on the meta device and holds no numbers; first call "
-                "model.to_empty(device=...) and load the weights"
-            )
-        if w.layout != torch.strided:
-            return f"the weight of {name!r} is {w.layout}; make it dense: weight.to_dense()"
-        if w.is_complex():
-            return (
-                f"the weight of {name!r} is {w.dtype}; kappa is defined for real weights: keep the real and the "
-                "imaginary part as two parameters (torch.view_as_real)"
-            )
-        if not w.is_floating_point():
-            return (
-                f"the weight of {name!r} is {w.dtype}, and its curvature needs real numbers; take the model before "
-                "it is quantised"
-            )
+        problems = [_problem(p) for p in own if p.ndim >= 2]
+    return next((f"the weight of {name!r} is {problem}" for problem in problems if problem), None)
+
+
+def _problem(w: Tensor) -> str | None:
+    if w.is_meta:
+        return "on the meta device and holds no numbers; first call model.to_empty(device=...) and load the weights"
+    if w.layout != torch.strided:
+        return f"{w.layout}; make it dense: weight.to_dense()"
+    if w.is_complex():
+        return (
+            f"{w.dtype}; kappa is defined for real weights: keep the real and the imaginary part as two parameters "
+            "(torch.view_as_real)"
+        )
+    if not w.is_floating_point():
+        return f"{w.dtype}, and its curvature needs real numbers; take the model before it is quantised"
     return None
 
 

@@ -7,7 +7,7 @@ checkpointing, another model that shares it, a forward in evaluation mode.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
 
 from relflat.capture.calls import Call, Forward
+from relflat.capture.hooks import WeakHook, nothing, remove
 from relflat.capture.kinds import kind_of, own_weights, weight_of
 from relflat.capture.outputs import output_layer
 from relflat.capture.pending import Pending
@@ -75,7 +76,7 @@ class Tap:
         self._caches: list[Any] = []
         self._handles: dict[str, list[Any]] = {}
         self._attach(model)
-        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        self._finalizer = weakref.finalize(self, remove, self._handles)
 
     # -- hooks ---------------------------------------------------------------------------------------
 
@@ -84,15 +85,15 @@ class Tap:
         modules = {n: m for n, m in self.layers.items() if isinstance(m, nn.Module)}
         self._tied = {n for n, m in modules.items() if any(uses[id(w)] > 1 for w in own_weights(m))}
         for name, module in modules.items():
-            before = module.register_forward_pre_hook(_Hook(self, "_before_layer", name), with_kwargs=True)
+            before = module.register_forward_pre_hook(WeakHook(self, "_before_layer", name), with_kwargs=True)
             after = module.register_forward_hook(
-                _Hook(self, "_after_layer", name),
+                WeakHook(self, "_after_layer", name),
                 with_kwargs=True,
                 always_call=parametrize.is_parametrized(module),
             )
             self._handles[name] = [before, after]
-        begin = model.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True, prepend=True)
-        end = model.register_forward_hook(_Hook(self, "_end"), always_call=True)
+        begin = model.register_forward_pre_hook(WeakHook(self, "_begin"), with_kwargs=True, prepend=True)
+        end = model.register_forward_hook(WeakHook(self, "_end"), always_call=True)
         self._handles["<model>"] = [begin, end]
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -184,7 +185,7 @@ class Tap:
                 "another method"
             )
 
-    def _keep(self, keep: str, calls: list[Call]) -> list[Call]:
+    def _keep(self, keep: str, calls: Sequence[Call]) -> list[Call]:
         """Remove the hooks of all layers but one and those asked for by name, and their calls."""
         wanted = {keep} | self._asked_for
         for name in [n for n in self.layers if n not in wanted]:
@@ -282,7 +283,7 @@ class Tap:
         """Whether :meth:`watch` is in force."""
         return self._watched is not None
 
-    def settle(self, calls: list[Call], end: Call | None) -> list[Call]:
+    def settle(self, calls: Sequence[Call], end: Call | None) -> list[Call]:
         """Find the output layer by what a loss was computed from: ``end`` if known, else the last call."""
         return self._keep((calls[-1] if end is None else end).layer, calls)
 
@@ -295,7 +296,7 @@ class Tap:
     def close(self) -> None:
         """Remove the hooks and forget everything."""
         self.reset()
-        _remove(self._handles)
+        remove(self._handles)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
         """Return a closed tap: hooks belong to one model, and a copy of that is another."""
@@ -303,24 +304,6 @@ class Tap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_closed_tap, ())
-
-
-class _Hook:
-    """A hook that knows its tap weakly, and is inert in copies of the module it sits on."""
-
-    def __init__(self, tap: Tap | None, method: str, *args: Any) -> None:
-        self._tap = weakref.ref(tap) if tap is not None else _nothing
-        self._method, self._args = method, args
-
-    def __call__(self, *args: Any) -> Any:
-        tap = self._tap()
-        return getattr(tap, self._method)(*self._args, *args) if tap is not None else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        return _Hook(None, self._method, *self._args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_Hook, (None, self._method, *self._args))
 
 
 def _recomputing() -> bool:
@@ -335,20 +318,9 @@ def _with_graph(output: Tensor) -> Tensor | None:
     return output.detach().requires_grad_().clone()
 
 
-def _nothing() -> None:
-    return None
-
-
 def _closed_tap() -> Tap:
     tap = object.__new__(Tap)
-    tap.layers, tap._handles, tap._model, tap._pending = {}, {}, _nothing, Pending()  # type: ignore[assignment]
+    tap.layers, tap._handles, tap._model, tap._pending = {}, {}, nothing, Pending()  # type: ignore[assignment]
     tap.copied = True
     tap.reset()
     return tap
-
-
-def _remove(handles: dict[str, list[Any]]) -> None:
-    for group in handles.values():
-        for handle in group:
-            handle.remove()
-    handles.clear()

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relflat.capture.calls import Call
-from relflat.capture.kinds import dropping_adapter
 from relflat.curvature.operators import Operator
 from relflat.curvature.scales import divisor, std_of_rows
 from relflat.curvature.space import Shares, Term
@@ -57,13 +56,8 @@ class OutputSpace:
         Raises:
             LayerError: if the layer is not one linear map of one input.
         """
-        for name in filter(None, (dropping_adapter(c.module) for c in calls)):
-            raise LayerError(
-                f"adapter {name!r} of layer {calls[0].layer!r} has active dropout (lora_dropout), so it sees other "
-                "features than the base layer does, and the two are not one linear map with a kappa; set "
-                "lora_dropout=0, or name a factor by itself, such as "
-                f"'{calls[0].layer}.lora_B.{name}', whose kappa is defined"
-            )
+        for problem in filter(None, (c.kind.problem(c.module) for c in calls)):
+            raise LayerError(problem.format(layer=calls[0].layer))
         weight = calls[0].weight.to(torch.promote_types(calls[0].weight.dtype, torch.float32))
         if scale is not None:
             scale = scale.to(weight.dtype)

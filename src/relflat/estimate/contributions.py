@@ -1,9 +1,13 @@
 """What an estimate gives: shares of kappa, by probe and group."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from relflat.errors import LossError
 
 Values = Float[Tensor, "k g"]
 
@@ -26,3 +30,21 @@ class Contributions:
     trace: Values | None
     method: str
     exact: bool
+
+
+def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:
+    """Mean over probes, summed over layers to the shape of the task loss: all of it, or each sample's share.
+
+    Raises:
+        LossError: if there is not one share for each of the losses.
+    """
+    total = torch.zeros_like(task.detach())
+    for layer, values in kappas.items():
+        share = values.mean(0)
+        if task.ndim > 0 and share.numel() != task.numel():
+            raise LossError(
+                f"the criterion returns losses of shape {tuple(task.shape)} and kappa of layer {layer!r} has "
+                f"{share.numel()} shares (samples coupled, or not one loss a row); use a criterion that reduces"
+            )
+        total = total + (share.sum() if task.ndim == 0 else share.reshape(task.shape))
+    return total

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,6 +37,16 @@ class Scene:
     mode: int = 0
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     replay: Replay | None = None
+
+    @classmethod
+    def of(cls, forwards: Sequence[Forward], loss: Tensor, **known: Any) -> "Scene":
+        """The scene of passes that led to a loss; further attributes by name.
+
+        Raises:
+            GraphError: if they or the loss recorded no graph, or the loss does not depend on the layers.
+        """
+        calls, last = calls_behind(forwards, loss), forwards[-1]
+        return cls(loss, calls, parameters=last.parameters, mode=last.mode, **known)
 
     @property
     def layers(self) -> list[str]:

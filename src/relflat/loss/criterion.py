@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from relflat.errors import DataError, LossError
 from relflat.loss.known import KnownLoss, known_loss
@@ -62,3 +62,22 @@ class Criterion:
     def trained_through(self) -> bool:
         """Whether the loss depends on the model through its targets too: then there is no Gauss-Newton matrix."""
         return any(isinstance(t, Tensor) and t.requires_grad for t in self.targets)
+
+
+def keep_state_dict_of_criterion(wrapper: nn.Module) -> None:
+    """Have a wrapper's ``state_dict`` be that of its ``loss_fn``, in saving and in loading."""
+    wrapper._register_state_dict_hook(_without_wrapper)  # type: ignore[no-untyped-call]
+    wrapper.register_load_state_dict_pre_hook(_with_wrapper)  # type: ignore[no-untyped-call]
+
+
+def _without_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [k for k in state if k.startswith(f"{prefix}loss_fn.")]:
+        state[prefix + key.removeprefix(f"{prefix}loss_fn.")] = state.pop(key)
+
+
+def _with_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    loss_fn = getattr(module, "loss_fn", None)
+    if isinstance(loss_fn, nn.Module):
+        for key in loss_fn.state_dict():
+            if prefix + key in state:
+                state[f"{prefix}loss_fn.{key}"] = state.pop(prefix + key)
