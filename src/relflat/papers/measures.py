@@ -21,7 +21,7 @@ from torch.func import functional_call, jvp
 from relflat import Flatness, relative_flatness
 from relflat.capture.kinds import weight_of
 from relflat.capture.resolve import resolve
-from relflat.measure.relatives import max_eigenvalue_flatness
+from relflat.landscape import max_eigenvalue_flatness
 
 CHUNK = 1000  # samples at a time
 PAC_BAYES_DEVIATION = 0.1  # loss of accuracy that defines the measure (Jiang et al. 2020)
