@@ -190,7 +190,6 @@ class FAM(nn.Module):
             task,
             outputs=None if known is None and criterion.trained_through else tensor,
             known=known,
-            targets=targets[0] if known else None,
             replay=Replay(self._tap, forwards, outputs, criterion),
         )
         penalty = self._penalty(scene)
@@ -227,7 +226,7 @@ class FAM(nn.Module):
         if self._tap.searching:
             scene = replace(scene, calls=self._tap.settle(scene.calls, reading.call if reading else None))
         if reading is not None:
-            scene = replace(scene, outputs=reading.outputs, known=reading.known, targets=reading.targets)
+            scene = replace(scene, outputs=reading.known.outputs, known=reading.known)
         elif len(forwards) == 1:
             scene = replace(scene, outputs=output_tensor(last.outputs))
         penalty = self._penalty(scene)

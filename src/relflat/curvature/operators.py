@@ -4,13 +4,13 @@ A direction lives in the output space of the tapped calls (identity I5): nothing
 the layer's weight or the trunk before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from relflat.capture.calls import Call
 from relflat.capture.graph import ancestors
@@ -109,7 +109,7 @@ def pull(
     """Gradients with respect to the calls' outputs, zero where there is no dependence.
 
     Raises:
-        GraphError: if a call recorded no graph; or, with ``required``, if there is no dependence at all.
+        GraphError: a call recorded no graph; or, with ``required``, there is no dependence at all.
     """
     for c in calls:
         if c.edge is None:
@@ -125,14 +125,12 @@ def pull(
             f"the loss does not depend on the output of layer {calls[0].layer!r} in the last forward pass of the "
             "model; give the criterion the outputs of that very pass, not detached and not of another model"
         )
-    sparse = [
-        c.layer for g, c in zip(found, calls, strict=True) if g is not None and g.layout != torch.strided
-    ]
-    if sparse:
-        raise GraphError(
-            f"the gradient in parameter {sparse[0]!r} is sparse and cannot be differentiated again; name the module "
-            "in place of its parameter, or build nn.Embedding with sparse=False"
-        )
+    for g, c in zip(found, calls, strict=True):
+        if g is not None and g.layout != torch.strided:
+            raise GraphError(
+                f"the gradient in parameter {c.layer!r} is sparse and cannot be differentiated again; name the "
+                "module in place of its parameter, or build nn.Embedding with sparse=False"
+            )
     return [torch.zeros_like(c.output) if g is None else g for g, c in zip(found, calls, strict=True)]
 
 
@@ -159,20 +157,20 @@ def check_differentiable_again(value: Tensor) -> None:
     Raises:
         SecondDerivativeError: naming the operation and the remedy.
     """
-    for node in ancestors(value.grad_fn):
-        if node.name() == "torch::autograd::NotImplemented":
-            raise _explained(_error_of(node))
+    _refuse([value], [], "torch::autograd::NotImplemented")
 
 
 def _check_no_dead_end(gradients: Sequence[Tensor], calls: Sequence[Call]) -> None:
-    """Refuse gradients through ``once_differentiable`` operations: autograd takes them for constants there.
+    """Refuse gradients through ``once_differentiable`` operations: autograd takes them for constants there."""
+    trunk = [c.edge.node for c in calls if c.edge is not None]
+    _refuse(gradients, trunk, "Error", "torch::autograd::Error")
 
-    Walks the graph of the tail.
-    """
-    trunk = {c.edge.node for c in calls if c.edge is not None}
-    for gradient in gradients:
-        for node in ancestors(gradient.grad_fn, trunk):
-            if node.name() in ("Error", "torch::autograd::Error"):
+
+def _refuse(tensors: Sequence[Tensor], without: Collection[Node], *names: str) -> None:
+    """Refuse nodes of these names in the graph of what comes after ``without``."""
+    for tensor in tensors:
+        for node in ancestors(tensor.grad_fn, without):
+            if node.name() in names:
                 raise _explained(_error_of(node))
 
 

@@ -7,8 +7,7 @@ together where samples are coupled.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,19 +19,14 @@ from relflat.rng import Rng
 Shares = Float[Tensor, " g"]
 
 
-@dataclass(frozen=True, eq=False)
-class Term:
-    """One term of the exact sum: the shares are inner products of ``H direction`` with these two.
-
-    Attributes:
-        direction: what the curvature is applied to.
-        kappa: its partner in kappa; carries the gradient in W and the features.
-        trace: its partner in ``Tr H``.
-    """
+class Term(NamedTuple):
+    """One term of the exact sum: shares are inner products of ``H direction`` with its partners."""
 
     direction: Tensor
     kappa: Tensor
+    """Partner in kappa; carries the gradient in W and the features."""
     trace: Tensor
+    """Partner in ``Tr H``."""
 
 
 class Space(Protocol):
@@ -43,10 +37,6 @@ class Space(Protocol):
     """
 
     where: str
-
-    @property
-    def layer(self) -> str:
-        """Qualified name of the layer."""
 
     @property
     def calls(self) -> tuple[Call, ...]:

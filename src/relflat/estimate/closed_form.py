@@ -14,13 +14,15 @@ from torch import Tensor
 from relflat.capture.calls import Call, same_values
 from relflat.capture.graph import same_memory
 from relflat.curvature.output_space import OutputSpace
+from relflat.estimate.contributions import Contributions
 from relflat.loss.hessians import DiagonalHessian, LogitHessian
 from relflat.loss.known import KnownLoss
+from relflat.options import Options
 
 
-def why_not(calls: Sequence[Call], outputs: Tensor | None, known: KnownLoss | None) -> str | None:
+def why_not(calls: Sequence[Call], known: KnownLoss | None) -> str | None:
     """The reason why no closed form applies to these calls of a layer, or None if one does."""
-    if known is None or outputs is None:
+    if known is None:
         return "the loss is not one whose Hessian is known (CrossEntropyLoss, BCEWithLogitsLoss, MSELoss)"
     if not calls:
         return "it is a parameter, and only output layers have one"
@@ -29,49 +31,43 @@ def why_not(calls: Sequence[Call], outputs: Tensor | None, known: KnownLoss | No
     (call,) = calls
     if getattr(call.module, "groups", 1) != 1:
         return "the layer is a grouped convolution"
-    if known.elementwise:
-        aligned = same_values(call, outputs, call.output)
-    else:
-        if known.classes_last(outputs).shape[-1] != call.weight.shape[0]:
-            return "it is not the output layer, whose outputs are the classes of the loss"
-        aligned = same_values(call, known.classes_last(outputs), call.outputs_last())
+    if not known.elementwise and known.rows().shape[-1] != call.weight.shape[0]:
+        return "it is not the output layer, whose outputs are the classes of the loss"
+    aligned = same_values(call, *_aligned(call, known))
     return None if aligned else "something is computed between the layer's output and the loss"
 
 
-def seen_without_graph(call: Call, outputs: Tensor | None, known: KnownLoss | None) -> bool:
+def seen_without_graph(call: Call, known: KnownLoss | None) -> bool:
     """Whether the outputs can be recognised as the layer's under ``no_grad``: they share its memory."""
-    if known is None or outputs is None:
-        return False
-    if known.elementwise:
-        return same_memory(outputs, call.output)
-    return same_memory(known.classes_last(outputs), call.outputs_last())
+    return known is not None and same_memory(*_aligned(call, known))
 
 
-def logit_hessian(
-    space: OutputSpace, known: KnownLoss, outputs: Float[Tensor, "..."], targets: Tensor
-) -> LogitHessian:
+def closed_form(space: OutputSpace, hessian: LogitHessian, options: Options) -> Contributions:
+    """Each row's share. Cost: one product of the size of the layer's own (adaptive: two)."""
+    return from_energy(space.features.flatten(0, 2).square(), space.weight, hessian, options)
+
+
+def from_energy(
+    energy: Float[Tensor, "p m"], weight: Float[Tensor, "d m"], hessian: LogitHessian, options: Options
+) -> Contributions:
+    """The same from ``energy``, the squared features of each row."""
+    if options.adaptive:
+        kappa = (energy * hessian.diagonal(weight)).sum(-1)
+    else:
+        kappa = energy.sum(-1) * hessian.total(weight)
+    trace = energy.sum(-1) * hessian.trace()
+    return Contributions(kappa[None], trace[None] if options.trace else None, "closed_form", True)
+
+
+def by_rows(call: Call, hessian: LogitHessian) -> LogitHessian:
     """The blocks ``A_p`` with respect to the rows of the layer's output."""
-    hessian = known.hessian(outputs, targets)
     if isinstance(hessian, DiagonalHessian):  # the loss may see (n,) where the layer gave (n, 1)
-        call = space.calls[0]
         return DiagonalHessian(call.rows(hessian.a.reshape(call.output.shape)).flatten(0, 1))
     return hessian
 
 
-def kappa_rows(
-    energy: Float[Tensor, "p m"], weight: Float[Tensor, "d m"], hessian: LogitHessian, *, adaptive: bool
-) -> Float[Tensor, " p"]:
-    """Each row's share of kappa. Cost: one product of the size of the layer's own (adaptive: two)."""
-    if adaptive:
-        return (energy * hessian.diagonal(weight)).sum(-1)
-    return energy.sum(-1) * hessian.total(weight)
-
-
-def trace_rows(energy: Float[Tensor, "p m"], hessian: LogitHessian) -> Float[Tensor, " p"]:
-    """Each row's share of ``Tr H``, H the Hessian with respect to the layer's weight."""
-    return energy.sum(-1) * hessian.trace()
-
-
-def squared_features(space: OutputSpace) -> Float[Tensor, "p m"]:
-    """Squares of the features of each row."""
-    return space.features.flatten(0, 2).square()
+def _aligned(call: Call, known: KnownLoss) -> tuple[Tensor, Tensor]:
+    """Logits and layer's output, each as rows where the loss needs whole ones."""
+    if known.elementwise:
+        return known.outputs, call.output
+    return known.rows(), call.outputs_last()

@@ -1,6 +1,7 @@
 """From a scene to contributions: every layer gets its method, every method runs once."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -67,24 +68,21 @@ class Estimator:
             self._wanted = named("finite_difference")
             return self._estimate(scene, step, options)
 
-    def subjects(
-        self, scene: Scene, *, without: Collection[str] = (), together: bool = False
-    ) -> Iterator[Subject]:
-        """The layers of a scene, with samples as one group if ``together``."""
+    def subjects(self, scene: Scene, options: Options | None = None, **how: Any) -> Iterator[Subject]:
+        """The layers of a scene; ``how`` as for :class:`Subject`."""
         for layer in scene.layers:
-            if layer not in without:
-                yield Subject(scene, layer, self.options, self.memory, self.seed, together=together)
+            yield Subject(scene, layer, options or self.options, self.memory, self.seed, **how)
 
     def _estimate(self, scene: Scene, step: int, options: Options) -> dict[str, Contributions]:
         chosen: dict[str, tuple[Method, list[Subject]]] = {}
         found: dict[str, Contributions] = {}
         rng = Rng(self.seed, step)
         with torch.autocast(scene.loss.device.type, enabled=False):
-            for subject in self.subjects(scene):
+            for subject in self.subjects(scene, options):
                 method = choose(subject, self._wanted)
                 chosen.setdefault(method.name, (method, []))[1].append(subject)
             for method, subjects in chosen.values():
-                found |= method.run(subjects, options, rng)
+                found |= method.run(subjects, rng)
         if options.full:
             self._must_have_gradients(found)
         return {layer: found[layer] for layer in scene.layers}

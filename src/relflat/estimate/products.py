@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from relflat.curvature.operators import Operator, pull
@@ -14,7 +13,7 @@ from relflat.options import Options
 from relflat.rng import Rng
 
 
-def exact(space: Space, operator: Operator, options: Options) -> Contributions:
+def exact(operator: Operator, space: Space, options: Options) -> Contributions:
     """The sum of the definition over a basis, one product for each of its terms."""
     kappas, traces = [], []
     if options.adaptive:
@@ -30,7 +29,7 @@ def exact(space: Space, operator: Operator, options: Options) -> Contributions:
     return Contributions(torch.stack(kappas).sum(0)[None], trace, method, True)
 
 
-def sampled(space: Space, operator: Operator, options: Options, rng: Rng, name: str) -> Contributions:
+def sampled(operator: Operator, space: Space, options: Options, rng: Rng, name: str) -> Contributions:
     """Quadratic forms of ``options.probes`` random directions."""
     kappas, traces = [], []
     for _ in range(options.probes):
@@ -42,14 +41,7 @@ def sampled(space: Space, operator: Operator, options: Options, rng: Rng, name: 
     return _of_probes(kappas, traces if options.trace else None, name, space, options)
 
 
-def factored(
-    spaces: Sequence[Space],
-    outputs: Float[Tensor, "..."],
-    known: KnownLoss,
-    targets: Tensor,
-    options: Options,
-    rng: Rng,
-) -> list[Contributions]:
+def factored(spaces: Sequence[Space], known: KnownLoss, options: Options, rng: Rng) -> list[Contributions]:
     """Probes in the space of the logits (I7): ``r = S eps`` with ``S S' = A``, one pull-back for all layers.
 
     With ``g = J' r`` the share of a group is ``||sum_t (W' g_t) phi_t'||_F^2``, never negative.
@@ -57,8 +49,8 @@ def factored(
     calls = [c for s in spaces for c in s.calls]
     kappas: list[list[Tensor]] = [[] for _ in spaces]
     traces: list[list[Tensor]] = [[] for _ in spaces]
-    for r in _factors(outputs, known, targets, options, rng):
-        pulled = iter(pull([outputs], calls, [r], create_graph=options.full))
+    for r in _factors(known, options, rng):
+        pulled = iter(pull([known.outputs], calls, [r], create_graph=options.full))
         for i, space in enumerate(spaces):
             g = space.pulled([next(pulled) for _ in space.calls])
             kappa, trace = space.squared_norms(g, rng, adaptive=options.adaptive, trace=options.trace)
@@ -70,17 +62,13 @@ def factored(
     ]
 
 
-def _factors(
-    outputs: Tensor, known: KnownLoss, targets: Tensor, options: Options, rng: Rng
-) -> Iterator[Tensor]:
+def _factors(known: KnownLoss, options: Options, rng: Rng) -> Iterator[Tensor]:
     """Random vectors in the space of the outputs whose second moment is the Hessian of the loss there."""
-    hessian = known.hessian(outputs if options.full else outputs.detach(), targets)
-    arranged = known.classes_last(outputs)
-    d = arranged.shape[-1]
-    like = arranged.new_zeros((), dtype=torch.promote_types(outputs.dtype, torch.float32))
+    hessian, rows = known.hessian(constant=not options.full), known.rows()
+    like = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
     for _ in range(options.probes):
-        eps = rng.signs((arranged.numel() // d, d), like)
-        yield known.classes_back(hessian.factor(eps).reshape(arranged.shape)).to(outputs.dtype)
+        eps = rng.signs((rows.numel() // rows.shape[-1], rows.shape[-1]), like)
+        yield known.from_rows(hessian.factor(eps))
 
 
 def _quadratic(space: Space, operator: Operator, u: Tensor, options: Options) -> Shares:

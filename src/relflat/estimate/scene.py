@@ -21,7 +21,6 @@ class Scene:
         calls: the tapped calls that the loss depends on.
         outputs: the tensor the loss was computed from, if there is one.
         known: what is known of the loss.
-        targets: the targets, if ``known``.
         parameters: tapped parameters, whose curvature is taken in themselves.
         mode: stands for which modules of the model are in training mode.
         scales: standard deviation of the features by layer, if they are to be normalised by a given one.
@@ -32,7 +31,6 @@ class Scene:
     calls: Sequence[Call]
     outputs: Tensor | None = None
     known: KnownLoss | None = None
-    targets: Tensor | None = None
     parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
     mode: int = 0
     scales: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """One layer of a scene, with the operator and the space its kappa is taken in, each built once."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -22,19 +23,16 @@ from relflat.rng import Rng
 
 @dataclass
 class Memory:
-    """What was found out about a model in earlier steps and need not be asked again.
-
-    Attributes:
-        coupled: whether samples are coupled after a layer, by layer and training mode of all modules.
-        curved: layers in whose output the loss was seen to have a curvature, or said to have none.
-        through: layers that the loss was seen to reach through the outputs only.
-        smooth: layers whose kappa was seen to have a gradient.
-    """
+    """What was found out about a model in earlier steps and need not be asked again, by layer."""
 
     coupled: dict[tuple[str, int], bool] = field(default_factory=dict)
+    """Whether samples are coupled after it, in a training mode of all modules."""
     curved: set[str] = field(default_factory=set)
+    """The loss was seen to have a curvature in its output, or said to have none."""
     through: set[str] = field(default_factory=set)
+    """The loss was seen to depend on it through the outputs only."""
     smooth: set[str] = field(default_factory=set)
+    """Its kappa was seen to have a gradient."""
 
 
 class Subject:
@@ -50,14 +48,7 @@ class Subject:
     """
 
     def __init__(
-        self,
-        scene: Scene,
-        layer: str,
-        options: Options,
-        memory: Memory,
-        seed: int,
-        *,
-        together: bool = False,
+        self, scene: Scene, layer: str, options: Options, memory: Memory, seed: int, *, together: bool = False
     ) -> None:
         self.scene, self.layer, self.options = scene, layer, options
         self.memory, self.seed, self.together = memory, seed, together
@@ -92,9 +83,10 @@ class Subject:
         return same_values(self.calls[0], outputs, self.calls[0].output)
 
     @property
-    def known(self) -> KnownLoss | None:
-        """The loss, if its Hessian is known and the Gauss-Newton matrix is wanted, which is made of that alone."""
-        return self.scene.known if self.options.curvature == "ggn" else None
+    def factors(self) -> KnownLoss | None:
+        """The loss, if the Gauss-Newton matrix is wanted and may be taken from the known factors of its Hessian."""
+        wanted = self.options.curvature == "ggn" and self.options.method != "exact"
+        return self.scene.known if wanted else None
 
     @functools.cached_property
     def scale(self) -> Tensor | None:
@@ -127,31 +119,36 @@ class Subject:
 
     @functools.cached_property
     def operator(self) -> Operator:
-        """Products with the curvature of the whole batch.
-
-        Raises:
-            GraphError: if there is no Gauss-Newton matrix.
-        """
-        scene, loss = self.scene, self.scene.loss.sum()
+        """Products with the curvature of the whole batch."""
+        loss, full = self.scene.loss.sum(), self.options.full
         calls = self._weight_space.calls if self.in_weight else self.calls
-        operator: Operator
         if self.options.curvature == "hessian" or self.at_end:
-            operator = HessianOperator(loss, calls, create_graph=self.options.full)
+            operator: Operator = HessianOperator(loss, calls, create_graph=full)
         else:
-            if scene.outputs is None:
-                raise GraphError(
-                    "curvature='ggn' needs the tensor that the loss was computed from, and the model's outputs are "
-                    "no single tensor; use curvature='hessian' or call the criterion with (outputs, targets)"
-                )
-            if self.layer not in self.memory.through:
-                _only_through(scene.outputs, scene.loss, calls)
-                self.memory.through.add(self.layer)
-            operator = GGNOperator(loss, scene.outputs, calls, create_graph=self.options.full)
+            operator = GGNOperator(loss, self._outputs(calls), calls, create_graph=full)
         if not self.in_weight and self.layer not in self.memory.curved:
-            self._must_be_curved(operator)
+            self._warn_if_flat(operator)
         return operator
 
-    def _must_be_curved(self, operator: Operator) -> None:
+    def _outputs(self, calls: Sequence[Call]) -> Tensor:
+        """The tensor the loss was computed from, and nothing else of the layer: else its GGN would lack that part."""
+        outputs, loss = self.scene.outputs, self.scene.loss
+        if outputs is None:
+            raise GraphError(
+                "curvature='ggn' needs the tensor that the loss was computed from, and the model's outputs are "
+                "no single tensor; use curvature='hessian' or call the criterion with (outputs, targets)"
+            )
+        if self.layer not in self.memory.through and outputs.grad_fn is not None:
+            past = set(ancestors(loss.grad_fn, without=[outputs.grad_fn]))
+            if any(c.edge is not None and c.edge.node in past for c in calls):
+                raise GraphError(
+                    f"the loss depends on layer {self.layer!r} also past the tensor taken for the outputs (an "
+                    "auxiliary loss, a second head), so there is no Gauss-Newton matrix; use curvature='hessian'"
+                )
+        self.memory.through.add(self.layer)
+        return outputs
+
+    def _warn_if_flat(self, operator: Operator) -> None:
         """Warn, once a layer, where a gradient meets no curvature in a random direction."""
         rng = Rng(self.seed, -2)
         products = operator([rng.signs(tuple(c.output.shape), c.output) for c in self.calls])
@@ -168,21 +165,8 @@ class Subject:
             return False
         key, rng = (self.layer, self.scene.mode), Rng(self.seed, -1)
         if key not in self.memory.coupled:
-            if self.known is not None and self.options.method != "exact":
-                assert self.scene.outputs is not None
-                self.memory.coupled[key] = coupled_in_outputs(self.scene.outputs, self.calls, rng)
+            if self.factors is not None:
+                self.memory.coupled[key] = coupled_in_outputs(self.factors.outputs, self.calls, rng)
             else:
                 self.memory.coupled[key] = coupled_in_products(self.operator, self.calls, rng)
         return self.memory.coupled[key]
-
-
-def _only_through(outputs: Tensor, loss: Tensor, calls: list[Call] | tuple[Call, ...]) -> None:
-    """Refuse a loss that sees the layer past the outputs: its Gauss-Newton matrix would lack that part."""
-    if outputs.grad_fn is None:
-        return
-    past = set(ancestors(loss.grad_fn, without=[outputs.grad_fn]))
-    if any(c.edge is not None and c.edge.node in past for c in calls):
-        raise GraphError(
-            f"the loss depends on layer {calls[0].layer!r} also past the tensor taken for the outputs (an auxiliary "
-            "loss, a second head), so there is no Gauss-Newton matrix; use curvature='hessian'"
-        )

@@ -56,7 +56,7 @@ class Criterion:
 
     def known(self, outputs: Any) -> KnownLoss | None:
         """What is known of it as a function of these outputs."""
-        return known_loss(self.loss_fn, outputs, self.targets, dict(self.kwargs))
+        return known_loss(self.loss_fn, outputs, self.targets, self.kwargs)
 
     @property
     def trained_through(self) -> bool:

@@ -29,7 +29,7 @@ class LogitHessian(Protocol):
 
 
 class SoftmaxHessian:
-    """``A_p = mass_p (diag p - p p')``: cross-entropy (identity I1 of the design).
+    """``A_p = mass_p (diag p - p p')``: cross-entropy (I1).
 
     Everything is written in ``q = p - e_k``, k the most likely class, whose entries are of the size of what
     is missing to certainty. So the variance keeps its relative accuracy when ``p`` is nearly one-hot, where
@@ -45,14 +45,13 @@ class SoftmaxHessian:
 
     def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
         """``E_p w^2 - (E_p w)^2`` feature by feature, times the mass."""
-        q, centred, mean = self._deviations(weight)
-        return self.mass[:, None] * (q @ centred.square() - mean * (2 * centred[self.k[:, 0]] + mean))
+        q, w, mean = self._deviations(weight)
+        return self.mass[:, None] * (q @ w.square() - mean * (2 * w[self.k[:, 0]] + mean))
 
     def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
         """``E_p ||w||^2 - ||E_p w||^2``, times the mass."""
-        q, centred, mean = self._deviations(weight)
-        spread = (mean * (2 * centred[self.k[:, 0]] + mean)).sum(-1)
-        return self.mass * (q @ centred.square().sum(-1) - spread)
+        q, w, mean = self._deviations(weight)
+        return self.mass * (q @ w.square().sum(-1) - (mean * (2 * w[self.k[:, 0]] + mean)).sum(-1))
 
     def _deviations(self, weight: Float[Tensor, "d m"]) -> tuple[Tensor, Tensor, Tensor]:
         """``q``, the weight without its mean row (which kappa does not see, but rounding does), ``q W``."""
@@ -78,7 +77,7 @@ class SoftmaxHessian:
 
 
 class DiagonalHessian:
-    """``A_p = diag(a_p)``: losses that are sums over the outputs, each of one output (identity I2)."""
+    """``A_p = diag(a_p)``: losses that are sums over the outputs, each of one output (I2)."""
 
     def __init__(self, a: Float[Tensor, "p d"]) -> None:
         self.a = a

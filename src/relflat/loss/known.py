@@ -9,7 +9,7 @@ To add a loss, write a function that turns a call into a :class:`KnownLoss` and 
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,41 +20,45 @@ from torch import Tensor, nn
 
 from relflat.loss.hessians import DiagonalHessian, LogitHessian, SoftmaxHessian
 
-Hessian = Callable[[Tensor, Tensor], LogitHessian]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KnownLoss:
-    """A loss whose Hessian with respect to the logits is known in closed form.
+    """A loss of given logits and targets, whose Hessian with respect to the logits is known in closed form.
 
     Attributes:
+        outputs: the logits, or what it is the same function of; with their graph.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         class_dim: the dimension of the logits that holds one row: 1 for cross-entropy, -1 for elementwise.
-        hessian: ``(outputs, targets) -> LogitHessian`` of the loss as reduced ("none" counts as "sum").
-        normaliser: ``(outputs, targets) -> scalar`` a mean reduction divides by: samples, class weights or
-            tokens not ignored.
-        confidence: ``(outputs, targets) ->`` the probability of the most likely class at each row that counts.
+        hessian_at: ``logits -> LogitHessian`` of the loss as reduced ("none" counts as "sum").
+        divisor: what a mean reduction divides by: samples, class weights or tokens not ignored.
+        confidence: the probability of the most likely class at each row that counts.
         elementwise: whether a row may be cut anywhere, as each output stands alone.
     """
 
+    outputs: Float[Tensor, "..."]
     reduction: str
     class_dim: int
-    hessian: Hessian
-    normaliser: Callable[[Tensor, Tensor], Tensor]
-    confidence: Callable[[Tensor, Tensor], Tensor] | None
+    hessian_at: Callable[[Tensor], LogitHessian]
+    divisor: Callable[[], Tensor]
+    confidence: Callable[[], Tensor] | None
     elementwise: bool
+
+    def hessian(self, *, constant: bool) -> LogitHessian:
+        """The Hessian, without a graph if it counts as constant."""
+        return self.hessian_at(self.outputs.detach() if constant else self.outputs)
 
     def times(self, constant: float) -> "KnownLoss":
         """The loss multiplied by a constant that is not negative."""
-        return replace(self, hessian=lambda outputs, targets: self.hessian(outputs, targets).times(constant))
+        return replace(self, hessian_at=lambda outputs: self.hessian_at(outputs).times(constant))
 
-    def classes_last(self, outputs: Float[Tensor, "..."]) -> Float[Tensor, "... d"]:
+    def rows(self) -> Float[Tensor, "... d"]:
         """The logits with one row in the last dimension."""
-        return outputs.movedim(self.class_dim, -1) if outputs.ndim > 1 else outputs
+        return self.outputs.movedim(self.class_dim, -1) if self.outputs.ndim > 1 else self.outputs
 
-    def classes_back(self, outputs: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
-        """Undo :meth:`classes_last`."""
-        return outputs.movedim(-1, self.class_dim) if outputs.ndim > 1 else outputs
+    def from_rows(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
+        """Undo :meth:`rows`, for a tensor like it."""
+        rows = rows.reshape(self.rows().shape).to(self.outputs.dtype)
+        return rows.movedim(-1, self.class_dim) if rows.ndim > 1 else rows
 
 
 Describe = Callable[..., KnownLoss | None]
@@ -74,21 +78,23 @@ def register(module: type[nn.Module], function: Callable[..., Tensor], describe:
 
 
 def known_loss(
-    loss_fn: Callable[..., Any], outputs: Any, targets: tuple[Any, ...], kwargs: dict[str, Any]
+    loss_fn: Callable[..., Any], outputs: Any, targets: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> KnownLoss | None:
     """Describe the loss ``loss_fn(outputs, *targets, **kwargs)``, or return None if it is not known exactly.
 
-    Recognised: ``CrossEntropyLoss``, ``BCEWithLogitsLoss``, ``MSELoss``, their functional forms, and
-    ``functools.partial`` of those.
+    Recognised: ``CrossEntropyLoss``, ``BCEWithLogitsLoss``, ``MSELoss``, their functional forms,
+    ``functools.partial`` of those, and what was registered.
     """
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or len(targets) != 1:
         return None
     if not isinstance(targets[0], Tensor) or targets[0].requires_grad:
         return None
     if isinstance(loss_fn, functools.partial):
-        if loss_fn.args:
-            return None
-        return known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
+        return (
+            None
+            if loss_fn.args
+            else known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
+        )
     for module, function, describe in _KNOWN:
         if isinstance(loss_fn, nn.Module) and type(loss_fn).forward is module.forward and not kwargs:
             accepted = _parameters(function)
@@ -114,60 +120,55 @@ def _softmax_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> KnownLoss | None:
-    """Cross-entropy: hard labels have mass ``(1-s) w_y + s/C sum_c w_c``, soft ones ``sum_c w_c t_c``."""
+    """I1: the blocks are ``mass_p (diag p - p p')``, p the softmax and the mass linear in the targets."""
     probabilities = target.is_floating_point()
     if probabilities and target.shape != outputs.shape:
         return None
-    class_dim = 1 if outputs.ndim > 1 else 0
+    dim = 1 if outputs.ndim > 1 else 0
+    d, wide = outputs.shape[dim], _wide(outputs)
 
-    def masses(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    @functools.cache
+    def masses() -> tuple[Tensor, Tensor]:
         """The mass of each row, and the sum a mean reduction divides by."""
-        d = outputs.shape[class_dim]
-        w = (outputs.new_ones(d) if weight is None else weight).to(_wide(outputs))
-        if probabilities:
-            t = target.movedim(class_dim, -1).reshape(-1, d).to(w.dtype)
+        w = (outputs.new_ones(d) if weight is None else weight).to(wide)
+        if probabilities:  # sum_c w_c t_c, targets smoothed
+            t = target.movedim(dim, -1).reshape(-1, d).to(w.dtype)
             mass = (t * (1 - label_smoothing) + label_smoothing / d) @ w
             return mass, mass.new_tensor(float(mass.numel()))
         y = target.reshape(-1)
         valid = y != ignore_index
         own = torch.where(valid, w[torch.where(valid, y, 0)], 0.0)
+        # (1-s) w_y + s/C sum_c w_c
         mass = (1 - label_smoothing) * own + torch.where(valid, label_smoothing / d * w.sum(), 0.0)
         return mass, own.sum()
 
-    def hessian(outputs: Tensor, target: Tensor) -> LogitHessian:
-        mass, total = masses(outputs, target)
-        logits = outputs.movedim(class_dim, -1).reshape(-1, outputs.shape[class_dim])
-        return SoftmaxHessian(logits.to(_wide(outputs)), mass / total if reduction == "mean" else mass)
+    def hessian_at(logits: Tensor) -> LogitHessian:
+        mass, total = masses()
+        rows = logits.movedim(dim, -1).reshape(-1, d).to(wide)
+        return SoftmaxHessian(rows, mass / total if reduction == "mean" else mass)
 
-    def confidence(outputs: Tensor, target: Tensor) -> Tensor:
-        top = outputs.detach().to(_wide(outputs)).softmax(class_dim).amax(class_dim)
-        return top if target.is_floating_point() else top[target != ignore_index]
+    def confidence() -> Tensor:
+        top = outputs.detach().to(wide).softmax(dim).amax(dim)
+        return top if probabilities else top[target != ignore_index]
 
-    return KnownLoss(
-        reduction,
-        class_dim,
-        hessian,
-        lambda o, t: masses(o, t)[1],
-        confidence,
-        elementwise=False,
-    )
+    divisor = lambda: masses()[1]  # noqa: E731
+    return KnownLoss(outputs, reduction, dim, hessian_at, divisor, confidence, elementwise=False)
 
 
 def _elementwise(
     second: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, target: Tensor, reduction: str
 ) -> KnownLoss | None:
-    """A loss that is a mean or sum over elements, ``second`` its second derivative at each of them."""
+    """I2, for a mean or sum over elements; ``second`` is the second derivative at each of them."""
     if outputs.shape != target.shape:
         return None  # broadcasting couples what the reduction divides by; leave it to autograd
 
-    def hessian(outputs: Tensor, target: Tensor) -> LogitHessian:
+    def hessian_at(outputs: Tensor) -> LogitHessian:
         a = second(outputs.to(_wide(outputs)), target.to(_wide(outputs))).expand(outputs.shape)
         a = a / a.numel() if reduction == "mean" else a
         return DiagonalHessian(a.reshape(-1, a.shape[-1] if a.ndim else 1))
 
-    return KnownLoss(
-        reduction, -1, hessian, lambda o, t: o.new_tensor(float(o.numel())), None, elementwise=True
-    )
+    divisor = lambda: outputs.new_tensor(float(outputs.numel()))  # noqa: E731
+    return KnownLoss(outputs, reduction, -1, hessian_at, divisor, None, elementwise=True)
 
 
 def _bce_with_logits(
@@ -183,11 +184,8 @@ def _bce_with_logits(
         scale = scale if pos_weight is None else scale * (1 + (pos_weight - 1) * y)
         return scale * z.sigmoid() * (-z).sigmoid()
 
-    def confidence(z: Tensor, y: Tensor) -> Tensor:
-        return z.detach().to(_wide(z)).abs().sigmoid()
-
     loss = _elementwise(second, outputs, target, reduction)
-    return loss and replace(loss, confidence=confidence)
+    return loss and replace(loss, confidence=lambda: outputs.detach().to(_wide(outputs)).abs().sigmoid())
 
 
 def _mse(

@@ -30,15 +30,11 @@ class Reading:
     """What a loss was computed from.
 
     Attributes:
-        known: the loss as a function of ``outputs``, constants included.
-        outputs: the logits, or log-probabilities, of which it is the same function; with their graph.
-        targets: the targets that go with ``outputs``.
+        known: the loss of the logits, or of log-probabilities of which it is the same function, constants included.
         call: the call of an output layer that gave the logits, if it is one of those asked about.
     """
 
     known: KnownLoss
-    outputs: Tensor
-    targets: Tensor
     call: Call | None
 
 
@@ -63,9 +59,7 @@ def read_loss(loss: Tensor, calls: Sequence[Call]) -> Reading | None:
     if read is None or reduction is None or not constant > 0:
         return None
     reading = read(node, reduction, calls, float(loss.detach()) / constant)
-    if reading is None:
-        return None
-    return Reading(reading.known.times(constant), reading.outputs, reading.targets, reading.call)
+    return reading and Reading(reading.known.times(constant), reading.call)
 
 
 def _without_constants(node: Node | None) -> tuple[Any, float] | None:
@@ -188,7 +182,7 @@ def _reading(
     call: Call | None,
 ) -> Reading | None:
     known = known_loss(functools.partial(function, **options), outputs, (targets,), {})
-    return None if known is None else Reading(known, outputs, targets, call)
+    return None if known is None else Reading(known, call)
 
 
 def _signed(number: int) -> int:

@@ -131,7 +131,9 @@ def _add_images(
     """Add a batch's share of the images of all pending columns."""
     device = scene.loss.device.type
     with kept_whole(measurement.model), torch.autocast(device, enabled=False):
-        for subject in measurement.estimator.subjects(scene, without=settled, together=True):
+        for subject in measurement.estimator.subjects(scene, together=True):
+            if subject.layer in settled:
+                continue
             operator_, space = subject.operator, subject.space
             name, w = subject.layer, space.weight.detach()
             if name not in sketches:

@@ -18,7 +18,7 @@ def weight_of_known(scene: Scene) -> Weight:
     assert scene.known is not None
     if scene.known.reduction == "sum":
         return (1.0, 0.0) if scene.loss.ndim == 0 else (1.0, float(scene.loss.numel()))
-    divisor = float(scene.known.normaliser(scene.outputs, scene.targets))  # type: ignore[arg-type]
+    divisor = float(scene.known.divisor())
     return (divisor, divisor) if scene.known.reduction == "mean" else (1.0, divisor)
 
 

@@ -146,7 +146,6 @@ class Measurement:
             calls=calls if len(forwards) == 1 else depends_on(loss, calls),
             outputs=output_tensor(outputs),
             known=known,
-            targets=targets if known else None,
             parameters=last.parameters,
             mode=last.mode,
             scales=self.scales,
@@ -178,9 +177,8 @@ class Measurement:
             x.energy += math.nan if space is None else space.energy()
             weight = Matrix.of(name, scene.parameters[name]).weight() if space is None else space.weight
             x.weight_norm = x.weight_norm or float(torch.linalg.vector_norm(weight.detach().double()))
-        if scene.known is not None and scene.known.confidence and scene.outputs is not None:
-            assert scene.targets is not None
-            each = scene.known.confidence(scene.outputs, scene.targets)
+        if scene.known is not None and scene.known.confidence is not None:
+            each = scene.known.confidence()
             sums.confidence += float(each.sum(dtype=torch.float64))
             sums.confident += each.numel()
         sums.samples += samples
@@ -220,7 +218,7 @@ class Measurement:
 def _recognised(scene: Scene) -> bool:
     """Whether closed forms are seen to apply without a graph, so that later batches need none."""
     one_pass = scene.replay is not None and len(scene.replay.forwards) == 1
-    return one_pass and all(seen_without_graph(c, scene.outputs, scene.known) for c in scene.calls)
+    return one_pass and all(seen_without_graph(c, scene.known) for c in scene.calls)
 
 
 def _add(sums: Sums, scene: Scene, parts: Mapping[str, Contributions], weight: Weight) -> None:
