@@ -17,14 +17,10 @@ from relflat.rng import RngState
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One call of a tapped layer within a forward pass.
+    """One call of a tapped layer within a forward pass: input, output and weight as they were at that moment.
 
     Attributes:
-        layer: qualified name of the layer.
-        module: the layer.
-        kind: how that class of layer acts linearly.
-        phi: its input, as the layer saw it.
-        weight: its weight at that moment, as ``(d, m)``.
+        weight: as ``(d, m)``.
         output: the tensor it returned; may have been overwritten in place since.
         edge: where gradients in the output are taken, valid also after in-place operations; None under ``no_grad``.
         versions: of input and output at that moment.

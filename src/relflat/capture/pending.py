@@ -21,40 +21,33 @@ class Pending:
         self._overflow = self._used = False
 
     def put(self, record: Forward) -> None:
-        """Add a pass; when too many wait the older ones are dropped, and the next :meth:`take` says so."""
+        """Add a pass; when too many wait they are dropped, and the next :meth:`take` says so."""
         if len(self._records) == _MOST:
-            self._records.clear()
-            self._overflow = True
+            self._records, self._overflow = [], True
         self._records.append(record)
         self._used = False
 
     def take(self, model: str) -> list[Forward]:
         """Hand over the passes since the last call, oldest first.
 
-        Args:
-            model: name of the model's class, for the message.
-
         Raises:
-            GraphError: if there is none, or too many were left unused.
+            GraphError: there is none, or too many were left unused; names the class of the model.
         """
-        records, self._records = self._records, []
-        overflow, self._overflow = self._overflow, False
+        records, overflow, used = self._records, self._overflow, self._used
+        self._records, self._overflow, self._used = [], False, used or bool(self._records)
         if overflow:
             raise GraphError(
                 f"more than {_MOST} training forward passes since the criterion was last called, so "
                 "the older ones were dropped; call it once after each, run unused ones under "
                 "torch.no_grad() with model.eval(), or call its reset() first"
             )
-        if records:
-            self._used = True
-            return records
-        raise GraphError(
-            "no training forward pass to go with this criterion call: "
-            + (
-                "an earlier call used the last one; run the model again before each call, or add the losses and call "
-                "the criterion once"
-                if self._used
+        if not records:
+            why = (
+                "an earlier call used the last one; run the model again before each call, or add the losses and "
+                "call the criterion once"
+                if used
                 else f"call the model ({model}, as given to FAM, in training mode and not one of its parts) first, "
                 "and the criterion once after it"
             )
-        )
+            raise GraphError(f"no training forward pass to go with this criterion call: {why}")
+        return records

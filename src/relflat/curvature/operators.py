@@ -46,9 +46,7 @@ class HessianOperator:
 
     def __call__(self, v: Direction) -> list[Tensor]:
         """The product: ``grad(g, z, grad_outputs=v)``, right also where v depends on the parameters."""
-        pairs = [(g, x) for g, x in zip(self.gradient, v, strict=True) if g.requires_grad]
-        of, along = [g for g, _ in pairs], [x for _, x in pairs]
-        return pull(of, self.calls, along, create_graph=self.create_graph, required=False)
+        return pull(self.gradient, self.calls, v, create_graph=self.create_graph, required=False)
 
     def slope_at_calls(self) -> list[Tensor]:
         """The gradient the operator started from."""
@@ -91,11 +89,8 @@ class GGNOperator:
         return pull([self.outputs], self.calls, [self.slope.detach()], create_graph=False, required=False)
 
     def _one(self, of: Sequence[Tensor], at: Tensor, v: Direction) -> Tensor:
-        pairs = [(f, x) for f, x in zip(of, v, strict=True) if f.requires_grad]
-        found = differentiate(
-            [f for f, _ in pairs], [at], [x for _, x in pairs], create_graph=self.create_graph
-        )
-        return torch.zeros_like(at) if found[0] is None else found[0]
+        (found,) = differentiate(of, [at], v, create_graph=self.create_graph)
+        return torch.zeros_like(at) if found is None else found
 
 
 def pull(
@@ -109,7 +104,7 @@ def pull(
     """Gradients with respect to the calls' outputs, zero where there is no dependence.
 
     Raises:
-        GraphError: a call recorded no graph; or, with ``required``, there is no dependence at all.
+        GraphError: a call recorded no graph; or there is no dependence at all, and that is ``required``.
     """
     for c in calls:
         if c.edge is None:
@@ -141,7 +136,15 @@ def differentiate(
     *,
     create_graph: bool,
 ) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad`` that keeps the graph and says which operation has no second derivative."""
+    """``torch.autograd.grad`` that keeps the graph and says which operation has no second derivative.
+
+    What of ``of`` is constant has no part in products along a direction.
+    """
+    if along is not None:
+        live = [(f, v) for f, v in zip(of, along, strict=True) if f.requires_grad]
+        if not live:
+            return [None] * len(at)
+        of, along = [f for f, _ in live], [v for _, v in live]
     try:
         with norms_mended(of, at) if create_graph else nullcontext():
             return torch.autograd.grad(

@@ -21,11 +21,11 @@ _SKETCH = 8
 
 @dataclass(frozen=True, eq=False)
 class OutputSpace:
-    """All calls of one layer, as independent groups x positions.
+    """All calls of one layer, as independent groups x positions; directions are Float[Tensor, "g t d"].
 
     A group is a sample, or the whole batch where samples are coupled after the layer; then every formula that
-    treats groups as independent stays exact. Several calls of the layer, tokens, pixels are positions.
-    Directions are Float[Tensor, "g t d"].
+    treats groups as independent stays exact. Several calls of the layer, tokens, pixels are positions. Channel
+    groups c (grouped convolutions) split the outputs evenly, and each has features of its own.
 
     Attributes:
         calls: the calls, in order.
@@ -47,14 +47,14 @@ class OutputSpace:
         cls,
         calls: Sequence[Call],
         *,
-        scale: Float[Tensor, " m"] | None = None,
+        scale: Tensor | None = None,
         coupled: bool = False,
         constant: bool = False,
     ) -> "OutputSpace":
         """The space of one layer's calls.
 
         Raises:
-            LayerError: if the layer is not one linear map of one input.
+            LayerError: the layer is not one linear map of one input.
         """
         for problem in filter(None, (c.kind.problem(c.module) for c in calls)):
             raise LayerError(problem.format(layer=calls[0].layer))
@@ -64,11 +64,6 @@ class OutputSpace:
             weight = weight * scale
         uneven = len({c.samples for c in calls}) > 1
         return cls(tuple(calls), weight, scale, coupled or uneven, constant)
-
-    @property
-    def layer(self) -> str:
-        """Qualified name of the layer."""
-        return self.calls[0].layer
 
     # -- rows ------------------------------------------------------------------------------------------------
 
@@ -81,14 +76,14 @@ class OutputSpace:
 
     @functools.cached_property
     def _positions(self) -> list[int]:
-        """Positions of each call; none of its samples may be there (an expert that nothing was routed to)."""
+        """Of each call; there may be none (an expert that nothing was routed to)."""
         sizes = [c.rows(c.output).shape for c in self.calls]
         return [n * t if self.coupled else t for n, t, _ in sizes]
 
     @functools.cached_property
     def features(self) -> Float[Tensor, "g t c m"]:
         """Phi of every group and position, written out."""
-        phi = _joined([self._regroup(c.kind.features(c.module, self._input(c))) for c in self.calls])
+        phi = self._joined([c.kind.features(c.module, self._input(c)) for c in self.calls])
         return phi if self.scale is None else phi / divisor(self.scale)
 
     def project(self, b: Float[Tensor, "g q m"]) -> Float[Tensor, "g t c q"]:
@@ -97,13 +92,12 @@ class OutputSpace:
         parts = []
         for call in self.calls:
             mine = b.expand(call.samples, -1, -1) if self.coupled else b
-            parts.append(self._regroup(call.kind.project(call.module, self._input(call), mine)))
-        return _joined(parts)
+            parts.append(call.kind.project(call.module, self._input(call), mine))
+        return self._joined(parts)
 
     def energy(self) -> float:
         """``sum ||phi||^2`` over all rows, without writing phi out."""
-        ones = torch.ones(self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
-        ones = ones if self.scale is None else ones / divisor(self.scale).square()
+        ones = torch.ones_like(self.weight[0]) if self.scale is None else divisor(self.scale).pow(-2)
         total = 0.0
         for call in self.calls:
             x = self._input(call).detach()
@@ -111,6 +105,15 @@ class OutputSpace:
             each = call.kind.project(call.module, x, ones.expand(call.samples, 1, -1))
             total += float(each.sum(dtype=torch.float64))
         return total
+
+    def _input(self, call: Call) -> Tensor:
+        x = call.input().detach() if self.constant else call.input()
+        return x.to(self.weight.dtype) if x.is_floating_point() else x
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        """Rows of all calls, (n, t, ...) each, by group."""
+        parts = [p.reshape(1, -1, *p.shape[2:]) if self.coupled else p for p in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _spread(self, s: Float[Tensor, "g t c"]) -> Float[Tensor, "g t d"]:
         """Give every output its channel group's number."""
@@ -128,13 +131,6 @@ class OutputSpace:
     def _apply(self, phi: Float[Tensor, "g t c m"]) -> Float[Tensor, "g t d"]:
         """``W phi``, each channel group with its own rows of W."""
         return torch.einsum("gtcm,com->gtco", phi, self._weight_by_channel).flatten(2)
-
-    def _input(self, call: Call) -> Tensor:
-        x = call.input().detach() if self.constant else call.input()
-        return x.to(self.weight.dtype) if x.is_floating_point() else x
-
-    def _regroup(self, x: Tensor) -> Tensor:
-        return x.reshape(1, -1, *x.shape[2:]) if self.coupled else x
 
     # -- exact sums ------------------------------------------------------------------------------------------
 
@@ -158,9 +154,8 @@ class OutputSpace:
             for j in range(d):
                 basis = self.weight.new_zeros((g, t, d))
                 basis[:, p, j] = 1
-                # Phi Phi' e_p, in the channel group of output j
                 phi_p = self.features[:, p, j * c // d]
-                near = self._spread(torch.einsum("gscm,gm->gsc", self.features, phi_p))
+                near = self._spread(torch.einsum("gscm,gm->gsc", self.features, phi_p))  # Phi Phi' e_p
                 yield Term(basis, near * gram[:, j], near.detach() * basis[:, p : p + 1])
 
     # -- random directions -----------------------------------------------------------------------------------
@@ -187,14 +182,14 @@ class OutputSpace:
         parts = torch.split(direction, self._positions, dim=1)
         return self.pulled(operator([c.from_rows(p) for c, p in zip(self.calls, parts, strict=True)]))
 
+    def pulled(self, gradients: Sequence[Tensor]) -> Float[Tensor, "g t d"]:
+        """Gradients with respect to the calls' outputs, as rows."""
+        pairs = zip(self.calls, gradients, strict=True)
+        return self._joined([c.rows(x).to(self.weight.dtype) for c, x in pairs])
+
     def inner(self, one: Float[Tensor, "g t d"], two: Float[Tensor, "g t d"]) -> Shares:
         """Over positions and outputs."""
         return (one * two).sum((1, 2))
-
-    def pulled(self, gradients: Sequence[Tensor]) -> Float[Tensor, "g t d"]:
-        """Gradients with respect to the calls' outputs, as rows."""
-        parts = [c.rows(x).to(self.weight.dtype) for c, x in zip(self.calls, gradients, strict=True)]
-        return _joined([self._regroup(p) for p in parts])
 
     def squared_norms(
         self, g: Float[Tensor, "g t d"], rng: Rng, *, adaptive: bool, trace: bool
@@ -205,22 +200,21 @@ class OutputSpace:
         ``_SKETCH`` independent Rademacher vectors b a group, as ``E_b ||W' G b||^2`` is the same number.
         """
         groups, t, c, m = self.shape
+        by_channel = self._by_channel(g)
         if t * c > _FEW_POSITIONS and not adaptive:
             b = rng.signs((groups, _SKETCH, m), self.weight)
-            seen = torch.einsum("gtcq,gtco->gqco", self.project(b), self._by_channel(g)).flatten(2)
-            kappa = (seen @ self.weight).square().sum((1, 2)) / _SKETCH
-            return kappa, seen.detach().square().sum((1, 2)) / _SKETCH
-        pulled = torch.einsum("gtco,com->gtcm", self._by_channel(g), self._weight_by_channel)  # W' g
+            images = torch.einsum("gtcq,gtco->gqco", self.project(b), by_channel).flatten(2)
+            kappa = (images @ self.weight).square().sum((1, 2)) / _SKETCH
+            return kappa, images.detach().square().sum((1, 2)) / _SKETCH
+        back = torch.einsum("gtco,com->gtcm", by_channel, self._weight_by_channel)  # W' g
         if adaptive:
-            kappa = (pulled * self.features).sum((1, 2)).square().sum(-1)
+            kappa = (back * self.features).sum((1, 2)).square().sum(-1)
         else:
-            kappa = _gram_product(pulled.flatten(1, 2), self.features.flatten(1, 2))
+            kappa = _gram_product(back.flatten(1, 2), self.features.flatten(1, 2))
         if not trace:
             return kappa, kappa
-        # channel groups have features of their own
-        by_channel, phi = self._by_channel(g.detach()), self.features.detach()
-        norms = [_gram_product(by_channel[:, :, i], phi[:, :, i]) for i in range(c)]
-        return kappa, torch.stack(norms).sum(0)
+        by_channel, phi = by_channel.detach(), self.features.detach()
+        return kappa, sum(_gram_product(by_channel[:, :, i], phi[:, :, i]) for i in range(c))  # type: ignore[return-value]
 
     def weight_product(self, operator: Operator, v: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
         """By way of the outputs (I5): ``sum_p (H [V phi])_p phi_p'``."""
@@ -237,11 +231,7 @@ def feature_std(calls: Sequence[Call]) -> Float[Tensor, " m"]:
     return std_of_rows(features.flatten(0, 2), f"layer {calls[0].layer!r}")
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _gram_product(x: Float[Tensor, "g p a"], y: Float[Tensor, "g p b"]) -> Float[Tensor, " g"]:
+def _gram_product(x: Float[Tensor, "g p a"], y: Float[Tensor, "g p b"]) -> Shares:
     """``||sum_p x_p y_p'||_F^2``."""
     if x.shape[1] == 1:
         return x.square().sum((1, 2)) * y.square().sum((1, 2))

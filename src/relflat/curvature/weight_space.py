@@ -30,7 +30,7 @@ class WeightSpace:
     where = "weight"
 
     def __init__(self, matrix: Matrix, scale: Float[Tensor, " m"] | None) -> None:
-        self.matrix, self.layer, self.calls = matrix, matrix.layer, (matrix.as_call(),)
+        self.matrix, self.calls = matrix, (matrix.as_call(),)
         flat = matrix.weight()
         wide = torch.promote_types(flat.dtype, torch.float32)
         self.scale = torch.ones((), dtype=wide, device=flat.device) if scale is None else scale.to(wide)
@@ -43,18 +43,15 @@ class WeightSpace:
 
     def columns(self) -> Iterator[Tensor]:
         """The columns of W, each alone."""
-        for t in range(self.weight.shape[1]):
-            only = torch.zeros_like(self.weight)
-            only[:, t] = 1
-            yield self.weight * only
+        for unit in torch.eye(self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device):
+            yield self.weight * unit
 
     def terms(self) -> Iterator[Term]:
         """``kappa = sum_{t,j} < (W W' e_j) e_t', H (e_j e_t') >``."""
-        d, m = self.weight.shape
         gram = self.weight @ self.weight.mT
-        for j in range(d):
-            for t in range(m):
-                basis = self.weight.new_zeros((d, m))
+        for j in range(self.weight.shape[0]):
+            for t in range(self.weight.shape[1]):
+                basis = torch.zeros_like(self.weight)
                 basis[j, t] = 1
                 yield Term(basis, gram[:, j, None] * basis[j], basis)
 
@@ -70,24 +67,24 @@ class WeightSpace:
         """``H V``, in scaled features if there are scales."""
         return self.pulled(operator([self.matrix.back(direction / divisor(self.scale))]))
 
-    def inner(self, one: Float[Tensor, "d m"], two: Float[Tensor, "d m"]) -> Shares:
-        """Over all entries."""
-        return (one * two).sum()[None]
+    def weight_product(self, operator: Operator, v: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
+        """The same without a graph."""
+        return self.product(operator, v).detach()
 
     def pulled(self, gradients: Sequence[Tensor]) -> Float[Tensor, "d m"]:
         """The gradient in the parameter, as the matrix is."""
         return self.matrix.view(gradients[0]).to(self.weight.dtype) / divisor(self.scale)
 
+    def inner(self, one: Float[Tensor, "d m"], two: Float[Tensor, "d m"]) -> Shares:
+        """Over all entries."""
+        return (one * two).sum()[None]
+
     def squared_norms(
         self, g: Float[Tensor, "d m"], rng: Rng, *, adaptive: bool, trace: bool
     ) -> tuple[Shares, Shares]:
         """``||W' G||_F^2``, only its diagonal if adaptive, and ``||G||_F^2``."""
-        pulled = (self.weight * g).sum(0) if adaptive else self.weight.mT @ g
-        return pulled.square().sum()[None], g.detach().square().sum()[None]
-
-    def weight_product(self, operator: Operator, v: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
-        """As :meth:`product`."""
-        return self.product(operator, v).detach()
+        back = (self.weight * g).sum(0) if adaptive else self.weight.mT @ g
+        return back.square().sum()[None], g.detach().square().sum()[None]
 
 
 def random_direction(weight: Float[Tensor, "d m"], adaptive: bool, rng: Rng) -> Float[Tensor, "d m"]:

@@ -32,14 +32,6 @@ def finite_difference(
     ``eps m / h^2`` times the loss (h the relative step: 1e-4 in float64, 7e-2 in float32); neither is part of
     the standard error. Where a kink (ReLU) lies within a step its change of slope counts as curvature: prefer
     float64 there.
-
-    Args:
-        replay: gives the loss with the parameter replaced.
-        loss: the loss without change.
-        matrix: the weight.
-        scale: feature scales of ``normalize_features``, or None.
-        options: ``probes`` and ``adaptive`` are used.
-        rng: source of the directions.
     """
     base, weight = loss.double().sum(), matrix.weight()
     m, eps = weight.shape[1], torch.finfo(weight.dtype).eps

@@ -48,10 +48,7 @@ class Estimator:
     def __call__(self, scene: Scene, step: int, options: Options | None = None) -> dict[str, Contributions]:
         """The contributions to kappa of every layer of the scene, each with its method.
 
-        Args:
-            scene: the forward pass and loss.
-            step: with the seed, determines the probes.
-            options: the same options with another number of probes.
+        Seed and step determine the probes; ``options`` may ask for another number of them.
         """
         options = options or self.options
         if options.radius is not None:

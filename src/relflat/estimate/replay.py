@@ -17,16 +17,10 @@ from relflat.rng import rng_preserved
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """The loss of a recorded pass, of other inputs to its layers, another parameter, or other outputs.
+    """The passes behind a loss, of which a single one can be repeated, and what the loss was computed from.
 
     Dropout masks are those of the record (if the tap keeps random states); buffers such as BatchNorm statistics are
     left alone, and so are the global random number generators.
-
-    Attributes:
-        tap: whose passes they are.
-        forwards: the passes behind the loss; one can be repeated.
-        outputs: what the loss was computed from, the model's output or a part of it.
-        criterion: the loss of such outputs, targets included.
     """
 
     tap: Tap
@@ -35,14 +29,10 @@ class Replay:
     criterion: Criterion
 
     def loss(self, *, inject: Inject | None = None, change: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The loss of one more forward pass.
-
-        Args:
-            inject: gives tapped layers other inputs.
-            change: a parameter of the model and the tensor to use in its place.
+        """The loss of one more forward pass, with other inputs to tapped layers, or a tensor in a parameter's place.
 
         Raises:
-            GraphError: if several passes led to the loss.
+            GraphError: several passes led to the loss.
         """
         if len(self.forwards) != 1:
             raise GraphError(

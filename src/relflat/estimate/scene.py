@@ -14,10 +14,9 @@ from relflat.loss.known import KnownLoss
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A forward pass and its loss.
+    """A forward pass and its loss, a scalar or one value a sample.
 
     Attributes:
-        loss: the scalar loss, or one value a sample.
         calls: the tapped calls that the loss depends on.
         outputs: the tensor the loss was computed from, if there is one.
         known: what is known of the loss.

@@ -6,7 +6,6 @@ Targets, class weights and ignored index are the ones autograd saved, so nothing
 else is not described, and goes through automatic differentiation.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,31 +38,28 @@ class Reading:
 
 
 def read_loss(loss: Tensor, calls: Sequence[Call]) -> Reading | None:
-    """Read the graph of a scalar loss.
+    """Read the graph of a scalar loss, before it is freed; None if the loss is not understood.
 
     Args:
-        loss: the loss, before its graph is freed.
+        loss: the loss.
         calls: recorded calls, among them perhaps that of the output layer.
-
-    Returns:
-        None, if the loss is not understood.
     """
     if loss.numel() != 1 or not bool(torch.isfinite(loss.detach()).all()):
         return None
-    found = _without_constants(loss.grad_fn)
-    if found is None:
-        return None
-    node, constant = found
-    read = _READERS.get(operation(node))
+    node, constant = _without_constants(loss.grad_fn)
     reduction = _REDUCTION.get(getattr(node, "_saved_reduction", 0))
-    if read is None or reduction is None or not constant > 0:
+    if node is None or reduction is None or not constant > 0:
         return None
-    reading = read(node, reduction, calls, float(loss.detach()) / constant)
+    name = operation(node)
+    if name in ("NllLoss", "NllLoss2D"):
+        reading = _cross_entropy(node, reduction, calls, float(loss.detach()) / constant)
+    else:
+        reading = _elementwise(node, reduction) if name in _ELEMENTWISE else None
     return reading and Reading(reading.known.times(constant), reading.call)
 
 
-def _without_constants(node: Node | None) -> tuple[Any, float] | None:
-    """The operation that made the loss, and the product of the constants that multiply it."""
+def _without_constants(node: Node | None) -> tuple[Any, float]:
+    """The operation that made the loss, if it is clear, and the product of the constants that multiply it."""
     constant = 1.0
     while node is not None:
         kind = operation(node)
@@ -71,17 +67,17 @@ def _without_constants(node: Node | None) -> tuple[Any, float] | None:
             parents = [parent for parent, _ in node.next_functions]
             side = 1 if parents[0] is None else 0
             if (len(parents) > 1 and None not in parents) or (side == 1 and kind == "Div"):
-                return None
+                return None, constant
             factor = getattr(node, "_saved_self" if side else "_saved_other", None)
             if factor is None or (isinstance(factor, Tensor) and factor.numel() != 1):
-                return None
+                return None, constant
             constant = constant * float(factor) if kind == "Mul" else constant / float(factor)
             node = parents[side]
         elif kind in KEEPING:
             node = node.next_functions[0][0]
         else:
-            return node, constant
-    return None
+            break
+    return node, constant
 
 
 # -- cross-entropy -------------------------------------------------------------------------------------------
@@ -98,10 +94,8 @@ def _cross_entropy(node: Any, reduction: str, calls: Sequence[Call], value: floa
     options = {"weight": node._saved_weight, "ignore_index": ignored, "reduction": reduction}
     if targets.numel() != log_p.shape[0]:
         return None
-    again = F.nll_loss(log_p.detach(), targets, **options)
-    if not math.isclose(
-        float(again), value, rel_tol=1e-2 if again.dtype.itemsize < 4 else 1e-4, abs_tol=1e-6
-    ):
+    seen = F.nll_loss(log_p.detach(), targets, **options)
+    if not math.isclose(float(seen), value, rel_tol=1e-2 if seen.dtype.itemsize < 4 else 1e-4, abs_tol=1e-6):
         return None
     for call in calls:
         last = dim in (-1, saved.ndim - 1)
@@ -148,30 +142,17 @@ def _rows_taken(
 
 # -- losses of one output each -------------------------------------------------------------------------------
 
-
-def _binary(node: Any, reduction: str, calls: Sequence[Call], value: float) -> Reading | None:
-    options = {"weight": node._saved_weight, "pos_weight": node._saved_pos_weight, "reduction": reduction}
-    return _elementwise(F.binary_cross_entropy_with_logits, node, options)
-
-
-def _squared(node: Any, reduction: str, calls: Sequence[Call], value: float) -> Reading | None:
-    return _elementwise(F.mse_loss, node, {"reduction": reduction})
-
-
-def _elementwise(function: Callable[..., Tensor], node: Any, options: dict[str, Any]) -> Reading | None:
-    outputs = node._saved_self
-    return _reading(function, outputs, node._saved_target, options, None) if outputs.requires_grad else None
-
-
-_READERS: dict[str, Callable[..., Reading | None]] = {
-    "NllLoss": _cross_entropy,
-    "NllLoss2D": _cross_entropy,
-    "BinaryCrossEntropyWithLogits": _binary,
-    "MseLoss": _squared,
+_ELEMENTWISE: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    "BinaryCrossEntropyWithLogits": (F.binary_cross_entropy_with_logits, ("weight", "pos_weight")),
+    "MseLoss": (F.mse_loss, ()),
 }
 
 
-# -- tools ---------------------------------------------------------------------------------------------------
+def _elementwise(node: Any, reduction: str) -> Reading | None:
+    function, names = _ELEMENTWISE[operation(node)]
+    options = {"reduction": reduction} | {name: getattr(node, f"_saved_{name}") for name in names}
+    outputs = node._saved_self
+    return _reading(function, outputs, node._saved_target, options, None) if outputs.requires_grad else None
 
 
 def _reading(
@@ -181,7 +162,7 @@ def _reading(
     options: dict[str, Any],
     call: Call | None,
 ) -> Reading | None:
-    known = known_loss(functools.partial(function, **options), outputs, (targets,), {})
+    known = known_loss(function, outputs, (targets,), options)
     return None if known is None else Reading(known, call)
 
 
