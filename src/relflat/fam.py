@@ -17,7 +17,7 @@ from relflat.distributed import kept_whole
 from relflat.errors import ConfigError, LayerError
 from relflat.estimate.contributions import shaped
 from relflat.estimate.estimator import Estimator
-from relflat.estimate.radius import perturbation
+from relflat.estimate.radius import Noise
 from relflat.estimate.replay import Replay
 from relflat.estimate.scene import Scene
 from relflat.guards import Guards
@@ -345,7 +345,7 @@ class FAM(nn.Module):
             fam = me()
             if fam is None or not fam._perturbs():
                 return None
-            return perturbation(fam.options, fam._estimator.seed, fam.step + (fam._tap.pending << 40))
+            return Noise.of(fam.options, fam._estimator.seed, fam.step + (fam._tap.pending << 40))
 
         self._tap.injector = injector
 

@@ -18,19 +18,9 @@ Strength = float | Callable[[int], float]
 
 @dataclass(frozen=True)
 class Options:
-    """What is estimated and how.
+    """What is estimated and how: options of :class:`relflat.FAM` and :func:`relflat.relative_flatness`, and three more.
 
     Attributes:
-        curvature: the Hessian, or its Gauss-Newton part (never negative for losses convex in the outputs).
-        method: how; ``"auto"`` takes the cheapest that is exact or unbiased for ``curvature``.
-        probes: products for a stochastic method.
-        adaptive: the adaptive form (I9) in place of kappa.
-        normalize_features: divide features by their standard deviation (and multiply the weight by it), leaving out
-            those that never vary.
-        gradient: which derivatives of kappa are kept in training.
-        radius: the finite-radius penalty in place of kappa.
-        every: the penalty is added on every so-many-th call.
-        layers_per_step: of several layers, so many are drawn for each step.
         measuring: no graph is built, and no gradient is wanted.
         trace: whether ``Tr H`` is wanted too.
         exact_up_to: largest number of products for which ``"auto"`` prefers a sum over a basis; in training
@@ -94,25 +84,19 @@ class Options:
             yield f"gradient={self.gradient!r}: finite differences have the full gradient only"
         if self.method == "finite_difference" and self.curvature != "hessian":
             yield "method='finite_difference' estimates the Hessian: add curvature='hessian'"
-        if self.radius is None:
-            return
-        given = {
-            "gradient": self.gradient != "full",
-            "method": self.method != "auto",
-            "layers_per_step": self.layers_per_step is not None,
-        }
-        for name in [name for name, has in given.items() if has]:
-            yield (
-                f"{name} has no meaning with radius={self.radius}, which moves all layers at once and needs no "
-                "curvature; leave it out"
-            )
+        for name in ("gradient", "method", "layers_per_step") if self.radius is not None else ():
+            if getattr(self, name) != Options.__dataclass_fields__[name].default:
+                yield (
+                    f"{name} has no meaning with radius={self.radius}, which moves all layers at once and needs no "
+                    "curvature; leave it out"
+                )
 
 
 def strength_at(strength: Strength, step: int) -> float:
     """The strength of a step.
 
     Raises:
-        ConfigError: if it is not a finite number.
+        ConfigError: it is not a finite number.
     """
     value = strength(step) if callable(strength) else strength
     if not math.isfinite(value):

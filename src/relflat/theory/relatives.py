@@ -18,7 +18,7 @@ from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer
 from relflat.curvature.operators import HessianOperator
 from relflat.errors import ConfigError, LayerError, LossError
-from relflat.estimate.radius import noisy
+from relflat.estimate.radius import Noise
 from relflat.estimate.scene import Scene
 from relflat.measure.additivity import is_mean
 from relflat.measure.batches import Batch, ForwardFn
@@ -241,7 +241,7 @@ def feature_robustness(
                 for sign in (1.0, -1.0):
                     assert scene.replay is not None
                     with torch.no_grad():
-                        moved = scene.replay.loss(inject=noisy(sign * radius, Rng(seed, i * draws + k)))
+                        moved = scene.replay.loss(inject=Noise(sign * radius, Rng(seed, i * draws + k)))
                     totals[k] += factor * float((moved - scene.loss).sum()) / 2
     totals = totals / divisor if divisor else totals
     stderr = float(totals.std()) / math.sqrt(draws) if draws > 1 else math.nan
