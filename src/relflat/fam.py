@@ -41,15 +41,13 @@ class FAM(nn.Module):
             several layers are added. A weight shared with another module counts as used in this layer only; if the
             layer is recurrent too, or with ``"finite_difference"``, all its uses count.
         strength: the paper's lambda, on the paper's kappa (not divided by m). May be negative. Or a function of the
-            step, ``strength(step) -> float``, step counting calls of the criterion in training from 0; at a strength
-            of 0 nothing is estimated.
+            step (calls in training, from 0), which estimates nothing where it is 0.
         radius: if given, the penalty is ``E[L(phi + radius ||phi|| u) - L(phi)]``, u a random unit vector, in
             place of kappa; for small radius and a layer with one position a sample it is ``radius^2 / (2 m) kappa``
             (Petzka et al., Def. 2); tokens and pixels move independently. Kin of Gaussian noise injection (Camuto et
             al. 2020); with ``adaptive`` it is Gaussian dropout of variance ``radius^2``.
         curvature: ``"ggn"`` (never negative for losses convex in the outputs) or ``"hessian"``. They agree for
-            an output layer, and where the network is piecewise linear after the layer. For ``radius`` neither is
-            used.
+            an output layer, and where the network is piecewise linear after the layer.
         gradient: ``"full"`` differentiates all of kappa (Lemma 1); ``"frozen"`` holds the curvature constant;
             ``"weights"`` lets the gradient reach this layer's weight only.
         method: ``"auto"``, ``"closed_form"``, ``"exact"``, ``"probe"``, ``"finite_difference"``, or one that was
@@ -59,11 +57,10 @@ class FAM(nn.Module):
         every: the penalty is added on every so-many-th call only, not rescaled.
         layers_per_step: of several layers, draw so many for each step, uniformly without replacement, and multiply
             their kappas by the number of layers over this: unbiased for the sum. ``k`` of ``n`` add a variance of
-            ``n (n - k) / k`` times that of kappa between the layers, so layers should have like kappas. Seed and
-            step decide the draw, the same on all ranks. Not with ``radius``, which moves all layers at once.
+            ``n (n - k) / k`` times that of kappa between the layers. Seed and step decide the draw, the same on all
+            ranks. Not with ``radius``, which moves all layers at once.
         normalize_features: kappa of the layer with its features divided by their standard deviation over the
-            batch (taken as a constant) and its weight multiplied by it; features that do not vary in the batch
-            (dead ones, constants) and their columns of the weight are left out of it.
+            batch (taken as a constant) and its weight multiplied by it, without features that do not vary in it.
         seed: of the probes. By default ``torch.initial_seed()``. No global random numbers are used.
         warmup_steps: deprecated; give ``strength`` as a function of the step.
 
@@ -157,8 +154,6 @@ class FAM(nn.Module):
                     "(requires_grad=False); unfreeze it or use gradient='full'"
                 )
 
-    # -- use -----------------------------------------------------------------------------------------
-
     def forward(self, outputs: Any, *targets: Any, **kwargs: Any) -> Tensor:
         """Task loss of ``outputs``, plus the penalty while the model trains.
 
@@ -177,9 +172,12 @@ class FAM(nn.Module):
         criterion = Criterion(self.loss_fn, targets, kwargs)
         active = self._active()
         task, tensor = criterion(outputs), output_tensor(outputs)
-        if active and self._perturbs():
+        if active and self._perturbs():  # task loss plus penalty is the loss of the perturbed pass
             self._tap.take()
-            return self._report_perturbed(task, tensor)
+            method = f"radius({self.options.radius:g}), perturbed forward"
+            report = {"task": math.nan, "penalty": math.nan, "total": task.detach().mean(), "strength": 1.0}
+            self._finish({} if tensor is None else {"the outputs": tensor}, report | {"method": method})
+            return task
         if not active:
             self._forget()
             self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
@@ -205,9 +203,6 @@ class FAM(nn.Module):
 
         Args:
             loss: any scalar that the model's last forward pass led to, or what was run since :meth:`watch`.
-
-        Returns:
-            A scalar.
         """
         if not self._active():
             self._forget()
@@ -252,11 +247,10 @@ class FAM(nn.Module):
         return list(self._tap.layers)
 
     def watch(self) -> None:
-        """Record from now on whatever calls the layers, until :meth:`reset`.
+        """Record from now on whatever calls the layers, and keep it, until :meth:`reset`.
 
         For trainers that run parts of the model, not the model itself; then only :meth:`penalty` may follow, as
-        often as there are losses, and is 0 for a loss that does not depend on the layers. Tensors recorded are
-        kept until :meth:`reset`.
+        often as there are losses, and is 0 for a loss that does not depend on the layers.
         """
         self._tap.watch()
 
@@ -279,8 +273,6 @@ class FAM(nn.Module):
         radius = self.options.radius
         what = f"radius={radius}" if radius else f"curvature={self.options.curvature!r}"
         return f"layer={self.layers}, strength={self.strength}, {what}"
-
-    # -- how -----------------------------------------------------------------------------------------
 
     def _active(self) -> bool:
         return self.training and self._tap.training
@@ -332,8 +324,6 @@ class FAM(nn.Module):
         self._last = report | {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
         self.step += 1
 
-    # -- radius with strength 1: the forward pass itself is perturbed -----------------------------------
-
     def _perturb_the_forward_pass(self) -> None:
         """Do so, unless the last layer is meant, whose perturbed loss is as cheap computed from its output."""
         last = list(supported_layers(self._tap.model))[-1:]
@@ -352,13 +342,6 @@ class FAM(nn.Module):
     def _perturbs(self) -> bool:
         """Whether this step's forward pass is perturbed itself; ``strength`` and the mode may have changed."""
         return self._tap.injector is not None and self.training and self.strength == 1
-
-    def _report_perturbed(self, total: Tensor, outputs: Tensor | None) -> Tensor:
-        """Task loss plus penalty is the loss of the perturbed pass."""
-        report: dict[str, Any] = {"task": math.nan, "penalty": math.nan, "total": total.detach().mean()}
-        report |= {"strength": 1.0, "method": f"radius({self.options.radius:g}), perturbed forward"}
-        self._finish({} if outputs is None else {"the outputs": outputs}, report)
-        return total
 
 
 def _number(value: Any) -> Any:

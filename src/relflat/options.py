@@ -18,7 +18,7 @@ Strength = float | Callable[[int], float]
 
 @dataclass(frozen=True)
 class Options:
-    """What is estimated and how: options of :class:`relflat.FAM` and :func:`relflat.relative_flatness`, and three more.
+    """What is estimated and how: options of :class:`relflat.FAM` and :func:`relflat.relative_flatness`, and more.
 
     Attributes:
         measuring: no graph is built, and no gradient is wanted.
