@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from torch import Tensor, nn
 
 from output import environment, save
 from relflat import relative_flatness
+from relflat.capture.matrix import Matrix
 from relflat.capture.tap import Tap
 from relflat.curvature.operators import GGNOperator
-from relflat.curvature.weight_space import Matrix
-from relflat.estimate.choose import Estimator, Scene, Spec
+from relflat.estimate.estimator import Estimator
+from relflat.estimate.scene import Scene
 from relflat.loss.known import known_loss
 from relflat.measure.xtrace import Coordinates, Sketch
+from relflat.options import Options
 from relflat.rng import Rng
 
 CE = nn.CrossEntropyLoss()
@@ -76,7 +79,7 @@ class Problem:
         (record,) = tap.take()
         self.known = known_loss(CE, outputs, (y,), {})
         self.loss = CE(outputs, y)
-        self.scene = Scene(record.calls, self.loss, outputs)
+        self.scene = Scene(self.loss, record.calls, outputs)
         self.matrix = Matrix.of(layer, tap.layers[layer])
         self.weight = self.matrix.weight().detach()
         self.operator = GGNOperator(self.loss, outputs, [self.matrix.as_call()], create_graph=False)
@@ -85,14 +88,14 @@ class Problem:
 
     def ours(self, products: int, seed: int) -> float:
         """The default: signs in the space of the logits (I7)."""
-        return self._by_engine(replace(self.scene, known=self.known, targets=self.data[1]), products, seed)
+        return self._by_engine(replace(self.scene, known=self.known), products, seed)
 
     def per_sample(self, products: int, seed: int) -> float:
         """Hutchinson with a direction of its own for each sample (I6)."""
         return self._by_engine(self.scene, products, seed)
 
     def _by_engine(self, scene: Scene, products: int, seed: int) -> float:
-        (part,) = Estimator(Spec("ggn", "probe", products, gradient=None), seed)(scene, 0).values()
+        (part,) = Estimator(Options("ggn", "probe", products, measuring=True), seed)(scene, 0).values()
         return float(part.kappa.detach().mean(0).sum())
 
     def _applied(self, r: Tensor) -> Tensor:
@@ -124,11 +127,13 @@ class Problem:
 
     def x_trace(self, products: int, seed: int) -> float:
         """Epperly et al. 2024, as ``relative_flatness(..., method="xtrace")`` has it."""
-        estimator = Estimator(Spec("ggn", "xtrace", products, gradient=None), seed)
-        ((_, weight, product),) = estimator.curvatures(self.scene)
-        sketch = Sketch(Coordinates(weight, adaptive=False), seed, products)
+        estimator = Estimator(Options("ggn", "xtrace", products, measuring=True), seed)
+        (subject,) = estimator.subjects(self.scene, together=True)
+        product = partial(subject.space.weight_product, subject.operator)
+        sketch = Sketch(Coordinates(subject.space.weight.detach(), adaptive=False), seed, products)
         while sketch.pending is not None:
-            sketch.receive(sketch.coordinates.images(product, sketch.pending))
+            images = torch.zeros_like(sketch.pending)
+            sketch.receive(sketch.coordinates.add_images(product, sketch.pending, images))
         return sketch.value
 
 

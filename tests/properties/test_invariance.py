@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from nets import KNOWN_LOSSES, Loss, Net, Problem, losses, nets, relative_error
 from relflat import FAM, DataError, RelflatWarning, relative_flatness
-from relflat.capture.kinds import kind_of
-from relflat.estimate.differences import noise
+from relflat.estimate.radius import Noise
 from relflat.rng import Rng
 from relflat.theory import reference, reparam
 
@@ -233,11 +232,9 @@ def test_a_batch_of_one_row_has_no_normalized_features() -> None:
 def test_noise_in_normalized_features_leaves_out_what_never_varies(adaptive: bool) -> None:
     layer, x = nn.Linear(4, 2), torch.randn(50, 4)
     x[:, 1], x[:, 3] = 0.0, 0.9
-    kind = kind_of(layer)
-    assert kind is not None
 
     def change(x: Tensor, normalize: bool) -> Tensor:
-        return noise(x, 0.1, Rng(0, 0), adaptive=adaptive, normalize=normalize, kind=kind, module=layer)
+        return Noise(0.1, Rng(0, 0), adaptive, normalize).change(layer, x)
 
     assert (change(x, True).std(0) > 1e-3).tolist() == [True, False, True, False]
     assert not change(x, True)[:, [1, 3]].any()

@@ -112,7 +112,7 @@ def test_coupling_is_seen_in_half_precision_and_again_when_modes_change(curvatur
         fam(net(x.to(dtype)), y)
         net[1].train()
         fam(net(x.to(dtype)), y)
-        assert list(fam._estimator._coupled.values()) == [False, True], dtype
+        assert list(fam._estimator.memory.coupled.values()) == [False, True], dtype
 
 
 def test_per_sample_values_of_an_unknown_sum() -> None:
@@ -128,8 +128,7 @@ def test_per_sample_values_of_an_unknown_sum() -> None:
     "options",
     [
         {"radius": 0.1, "gradient": "weights"},
-        {"radius": 0.1, "temperature": 2.0},
-        {"radius": 0.1, "unit_features": True},
+        {"radius": 0.1, "layers_per_step": 1},
         {"radius": 0.1, "method": "closed_form"},
         {"method": "finite_difference", "curvature": "hessian", "gradient": "weights"},
     ],
@@ -253,14 +252,6 @@ def test_ignored_targets_have_no_part_in_confidence(cut: int) -> None:
     top = net(x).softmax(-1).amax(-1)
     assert flat.confidence == pytest.approx(float(top[y != -100].detach().mean()), rel=1e-12)
     assert flat.confidence != pytest.approx(float(top.detach().mean()), rel=1e-3)
-
-
-def test_the_trace_is_of_unit_features_too() -> None:
-    torch.manual_seed(0)
-    net, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
-    flat = relative_flatness(net, nn.CrossEntropyLoss(), (x, y), layer="output", unit_features=True)
-    p = net(x).softmax(-1)
-    assert flat.trace == pytest.approx(float((p * (1 - p)).sum(-1).mean()), rel=1e-12)
 
 
 def test_lora_with_active_dropout_is_refused_and_its_factor_is_not() -> None:
