@@ -1,12 +1,13 @@
 """Errors and warnings: each message names the thing, the value and the remedy."""
 
+import functools
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 
-_NOT_THE_USERS = tuple(f"{Path(file).parent}/" for file in (__file__, str(torch.__file__)))
+_NOT_THE_USERS = (f"{Path(__file__).parent}/", f"{Path(str(torch.__file__)).parent}/", functools.__file__)
 
 
 class RelflatError(Exception):
@@ -46,7 +47,7 @@ class RelflatWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Give a :class:`RelflatWarning` at the line of the user: the nearest not in this library or torch."""
+    """Give a :class:`RelflatWarning` at the line of the user: the nearest not in this library, torch or functools."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         level, frame = level + 1, frame.f_back
