@@ -116,7 +116,8 @@ def test_relative_links_resolve(page):
             f"{page.name} links to {target}, not in git"
         )
         linked = page.parent / path if path else page
-        assert linked.exists(), f"{page.name} links to {target}"
+        left_out = linked.suffix == ".svg" and not (ROOT / ".git").exists()  # as in the source distribution
+        assert linked.exists() or left_out, f"{page.name} links to {target}"
         if anchor:
             text = re.sub(r"^```.*?^```$", "", linked.read_text(), flags=re.MULTILINE | re.DOTALL)
             headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)

@@ -11,11 +11,10 @@ import yaml
 ROOT = Path(__file__).parents[2]
 LIMIT = 2_000_000  # bytes outside src and tests
 GITHUB = ROOT / ".github"
+pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
 
 
 def tracked() -> list[str]:
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     return [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
 
