@@ -14,8 +14,8 @@ help:  ## this list
 demo: $(READY)  ## plain training, SAM and FAM on noisy digits, compared; the report is demo/report.html
 	$(BIN)/relflat compare digits --label-noise 0.2 --epochs 20 --runs demo/runs --out demo
 
-quick: $(READY)  ## the tests of the core's parts and of quoted numbers, in under 90 seconds on two cores
-	$(PYTEST) tests/unit tests/oracles tests/docs/test_results.py tests/docs/test_repository.py -m "not slow"
+quick: $(READY)  ## tests of the core's parts, of every awkward network and of quoted numbers, in under 90 seconds
+	$(PYTEST) tests/unit tests/oracles tests/networks tests/docs/test_results.py tests/docs/test_repository.py -m "not slow"
 
 test: $(READY)  ## every test, doctest and document
 	$(PYTEST)

@@ -101,12 +101,14 @@ class EachArchitecture:
             error = float((a - b).abs().max()) / max(1.0, float(b.abs().max()))
             assert error <= max(GRADIENT, case.precision), name
 
+    @pytest.mark.slow
     def test_probes_have_kappa_for_their_mean(self, case: Architecture, layer: str) -> None:
         stage = Stage(case, layer)
         want = stage.dense.kappa(stage.loss).item()
         with stage.fam(curvature="hessian", method="probe", probes=4, seed=0) as fam:
             within_four_standard_errors(stage, fam, want)
 
+    @pytest.mark.slow
     def test_gauss_newton(self, case: Architecture, layer: str) -> None:
         stage = Stage(case, layer)
         if not isinstance(stage.run(stage.dense.model), Tensor):

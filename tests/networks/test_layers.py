@@ -14,6 +14,7 @@ from relflat.capture.kinds import kind_of
 from relflat.theory import reference
 
 CE = nn.CrossEntropyLoss()
+pytestmark = pytest.mark.slow
 
 
 def conv1d_of_gpt2(nf: int, nx: int) -> nn.Module:

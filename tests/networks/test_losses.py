@@ -16,6 +16,7 @@ from relflat.theory import reference
 
 N, IN, HIDDEN = 6, 4, 3
 CE = nn.CrossEntropyLoss
+pytestmark = pytest.mark.slow
 
 
 def classes() -> Tensor:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from counting import peak_bytes
 
 CE = nn.CrossEntropyLoss()
+pytestmark = pytest.mark.slow
 STEPS, WARM_UP = 2000, 400
 PAGE = 4096
 
