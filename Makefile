@@ -2,29 +2,49 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test lint types bench clean
+.DEFAULT_GOAL := help
+.PHONY: help demo quick test lint types format bench results hooks clean
 
-demo: $(VENV)/.installed
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## plain training, SAM and FAM on noisy digits, compared; the report is demo/report.html
 	$(BIN)/relflat compare digits --label-noise 0.2 --epochs 20 --runs demo/runs --out demo
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+quick: $(READY)  ## tests of the core's parts, of every awkward network and of quoted numbers, in under 90 seconds
+	$(PYTEST) tests/unit tests/oracles tests/networks tests/docs/test_results.py tests/docs/test_repository.py -m "not slow"
 
-lint: $(VENV)/.installed
+test: $(READY)  ## every test, doctest and document
+	$(PYTEST)
+
+lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/ruff format --check src tests benchmarks docs
 
-types: $(VENV)/.installed
+types: $(READY)  ## mypy --strict on src
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed
+format: $(READY)  ## write what ruff can mend
+	$(BIN)/ruff check --fix src tests benchmarks docs
+	$(BIN)/ruff format src tests benchmarks docs
+
+bench: $(READY)  ## cost of a training step
 	$(BIN)/python benchmarks/step_cost.py
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+results: $(READY)  ## take the numbers of new reports under docs/study over into docs/study/results.json
+	$(BIN)/python docs/study/collect.py
+
+hooks: $(READY)  ## run ruff and mypy before each commit
+	$(BIN)/pip install --quiet --constraint constraints.txt pre-commit
+	$(BIN)/pre-commit install
+
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,lightning,transformers,accelerate,skorch,peft,hub,ray,test]"
 	touch $@
 
-clean:
+clean:  ## remove the environment, caches and the demo
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

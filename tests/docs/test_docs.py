@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import json
 import re
 import runpy
 import shlex
@@ -105,14 +104,20 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_id)
+@pytest.mark.parametrize(
+    "page", sorted({*PAGES, *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")}), ids=_id
+)
 def test_relative_links_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
+        assert not re.search(r"\breport\.(html|json|csv|tex)$", path), (
+            f"{page.name} links to {target}, not in git"
+        )
         linked = page.parent / path if path else page
-        assert linked.exists(), f"{page.name} links to {target}"
+        left_out = linked.suffix == ".svg" and not (ROOT / ".git").exists()  # as in the source distribution
+        assert linked.exists() or left_out, f"{page.name} links to {target}"
         if anchor:
             text = re.sub(r"^```.*?^```$", "", linked.read_text(), flags=re.MULTILINE | re.DOTALL)
             headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
@@ -231,20 +236,7 @@ def test_architecture_lists_every_core_module():
     assert core == listed
 
 
-# -- figures -------------------------------------------------------------------------------------------------
-
-
-def test_costs_in_the_readme_are_those_measured():
-    """Each row of the cost table that cites benchmarks/results lies near the committed ratio."""
-    readme = (ROOT / "README.md").read_text()
-    results = json.loads((ROOT / "benchmarks" / "results" / "step_cost_output.json").read_text())
-    rows = {row["row"]: row for row in results["results"][0]["rows"]}
-    for name, label in {"FAM output": "FAM, output layer", "SAM (pytorch_optimizer)": "SAM"}.items():
-        line = re.search(rf"^\| {re.escape(label)} \|(.*)$", readme, re.MULTILINE)
-        assert line, label
-        flops, seconds = (float(x) for x in re.findall(r"(\d\.\d+)x", line[1])[:2])
-        assert abs(flops - rows[name]["flops_ratio"]) < 0.01
-        assert abs(seconds - rows[name]["wall"]["ratio"]) < 0.1
+# -- the rest of the repository -----------------------------------------------------------------------------
 
 
 def test_no_registry_is_named():

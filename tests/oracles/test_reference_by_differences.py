@@ -82,6 +82,7 @@ def test_adaptive_and_normalized_by_finite_differences(layer: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["W1", "W2"])
 def test_value_and_every_gradient_in_fifty_digits(layer: str) -> None:
     """kappa, and its gradient in all parameters of all layers (FAM paper, Lemma 1), without autograd."""

@@ -269,6 +269,7 @@ def test_kappa_of_a_hidden_layer_is_refused_not_wrong():
         (loss + fam.penalty(loss)).backward()
 
 
+@pytest.mark.slow
 def test_inside_a_compiled_step():
     phi, weight, b, y = problem(dtype=torch.float32)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from relflat import FAM, relative_flatness
@@ -277,10 +278,8 @@ def test_a_checkpointed_part_falls_back(monkeypatch) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_a_compiled_part_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "torch._functorch.config.donated_buffer", False
-    )  # two backward passes: as the error says
+@functorch_config.patch(donated_buffer=False)  # two backward passes: as the error says
+def test_a_compiled_part_falls_back() -> None:
     torch._dynamo.reset()  # whatever other tests compiled
     x, y = images()
     found = []

@@ -254,6 +254,7 @@ class TestLosses:
 
 
 class TestCoupling:
+    @pytest.mark.slow
     def test_batchnorm_in_training_mode_is_detected_and_exact(self) -> None:
         torch.manual_seed(0)
         net = nn.Sequential(
@@ -359,6 +360,7 @@ class TestFrozenLayers:
 
 
 class TestRadius:
+    @pytest.mark.slow
     def test_small_radius_is_kappa(self) -> None:
         """I8: the increase over radius^2 / (2 m) tends to kappa, for an output and a hidden layer."""
         net, (x, y) = mlp(), batch(64)
@@ -418,6 +420,7 @@ class TestRadius:
         loss.backward()
         assert net[0].weight.grad is not None
 
+    @pytest.mark.slow
     def test_adaptive_radius_is_gaussian_dropout(self) -> None:
         net, (x, y) = nn.Linear(4, 3).double(), batch(4)
         fam = FAM(CE(), net, "output", strength=1.0, radius=0.7, adaptive=True, probes=20000, seed=0)

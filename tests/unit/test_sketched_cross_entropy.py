@@ -34,6 +34,7 @@ def assert_same(found, expected, atol):
         torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 @given(
     sizes=st.tuples(st.integers(1, 12), st.integers(1, 6), st.integers(2, 11)),
     chunks=st.tuples(st.integers(1, 13), st.integers(1, 12)),
@@ -63,6 +64,7 @@ def test_with_all_directions_it_is_exact(
     assert_same(both(*given, **options, probes=m, step=seed), both(*given, **options), 1e-9)
 
 
+@pytest.mark.slow
 @given(
     gradient=st.sampled_from(MODES),
     smoothing=st.sampled_from([0.0, 0.1]),
@@ -103,6 +105,7 @@ def less_noise(phi, weight, p, g):
     return 2 * (exact + sketched @ random - whole @ random)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", MODES)
 def test_unbiased(gradient):
     """Value and gradients, over 600 steps, along the exact gradients and random directions."""
@@ -132,6 +135,7 @@ def trained_softmax():
     return phi, weight.detach(), y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [4, 16])
 def test_relative_error_is_the_one_promised(k):
     phi, weight, y = trained_softmax()

@@ -182,6 +182,7 @@ class TestAgreesWithTheReference:
 
 
 class TestError:
+    @pytest.mark.slow
     def test_it_falls_faster_than_that_of_probes_and_is_of_the_size_reported(self) -> None:
         net, (x, y) = mlp(), data(40)
         exact = relative_flatness(net, CE(), (x, y), layer="2", curvature="ggn", method="exact").value
@@ -194,6 +195,7 @@ class TestError:
             assert 0.5 < off[method] / reported < 2
         assert off["xtrace"] < 0.2 * off["probe"]
 
+    @pytest.mark.slow
     def test_unbiased_with_few_products_and_honest_on_average(self) -> None:
         net, (x, y) = mlp(), data(40)
         exact = relative_flatness(net, CE(), (x, y), layer="2", method="exact").value
@@ -229,6 +231,7 @@ class TestError:
         flat = relative_flatness(net, CE(), (x, y), layer="2", method="xtrace", probes=4, rtol=1e-12)
         assert flat.method == "exact"
 
+    @pytest.mark.slow
     def test_rtol_starts_from_products_enough_to_tell_the_error(self) -> None:
         net, (x, y) = wide(), data(40)
         options = {"layer": "2", "curvature": "ggn", "method": "xtrace"}
