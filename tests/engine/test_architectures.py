@@ -17,8 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from relflat import FAM, LayerError, relative_flatness
-from relflat.theory import reference
+from relflat import FAM, LayerError, reference, relative_flatness
 
 VALUE, GRADIENT = 1e-9, 1e-7
 N, IN, CLASSES = 5, 4, 3
