@@ -176,7 +176,7 @@ def _directions(k: int, weight: Float[Tensor, "d m"], rng: Rng) -> Float[Tensor,
     m, wide = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         q = torch.linalg.qr(rng.normal(weight.new_empty(m, k, dtype=wide)))[0]
-    return q * (m / k) ** 0.5
+    return q * (m / k) ** 0.5  # E[Q Q'] = k / m I, so that E[G G'] = I
 
 
 def _apply(*args: Any) -> Any:

@@ -45,11 +45,12 @@ class Rows:
         self.weight, self.bias, self.dtype, self._chunk = weight, bias, dtype, chunk_classes
         self.directions = None if directions is None else directions.to(dtype)
         self.mean = self.kappa_mean = weight.mean(0, dtype=dtype)
-        self.sketch: Tensor | None = None
+        self.sketch: Tensor | None = None  # V = (W - mean row) G
         if self.directions is not None:
             blocks = [(self.of_weight(c) - self.mean) @ self.directions for c in self.classes()]
             self.sketch = torch.cat(blocks)
             self.kappa_mean = torch.zeros_like(self.sketch[0])
+        # Kappa does not see a vector common to all rows: without the mean row, large common parts do not cancel.
         norms = [(self.of_kappa(c) - self.kappa_mean).square_().sum(1) for c in self.classes()]
         self.norms = torch.cat(norms)
 

@@ -128,4 +128,4 @@ def _tokens(
     phi: Float[Tensor, "p m"], y: Int[Tensor, "p 1"], a: Float[Tensor, "p 1"], strength: float
 ) -> Tokens:
     norm2 = phi.square().sum(1, keepdim=True)
-    return Tokens(phi, y, a, norm2, strength * a * norm2)
+    return Tokens(phi, y, a, norm2, strength * a * norm2)  # beta = strength a ||phi||^2
