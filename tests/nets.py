@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from relflat.theory import reference
+from relflat import reference
 
 KNOWN_LOSSES = (
     "cross_entropy",

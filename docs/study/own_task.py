@@ -3,12 +3,12 @@
 from functools import partial
 
 import torch
+from relflat.lab.models import mlp
+from relflat.lab.splits import classification
 from sklearn.datasets import load_breast_cancer
 from torch import nn
 
 from relflat.lab.data import Arrays, RawData
-from relflat.lab.models import mlp
-from relflat.lab.splits import classification
 from relflat.lab.tasks import SGD, Task, cosine
 
 

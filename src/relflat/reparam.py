@@ -1,35 +1,37 @@
-"""The public path of :mod:`relflat.theory.reparam`: changes of the weights that keep the function."""
+"""Changes of the weights that leave the network's function as it is.
 
-from relflat.theory.reparam import (
-    Convolution as Convolution,
+A measure of flatness that means something must not move under them. Relative flatness does not for
+:func:`rescale_layer`, :func:`rescale_neurons` (seen from ``first``), :func:`rotate_features` and
+:func:`shift_rows`; it does for :func:`rescale_features`, unless :func:`normalize_features` is applied first.
+
+Functions that act between two layers (:mod:`relflat.theory.rescalings`) change both in place. Functions that act on
+the features of one layer (:mod:`relflat.theory.feature_maps`) return a replacement for it, because features cannot be
+changed in place: assign it where the layer was. Each refuses layers between which it would change the function;
+:func:`preserving` checks a model on data.
+"""
+
+from relflat.theory.feature_maps import (
+    Scale,
+    normalize_features,
+    rescale_features,
+    rotate_features,
+    shift_rows,
 )
-from relflat.theory.reparam import (
-    Dense as Dense,
+from relflat.theory.preserving import preserving
+from relflat.theory.rescalings import (
+    random_rescaling,
+    rescale_layer,
+    rescale_neurons,
 )
-from relflat.theory.reparam import (
-    Scale as Scale,
-)
-from relflat.theory.reparam import (
-    normalize_features as normalize_features,
-)
-from relflat.theory.reparam import (
-    preserving as preserving,
-)
-from relflat.theory.reparam import (
-    random_rescaling as random_rescaling,
-)
-from relflat.theory.reparam import (
-    rescale_features as rescale_features,
-)
-from relflat.theory.reparam import (
-    rescale_layer as rescale_layer,
-)
-from relflat.theory.reparam import (
-    rescale_neurons as rescale_neurons,
-)
-from relflat.theory.reparam import (
-    rotate_features as rotate_features,
-)
-from relflat.theory.reparam import (
-    shift_rows as shift_rows,
-)
+
+__all__ = [
+    "Scale",
+    "normalize_features",
+    "preserving",
+    "random_rescaling",
+    "rescale_features",
+    "rescale_layer",
+    "rescale_neurons",
+    "rotate_features",
+    "shift_rows",
+]

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from tiny import assert_same, gradients
 from torch import nn
 
-from relflat import FAM, relative_flatness
+from relflat import FAM, reference, relative_flatness
 from relflat.errors import ConfigError, DataError, LayerError, LossError
-from relflat.theory import reference
 
 transformers = pytest.importorskip("transformers")
 from transformers import (
@@ -211,7 +210,7 @@ def test_label_smoothing_goes_through_autograd(tmp_path) -> None:
 
 
 def test_kappa_is_the_definition(tmp_path) -> None:
-    """Against the dense Hessian of :mod:`relflat.theory.reference`."""
+    """Against the dense Hessian of :mod:`relflat.reference`."""
     run, _ = trained("sequence", tmp_path)
     model, inputs = build("sequence"), batch("sequence")
 

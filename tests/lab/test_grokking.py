@@ -7,7 +7,7 @@ from relflat.errors import ConfigError
 from relflat.lab.data.arrays import Arrays
 from relflat.lab.tasks.catalogue import TASKS
 from relflat.lab.tasks.grokking import AdditionMLP, AdditionTransformer, additions, delay, learnt_at, splits
-from relflat.theory.reference import at_layer, kappa
+from relflat.reference import at_layer, kappa
 
 
 def test_the_table_holds_every_sum_once():

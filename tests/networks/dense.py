@@ -1,6 +1,6 @@
 """Kappa from the definition, for whatever a network does: the dense Hessian row by row through autograd.
 
-:mod:`relflat.theory.reference` differentiates with torch.func, which many operations here do not allow (recurrent
+:mod:`relflat.reference` differentiates with torch.func, which many operations here do not allow (recurrent
 kernels, in-place updates of buffers, checkpointing). So the Hessian is made by plain double backward, and
 only the double sum of Definition 3 is the reference's.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call
 
-from relflat.theory import reference
+from relflat import reference
 
 Run = Callable[[nn.Module], Any]
 

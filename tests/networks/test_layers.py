@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from relflat import FAM, relative_flatness
+from relflat import FAM, reference, relative_flatness
 from relflat.capture.kinds import kind_of
-from relflat.theory import reference
 
 CE = nn.CrossEntropyLoss()
 pytestmark = pytest.mark.slow

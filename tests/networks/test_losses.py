@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from dense import Dense
 from torch import Tensor, nn
 
-from relflat import FAM, GraphError, LossError, per_sample_flatness, relative_flatness
-from relflat.theory import reference
+from relflat import FAM, GraphError, LossError, per_sample_flatness, reference, relative_flatness
 
 N, IN, HIDDEN = 6, 4, 3
 CE = nn.CrossEntropyLoss

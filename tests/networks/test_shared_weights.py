@@ -12,8 +12,7 @@ from dense import Dense
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from relflat import FAM, LayerError, relative_flatness
-from relflat.theory import reference
+from relflat import FAM, LayerError, reference, relative_flatness
 
 architecture = Family()
 

@@ -9,8 +9,7 @@ from architectures import CE, CLASSES, IN, Family, N, Net, image
 from checks import EachArchitecture
 from torch import Tensor, nn
 
-from relflat import relative_flatness
-from relflat.theory import reference
+from relflat import reference, relative_flatness
 
 architecture = Family()
 

@@ -9,7 +9,7 @@ import torch
 from numpy_net import Weights, cross_entropy, kappa_by_differences, second_derivatives
 from torch import nn
 
-from relflat.theory import reference
+from relflat import reference
 
 SIZES = {"W1": (3, 2), "b1": (3,), "W2": (2, 3), "b2": (2,)}
 LABELS = [0, 1, 1]

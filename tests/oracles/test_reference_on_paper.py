@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relflat.theory import reference
+from relflat import reference
 
 # One sample, two classes, and weights that make both logits 4, so p = (1/2, 1/2):
 # d2 L / dz2 = 1/4 [[1, -1], [-1, 1]],   H_{s,s'} = (d2 L / dz2)_{s,s'} phi phi',   ||phi||^2 = 5.

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nets import ACTIVATIONS, KNOWN_LOSSES, UNKNOWN_LOSSES, Loss, Net, Problem, losses, nets, relative_error
-from relflat import FAM, Flatness, relative_flatness
-from relflat.theory import reference
+from relflat import FAM, Flatness, reference, relative_flatness
 
 VALUE, GRADIENT = 1e-9, 1e-7
 STRENGTH = 0.7

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from nets import KNOWN_LOSSES, Loss, Net, Problem, losses, nets, relative_error
-from relflat import FAM, relative_flatness
-from relflat.theory import reference
+from relflat import FAM, reference, relative_flatness
 
 DELTAS = (0.08, 0.04, 0.02)
 SMOOTH = ("tanh", "gelu", "softplus")

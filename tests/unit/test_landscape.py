@@ -10,10 +10,10 @@ from relflat import (
     feature_robustness,
     max_eigenvalue_flatness,
     per_sample_flatness,
+    reference,
     relative_flatness,
     representativeness,
 )
-from relflat.theory import reference
 
 CE = nn.CrossEntropyLoss
 

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from relflat import FAM, ConfigError, DataError, GraphError, LayerError, linear_cross_entropy_fam
-from relflat.theory import reference
+from relflat import FAM, ConfigError, DataError, GraphError, LayerError, linear_cross_entropy_fam, reference
 
 MODES = ("full", "frozen", "weights")
 

@@ -12,10 +12,10 @@ from relflat import (
     LayerError,
     LossError,
     NonFiniteError,
+    reference,
     relative_flatness,
     relative_flatness_by_layer,
 )
-from relflat.theory import reference
 
 CE = nn.CrossEntropyLoss
 

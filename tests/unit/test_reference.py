@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from relflat import reference
 from relflat.errors import DataError, LayerError
-from relflat.theory import reference
 
 
 def tanh_net(dtype: torch.dtype = torch.float64) -> nn.Sequential:

@@ -8,8 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relflat import FAM, ConfigError, GraphError, LayerError, LossError, RelflatWarning, relative_flatness
-from relflat.theory import reference
+from relflat import (
+    FAM,
+    ConfigError,
+    GraphError,
+    LayerError,
+    LossError,
+    RelflatWarning,
+    reference,
+    relative_flatness,
+)
 
 CE = nn.CrossEntropyLoss
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from relflat import reparam
 from relflat.errors import ConfigError, DataError, GraphError, LayerError, LossError
-from relflat.theory import reparam
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -12,7 +12,6 @@ import torch
 
 from relflat import linear_cross_entropy_fam
 from relflat.vocabulary import blocks as vocabulary_blocks
-from relflat.vocabulary import sweep as vocabulary_sweep
 
 GPU = torch.cuda.is_available()
 if importlib.util.find_spec("triton") is None:
@@ -95,7 +94,7 @@ def test_the_whole_function(gradient, probes, smoothing, bias, monkeypatch):
             "Kernels", (), {n: staticmethod(getattr(module, n)) for n in ("raise_top", "exponentials")}
         )
         kernels.curve = staticmethod(count)
-        monkeypatch.setattr(vocabulary_sweep.on_blocks, "kernels_for", lambda x: kernels)
+        monkeypatch.setattr(vocabulary_blocks, "kernels_for", lambda x: kernels)
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (phi, weight, *([b] if bias else []))]
         given = {"bias": inputs[2]} if bias else {}
         g = torch.linalg.qr(torch.ones(8, 3, device=DEVICE).tril())[0] * (8 / 3) ** 0.5

@@ -15,13 +15,13 @@ from relflat import (
     DataError,
     NonFiniteError,
     per_sample_flatness,
+    reference,
     relative_flatness,
     relative_flatness_by_layer,
 )
 from relflat.measure import api as measure
 from relflat.measure import xtrace
 from relflat.measure.xtrace import Coordinates, Sketch
-from relflat.theory import reference
 
 CE = nn.CrossEntropyLoss
 

@@ -1,13 +1,20 @@
 """Second and third derivatives of batch and layer normalisation: cheap ones, and right ones.
 
-PyTorch composes the derivative of ``native_batch_norm_backward`` of some thirty elementwise operations and
-reductions; on a CPU they take as long as half the convolutions of a ResNet. Here it is written out: the map from
-the gradient of the outputs to that of the inputs is symmetric, so its transpose is the same kernel once more, and
-what is left are five sums a channel.
+**Second derivatives.** PyTorch composes the derivative of ``native_batch_norm_backward`` of some thirty elementwise
+operations and reductions; on a CPU they take as long as half the convolutions of a ResNet. Here it is written out:
+the map from the gradient of the outputs to that of the inputs is symmetric, so its transpose is the same kernel once
+more, and what is left are five sums a channel.
 
-Third derivatives PyTorch 2.13 gets wrong, without a word, for both normalisations where the statistics depend on
-the input, as it takes them for constants (pytorch/pytorch#186256, #175754). Here they are composed of elementary
-operations.
+**Third derivatives** PyTorch 2.13 gets wrong, without a word, for both normalisations where the statistics depend on
+the input, as it takes the saved ones for constants (pytorch/pytorch#186256 for batch, #175754 for layer
+normalisation). Here they are composed of elementary operations. No version is known that computes them; once the
+oldest supported one does, ``_composed`` and all that is for layer normalisation can go. Versions that refuse them
+(proposed in #186779 and #176234) do not end the need.
+
+**Not covered:** batch normalisation on anything but a CPU. On a GPU its nodes (``NativeBatchNormBackward0`` and
+cuDNN's ``CudnnBatchNormBackward0``) keep PyTorch's derivatives: second ones right and slow, third ones wrong in
+training mode, and with them the gradient of any penalty that needs them for a layer before such a normalisation:
+``gradient="full"`` with ``curvature="hessian"`` or ``method="exact"``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +27,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+Gradients = tuple[Tensor | None, ...]
+
 _ONLY_INPUT, _ONLY_SUMS, _ALL = [True, False, False], [False, True, True], [True, True, True]
-_backward = torch.ops.aten.native_batch_norm_backward
+_batch_backward = torch.ops.aten.native_batch_norm_backward
+_layer_backward = torch.ops.aten.native_layer_norm_backward
 
 
 @contextmanager
@@ -62,21 +72,36 @@ def _younger(of: Sequence[Tensor], oldest: int) -> Iterator[Node]:
         stack += new
 
 
-def _batch_norm(node: Any) -> Callable[[Any, Any], Any]:
-    def hook(found: tuple[Tensor | None, ...], along: tuple[Tensor | None, ...]) -> Any:
+def _hook(
+    node: Any, function: type[torch.autograd.Function], read: Callable[[Any], tuple[Any, ...] | None]
+) -> Callable[[Gradients, Gradients], Gradients | None]:
+    """A hook that replaces the node's gradient in its input by ``function``, of the same value.
+
+    ``read`` gives input, weight and constants that the node saved, or None if the node is to stay as it is.
+    """
+
+    def hook(
+        found: Gradients, along: Gradients
+    ) -> Gradients | None:  # what came out of the node, what went in
         if found[0] is None or along[0] is None or not found[0].requires_grad:
             return None
         try:
-            x, weight = node._saved_input, node._saved_weight
+            saved = read(node)
         except RuntimeError:  # checkpointing hands out a tensor once
             return None
-        if x.device.type != "cpu" or type(x) is not Tensor:
+        if saved is None or type(saved[0]) is not Tensor:
             return None
-        given = (found[0].detach(), along[0], x, weight, _Constants.of(node))
-        cheap = _InputGradient.apply(*given)  # type: ignore[no-untyped-call]
-        return (cheap, *found[1:])
+        mended = function.apply(found[0].detach(), along[0], *saved)  # type: ignore[no-untyped-call]
+        return (mended, *found[1:])
 
     return hook
+
+
+# Batch normalisation
+
+
+def _batch_norm(node: Any) -> Callable[[Gradients, Gradients], Gradients | None]:
+    return _hook(node, _InputGradient, _Constants.read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +110,25 @@ class _Constants:
 
     training: bool
     eps: float
-    running: tuple[Tensor | None, Tensor | None]
-    saved: tuple[Tensor, Tensor]
+    running: tuple[Tensor | None, Tensor | None]  # mean and variance, for evaluation mode
+    saved: tuple[Tensor, Tensor]  # mean and 1/std of the batch
 
     @classmethod
-    def of(cls, node: Any) -> "_Constants":
-        """Read them."""
+    def read(cls, node: Any) -> "tuple[Tensor, Tensor | None, _Constants] | None":
+        """Input, weight and constants of a node, unless it computes on something other than a CPU."""
+        x, weight = node._saved_input, node._saved_weight
+        if x.device.type != "cpu":
+            return None
         running = (node._saved_running_mean, node._saved_running_var)
         saved = (node._saved_result1, node._saved_result2)
-        return cls(node._saved_training, node._saved_eps, running, saved)
+        return x, weight, cls(node._saved_training, node._saved_eps, running, saved)
+
+    @property
+    def running_scale(self) -> Tensor:
+        """1/std of evaluation mode."""
+        var = self.running[1]
+        assert var is not None
+        return (var + self.eps).rsqrt()
 
     def to(self, dtype: torch.dtype) -> "_Constants":
         """The same in another precision."""
@@ -101,17 +136,17 @@ class _Constants:
         return replace(self, running=(mean, var), saved=(self.saved[0].to(dtype), self.saved[1].to(dtype)))
 
     def pull(self, grad: Tensor, x: Tensor, weight: Tensor | None, mask: list[bool]) -> Sequence[Tensor]:
-        """Gradients in input, weight and bias by PyTorch's kernel."""
+        """Gradients in input, weight and bias by PyTorch's kernel: G(grad), <grad, xh> and sum(grad) a channel."""
         options = (self.training, self.eps, mask)
-        found: Sequence[Tensor] = _backward(grad, x, weight, *self.running, *self.saved, *options)
+        found: Sequence[Tensor] = _batch_backward(grad, x, weight, *self.running, *self.saved, *options)
         return found
 
 
 class _InputGradient(torch.autograd.Function):
     """``G(gy, x, w) = w s (gy - mean(gy) - xh mean(gy xh))`` a channel, xh the normalised x, s its 1/std.
 
-    In evaluation mode ``w s gy``. The value comes in as ``found``; the backward gives the derivatives of
-    ``<v, G>``: with K = <v, gy> - sum(v) sum(gy) / M - <v, xh> <gy, xh> / M over the M numbers of a channel,
+    In evaluation mode ``w s gy``. The value comes in as ``found``; the backward gives the derivatives of ``<v, G>``:
+    with ``K = <v, gy> - sum(v) sum(gy) / M - <v, xh> <gy, xh> / M`` over the M numbers of a channel,
 
         in gy:  G(v)
         in w:   s K
@@ -129,35 +164,27 @@ class _InputGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
         found, grad, x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            needs = ctx.needs_input_grad[1:4]
-            return (None, *_by_autograd(v, grad, x, weight, ctx.constants, needs), None)
+        if torch.is_grad_enabled():  # third derivatives may be asked for
+            given = grad, x, weight = grad.view_as(grad), x.view_as(x), _alias(weight, True)
+            value = _composed(grad, x, weight, ctx.constants)
+            return None, *_gradients(value, given, ctx.needs_input_grad[1:4], v, True), None
         wide = torch.promote_types(x.dtype, torch.float32)  # sums in half precision lose too much
         v, found, grad, x = (t.to(wide) for t in (v, found, grad, x))
         scale = None if weight is None else weight.to(wide)
-        derivatives = _batch if ctx.constants.training else _running
-        in_grad, in_x, in_scale = derivatives(v, found, grad, x, scale, ctx.constants.to(wide))
+        constants, in_x = ctx.constants.to(wide), None
+        if constants.training:
+            in_grad, in_x, in_scale = _batch(v, found, grad, x, scale, constants)
+        else:
+            in_grad, in_scale = _running(v, grad, x, scale, constants)
         return None, in_grad, in_x, None if weight is None else in_scale, None
 
 
-def _by_autograd(
-    v: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, constants: _Constants, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The same, differentiable as often as one likes, from elementary operations.
-
-    PyTorch's own takes the saved mean and deviation for constants from here on, so third derivatives are wrong.
-    """
-    given = grad, x, weight = grad.view_as(grad), x.view_as(x), _alias(weight, True)  # see there
-    return _gradients(_composed(grad, x, weight, constants), given, needs, v, True)
-
-
 def _composed(grad: Tensor, x: Tensor, weight: Tensor | None, constants: _Constants) -> Tensor:
-    over, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+    """G from elementary operations, differentiable as often as one likes."""
+    over, shape = [0, *range(2, x.ndim)], _along_channels(x)
     gain: Tensor | float = 1.0 if weight is None else weight.view(shape)
     if not constants.training:
-        var = constants.running[1]
-        assert var is not None
-        return gain * (var + constants.eps).rsqrt().view(shape) * grad
+        return gain * constants.running_scale.view(shape) * grad
     centred = x - x.mean(over, keepdim=True)
     s = (centred.square().mean(over, keepdim=True) + constants.eps).rsqrt()
     xh = s * centred
@@ -165,20 +192,16 @@ def _composed(grad: Tensor, x: Tensor, weight: Tensor | None, constants: _Consta
 
 
 def _batch(
-    v: Float[Tensor, "n c *s"],
-    found: Float[Tensor, "n c *s"],
-    grad: Float[Tensor, "n c *s"],
-    x: Float[Tensor, "n c *s"],
-    weight: Float[Tensor, " c"] | None,
-    constants: _Constants,
+    v: Tensor, found: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, constants: _Constants
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of the batch; two kernels, one product and its sum, three passes to put together."""
-    shape, m = [1, -1, *[1] * (x.ndim - 2)], x.numel() // x.shape[1]
+    """Those in gy, x and w with statistics of the batch: two kernels, one product and its sum, and three passes."""
+    shape, m = _along_channels(x), x.numel() // x.shape[1]
     of_v, v_xh, v_sum = constants.pull(v, x, weight, _ALL)
     _, g_xh, g_sum = constants.pull(grad, x, weight, _ONLY_SUMS)
     mean, s = constants.saved
-    k = _sums(v, grad) - (v_sum * g_sum + v_xh * g_xh) / m
-    gain = s if weight is None else s * weight
+    k = _sums(v, grad) - (v_sum * g_sum + v_xh * g_xh) / m  # K
+    gain = s if weight is None else s * weight  # w s
+    # -s/M w s K xh = slope (x - mean) with xh = s (x - mean); then -s/M <gy, xh> G(v), and -s/M <v, xh> G(gy)
     slope = -s * s * gain * k / m
     in_x = torch.addcmul((-slope * mean).view(shape), x, slope.view(shape))
     in_x.addcmul_(of_v, (-s * g_xh / m).view(shape)).addcmul_(found, (-s * v_xh / m).view(shape))
@@ -186,40 +209,31 @@ def _batch(
 
 
 def _running(
-    v: Float[Tensor, "n c *s"],
-    found: Float[Tensor, "n c *s"],
-    grad: Float[Tensor, "n c *s"],
-    x: Float[Tensor, "n c *s"],
-    weight: Float[Tensor, " c"] | None,
-    constants: _Constants,
-) -> tuple[Tensor, None, Tensor]:
-    """Running statistics: linear in the gradient and the weight, and x has no part in it."""
-    var = constants.running[1]
-    assert var is not None
+    v: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, constants: _Constants
+) -> tuple[Tensor, Tensor]:
+    """Those in gy and w with running statistics: ``G = w s gy``, in which x has no part."""
     (in_grad, *_) = constants.pull(v, x, weight, _ONLY_INPUT)
-    return in_grad, None, (var + constants.eps).rsqrt() * _sums(v, grad)
+    return in_grad, constants.running_scale * _sums(v, grad)
+
+
+def _along_channels(x: Tensor) -> list[int]:
+    return [1, -1, *[1] * (x.ndim - 2)]
 
 
 def _sums(a: Float[Tensor, "n c *s"], b: Float[Tensor, "n c *s"]) -> Float[Tensor, " c"]:
     return (a * b).sum([0, *range(2, a.ndim)])
 
 
-def _layer_norm(node: Any) -> Callable[[Any, Any], Any]:
-    def hook(found: tuple[Tensor | None, ...], along: tuple[Tensor | None, ...]) -> Any:
-        if found[0] is None or along[0] is None or not found[0].requires_grad:
-            return None
-        try:
-            x, weight, bias = node._saved_input, node._saved_weight, node._saved_bias
-        except RuntimeError:  # checkpointing hands out a tensor once
-            return None
-        if type(x) is not Tensor:
-            return None
-        saved = (node._saved_normalized_shape, node._saved_result1, node._saved_result2, bias)
-        given = (found[0].detach(), along[0], x, weight, saved)
-        mended = _LayerInputGradient.apply(*given)  # type: ignore[no-untyped-call]
-        return (mended, *found[1:])
+# Layer normalisation
 
-    return hook
+
+def _layer_norm(node: Any) -> Callable[[Gradients, Gradients], Gradients | None]:
+    return _hook(node, _LayerInputGradient, _read_layer_norm)
+
+
+def _read_layer_norm(node: Any) -> tuple[Any, ...]:
+    constants = (node._saved_normalized_shape, node._saved_result1, node._saved_result2, node._saved_bias)
+    return node._saved_input, node._saved_weight, constants
 
 
 class _LayerInputGradient(torch.autograd.Function):
@@ -227,16 +241,16 @@ class _LayerInputGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, found: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, saved: tuple[Any, ...]
+        ctx: Any, found: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, constants: tuple[Any, ...]
     ) -> Tensor:
         ctx.save_for_backward(grad, x, weight)
-        ctx.saved = saved
+        ctx.constants = constants
         return found.view_as(found)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
-        further = torch.is_grad_enabled()
-        shape, mean, rstd, bias = ctx.saved
+        further = torch.is_grad_enabled()  # third derivatives may be asked for
+        shape, mean, rstd, bias = ctx.constants
         with torch.enable_grad():
             grad, x, weight = given = [_alias(t, further) for t in ctx.saved_tensors]
             assert grad is not None
@@ -244,9 +258,27 @@ class _LayerInputGradient(torch.autograd.Function):
             if further:
                 value = _layer_composed(grad, x, weight, rstd, len(shape))
             else:
-                options = (shape, mean, rstd, weight, bias, _ONLY_INPUT)
-                value = torch.ops.aten.native_layer_norm_backward(grad, x, *options)[0]
+                value = _layer_backward(grad, x, shape, mean, rstd, weight, bias, _ONLY_INPUT)[0]
             return None, *_gradients(value, given, ctx.needs_input_grad[1:4], v, further), None
+
+
+def _layer_composed(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dims: int) -> Tensor:
+    """``s (g - mean(g) - xh mean(g xh))`` with ``g = w gy``, over the last ``dims`` dimensions.
+
+    eps is not saved: it is what ``1 / rstd^2`` has over the variance of x.
+    """
+    over, wide = tuple(range(-dims, 0)), rstd.dtype
+    g, x = grad.to(wide), x.to(wide)
+    g = g if weight is None else g * weight
+    centred = x - x.mean(over, keepdim=True)
+    variance = centred.square().mean(over, keepdim=True)
+    eps = (rstd.reshape(variance.shape).pow(-2) - variance).detach()
+    s = (variance + eps).rsqrt()
+    xh = s * centred
+    return (s * (g - g.mean(over, keepdim=True) - xh * (g * xh).mean(over, keepdim=True))).to(grad.dtype)
+
+
+# Both
 
 
 def _gradients(
@@ -263,19 +295,6 @@ def _alias(t: Tensor | None, further: bool) -> Tensor | None:
     if t is None:
         return None
     return t.view_as(t) if further else t.detach().requires_grad_(t.requires_grad)
-
-
-def _layer_composed(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dims: int) -> Tensor:
-    """``s (g - mean(g) - xh mean(g xh))`` with ``g = w gy``; eps is what the saved deviation has over that of x."""
-    over, wide = tuple(range(-dims, 0)), rstd.dtype
-    g, x = grad.to(wide), x.to(wide)
-    g = g if weight is None else g * weight
-    centred = x - x.mean(over, keepdim=True)
-    variance = centred.square().mean(over, keepdim=True)
-    eps = (rstd.reshape(variance.shape).pow(-2) - variance).detach()
-    s = (variance + eps).rsqrt()
-    xh = s * centred
-    return (s * (g - g.mean(over, keepdim=True) - xh * (g * xh).mean(over, keepdim=True))).to(grad.dtype)
 
 
 _MENDED = {"NativeBatchNormBackward0": _batch_norm, "NativeLayerNormBackward0": _layer_norm}

@@ -1,14 +1,16 @@
-"""What the integrations share: naming a missing extra, FAM for a loss computed elsewhere, results as metrics."""
+"""What integrations share: naming a missing extra, FAM for a loss computed elsewhere, measuring between epochs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import nn
 
 from relflat.capture.resolve import Layer
-from relflat.errors import ConfigError, GraphError
+from relflat.errors import ConfigError, DataError, GraphError
 from relflat.fam import FAM
+from relflat.measure.api import relative_flatness_by_layer
+from relflat.measure.batches import Batch
 from relflat.result import Flatness
 
 
@@ -30,28 +32,19 @@ def extra(name: str) -> Iterator[None]:
         ) from error
 
 
-def fam_for_computed_loss(model: nn.Module, layer: Layer, options: Mapping[str, Any], where: str) -> FAM:
-    """Return a FAM of which only ``penalty(loss)`` is used, as the framework computes the loss.
+def check_options(options: Mapping[str, Any], where: str) -> None:
+    """Refuse arguments of FAM with which ``penalty(loss)`` alone is no training.
 
     Args:
-        model: the network to watch.
-        layer: as for FAM.
-        options: keyword arguments of FAM.
+        options: keyword arguments of FAM, the layer among them.
         where: what the user wrote them in, for messages.
 
     Raises:
-        ConfigError: see :func:`check_options`.
+        ConfigError: if layer or strength is missing, or the loss of a second forward pass would be needed.
     """
-    check_options(options, where)
-    return FAM(_out_of_reach, model, layer, **options)
-
-
-def check_options(options: Mapping[str, Any], where: str) -> None:
-    """Refuse arguments of FAM that ``penalty(loss)`` cannot honour.
-
-    Raises:
-        ConfigError: if they need the loss of a second forward pass.
-    """
+    missing = [name for name in ("layer", "strength") if name not in options]
+    if missing:
+        raise ConfigError(f"fam={dict(options)}: {missing[0]!r} is missing; give at least layer and strength")
     for name, value in options.items():
         if (name, value) == ("method", "finite_difference") or (name == "radius" and value is not None):
             raise ConfigError(
@@ -60,8 +53,60 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
             )
 
 
+def fam_for_computed_loss(model: nn.Module, options: Mapping[str, Any], where: str) -> FAM:
+    """Return a FAM of which only ``penalty(loss)`` is used, as the framework computes the loss.
+
+    Arguments and errors are those of :func:`check_options`, and the network to watch.
+    """
+    check_options(options, where)
+    return FAM(_out_of_reach, model, **options)
+
+
 def _out_of_reach(*args: Any) -> NoReturn:
     raise GraphError("here the framework computes the loss: use criterion.penalty(loss)")
+
+
+class Monitor:
+    """Measures layers every so many epochs; the base of callbacks that log what it finds.
+
+    Args:
+        layer: as for :func:`relflat.relative_flatness_by_layer`, within the framework's model.
+        loss_fn: ``loss_fn(outputs, targets)``.
+        data: batches; by default the validation data of the run.
+        every: epochs from one measurement to the next.
+        **options: of :func:`relflat.relative_flatness_by_layer`, such as
+            ``forward``: ``(model, batch) -> (outputs, targets)``.
+
+    Raises:
+        ConfigError: for ``every`` below 1.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        loss_fn: Callable[..., Any] | None,
+        data: Iterable[Batch] | None = None,
+        *,
+        every: int = 1,
+        **options: Any,
+    ) -> None:
+        if every < 1:
+            raise ConfigError(f"every={every}: measure every so many epochs, at least 1")
+        self.layer, self.loss_fn, self.data, self.every, self.options = layer, loss_fn, data, every, options
+
+    def due(self, epochs: int) -> bool:
+        """Whether to measure after so many epochs."""
+        return epochs % self.every == 0
+
+    def measure(self, model: nn.Module, loss_fn: Any, data: Any, lacking: str) -> dict[str, float]:
+        """Measured values by name.
+
+        Raises:
+            DataError: if there are no data; ``lacking`` says what has none.
+        """
+        if data is None:
+            raise DataError(f"{type(self).__name__}: {lacking}; give data=")
+        return metrics(relative_flatness_by_layer(model, loss_fn, data, layer=self.layer, **self.options))
 
 
 def metrics(by_layer: Mapping[str, Flatness]) -> dict[str, float]:
@@ -76,9 +121,3 @@ def metrics(by_layer: Mapping[str, Flatness]) -> dict[str, float]:
         if flat.confidence is not None:
             found["flatness/confidence"] = flat.confidence
     return found
-
-
-def check_every(every: int) -> None:
-    """Refuse to measure every zeroth epoch."""
-    if every < 1:
-        raise ConfigError(f"every={every}: measure every so many epochs, at least 1")

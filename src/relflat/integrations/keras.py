@@ -5,7 +5,8 @@ a ``torch.nn.Linear`` on the same variables, which gives the same numbers and ha
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from relflat.capture.kinds import kind_of
 from relflat.capture.resolve import nearest
 from relflat.errors import ConfigError, LayerError, LossError
 from relflat.fam import FAM
-from relflat.integrations.common import extra, fam_for_computed_loss
+from relflat.integrations.common import check_options, extra, fam_for_computed_loss
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # read when Keras is first imported
 with extra("keras"):
@@ -56,30 +57,26 @@ class FAMMixin(_Base):  # type: ignore[misc, valid-type]  # Keras is not typed
     def compile(self, *args: Any, fam: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Configure training as Keras does, with FAM; without ``fam`` training is plain."""
         super().compile(*args, **kwargs)
+        where = f"{type(self).__name__}.compile(fam=...)"
         if fam is not None:
-            _check_fam(fam)
+            check_options(fam, where)
             if self.jit_compile:
                 raise ConfigError("jit_compile=True compiles the hooks away; use jit_compile=False with fam=")
         if self.criterion is not None:
             self.criterion.close()
-        self._keep(None if fam is None else dict(fam), None)
+        self._fam = None if fam is None else _Fam(fam, where)
 
     @property
     def criterion(self) -> FAM | None:
         """The FAM in use, from the first training step on; its ``last`` has the last step in numbers."""
-        return self._fam_state[1]
+        return None if self._fam is None else self._fam.criterion
 
-    _fam_state: tuple[dict[str, Any] | None, FAM | None] = (None, None)
-    _fam_pass: nn.Module | None = None  # while a training step runs
-
-    def _keep(self, options: dict[str, Any] | None, criterion: FAM | None) -> None:
-        object.__setattr__(self, "_fam_state", (options, criterion))  # Keras would take FAM for a layer
+    _fam: "_Fam | None" = None
 
     def get_compile_config(self) -> dict[str, Any]:
         """What a saved model keeps of ``compile``."""
         config = super().get_compile_config()
-        fam = self._fam_state[0]
-        return config if fam is None else {**config, "fam": fam}
+        return config if self._fam is None else {**config, "fam": self._fam.options}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Configure training as it was when the model was saved."""
@@ -90,24 +87,17 @@ class FAMMixin(_Base):  # type: ignore[misc, valid-type]  # Keras is not typed
 
     def train_step(self, data: Any) -> Any:
         """One step, watched."""
-        options, criterion = self._fam_state
-        if options is None:
+        if self._fam is None:
             return super().train_step(data)
-        if criterion is None:
-            criterion = self._new_fam(options)
-            self._keep(options, criterion)
-        criterion.step = int(self.optimizer.iterations)
-        object.__setattr__(self, "_fam_pass", criterion.keras_pass)
-        try:
+        with self._fam.watching(self):
             return super().train_step(data)
-        finally:
-            object.__setattr__(self, "_fam_pass", None)
-            criterion.reset()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, where PyTorch sees it in a training step."""
-        call = super().__call__
-        return call(*args, **kwargs) if self._fam_pass is None else self._fam_pass(call, *args, **kwargs)
+        call, fam = super().__call__, self._fam
+        if fam is None or fam.forward is None or not fam.in_step:
+            return call(*args, **kwargs)
+        return fam.forward(call, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -123,14 +113,32 @@ class FAMMixin(_Base):  # type: ignore[misc, valid-type]  # Keras is not typed
             return loss
         return loss + self.criterion.penalty(loss)
 
-    def _new_fam(self, fam: Mapping[str, Any]) -> FAM:
-        options = dict(fam)
-        layers = _chosen(self, options.pop("layer"))
-        run = _Pass({name: _with_hooks(layer) for name, layer in layers.items()})
-        where = f"{type(self).__name__}.compile(fam=...)"
-        criterion = fam_for_computed_loss(run, list(layers), options, where)
-        object.__setattr__(criterion, "keras_pass", run)  # the criterion itself holds no reference to it
-        return criterion
+
+class _Fam:
+    """FAM of a compiled model, in an object of its own: a criterion among the attributes of a model were a layer."""
+
+    def __init__(self, options: Mapping[str, Any], where: str) -> None:
+        self.options, self.where = dict(options), where
+        # Both are made in the first step, as Keras builds layers when it first calls them.
+        self.forward: _Forward | None = None
+        self.criterion: FAM | None = None
+        self.in_step = False
+
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """A training step of the model."""
+        if self.criterion is None:
+            layers = _chosen(model, self.options["layer"])
+            self.forward = _Forward({name: _with_hooks(layer) for name, layer in layers.items()})
+            options = self.options | {"layer": list(layers)}
+            self.criterion = fam_for_computed_loss(self.forward, options, self.where)
+        self.criterion.step = int(model.optimizer.iterations)
+        self.in_step = True
+        try:
+            yield
+        finally:
+            self.in_step = False
+            self.criterion.reset()
 
 
 class TorchLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras is not typed
@@ -163,12 +171,6 @@ class TorchLoss(keras.losses.Loss):  # type: ignore[misc]  # Keras is not typed
         return self.loss_fn(y_pred, y)
 
 
-def _check_fam(fam: Mapping[str, Any]) -> None:
-    missing = [name for name in ("layer", "strength") if name not in fam]
-    if missing:
-        raise ConfigError(f"fam={dict(fam)}: {missing[0]!r} is missing; give at least layer and strength")
-
-
 def _chosen(model: Any, layer: Any) -> dict[str, Any]:
     """The Keras layers that the user named."""
     found = {x.name: x for x in model._flatten_layers() if _supported(x)}
@@ -196,19 +198,23 @@ def _with_hooks(layer: Any) -> nn.Module:
     """The module of PyTorch that a layer runs, or from now on runs."""
     if isinstance(layer, TorchModuleWrapper):
         return layer.module
-    linear = _Linear(layer)
-
-    def call(inputs: Any, training: Any = None) -> Any:
-        z = linear(inputs)
-        return z if layer.activation is None else layer.activation(z)
-
-    if not isinstance(getattr(layer.call, "linear", None), _Linear):
-        call.linear = linear  # type: ignore[attr-defined]
-        layer.call = call
+    if not isinstance(layer.call, _Call):
+        layer.call = _Call(layer)
     return layer.call.linear
 
 
-class _Pass(nn.Module):
+class _Call:
+    """What a Dense layer computes, its product by way of a module that has hooks."""
+
+    def __init__(self, dense: Any) -> None:
+        self.dense, self.linear = dense, _Linear(dense)
+
+    def __call__(self, inputs: Any, training: Any = None) -> Any:
+        z = self.linear(inputs)
+        return z if self.dense.activation is None else self.dense.activation(z)
+
+
+class _Forward(nn.Module):
     """A forward pass of the Keras model as one of a module of PyTorch that has the watched layers."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:

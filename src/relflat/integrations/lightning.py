@@ -1,16 +1,14 @@
 """Lightning: ``FAMCallback`` adds the penalty to any module's loss, ``FlatnessMonitor`` logs relative flatness."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from relflat.errors import DataError, GraphError, LayerError
+from relflat.errors import GraphError, LayerError
 from relflat.fam import FAM
-from relflat.integrations.common import check_every, check_options, extra, fam_for_computed_loss, metrics
-from relflat.measure.api import relative_flatness_by_layer
-from relflat.measure.batches import Batch, ForwardFn
+from relflat.integrations.common import Monitor, check_options, extra, fam_for_computed_loss
 
 with extra("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -47,7 +45,7 @@ class FAMCallback(Callback):
         self, layer: str | Sequence[str], *, strength: float, module: str | None = None, **options: Any
     ) -> None:
         self.layer, self.module = layer, module
-        self.options = {"strength": strength, **options}
+        self.options = {"layer": layer, "strength": strength, **options}
         check_options(self.options, "FAMCallback")
         self.criterion: FAM | None = None
         self._step, self._seed = 0, options.get("seed")
@@ -88,10 +86,7 @@ class FAMCallback(Callback):
     def _build(self, model: nn.Module) -> None:
         self._close()
         self.criterion_model = model
-        options = self.options | {"seed": self._seed}
-        self.criterion = fam_for_computed_loss(
-            model, self.layer if isinstance(self.layer, str) else list(self.layer), options, "FAMCallback"
-        )
+        self.criterion = fam_for_computed_loss(model, self.options | {"seed": self._seed}, "FAMCallback")
         self.criterion.step = self._step
 
     def _close(self) -> None:
@@ -145,7 +140,7 @@ class FAMCallback(Callback):
         self._close()
 
 
-class FlatnessMonitor(Callback):
+class FlatnessMonitor(Monitor, Callback):
     """Measures layers every so many epochs and logs them through the module's loggers.
 
     Logged are ``flatness/LAYER``, its standard error where it has one, the norm of its weight, and loss and mean
@@ -157,34 +152,17 @@ class FlatnessMonitor(Callback):
         loss_fn: ``loss_fn(outputs, targets)``.
         data: batches; by default the first validation loader.
         every: epochs from one measurement to the next.
-        forward: ``(module, batch) -> (outputs, targets)``; by default the module is called on the inputs.
-        **options: of :func:`relflat.relative_flatness_by_layer`.
+        **options: of :func:`relflat.relative_flatness_by_layer`; its ``forward(module, batch)`` returns outputs and
+            targets, and by default calls the module on the inputs.
     """
-
-    def __init__(
-        self,
-        layer: str | Sequence[str],
-        loss_fn: Callable[..., Any],
-        data: Iterable[Batch] | None = None,
-        *,
-        every: int = 1,
-        forward: ForwardFn | None = None,
-        **options: Any,
-    ) -> None:
-        check_every(every)
-        self.layer, self.loss_fn, self.data, self.every = layer, loss_fn, data, every
-        self.options = {"forward": forward, **options}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure; here, not in the validation hooks, as those run where gradients cannot be taken."""
-        if (trainer.current_epoch + 1) % self.every:
+        if not self.due(trainer.current_epoch + 1):
             return
         data = self.data
         if data is None:
             loaders = trainer.val_dataloaders
             data = loaders[0] if isinstance(loaders, list | tuple) else loaders
-        if data is None:
-            raise DataError("FlatnessMonitor: there is no validation loader; give data=")
-        layer = self.layer if isinstance(self.layer, str) else list(self.layer)
-        found = relative_flatness_by_layer(pl_module, self.loss_fn, data, layer=layer, **self.options)
-        pl_module.log_dict(metrics(found), sync_dist=trainer.world_size > 1)
+        found = self.measure(pl_module, self.loss_fn, data, "there is no validation loader")
+        pl_module.log_dict(found, sync_dist=trainer.world_size > 1)

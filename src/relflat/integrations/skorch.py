@@ -43,9 +43,7 @@ class FAMMixin(_Base):  # type: ignore[misc, valid-type]  # skorch is not typed
 
     def _new_fam(self) -> FAM:
         options: dict[str, Any] = {"layer": "output", "strength": 0.0} | self.get_params_for("fam")
-        return fam_for_computed_loss(
-            self.module_, options.pop("layer"), options, f"{type(self).__name__}(fam__...)"
-        )
+        return fam_for_computed_loss(self.module_, options, f"{type(self).__name__}(fam__...)")
 
     def get_loss(self, y_pred: Any, y_true: Any, X: Any = None, training: bool = False) -> Tensor:
         """Return the loss, plus the penalty in training."""

@@ -1,17 +1,17 @@
 """Transformers: ``FAMTrainer``, ``FAMMixin`` for Trainers of your own, and ``FlatnessCallback``."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relflat.capture.resolve import Layer
 from relflat.errors import ConfigError, DataError, LossError
 from relflat.fam import FAM
-from relflat.integrations.common import check_every, extra, fam_for_computed_loss, metrics
-from relflat.measure.api import relative_flatness_by_layer
-from relflat.measure.batches import Batch, ForwardFn
+from relflat.integrations.common import Monitor, check_options, extra, fam_for_computed_loss
+from relflat.measure.batches import Batch
 
 with extra("transformers"):
     from transformers import Trainer, TrainerCallback
@@ -66,9 +66,7 @@ class FAMMixin(_Base):
     """
 
     def __init__(self, *args: Any, fam: Mapping[str, Any], **kwargs: Any) -> None:
-        missing = [name for name in ("layer", "strength") if name not in fam]
-        if missing:
-            raise ConfigError(f"fam={dict(fam)}: {missing[0]!r} is missing; give at least layer and strength")
+        check_options(fam, type(self).__name__)
         super().__init__(*args, **kwargs)
         self._fam_options = {"seed": self.args.seed} | dict(fam)
         self._fam: FAM | None = None
@@ -122,8 +120,7 @@ class FAMMixin(_Base):
         if self._fam is None or model is not self._fam_wrapped:
             network = self.accelerator.unwrap_model(model, keep_torch_compile=False)
             if self._fam is None or network is not self._fam_model:
-                options = dict(self._fam_options)
-                self._fam = fam_for_computed_loss(network, options.pop("layer"), options, type(self).__name__)
+                self._fam = fam_for_computed_loss(network, self._fam_options, type(self).__name__)
             self._fam_model, self._fam_wrapped = network, model
         return self._fam
 
@@ -146,7 +143,7 @@ class FAMTrainer(FAMMixin, Trainer):
     """
 
 
-class FlatnessCallback(TrainerCallback):
+class FlatnessCallback(Monitor, TrainerCallback):
     """Measures layers every so many epochs and logs them as the Trainer logs everything else.
 
     Add it to the trainer it logs through: ``trainer.add_callback(FlatnessCallback(trainer, "output"))``.
@@ -156,55 +153,43 @@ class FlatnessCallback(TrainerCallback):
         layer: as for :func:`relflat.relative_flatness_by_layer`.
         loss_fn: ``loss_fn(outputs, targets)``; by default what the model's kind of head is trained with.
         data: batches; by default the trainer's evaluation data.
-        every: epochs from one measurement to the next.
-        forward: ``(model, batch) -> (outputs, targets)``; by default logits and labels, shifted for language models.
-        **options: of :func:`relflat.relative_flatness_by_layer`.
+        **options: ``every``, epochs from one measurement to the next, and those of
+            :func:`relflat.relative_flatness_by_layer`; its ``forward(model, batch)`` by default returns logits and
+            labels, shifted for language models.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        layer: str | Sequence[str],
+        layer: Layer,
         loss_fn: Callable[..., Any] | None = None,
         data: Iterable[Batch] | None = None,
-        *,
-        every: int = 1,
-        forward: ForwardFn | None = None,
         **options: Any,
     ) -> None:
-        check_every(every)
-        self.trainer, self.layer, self.loss_fn, self.data, self.every = trainer, layer, loss_fn, data, every
-        self.options = {"forward": forward or logits_and_labels, **options}
+        super().__init__(layer, loss_fn, data, **options)
+        self.trainer = trainer
+        self.options["forward"] = options.get("forward") or logits_and_labels
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure and log."""
-        if round(state.epoch) % self.every:
+        if not self.due(round(state.epoch)):
             return
         data = self.data
-        if data is None:
-            if self.trainer.eval_dataset is None:
-                raise DataError("FlatnessCallback: the trainer has no eval_dataset; give data=")
+        if data is None and self.trainer.eval_dataset is not None:
             data = self.trainer.get_eval_dataloader()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
-        layer = self.layer if isinstance(self.layer, str) else list(self.layer)
         loss_fn = self.loss_fn or loss_of_head(model)
-        found = relative_flatness_by_layer(model, loss_fn, data, layer=layer, **self.options)
-        self.trainer.log(metrics(found))
+        self.trainer.log(self.measure(model, loss_fn, data, "the trainer has no eval_dataset"))
 
 
 def loss_of_head(model: nn.Module) -> nn.Module:
     """The loss that a model's head is trained with, by its ``problem_type``; cross-entropy if it has none."""
     config = getattr(model, "config", None)
     kind = getattr(config, "problem_type", None)
-    if (
-        kind is None
-        and getattr(config, "num_labels", 0) == 1
-        and _loss_type(model) == "ForSequenceClassification"
-    ):
-        kind = "regression"
-    return {"regression": nn.MSELoss, "multi_label_classification": nn.BCEWithLogitsLoss}.get(
-        str(kind), nn.CrossEntropyLoss
-    )()
+    one_number = getattr(config, "num_labels", 0) == 1 and _loss_type(model) == "ForSequenceClassification"
+    if kind == "regression" or (kind is None and one_number):
+        return nn.MSELoss()
+    return nn.BCEWithLogitsLoss() if kind == "multi_label_classification" else nn.CrossEntropyLoss()
 
 
 def logits_and_labels(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

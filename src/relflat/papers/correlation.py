@@ -32,7 +32,7 @@ from relflat.papers.trained import (
     those_that_reached,
     trained,
 )
-from relflat.theory.reparam import normalize_features, random_rescaling
+from relflat.reparam import normalize_features, random_rescaling
 
 FACTORS = (5.0, 25.0)
 WHOLE_ON = 300  # training samples on which measures of the whole network are taken

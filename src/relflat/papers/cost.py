@@ -19,7 +19,7 @@ from torch.autograd.functional import hessian as autograd_hessian
 from torch.func import functional_call
 from torch.func import hessian as func_hessian
 
-from relflat import relative_flatness
+from relflat import reference, relative_flatness
 from relflat.lab.data import fetch
 from relflat.lab.report.figures import COLOURS, DASHES, MARKERS, legend, log_if_wide
 from relflat.lab.train import launch, store
@@ -27,7 +27,6 @@ from relflat.lab.train.config import RunConfig, make
 from relflat.lab.train.timing import step_costs
 from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Scale, Table
 from relflat.papers.peak import race
-from relflat.theory import reference
 
 Where = Literal["output", "hidden"]
 PLACES: tuple[Where, ...] = ("output", "hidden")
@@ -45,7 +44,7 @@ class Size:
     Attributes:
         widths: k of the layers of k x k weights.
         hessian_gigabytes: full Hessians are formed while they are estimated to take less.
-        reference_to: greatest k at which values are held against `relflat.theory.reference`, too.
+        reference_to: greatest k at which values are held against `relflat.reference`, too.
         rounds: timed turns of each form.
         task: whose training step is timed.
         data: its data set.

@@ -17,11 +17,11 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
+from relflat import reparam
 from relflat.lab.report.figures import COLOURS, MARKERS
 from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Scale, Table
 from relflat.papers.measures import MEASURES, Subject
 from relflat.papers.trained import Recipe, Source, kept, named, samples, study, trained
-from relflat.theory import reparam
 
 LOW, HIGH = 5.0, 25.0
 SAME = 1e-6  # largest relative change that counts as none

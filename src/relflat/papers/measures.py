@@ -70,7 +70,7 @@ def kappa(subject: Subject) -> float:
 
 
 def kappa_adaptive(subject: Subject) -> float:
-    """Its adaptive form: feature matrices that are diagonal (`relflat.theory.reference.kappa_adaptive`)."""
+    """Its adaptive form: feature matrices that are diagonal (`relflat.reference.kappa_adaptive`)."""
     return _flatness(subject, adaptive=True).value
 
 

@@ -1,1 +1,1 @@
-"""The definitions, dense, and the reparametrisations that keep the function."""
+"""The definitions of the papers, dense in float64, and changes of the weights that keep a network's function."""

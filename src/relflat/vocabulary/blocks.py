@@ -1,4 +1,4 @@
-"""Elementwise work on a block of logits, tokens x classes; ``vocabulary_triton`` has the same as kernels."""
+"""Elementwise work on a block of logits, tokens x classes; ``triton`` has the same as kernels."""
 
 import sys
 from types import ModuleType

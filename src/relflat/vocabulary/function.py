@@ -6,35 +6,8 @@ The layer computes ``z_p = W phi_p + b`` for tokens p and classes c, W of shape 
     L     = sum_p a_p (log sum_c exp z_pc - sum_c t_pc z_pc)
     kappa = sum_p a_p ||phi_p||^2 v_p        v_p = sum_c pi_pc ||w_c||^2 - ||mu_p||^2        mu_p = sum_c pi_pc w_c
 
-(identity I1 of the design), and what is returned is ``L + strength * kappa``.
-
-**Value.** With k the most likely class and ``q = pi - e_k``, ``delta = mu - w_k = q W``. With ``~`` for "minus the
-mean row of W", which kappa does not see, ``v = q . ||w~||^2 - delta . (2 w~_k + delta)``. All entries of q are of the
-size of what is missing to certainty, so nothing cancels when a token is certain, or rows share a large part.
-
-**Gradient.** Write ``D = pi - t``, ``beta_p = strength a_p ||phi_p||^2``, and for the third derivatives
-``K_pc = pi_pc (||w_c - mu_p||^2 - v_p)``, which is ``d v_p / d z_pc``. Then
-
-    d/dz     = a D + beta K
-    d/dphi   = 2 strength a v phi + (d/dz) W
-    d/dw_c   = ((d/dz)' phi)_c + 2 sum_p beta_p pi_pc (w_c - mu_p)
-    d/db     = sum_p d/dz_p
-
-The terms with K are the part of Lemma 1 that goes through the third derivatives: ``gradient="full"``. Without them
-the curvature is constant (``"frozen"``), and without ``2 strength a v phi`` too, only W sees kappa (``"weights"``).
-
-**Sketch.** With ``probes=k``, kappa sees ``V = (W - mean row) G``, (d, k), in the place of W. ``G = sqrt(m / k) Q``
-has orthogonal columns in random directions, so that ``E[G G'] = I``, and ``v(V)`` is an unbiased estimate of
-``v(W)``. Gradients are those of the estimate, and so unbiased; but what needs no product of tokens and classes
-is exact in the gradient in W: ``2 w_c sum_p beta_p pi_pc``, and what is common to all mu_p. The rest of it,
-``2 sum_p beta_p pi_pc mu_p``, keeps a relative noise of about ``sqrt(m / k)``, which averages out over steps as that
-of batches does.
-
-With C the covariance of the rows of W under pi, averaged over tokens with weights ``a ||phi||^2``, and
-``r = (Tr C)^2 / ||C||_F^2`` the number of directions in which it is spread (1 to m), kappa has the relative standard
-error
-
-    sqrt(2 (m - k) (m / r - 1) / (k (m - 1) (m + 2)))  =  about sqrt(2 / (k r)),  at most sqrt(2 / k)
+(identity I1 of docs/concepts.md), and what is returned is ``L + strength * kappa``. The formulas of the value, of its
+gradients and of a sketch stand with the lines that compute them, in ``softmax.py``, ``gradients.py`` and ``rows.py``.
 
 **Cost**, in products of n d m multiplications, of which plain logits and cross-entropy take three:
 
@@ -53,7 +26,7 @@ probabilities is at hand, which saves computing the logits twice; backward multi
 widened a chunk at a time.
 """
 
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -62,9 +35,7 @@ from torch import Tensor
 from relflat.errors import ConfigError, DataError, GraphError, LayerError
 from relflat.options import Gradient
 from relflat.rng import Rng
-from relflat.vocabulary.sweep import Reduction, Sweep, SweepOptions
-
-_BUFFER = 2**26  # probabilities at a time, unless chunk_tokens says otherwise: 256 MiB in float32
+from relflat.vocabulary.sweep import Fixed, Inputs, Options, Reduction, sweep
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -144,7 +115,8 @@ def linear_cross_entropy_fam(
     standard error of an estimate is at most ``sqrt(2 / k)``, and ``sqrt(2 / (k r))`` where the weights are spread
     over r directions. See the module for the count and the formulas.
     """
-    _check(features, weight, bias, targets, reduction, label_smoothing, gradient, chunk_tokens, chunk_classes)
+    options = Options(strength, gradient, reduction, label_smoothing, chunk_tokens, chunk_classes)
+    _check_shapes(features, weight, bias, targets)
     _check_probes(probes, step, weight)
     d, m = weight.shape
     phi, y = features.reshape(-1, m), targets.reshape(-1)
@@ -157,35 +129,15 @@ def linear_cross_entropy_fam(
             f"targets reach from {int(y.min())} to {int(y.max())} and there are {d} classes; mend the labels or set "
             "ignore_index"
         )
-    size = chunk_tokens or max(1, _BUFFER // d)
-    differentiate = torch.is_grad_enabled()
-    options = SweepOptions(strength, label_smoothing, gradient, size, chunk_classes, reduction, differentiate)
     g = None if probes is None or step is None else _directions(probes, weight, Rng(seed, step))
-    total, task, kappa = _apply(phi, weight, bias, y, g, options)
+    total, task, kappa = _apply(phi, weight, bias, Fixed(y, g, options), torch.is_grad_enabled())
     if reduction != "none":
         return LinearCrossEntropy(total, task, kappa)
     everywhere = [x.new_zeros(len(counted)).masked_scatter(counted, x) for x in (total, task, kappa)]
     return LinearCrossEntropy(*(x.reshape(targets.shape) for x in everywhere))
 
 
-def _check(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    reduction: str,
-    label_smoothing: float,
-    gradient: str,
-    chunk_tokens: int | None,
-    chunk_classes: int,
-) -> None:
-    for name, value, allowed in (("reduction", reduction, Reduction), ("gradient", gradient, Gradient)):
-        if value not in get_args(allowed):
-            raise ConfigError(f"{name}={value!r}: choose one of {list(get_args(allowed))}")
-    if not 0 <= label_smoothing <= 1:
-        raise ConfigError(f"label_smoothing={label_smoothing}: a number from 0 to 1 is needed")
-    if chunk_classes < 1 or (chunk_tokens is not None and chunk_tokens < 1):
-        raise ConfigError(f"chunk_tokens={chunk_tokens}, chunk_classes={chunk_classes}: at least 1 is needed")
+def _check_shapes(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
     if hasattr(weight, "full_tensor"):
         raise LayerError(
             "the weight is sharded (DTensor) here; call linear_cross_entropy_fam inside the forward pass of the "
@@ -224,7 +176,7 @@ def _directions(k: int, weight: Float[Tensor, "d m"], rng: Rng) -> Float[Tensor,
     m, wide = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         q = torch.linalg.qr(rng.normal(weight.new_empty(m, k, dtype=wide)))[0]
-    return q * (m / k) ** 0.5
+    return q * (m / k) ** 0.5  # E[Q Q'] = k / m I, so that E[G G'] = I
 
 
 def _apply(*args: Any) -> Any:
@@ -238,27 +190,24 @@ def _eagerly(*args: Any) -> Any:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Runs the sweep and hands its gradients to autograd."""
+    """Sweeps, and hands the gradients to autograd.
+
+    Those of a loss of one number are made in the forward pass, and backward multiplies them by the incoming scalar.
+    With ``reduction="none"`` each token has an incoming number of its own, so backward sweeps a second time.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        phi: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        y: Tensor,
-        directions: Tensor | None,
-        options: SweepOptions,
+        ctx: Any, phi: Tensor, weight: Tensor, bias: Tensor | None, fixed: Fixed, differentiate: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Value, and unless ``reduction="none"`` the gradients too."""
-        ctx.options, wanted = options, ctx.needs_input_grad[:3]
+        """The total, the task loss and kappa."""
+        options, inputs = fixed.options, Inputs(phi, weight, bias)
         each = options.reduction == "none"
-        later = each or not options.differentiate
-        size = 1 / max(len(y), 1) if options.reduction == "mean" else 1.0
-        sweep = Sweep(phi, weight, bias, y, directions, options, (False,) * 3 if later else wanted)
-        sweep.run(torch.full_like(sweep.task, size))
-        ctx.save_for_backward(phi, weight, bias, *((y, directions) if each else sweep.gradients))
-        task, kappa = sweep.task, sweep.kappa
+        wanted = ctx.needs_input_grad[:3] if differentiate and not each else (False,) * 3
+        a = 1 / max(len(fixed.y), 1) if options.reduction == "mean" else 1.0
+        task, kappa, gradients = sweep(inputs, fixed, a, wanted)
+        ctx.fixed = fixed
+        ctx.save_for_backward(*inputs, *gradients)
         if not each:
             reduce = torch.mean if options.reduction == "mean" else torch.sum
             task, kappa = reduce(task), reduce(kappa)
@@ -270,19 +219,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """The gradients times the incoming one, in the types of the inputs."""
         inputs, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         with torch.no_grad():
-            if ctx.options.reduction == "none":
-                phi, weight, bias = inputs
-                y, directions = saved
-                wanted = ctx.needs_input_grad[:3]
-                sweep = Sweep(phi, weight, bias, y, directions, ctx.options, wanted)
-                sweep.run(grad)
-                grads = sweep.gradients
+            if ctx.fixed.options.reduction == "none":
+                grads = sweep(Inputs(*inputs), ctx.fixed, grad, ctx.needs_input_grad[:3]).gradients
             else:
-                grads = [None if g is None else g * grad for g in saved]
-            grads = [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
+                grads = tuple(None if g is None else g * grad for g in saved)
+            narrow = [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True
-            grads = [None if g is None else _Once.apply(g, grad, *inputs) for g in grads]  # type: ignore[no-untyped-call]
-        return (*grads, None, None, None)
+            narrow = [None if g is None else _Once.apply(g, grad, *inputs) for g in narrow]  # type: ignore[no-untyped-call]
+        return (*narrow, None, None)
 
 
 class _Once(torch.autograd.Function):

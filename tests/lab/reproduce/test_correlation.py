@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 
+from relflat import reference
 from relflat.errors import DataError
 from relflat.papers import correlation
 from relflat.papers.correlation import CHOSEN, OF_LAYER, VIEWS, conclude, measure, recipes
 from relflat.papers.experiment import Context
 from relflat.papers.measures import MEASURES
 from relflat.papers.trained import Source, grid, samples, trained
-from relflat.theory import reference
 
 DIGITS = Source("digits", 150, 300, held_out=500)
 TINY = grid(

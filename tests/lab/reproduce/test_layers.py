@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from relflat import reference
 from relflat.errors import DataError
 from relflat.papers import layers
 from relflat.papers.layers import HIDDEN, LAYERS, conclude, measure, recipes
 from relflat.papers.trained import Source, grid, samples, trained
-from relflat.theory import reference
 
 DIGITS = Source("digits", 60, 300, held_out=500)
 TINY = grid(

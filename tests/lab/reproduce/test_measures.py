@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from relflat import reference
 from relflat.papers.measures import (
     MEASURES,
     Subject,
@@ -23,7 +24,6 @@ from relflat.papers.measures import (
     trace,
     weight_norm,
 )
-from relflat.theory import reference
 
 
 @pytest.fixture(params=["0", "2"])

@@ -17,7 +17,7 @@ from relflat.papers.trained import (
     samples,
     trained,
 )
-from relflat.theory.reparam import random_rescaling
+from relflat.reparam import random_rescaling
 
 DIGITS = Source("digits", 200, 300, held_out=500)
 

@@ -1,120 +1,25 @@
 r"""The definitions, written as the papers write them: dense, float64, slow, and easy to check by eye.
 
 Everything here is a function of two things: ``loss``, the training loss as a function of one layer's weight
-matrix, and ``W``, that matrix, of shape (d, m): d outputs, m features. :func:`at_layer` makes both from a
-model and data. No fast path of relflat imports this module; the tests compare every fast path with it.
+matrix, and ``W``, that matrix, of shape (d, m): d outputs, m features. :func:`relflat.reference.at_layer` makes
+both from a model and data. No fast path of relflat imports this module; the tests compare every fast path with it.
 
 All functions are differentiable in ``W`` and, through ``loss``, in every other parameter of the model.
 
 Sources: Petzka et al., *Relative Flatness and Generalization*, NeurIPS 2021 ("theory paper"); Adilova et al.,
-*FAM: Relative Flatness Aware Minimization*, TAG-ML 2023 ("FAM paper").
+*FAM: Relative Flatness Aware Minimization*, TAG-ML 2023 ("FAM paper"). I1 to I9 are the identities of
+docs/concepts.md.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev
+from torch import Tensor
+from torch.func import hessian, jacrev
 
-from relflat.errors import DataError, LayerError
-
-LossOfWeight = Callable[[Tensor], Tensor]
-"""The loss as a function of one weight matrix: Float[Tensor, "d m"] -> Float[Tensor, ""]."""
-
-OutputsOfWeight = Callable[[Tensor], Tensor]
-"""The network's outputs as a function of one weight matrix: Float[Tensor, "d m"] -> Float[Tensor, "..."]."""
-
-
-# From a model to a function of one weight matrix
-
-
-def at_layer(
-    model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, layer: str
-) -> tuple[LossOfWeight, Float[Tensor, "d m"]]:
-    """Return the loss as a function of one layer's weight, and that weight: what the functions below take.
-
-    Args:
-        model: any module whose forward pass is deterministic in its present mode.
-        loss_fn: maps ``(model(inputs), targets)`` to a scalar.
-        inputs: what the model is called with.
-        targets: what ``loss_fn`` is called with, beside the outputs.
-        layer: name of a module (its ``weight`` is meant) or of a parameter. It may be used several times in
-            one forward pass, or be tied: the definition only sees the parameter.
-
-    Returns:
-        ``(loss, W)``: ``loss`` takes a (d, m) matrix, and ``W`` is the present one. A weight of more than two
-        dimensions is flattened to (out, everything else), a convolution's to (out, in * k * k). Both are
-        float64 and connected to the model's own parameters, whatever their dtype.
-
-    Raises:
-        LayerError: the model has no such parameter.
-
-    Example:
-        >>> model = nn.Linear(3, 2)
-        >>> loss, W = at_layer(model, nn.MSELoss(), torch.ones(4, 3), torch.zeros(4, 2), "weight")
-        >>> W.shape, W.dtype, loss(W).shape
-        (torch.Size([2, 3]), torch.float64, torch.Size([]))
-    """
-    outputs, W = outputs_at_layer(model, inputs, layer)
-
-    def loss(V: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
-        return _in_float64(loss_fn)(outputs(V), _double(targets))
-
-    return loss, W
-
-
-def outputs_at_layer(
-    model: nn.Module, inputs: Any, layer: str
-) -> tuple[OutputsOfWeight, Float[Tensor, "d m"]]:
-    """Return the model's outputs as a function of one layer's weight, and that weight.
-
-    Arguments and errors are those of :func:`at_layer`.
-
-    Example:
-        >>> outputs, W = outputs_at_layer(nn.Linear(3, 2), torch.ones(4, 3), "weight")
-        >>> outputs(W).shape
-        torch.Size([4, 2])
-    """
-    name, parameter = _find_parameter(model, layer)
-
-    def outputs(V: Float[Tensor, "d m"]) -> Tensor:
-        state = _double_state(model) | {name: V.reshape(parameter.shape)}
-        return functional_call(model, state, (_double(inputs),))
-
-    return outputs, parameter.double().reshape(parameter.shape[0], -1)
-
-
-def _find_parameter(model: nn.Module, layer: str) -> tuple[str, Tensor]:
-    """Return the first name of the parameter that ``layer`` means, and the parameter."""
-    aliases = dict(model.named_parameters(remove_duplicate=False))
-    for name in (layer, f"{layer}.weight"):
-        if name in aliases:
-            return next((n, p) for n, p in model.named_parameters() if p is aliases[name])
-    raise LayerError(
-        f"the model has no parameter {layer!r} or {layer + '.weight'!r}; "
-        f"it has: {', '.join(aliases) or 'none'}. "
-        "Pass one of these names, or the name of a module that has a weight."
-    )
-
-
-def _double_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers in float64, still connected to the originals."""
-    return {name: _double(t) for name, t in [*module.named_parameters(), *module.named_buffers()]}
-
-
-def _double(value: Any) -> Any:
-    """Return a floating-point tensor in float64, anything else as it is."""
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _in_float64(loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the loss with its own tensors (class weights) in float64."""
-    if not isinstance(loss_fn, nn.Module):
-        return loss_fn
-    return lambda *args: functional_call(loss_fn, _double_state(loss_fn), args)
-
+from relflat.errors import DataError
+from relflat.theory.at_layer import LossOfWeight, OutputsOfWeight
 
 # Hessians
 
@@ -128,7 +33,7 @@ def layer_hessian(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, 
         >>> layer_hessian(lambda W: (W**2).sum(), torch.ones(2, 3)).shape
         torch.Size([2, 3, 2, 3])
     """
-    return hessian(loss)(W)
+    return hessian(loss)(W)  # H[s, t, s', t'] = d2 L / dw_{s,t} dw_{s',t'}
 
 
 def layer_ggn(
@@ -152,9 +57,9 @@ def layer_ggn(
         >>> layer_ggn(lambda W: W.tanh(), lambda z: (z**2).sum() / 2, W).shape
         torch.Size([1, 2, 1, 2])
     """
-    J = jacrev(outputs)(W).reshape(-1, W.numel())
     z = outputs(W)
-    A = hessian(loss_of_outputs)(z).reshape(z.numel(), z.numel())
+    J = jacrev(outputs)(W).reshape(z.numel(), W.numel())  # dz_i / dw_j
+    A = hessian(loss_of_outputs)(z).reshape(z.numel(), z.numel())  # d2 L / dz_i dz_j
     return (J.T @ A @ J).reshape(*W.shape, *W.shape)
 
 
@@ -194,7 +99,7 @@ def kappa_of_hessian(W: Float[Tensor, "d m"], H: Float[Tensor, "d m d m"]) -> Fl
     total = W.new_zeros(())
     for s in range(d):
         for s_ in range(d):
-            total = total + (W[s] @ W[s_]) * torch.trace(H[s, :, s_, :])
+            total = total + (W[s] @ W[s_]) * torch.trace(H[s, :, s_, :])  # Def. 3: <w_s, w_s'> Tr(H_{s,s'})
     return total
 
 
@@ -219,7 +124,7 @@ def kappa_adaptive(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor,
 
     kappa is the Laplacian over all matrices R of ``L(W (I + R))``; here only diagonal ones count, which makes
     the value invariant to rescaling single input features (theory paper, Definition 2, with diagonal feature
-    matrices).
+    matrices). It is I9 with its expectation carried out.
 
     Cost: m Hessian-vector products.
 
@@ -228,6 +133,8 @@ def kappa_adaptive(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor,
         >>> kappa_adaptive(lambda W: ((W @ phi) ** 2).sum(), torch.tensor([[3.0, 4.0]]))  # 2 (3^2 + 8^2)
         tensor(146.)
     """
+    # W (I + diag r) multiplies column t by 1 + r_t. The trace is the sum of d2 L / dr_t^2 at r = 0, which is
+    # I9: E_r <W diag(r), H [W diag(r)]> over independent signs r_t.
     return torch.trace(hessian(lambda r: loss(W * (1 + r)))(W.new_zeros(W.shape[1])))
 
 
@@ -265,6 +172,7 @@ def kappa_normalized(
     std = std[varying]
     if not len(std):
         return (0 * W).sum()
+    # V = W diag(std) reads phi / std: L as a function of V is L(V diag(1 / std)), the other columns held constant.
     return kappa(lambda V: loss(W.index_copy(1, varying, V / std)), W[:, varying] * std)
 
 
@@ -311,8 +219,8 @@ def feature_robustness(
     """Feature robustness, theory paper Definition 2: the mean over A of ``L(W (I + delta A)) - L(W)``.
 
     A perturbation ``phi -> phi + delta A phi`` of the features is one of the weight, ``W -> W + delta W A``.
-    Over random orthogonal A it tends to ``delta^2 / (2 m) kappa`` (theory paper, section 4), plus a term of
-    first order in delta, which cancels when ``-A`` is among the matrices for each A.
+    Over random orthogonal A it tends to ``delta^2 / (2 m) kappa`` (theory paper, section 4; I8 for noise of the
+    features), plus a term of first order in delta, which cancels when ``-A`` is among the matrices for each A.
 
     Args:
         loss: the loss as a function of W.
@@ -330,7 +238,7 @@ def feature_robustness(
         >>> feature_robustness(lambda W: (W**2).sum(), torch.ones(1, 2), [I, -I], delta=0.5)  # 2 * 0.5^2
         tensor(0.5000)
     """
-    differences = [loss(W + delta * W @ A) - loss(W) for A in matrices]
+    differences = [loss(W + delta * W @ A) - loss(W) for A in matrices]  # Def. 2: L(W (I + delta A)) - L(W)
     if not differences:
         raise DataError("matrices is empty: feature robustness is a mean over at least one feature matrix A")
     return torch.stack(differences).mean()
@@ -342,11 +250,11 @@ def feature_robustness(
 def kappa_in_output_space(
     W: Float[Tensor, "d m"], phi: Float[Tensor, "*positions m"], H_z: Float[Tensor, "nd nd"]
 ) -> Float[Tensor, ""]:
-    """Relative flatness from the curvature with respect to a dense layer's outputs ``z = phi W' + b``.
+    """Relative flatness from the curvature with respect to a dense layer's outputs ``z = phi W' + b`` (I5).
 
     For the basis direction ``E_{t,t'}`` of all feature matrices R the outputs move along ``u = phi (W E)'``,
-    and kappa is the sum of ``<u, H_z u>`` over the basis. Holding ``H_z`` constant while differentiating in W
-    and phi is the library's ``gradient="frozen"``.
+    and kappa is the sum of ``<u, H_z u>`` over the basis: I5 with its expectation carried out. Holding ``H_z``
+    constant while differentiating in W and phi is the library's ``gradient="frozen"``.
 
     Args:
         W: the weight.
@@ -364,5 +272,5 @@ def kappa_in_output_space(
     for t in range(W.shape[1]):
         for t_ in range(W.shape[1]):
             u = (phi[..., t_, None] * W[:, t]).reshape(-1)  # W E_{t,t'} phi = (column t of W) * phi_t'
-            total = total + u @ H_z @ u
+            total = total + u @ H_z @ u  # I5: <u, H_z u>
     return total
