@@ -23,12 +23,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure.
+    """A figure: what it shows, what fills its one pair of axes, and how to read it.
 
-    Attributes:
-        title: what it shows, for readers who do not see it too; different for each figure of a report.
-        paint: fills one pair of axes, with the tools of `relflat.lab.report.drawing`.
-        caption: how to read it.
+    Titles differ within a report, and say what is shown to readers who do not see it too.
     """
 
     title: str
@@ -59,15 +56,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A report.
-
-    Attributes:
-        title: its first line.
-        lead: what was run.
-        sections: its parts; the first says what came out.
-        environment: where it ran.
-        command: that makes it, if that is to be shown.
-    """
+    """A report: title, what was run, its parts (the first says what came out), where it ran, and by what command."""
 
     title: str
     lead: str
@@ -86,13 +75,8 @@ class Document:
         )
 
 
-TEMPLATES = Environment(
-    loader=PackageLoader("relflat.lab.report"),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=StrictUndefined,
-)
+LOADER = PackageLoader("relflat.lab.report")
+TEMPLATES = Environment(loader=LOADER, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
 TEMPLATES.filters["inline"] = inline
 
 

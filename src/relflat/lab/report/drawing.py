@@ -55,7 +55,6 @@ STYLE = {
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",
     "axes.edgecolor": LINES,
-    "axes.labelcolor": INK,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
@@ -63,23 +62,15 @@ STYLE = {
     "grid.color": LINES,
     "grid.linewidth": 0.5,
     "grid.alpha": 0.6,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("xtick.minor.size", "ytick.minor.size"), 0),
     "legend.frameon": False,
     "legend.fontsize": TEXT,
 }
 
 
 def draw(paint: Paint, label: str) -> str:
-    """Let ``paint`` fill one pair of axes, and return the drawing as the text of an SVG file.
-
-    Args:
-        paint: draws.
-        label: what the figure shows; the same drawing and label give the same text.
-    """
+    """Let ``paint`` fill one pair of axes, and return the SVG file; the same drawing and label give the same text."""
     style: Any = STYLE | {"svg.hashsalt": label}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -94,12 +85,7 @@ def draw(paint: Paint, label: str) -> str:
 
 
 def inline(svg: str, label: str) -> Markup:
-    """An SVG file as an element of a page: no prolog, the page's colours and width, ids of its own.
-
-    Args:
-        svg: text of the file.
-        label: what the figure shows, for readers who do not see it.
-    """
+    """An SVG file as an element of a page: no prolog, the page's colours and width, ids of its own, and a label."""
     svg = svg[svg.index("<svg") :]
     for name, (light, _) in PALETTE.items():
         svg = svg.replace(light, f"var(--{name})")
@@ -130,16 +116,7 @@ def marks(place: int) -> dict[str, Any]:
 def cloud(
     axes: Axes, across: Sequence[float], up: Sequence[float], place: int, label: str, line: str = ""
 ) -> None:
-    """Add one marker for each pair of numbers.
-
-    Args:
-        axes: to paint on.
-        across: horizontal.
-        up: vertical.
-        place: of the group, for its colour and marker.
-        label: of the group.
-        line: style of the line that joins them; none by default.
-    """
+    """Add a marker for each pair of numbers, in the look of the arm at this place, joined by this style of line."""
     axes.plot(across, up, linestyle=line, markersize=5.5, alpha=0.85, label=label, **marks(place))
 
 
@@ -150,10 +127,10 @@ def points(
     joined: bool = False,
     log: bool = False,
 ) -> Paint:
-    """Paint pairs of numbers, a marker each.
+    """Paint pairs of numbers, a marker each; an empty group is left out.
 
     Args:
-        groups: the horizontal and the vertical numbers of each arm, by title; an empty group is left out.
+        groups: the horizontal and the vertical numbers of each arm, by title.
         labels: of both axes.
         joined: join the markers of an arm by a line.
         log: make an axis logarithmic where the numbers span a lot.
@@ -205,7 +182,7 @@ def curves(
             ]
             axes.plot(across, values.mean(0), label=title, linestyle=dashes(place), **look(place))
             axes.fill_between(across, values.min(0), values.max(0), alpha=0.15, linewidth=0, **look(place))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=seconds is None))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=seconds is None, steps=(1, 2, 5, 10)))
         finish(axes, ("epoch" if seconds is None else "training time, s", label), ("y",))
 
     return paint

@@ -16,14 +16,16 @@ from scipy.stats import kendalltau
 
 from relflat.lab.compare.trials import Trial
 from relflat.lab.report.document import Figure
-from relflat.lab.report.drawing import LINES, curves, error_of, points
+from relflat.lab.report.drawing import LINES, Paint, curves, error_of, points
 from relflat.lab.report.summary import Summary
 
 Bin = tuple[float, float, float]  # share of the samples, confidence, accuracy
-FIGURES: list[Callable[[Summary], Figure | None]] = []
+Pairs = tuple[list[float], list[float]]
+Make = Callable[[Summary], Figure | None]
+FIGURES: list[Make] = []
 
 
-def register(make: Callable[[Summary], Figure | None]) -> Callable[[Summary], Figure | None]:
+def register(make: Make) -> Make:
     """Add a figure to the report."""
     FIGURES.append(make)
     return make
@@ -37,28 +39,21 @@ def figures(summary: Summary) -> list[Figure]:
 @register
 def validation_by_epoch(summary: Summary) -> Figure:
     """Learning curves on validation data."""
-    error = summary.metric.error
     return Figure(
-        f"Validation {error} by epoch",
-        curves(summary.tested, f"validation_{summary.metric.name}", f"validation {error}, %", error=True),
-        f"{error.capitalize()} on up to 1,000 validation samples, targets as published. Line: mean over the tested "
-        "seeds; band: their range.",
+        f"Validation {summary.metric.error} by epoch",
+        error_curves(summary, "validation", "validation"),
+        f"{summary.metric.error.capitalize()} on up to 1,000 validation samples, targets as published. Line: mean "
+        "over the tested seeds; band: their range.",
     )
 
 
 @register
 def validation_by_time(summary: Summary) -> Figure:
     """The same curves, with what a step costs."""
-    error, arms = summary.metric.error, summary.comparison.plan.arms
+    seconds = {arm.title: summary.costs[arm.name].seconds for arm in summary.comparison.plan.arms}
     return Figure(
-        f"Validation {error} by training time",
-        curves(
-            summary.tested,
-            f"validation_{summary.metric.name}",
-            f"validation {error}, %",
-            error=True,
-            seconds={arm.title: summary.costs[arm.name].seconds for arm in arms},
-        ),
+        f"Validation {summary.metric.error} by training time",
+        error_curves(summary, "validation", "validation", seconds),
         "The same against steps times the median seconds of a step.",
     )
 
@@ -66,17 +61,23 @@ def validation_by_time(summary: Summary) -> Figure:
 @register
 def training_by_epoch(summary: Summary) -> Figure:
     """Learning curves on training data."""
-    error = summary.metric.error
     runs = [trial for trials in summary.tested.values() for trial in trials]
     noise = np.mean([trial.result["label_noise_changed"] for trial in runs])
-    remark = "None were changed."
-    if noise:
-        remark = f"{100 * noise:.0f} % of them are wrong; an error well below that means they were memorised."
+    wrong = f"{100 * noise:.0f} % of them are wrong; an error well below that means they were memorised."
     return Figure(
-        f"Training {error} by epoch",
-        curves(summary.tested, f"train_{summary.metric.name}", f"training {error}, %", error=True),
-        f"{error.capitalize()} on the training samples as given. {remark}",
+        f"Training {summary.metric.error} by epoch",
+        error_curves(summary, "train", "training"),
+        f"{summary.metric.error.capitalize()} on the training samples as given. "
+        f"{wrong if noise else 'None were changed.'}",
     )
+
+
+def error_curves(
+    summary: Summary, split: str, title: str, seconds: Mapping[str, float] | None = None
+) -> Paint:
+    """The error on a split by epoch, or by time where a step's seconds are given."""
+    key, label = f"{split}_{summary.metric.name}", f"{title} {summary.metric.error}, %"
+    return curves(summary.tested, key, label, error=True, seconds=seconds)
 
 
 @register
@@ -154,9 +155,6 @@ def calibration(summary: Summary) -> Figure | None:
         paint,
         "Above the line: right more often than the network believes. All tested runs together.",
     )
-
-
-Pairs = tuple[list[float], list[float]]
 
 
 def kappas(

@@ -24,13 +24,7 @@ def files(summary: Summary, environment: Mapping[str, Any], notes: str) -> dict[
 
 
 def document(summary: Summary, environment: Mapping[str, Any], notes: str) -> Document:
-    """The report as data.
-
-    Args:
-        summary: what came out.
-        environment: where it ran.
-        notes: what was run, in a sentence or two.
-    """
+    """The report as data; ``notes`` say in a sentence or two what was run."""
     sections = [
         Section("Verdict", items=findings(summary)),
         Section("Results", table=replace(table(summary), note=reading(summary))),

@@ -18,54 +18,31 @@ from relflat.lab.train.timing import StepCost
 
 @dataclass(frozen=True)
 class Row:
-    """One arm's line in the table; pairs are (mean, sd) over the tested runs.
-
-    Attributes:
-        arm: its name.
-        title: as it is shown.
-        settings: what was chosen on validation data.
-        n: number of tested runs that finished.
-        diverged: number that did not.
-        score: the task's metric on the test split.
-        loss: on the test split.
-        ece: expected calibration error on the test split; nan where the task has none.
-        equal_time: the metric on validation data at the moment when the first arm's training was over.
-        shifts: the metric on further test sets, by name.
-        kappa: of the task's layer on the training data, after training.
-        kappa_before: the same before training; nan where an older version did not measure it.
-        confidence: mean of the largest probability on the training data; nan where there are none.
-        weight_norm: of the task's layer.
-        cost: seconds a step.
-    """
+    """One arm's line in the table; pairs are (mean, sd) over the tested runs, nan where there is none."""
 
     arm: str
     title: str
-    settings: Values
-    n: int
-    diverged: int
-    score: MeanSd
-    loss: MeanSd
-    ece: MeanSd
-    equal_time: MeanSd
-    shifts: Mapping[str, MeanSd]
-    kappa: MeanSd
-    kappa_before: MeanSd
-    confidence: MeanSd
-    weight_norm: MeanSd
-    cost: StepCost
+    settings: Values  # chosen on validation data
+    n: int  # tested runs that finished
+    diverged: int  # tested runs that did not
+    score: MeanSd  # the task's metric on the test split
+    loss: MeanSd  # on the test split
+    ece: MeanSd  # expected calibration error on the test split
+    equal_time: MeanSd  # the metric on validation data at the moment when the first arm's training was over
+    shifts: Mapping[str, MeanSd]  # the metric on further test sets, by name
+    kappa: MeanSd  # of the task's layer on the training data, after training
+    kappa_before: MeanSd  # the same before training; older versions did not measure it
+    confidence: MeanSd  # mean of the largest probability on the training data
+    weight_norm: MeanSd  # of the task's layer
+    cost: StepCost  # seconds a step
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A comparison with the numbers that every form of its report is made from; each is computed once.
-
-    Attributes:
-        comparison: what came out.
-        costs: of a step, by name of the arm.
-    """
+    """A comparison with the numbers that every form of its report is made from; each is computed once."""
 
     comparison: Comparison
-    costs: Mapping[str, StepCost]
+    costs: Mapping[str, StepCost]  # of a step, by name of the arm
 
     @cached_property
     def metric(self) -> Metric:

@@ -1,6 +1,6 @@
 """What a comparison shows, in plain sentences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from relflat.lab.compare.search import Comparison
 from relflat.lab.compare.statistics import LEVEL, Difference, seeds_needed
@@ -13,8 +13,7 @@ from relflat.lab.train.timing import StepCost
 def findings(summary: Summary) -> list[str]:
     """The verdict, then what else one should know before believing the table."""
     costs = {line.title: line.cost for line in summary.rows}
-    found = [remark(summary) for remark in (flattest, edges, radius, diverged)]
-    return [*verdict(summary.differences, summary.metric, costs), *filter(None, found)]
+    return [*verdict(summary.differences, summary.metric, costs), *remarks(summary)]
 
 
 def verdict(
@@ -30,14 +29,12 @@ def verdict(
     if not pairs:
         return ["Nothing can be compared: on every seed some arm diverged."]
     found = [sentence(pair, metric, (costs or {}).get(pair.second)) for pair in pairs]
-    if all(pair.least_p >= LEVEL for pair in pairs):
-        seeds = "1 seed" if pairs[0].n == 1 else f"{pairs[0].n} seeds"
-        found.insert(
-            0,
-            f"With {seeds} this test can show nothing, whatever comes out; "
-            f"it takes at least {seeds_needed(len(pairs))}: --seeds {seeds_needed(len(pairs))}.",
-        )
-    return found
+    if any(pair.least_p < LEVEL for pair in pairs):
+        return found
+    seeds = "1 seed" if pairs[0].n == 1 else f"{pairs[0].n} seeds"
+    needed = seeds_needed(len(pairs))
+    none = f"With {seeds} this test can show nothing, whatever comes out"
+    return [f"{none}; it takes at least {needed}: --seeds {needed}.", *found]
 
 
 def sentence(pair: Difference, metric: Metric, cost: StepCost | None) -> str:
@@ -59,11 +56,27 @@ def disagreement(pair: Difference) -> str:
     return "; the interval leaves out 0, but p decides"
 
 
+def remarks(summary: Summary) -> Iterator[str]:
+    """What else a reader should know before believing the table."""
+    comparison = summary.comparison
+    if any(line.n for line in summary.rows):
+        yield flattest(summary)
+    if edge := at_the_edge(comparison):
+        titles = ", ".join(edge)
+        yield f"The best setting lies at the end of its grid for {titles}: a wider grid might do better there."
+    if any("radius" in line.settings for line in summary.rows):
+        yield "The radius arm adds noise to the features, scaled by their norm; it lowers kappa only by way of that."
+    if lost := sum(candidate.diverged for candidate in comparison.candidates):
+        without = [arm.title for arm in comparison.plan.arms if comparison.chosen[arm.name].diverged]
+        then = "their settings were not chosen"
+        if without:
+            then = f"of {', '.join(without)} there was no setting without, and the first was tested"
+        yield f"{lost} {'trial' if lost == 1 else 'trials'} of the search diverged; {then}."
+
+
 def flattest(summary: Summary) -> str:
     """Whether the flattest arm is the best one."""
     done = [line for line in summary.rows if line.n]
-    if not done:
-        return ""
     lowest = min(done, key=lambda line: line.kappa[0])
     best = max(done, key=lambda line: line.score[0])
     agree, other = ("is also", "") if lowest is best else ("is not", f", {best.title}")
@@ -71,14 +84,6 @@ def flattest(summary: Summary) -> str:
         f"The arm with the lowest kappa, {lowest.title}, {agree} the one with the highest mean test "
         f"{summary.metric.title}{other}."
     )
-
-
-def edges(summary: Summary) -> str:
-    """Whether a wider grid might do better."""
-    edge = at_the_edge(summary.comparison)
-    if not edge:
-        return ""
-    return f"The best setting lies at the end of its grid for {', '.join(edge)}: a wider grid might do better there."
 
 
 def at_the_edge(comparison: Comparison) -> list[str]:
@@ -90,23 +95,3 @@ def at_the_edge(comparison: Comparison) -> list[str]:
         and not comparison.chosen[arm.name].diverged
         and comparison.chosen[arm.name].settings[arm.key] in (arm.values[0], arm.values[-1])
     ]
-
-
-def radius(summary: Summary) -> str:
-    """What the radius arm does."""
-    if not any("radius" in line.settings for line in summary.rows):
-        return ""
-    return "The radius arm adds noise to the features, scaled by their norm; it lowers kappa only by way of that."
-
-
-def diverged(summary: Summary) -> str:
-    """How many trials of the search diverged."""
-    comparison = summary.comparison
-    lost = sum(candidate.diverged for candidate in comparison.candidates)
-    if not lost:
-        return ""
-    without = [arm.title for arm in comparison.plan.arms if comparison.chosen[arm.name].diverged]
-    then = "their settings were not chosen"
-    if without:
-        then = f"of {', '.join(without)} there was no setting without, and the first was tested"
-    return f"{lost} {'trial' if lost == 1 else 'trials'} of the search diverged; {then}."
