@@ -369,8 +369,8 @@ def legend_rows(legend):
 def test_every_arm_looks_different():
     lines = {(str(drawing.marks(place)), drawing.dashes(place)) for place in range(len(ARMS))}
     assert len(lines) == len(ARMS)
-    points = {str(drawing.marks(place)) for place in range(12)}
-    assert len(points) == 12
+    points = {str(drawing.marks(place)) for place in range(18)}
+    assert len(points) == 18
 
 
 def test_numbers_beside_an_axis_are_short():

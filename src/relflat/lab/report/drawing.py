@@ -108,9 +108,10 @@ def dashes(place: int) -> str:
 
 
 def marks(place: int) -> dict[str, Any]:
-    """Marker of the arm at this place, as arguments of ``plot``: of arms of the same colour every other is hollow."""
-    hollow = {"markerfacecolor": "none"} if place // len(COLOURS) % 2 else {"markeredgewidth": 0}
-    return {"marker": MARKERS[place % len(MARKERS)], **hollow, **look(place)}
+    """Marker of the arm at this place, as arguments of ``plot``: arms of the same colour differ in shape and filling."""
+    turn = place // len(COLOURS)
+    hollow = {"markerfacecolor": "none"} if turn % 2 else {"markeredgewidth": 0}
+    return {"marker": MARKERS[(place + turn) % len(MARKERS)], **hollow, **look(place)}
 
 
 def cloud(

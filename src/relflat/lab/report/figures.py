@@ -171,7 +171,8 @@ def kappas(
 def rank_correlation(groups: Mapping[str, Pairs]) -> str:
     """Kendall's tau of two numbers over all arms together; nothing where there is none.
 
-    Ranks, since kappa spans orders of magnitude and nothing says that the gap should grow linearly with it.
+    Ranks, as Jiang et al. (2020, https://arxiv.org/abs/1912.02178) compare measures with the gap: kappa spans orders
+    of magnitude, and nothing says that the gap grows linearly with it.
     """
     one, other = ([value for pairs in groups.values() for value in pairs[k]] for k in (0, 1))
     tau = kendalltau(one, other).statistic if len(one) > 2 else math.nan
