@@ -251,7 +251,7 @@ def test_an_own_figure_is_one_function(monkeypatch):
 
     forms = written(comparison(CLEAR))
     assert "Kappa &amp; loss" in forms["report.html"]
-    assert "figure-kappa-loss.svg" in forms
+    assert "kappa-loss.svg" in forms
 
 
 def test_same_results_give_the_same_page():

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from relflat.errors import ConfigError
-from relflat.lab.report.document import Document, Section, files
+from relflat.lab.report.document import Document, Section
 from relflat.lab.train import store
 from relflat.lab.train.environment import describe
 from relflat.papers.experiment import Context, Experiment, Outcome
@@ -41,7 +41,7 @@ def write(experiment: Experiment, context: Context, outcome: Outcome) -> dict[st
     """
     environment = describe()
     values = as_values(experiment, context, outcome, environment)
-    for name, text in files(document(experiment, context, outcome, environment)).items():
+    for name, text in document(experiment, context, outcome, environment).files().items():
         store.write_text(context.out / name, text)
     store.write_json(context.out / "report.json", values)
     return store.as_json(values)

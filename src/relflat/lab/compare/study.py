@@ -3,7 +3,7 @@
 plan.json          what is compared, and which folder keeps the runs
 costs.json         seconds a step
 environment.json   where it ran
-report.html, report.md, report.csv, report.tex, report.json; figure-*.svg, which report.md shows
+report.html, report.md, report.csv, report.tex, report.json; an SVG file for each figure of report.md
 """
 
 import hashlib

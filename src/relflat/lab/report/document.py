@@ -40,7 +40,7 @@ class Figure:
     @property
     def file(self) -> str:
         """The name of its file."""
-        return f"figure-{re.sub(r'[^a-z0-9]+', '-', self.title.lower()).strip('-')}.svg"
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-") + ".svg"
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,16 @@ class Document:
             f"Python {found['python']}, {packages}."
         )
 
+    def files(self) -> dict[str, str]:
+        """The text of each of its files, by name."""
+        figures = [figure for section in self.sections for figure in section.figures]
+        texts = {"report.html": page(self), "report.md": markdown(self)}
+        return texts | {figure.file: figure.svg for figure in figures}
+
 
 LOADER = PackageLoader("relflat.lab.report")
 TEMPLATES = Environment(loader=LOADER, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
 TEMPLATES.filters["inline"] = inline
-
-
-def files(document: Document) -> dict[str, str]:
-    """The text of each file of the report, by name."""
-    figures = [figure for section in document.sections for figure in section.figures]
-    return {
-        "report.html": page(document),
-        "report.md": markdown(document),
-        **{figure.file: figure.svg for figure in figures},
-    }
 
 
 def page(document: Document) -> str:

@@ -108,7 +108,7 @@ def dashes(place: int) -> str:
 
 
 def marks(place: int) -> dict[str, Any]:
-    """Marker of the arm at this place, as arguments of ``plot``: arms of the same colour differ in shape and filling."""
+    """Marker of the arm at this place, as arguments of ``plot``: arms of one colour differ in shape and filling."""
     turn = place // len(COLOURS)
     hollow = {"markerfacecolor": "none"} if turn % 2 else {"markeredgewidth": 0}
     return {"marker": MARKERS[(place + turn) % len(MARKERS)], **hollow, **look(place)}
@@ -128,14 +128,7 @@ def points(
     joined: bool = False,
     log: bool = False,
 ) -> Paint:
-    """Paint pairs of numbers, a marker each; an empty group is left out.
-
-    Args:
-        groups: the horizontal and the vertical numbers of each arm, by title.
-        labels: of both axes.
-        joined: join the markers of an arm by a line.
-        log: make an axis logarithmic where the numbers span a lot.
-    """
+    """Paint pairs of numbers of each arm, a marker each, joined by lines or not; an empty group is left out."""
 
     def paint(axes: Axes) -> None:
         for place, (title, (across, up)) in enumerate(groups.items()):

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from relflat.lab.report import export
 from relflat.lab.report.document import Document, Section, Table
-from relflat.lab.report.document import files as document_files
+from relflat.lab.report.export import comma_separated, latex
 from relflat.lab.report.figures import figures
 from relflat.lab.report.formats import finite, named, settings_text
 from relflat.lab.report.summary import Summary, table
@@ -16,11 +15,8 @@ from relflat.lab.tasks.catalogue import title_of
 
 def files(summary: Summary, environment: Mapping[str, Any], notes: str) -> dict[str, str]:
     """The text of each file of the report, by name."""
-    return {
-        **document_files(document(summary, environment, notes)),
-        "report.csv": export.comma_separated(summary),
-        "report.tex": export.latex(table(summary, "p")),
-    }
+    tables = {"report.csv": comma_separated(summary), "report.tex": latex(table(summary, "p"))}
+    return document(summary, environment, notes).files() | tables
 
 
 def document(summary: Summary, environment: Mapping[str, Any], notes: str) -> Document:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 from relflat.lab.compare.arms import Arm, Values
 from relflat.lab.compare.search import Comparison
@@ -63,6 +64,11 @@ class Summary:
     def tested(self) -> dict[str, Sequence[Trial]]:
         """The tested runs of each arm, by title."""
         return {arm.title: self.comparison.finals[arm.name] for arm in self.comparison.plan.arms}
+
+    @property
+    def results(self) -> list[Mapping[str, Any]]:
+        """Of all tested runs that finished."""
+        return [trial.result for trials in self.tested.values() for trial in trials if trial.finished]
 
 
 def metric_of(comparison: Comparison) -> Metric:
@@ -142,18 +148,12 @@ def table(summary: Summary, where: str = "") -> Table:
 def columns(summary: Summary) -> list[Column]:
     """All columns of the table but those of numbers that the task does not have."""
     title = summary.metric.title
-    done = [trial.result for trials in summary.tested.values() for trial in trials if trial.finished]
+    done = summary.results
     shifts = dict.fromkeys(name for line in summary.rows for name in line.shifts)
     against = {pair.second: pair for pair in summary.differences}
     absent = {"ECE, %", "confidence"} if done and "ece" not in done[0]["test"] else set()
     if not any("kappa_before" in result for result in done):
         absent.add("kappa before")
-
-    def runs(line: Row) -> str:
-        return str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else "")
-
-    def shifted(name: str, line: Row) -> str:
-        return percent(line.shifts[name]) if name in line.shifts else ""
 
     found: list[Column] = [
         ("arm", "tp", lambda line: line.title),
@@ -172,3 +172,13 @@ def columns(summary: Summary) -> list[Column]:
         ("chosen on validation", "", lambda line: settings_text(line.settings)),
     ]
     return [column for column in found if column[0] not in absent]
+
+
+def runs(line: Row) -> str:
+    """How many tested runs finished, and how many did not."""
+    return str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else "")
+
+
+def shifted(name: str, line: Row) -> str:
+    """The metric on a further test set."""
+    return percent(line.shifts[name]) if name in line.shifts else ""

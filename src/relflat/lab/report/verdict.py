@@ -21,10 +21,7 @@ def verdict(
 ) -> list[str]:
     """Say in plain English what the differences show, one sentence a pair; first, whether so few seeds can.
 
-    Args:
-        pairs: what came out.
-        metric: what the task is judged by.
-        costs: of a step, by title of the arm, where they are known.
+    Costs are those of a step, by title of the arm, where they are known.
     """
     if not pairs:
         return ["Nothing can be compared: on every seed some arm diverged."]
