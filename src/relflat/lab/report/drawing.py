@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-if TYPE_CHECKING:  # the papers' experiments, which tasks import, define figures
+if TYPE_CHECKING:  # else a circle: trials import tasks, those the papers' models, and beside these are figures
     from relflat.lab.compare.trials import Trial
 
 T = TypeVar("T")
@@ -81,17 +81,16 @@ def draw(paint: Paint, label: str) -> str:
             axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", va="center")
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return text.getvalue()
+    return re.sub(
+        '<g id="[^"]*">', "<g>", text.getvalue()
+    )  # the other ids are hashes, different in each figure
 
 
 def inline(svg: str, label: str) -> Markup:
-    """An SVG file as an element of a page: no prolog, the page's colours and width, ids of its own, and a label."""
+    """An SVG file as an element of a page: no prolog, the page's colours and width, and a label."""
     svg = svg[svg.index("<svg") :]
     for name, (light, _) in PALETTE.items():
         svg = svg.replace(light, f"var(--{name})")
-    prefix = re.sub(r"\W+", "-", label.lower())
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
-    svg = re.sub(r'(href="#|url\(#)([^")]+)', rf"\1{prefix}-\2", svg)
     start, rest = svg.split(">", 1)
     start = re.sub(r' (?:width|height)="[^"]*"', "", start)
     return Markup('<svg role="img" aria-label="{}"').format(label) + Markup(f"{start[4:]}>{rest}")
