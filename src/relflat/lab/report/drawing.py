@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-if TYPE_CHECKING:  # else a circle: trials import tasks, those the papers' models, and beside these are figures
+if TYPE_CHECKING:  # else a circle: trials import tasks, those import papers, and these draw figures
     from relflat.lab.compare.trials import Trial
 
 T = TypeVar("T")
