@@ -6,6 +6,7 @@ import re
 import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import matplotlib
 import pytest
@@ -17,21 +18,14 @@ from synthetic import COSTS, comparison
 from relflat.lab.compare import study
 from relflat.lab.compare.arms import ARMS
 from relflat.lab.compare.statistics import Difference
-from relflat.lab.report import export, figures
-from relflat.lab.report.report import findings, render
-from relflat.lab.report.summary import (
-    at_the_edge,
-    columns,
-    merged_bins,
-    named,
-    number,
-    percent,
-    remarks,
-    rows,
-    verdict,
-)
+from relflat.lab.report import document, drawing, figures
+from relflat.lab.report.figures import merged_bins
+from relflat.lab.report.formats import named, number, percent
+from relflat.lab.report.report import files
+from relflat.lab.report.summary import Summary
 from relflat.lab.report.summary import score_differences as compared
 from relflat.lab.report.terminal import show
+from relflat.lab.report.verdict import at_the_edge, findings, verdict
 from relflat.lab.train import store
 from relflat.lab.train.environment import describe
 from relflat.papers.association import associate
@@ -41,8 +35,18 @@ CLEAR = [PLAIN, [x + 0.1 + k / 1000 for k, x in enumerate(PLAIN)], [x - 0.05 for
 UNCLEAR = [PLAIN, [0.79, 0.83, 0.81, 0.80, 0.82, 0.81, 0.80], [0.82, 0.80, 0.81, 0.81, 0.80, 0.82, 0.79]]
 
 
+def written(one, notes="Notes."):
+    return files(Summary(one, COSTS), describe(), notes)
+
+
 def page(scores, **options):
-    return render(comparison(scores, **options), COSTS, describe(), "What was run & how.")
+    return written(comparison(scores, **options), "What was run & how.")["report.html"]
+
+
+@pytest.fixture(scope="module")
+def clear():
+    """The files of one report."""
+    return written(comparison(CLEAR), "What was run & how.")
 
 
 def test_verdict_names_what_is_shown():
@@ -67,7 +71,7 @@ def test_verdict_says_first_when_the_seeds_are_too_few_to_show_anything():
 
 def test_verdict_gives_the_cost_where_it_is_known():
     one = comparison(CLEAR)
-    texts = findings(one, rows(one, COSTS))
+    texts = findings(Summary(one, COSTS))
     assert texts[0].endswith("7 seeds), at 2.00x the step.")
     assert texts[1].endswith("7 seeds), at 1.05x the step.")
     assert "the step" not in "".join(verdict(compared(one)))
@@ -118,7 +122,7 @@ def test_the_title_of_an_own_task_is_what_it_calls_itself(tmp_path):
 
 def test_remarks_name_edges_divergence_and_what_radius_is():
     one = comparison(CLEAR)
-    text = " ".join(remarks(one, rows(one, COSTS)))
+    text = " ".join(findings(Summary(one, COSTS)))
     assert "adds noise to the features" in text
     assert "end of its grid" not in text  # a grid of two values has no inside
     arms = tuple(replace(arm, values=(*arm.values[:1], 0.2, *arm.values[1:])) for arm in one.plan.arms)
@@ -128,7 +132,7 @@ def test_remarks_name_edges_divergence_and_what_radius_is():
 
 def test_accuracy_at_equal_time_counts_the_epochs_that_fit():
     one = comparison(CLEAR)
-    plain, sam, radius = rows(one, COSTS)
+    plain, sam, radius = Summary(one, COSTS).rows
     assert sam.equal_time[0] == pytest.approx(sam.score[0] - 0.1)  # half of two epochs
     assert plain.equal_time[0] == pytest.approx(plain.score[0])
     assert radius.equal_time[0] == pytest.approx(radius.score[0])  # 1.05x is within noise
@@ -145,7 +149,7 @@ def test_numbers_show_the_digits_that_the_deviation_supports():
 
 def test_diverged_seed_is_counted_and_left_out_of_pairs():
     one = comparison(CLEAR, lost=[(2, 1)])
-    line = rows(one, COSTS)[2]
+    line = Summary(one, COSTS).rows[2]
     assert (line.arm, line.n, line.diverged) == ("fam-radius", 6, 1)
     assert {pair.n for pair in compared(one)} == {6}
     assert "6 (+1 diverged)" in page(CLEAR, lost=[(2, 1)])
@@ -157,31 +161,30 @@ def test_calibration_of_several_runs_is_merged():
     assert (high, best) == pytest.approx((0.95, sum(PLAIN) / 7))
 
 
-def test_markdown_csv_and_latex_hold_the_same_table():
-    one = comparison(CLEAR)
-    lines = rows(one, COSTS)
-    text = export.markdown(one, COSTS, describe(), "Notes.")
+def test_markdown_csv_and_latex_hold_the_same_table(clear):
+    lines = Summary(comparison(CLEAR), COSTS).rows
+    text = clear["report.md"]
     assert "| SAM | 91.2 ± 0.9 | +10.3 (+10.1 to +10.5) | 7 |" in text
     assert "SAM is better than plain" in text
-    table = list(csv.DictReader(io.StringIO(export.comma_separated(lines, "accuracy"))))
+    table = list(csv.DictReader(io.StringIO(clear["report.csv"])))
     assert [row["arm"] for row in table] == ["plain", "sam", "fam-radius"]
     assert float(table[1]["accuracy_mean"]) == lines[1].score[0]
     assert table[1]["settings"] == "rho=0.4"
-    tex = export.latex(lines, columns(one, "p"))
+    tex = clear["report.tex"]
     assert r"SAM & 91.2 $\pm$ 0.9 & +10.3 (+10.1 to +10.5) & 7" in tex
     assert r"accuracy, \%" in tex
     assert tex.count(r"\\") == 4
 
 
-def test_page_needs_nothing_from_outside():
-    text = page(CLEAR)
+def test_page_needs_nothing_from_outside(clear):
+    text = clear["report.html"]
     links = re.findall(r'(?:src|href|url\()\s*=?\s*["\']?([^"\'\s)>]+)', text)
     assert all(link.startswith("#") for link in links)
     assert "<script" not in text
     assert "What was run &amp; how." in text
 
 
-def test_page_is_well_formed_and_its_ids_are_unique():
+def test_page_is_well_formed_and_its_ids_are_unique(clear):
     class Check(HTMLParser):
         def __init__(self):
             super().__init__()
@@ -199,30 +202,65 @@ def test_page_is_well_formed_and_its_ids_are_unique():
             assert self.open.pop() == tag
 
     check = Check()
-    check.feed(page(CLEAR))
+    check.feed(clear["report.html"])
     assert check.open == []
     assert len(check.ids) == len(set(check.ids)) > 20
 
 
-def test_references_inside_figures_resolve():
-    text = page(CLEAR)
+def test_references_inside_figures_resolve(clear):
+    text = clear["report.html"]
     targets = set(re.findall(r'\bid="([^"]+)"', text))
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= targets
 
 
-def test_figures_follow_light_and_dark_mode():
-    text = page(CLEAR)
+def test_figures_follow_light_and_dark_mode(clear):
+    text = clear["report.html"]
     assert text.count('<svg role="img" aria-label=') == 8
     for name in ("ink", "lines", "c0", "c1", "c2"):
         assert f"var(--{name})" in text
         assert text.count(f"--{name}:") == 2  # once for each mode
-    assert not re.search(r"#0a0\d0\d|#010101|#020202", text)
+    figures = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert not re.search(r"#[0-9a-f]{6}\b", figures)  # no colour but those of the page
+
+
+def test_figures_are_files_that_markdown_shows(clear):
+    shown = re.findall(r"!\[(.+)\]\((.+)\)", clear["report.md"])
+    assert len(shown) == 8
+    assert {name for _, name in shown} == {name for name in clear if name.endswith(".svg")}
+    for label, name in shown:
+        assert ElementTree.fromstring(clear[name]).tag.endswith("svg")
+        assert "var(" not in clear[name]  # viewers other than browsers know no CSS variables
+        assert f'aria-label="{label}"' in clear["report.html"]
+
+
+def test_the_page_escapes_whatever_it_shows():
+    text = "<b>&\"'"
+    table = document.Table("", [text], [[text]], text)
+    figure = document.Figure(text, lambda axes: axes.set_title(text), text)
+    section = document.Section(text, text, [text], table, [figure])
+    environment = describe() | {"processor": text}
+    found = document.page(document.Document(text, text, [section, section], environment, text))
+    assert "<b>" not in found
+    assert found.count("&lt;b&gt;&amp;") == 5 + 2 * 10  # of the page, and of each section
+
+
+def test_an_own_figure_is_one_function(monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", [])
+
+    @figures.register
+    def losses(summary):
+        groups = {line.title: ([line.kappa[0]], [line.loss[0]]) for line in summary.rows}
+        return document.Figure("Kappa & loss", drawing.points(groups, ("kappa", "loss")), "Means.")
+
+    forms = written(comparison(CLEAR))
+    assert "Kappa &amp; loss" in forms["report.html"]
+    assert "kappa-loss.svg" in forms
 
 
 def test_same_results_give_the_same_page():
-    one = comparison(CLEAR)
+    one = comparison([scores[:3] for scores in CLEAR])
     where = describe()
-    assert render(one, COSTS, where, "") == render(one, COSTS, where, "")
+    assert files(Summary(one, COSTS), where, "") == files(Summary(one, COSTS), where, "")
 
 
 # -- few seeds, nothing finished -----------------------------------------------------------------------------
@@ -232,18 +270,19 @@ EVERY = [(arm, seed) for arm in range(3) for seed in range(7)]
 
 def all_forms(one):
     """The report in every form, as text; a warning is an error."""
-    lines = rows(one, COSTS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         console = Console(width=120, record=True, quiet=False, file=io.StringIO())
-        show(one, COSTS, console)
+        summary = Summary(one, COSTS)
+        show(summary, console)
+        forms = files(summary, describe(), "Notes.")
         return {
-            "html": render(one, COSTS, describe(), "Notes."),
-            "markdown": export.markdown(one, COSTS, describe(), "Notes."),
-            "csv": export.comma_separated(lines, "accuracy"),
-            "latex": export.latex(lines, columns(one, "p")),
+            "html": forms["report.html"],
+            "markdown": forms["report.md"],
+            "csv": forms["report.csv"],
+            "latex": forms["report.tex"],
             "terminal": console.export_text(),
-            "json": json.dumps(store.as_json(study.summary(one, lines)), allow_nan=False),
+            "json": json.dumps(store.as_json(study.numbers(summary)), allow_nan=False),
         }
 
 
@@ -284,7 +323,7 @@ def test_a_report_of_diverged_runs_has_no_warning_and_no_nan():
 
 
 def test_an_arm_that_never_finished_is_not_in_the_figures():
-    text = render(comparison(CLEAR, lost=[(1, seed) for seed in range(7)]), COSTS, describe(), "Notes.")
+    text = page(CLEAR, lost=[(1, seed) for seed in range(7)])
     first = re.search(r"<svg.*?</svg>", text, re.DOTALL)
     assert first is not None
     assert "FAM radius" in first[0]
@@ -302,12 +341,12 @@ def test_a_coefficient_that_does_not_exist_is_a_dash():
 @pytest.mark.parametrize("count", [1, 4, 7, len(ARMS)])
 def test_the_legend_lies_within_the_figure_and_leaves_the_axes_their_room(count):
     names = [arm.title for arm in ARMS.values()][-count:]
-    with matplotlib.rc_context(figures.RC):
-        figure = Figure(figsize=(figures.WIDTH, figures.HEIGHT), layout="constrained")
+    with matplotlib.rc_context(drawing.STYLE):
+        figure = Figure(figsize=(drawing.WIDTH, drawing.HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         for place, name in enumerate(names):
             axes.plot([1, 2], [3 + place, 4], label=name)
-        figures.legend(axes)
+        drawing.legend(axes)
         FigureCanvasAgg(figure).draw()
         legend = axes.get_legend()
         assert legend is not None
@@ -316,7 +355,7 @@ def test_the_legend_lies_within_the_figure_and_leaves_the_axes_their_room(count)
         assert box.x1 <= page.x1 + 1
         assert box.y1 <= page.y1 + 1
         assert axes.bbox.width > 0.75 * page.width
-        assert axes.bbox.height > 0.7 * figures.HEIGHT * figure.dpi
+        assert axes.bbox.height > 0.7 * drawing.HEIGHT * figure.dpi
     rows = legend_rows(legend)
     assert [name for row in rows for name in row] == names  # read row by row
 
@@ -331,14 +370,14 @@ def legend_rows(legend):
 
 
 def test_every_arm_looks_different():
-    lines = {(str(figures.marks(place)), figures.dashes(place)) for place in range(len(ARMS))}
+    lines = {(str(drawing.marks(place)), drawing.dashes(place)) for place in range(len(ARMS))}
     assert len(lines) == len(ARMS)
-    points = {str(figures.marks(place)) for place in range(12)}
-    assert len(points) == 12
+    points = {str(drawing.marks(place)) for place in range(18)}
+    assert len(points) == 18
 
 
 def test_numbers_beside_an_axis_are_short():
-    assert [figures.short(value) for value in (0.5, 9999, 2e4, 5e5, 1e6)] == [
+    assert [drawing.short(value) for value in (0.5, 9999, 2e4, 5e5, 1e6)] == [
         "0.5",
         "9999",
         "20k",

@@ -77,6 +77,7 @@ def compare(
     """
     from relflat.lab.compare import study
     from relflat.lab.compare.engines import engine_named
+    from relflat.lab.report.summary import Summary
     from relflat.lab.report.terminal import show
     from relflat.lab.train import store
 
@@ -110,7 +111,7 @@ def compare(
     if json:
         print_json({"folder": str(folder), **store.read_json(folder / "report.json")})
         return
-    show(comparison, costs, console())
+    show(Summary(comparison, costs), console())
     say_where(folder)
 
 
@@ -124,6 +125,7 @@ def report(
         json: print one JSON object.
     """
     from relflat.lab.compare import study
+    from relflat.lab.report.summary import Summary
     from relflat.lab.report.terminal import show
     from relflat.lab.train import store
 
@@ -131,7 +133,7 @@ def report(
     if json:
         print_json({"folder": str(folder), **store.read_json(folder / "report.json")})
         return
-    show(comparison, study.costs_of(folder, comparison), console())
+    show(Summary(comparison, study.costs_of(folder, comparison)), console())
     say_where(folder)
 
 

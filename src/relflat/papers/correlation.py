@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from relflat.lab.report.figures import cloud, legend, log_if_wide
+from relflat.lab.report.drawing import cloud, legend, log_if_wide
 from relflat.papers.association import Association, associate
 from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Table
 from relflat.papers.measures import MEASURES, Measure, Subject, pac_bayes, sam_sharpness

@@ -21,7 +21,7 @@ from torch.func import hessian as func_hessian
 
 from relflat import reference, relative_flatness
 from relflat.lab.data import fetch
-from relflat.lab.report.figures import COLOURS, DASHES, MARKERS, legend, log_if_wide
+from relflat.lab.report.drawing import COLOURS, DASHES, MARKERS, legend, log_if_wide
 from relflat.lab.train import launch, store
 from relflat.lab.train.config import RunConfig, make
 from relflat.lab.train.timing import step_costs

@@ -6,41 +6,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from matplotlib.axes import Axes
+from relflat.lab.report.document import Figure as Figure
+from relflat.lab.report.document import Table as Table
 
 Scale = Literal["small", "paper"]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the report.
-
-    Attributes:
-        title: what it shows.
-        headings: of the columns.
-        rows: the cells, as they are shown.
-        note: how to read it.
-    """
-
-    title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of the report.
-
-    Attributes:
-        title: what it shows, for readers who do not see it too.
-        paint: fills one pair of axes, with the colours of `relflat.lab.report.figures`.
-        caption: how to read it.
-    """
-
-    title: str
-    paint: Callable[[Axes], None]
-    caption: str
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from relflat.lab.compare.trials import Job, Trial, run_all, workers
-from relflat.lab.report.figures import curves, every_few
+from relflat.lab.report.drawing import curves, every_few
 from relflat.lab.tasks.grokking import learnt_at
 from relflat.lab.train.config import RunConfig, make
 from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Scale, Table

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from relflat import reparam
-from relflat.lab.report.figures import COLOURS, MARKERS
+from relflat.lab.report.drawing import COLOURS, MARKERS
 from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Scale, Table
 from relflat.papers.measures import MEASURES, Subject
 from relflat.papers.trained import Recipe, Source, kept, named, samples, study, trained

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from relflat import relative_flatness_by_layer
-from relflat.lab.report.figures import cloud, legend, log_if_wide
+from relflat.lab.report.drawing import cloud, legend, log_if_wide
 from relflat.papers.association import Association, associate
 from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Table
 from relflat.papers.trained import (

@@ -17,19 +17,10 @@ from relflat.lab.compare.search import Candidate, Comparison, Plan, compare
 from relflat.lab.compare.statistics import Difference, mean_sd
 from relflat.lab.compare.trials import Job, Trial, run_all, workers
 from relflat.lab.data import fetch
-from relflat.lab.report.figures import COLOURS, MARKERS, curves, legend
-from relflat.lab.report.summary import (
-    at_the_edge,
-    certainty,
-    metric_of,
-    number,
-    percent,
-    points,
-    score_differences,
-    settings_text,
-    spread,
-    verdict,
-)
+from relflat.lab.report.drawing import COLOURS, MARKERS, curves, legend
+from relflat.lab.report.formats import certainty, number, percent, points, settings_text
+from relflat.lab.report.summary import metric_of, score_differences, spread
+from relflat.lab.report.verdict import at_the_edge, verdict
 from relflat.lab.tasks.catalogue import task_named
 from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Scale, Table
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 
 from relflat.lab.compare.trials import Job, Trial, run_all, workers
-from relflat.lab.report.figures import COLOURS, MARKERS, legend
+from relflat.lab.report.drawing import COLOURS, MARKERS, legend
 from relflat.lab.train.config import RunConfig, make
 from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Scale, Table
 

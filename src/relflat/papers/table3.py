@@ -12,8 +12,9 @@ from relflat.lab.compare.search import Candidate, choose, judge
 from relflat.lab.compare.statistics import Difference, differences, mean_sd
 from relflat.lab.compare.trials import Job, Trial, run_all, workers
 from relflat.lab.data import fetch
-from relflat.lab.report.figures import COLOURS, MARKERS
-from relflat.lab.report.summary import finite, interval, number, spread
+from relflat.lab.report.drawing import COLOURS, MARKERS
+from relflat.lab.report.formats import finite, interval, number
+from relflat.lab.report.summary import spread
 from relflat.lab.train.config import RunConfig, make
 from relflat.papers import sentences
 from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Scale, Table

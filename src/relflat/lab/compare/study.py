@@ -3,7 +3,7 @@
 plan.json          what is compared, and which folder keeps the runs
 costs.json         seconds a step
 environment.json   where it ran
-report.html, report.md, report.csv, report.tex, report.json
+report.html, report.md, report.csv, report.tex, report.json; an SVG file for each figure of report.md
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from relflat.errors import ConfigError, DataError
 from relflat.lab.compare.arms import arms_named
 from relflat.lab.compare.search import Comparison, OnTrial, Plan, compare, conclude, plan_from
 from relflat.lab.compare.trials import Job, Trial, read_trial, workers
-from relflat.lab.report import export
-from relflat.lab.report.report import render
-from relflat.lab.report.summary import Row, columns, metric_of, rows, score_differences, verdict
+from relflat.lab.report import report
+from relflat.lab.report.summary import Summary
+from relflat.lab.report.verdict import verdict
 from relflat.lab.tasks import own
 from relflat.lab.tasks.catalogue import short_name, source_of, task_named
 from relflat.lab.train import store
@@ -126,7 +126,13 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
             )
     with store.writing(folder, "--runs" if folder.parent == runs else "--out"):
         folder.mkdir(parents=True, exist_ok=True)
-        for pattern in (PLAN, COSTS, ENVIRONMENT, "report.*"):  # what a killed process had begun to write
+        for pattern in (
+            PLAN,
+            COSTS,
+            ENVIRONMENT,
+            "report.*",
+            "figure-*",
+        ):  # what a killed process had begun to write
             for unfinished in folder.glob(f".{pattern}-*"):
                 unfinished.unlink()
         if not (folder / PLAN).is_file():
@@ -184,33 +190,27 @@ def costs_of(folder: Path, comparison: Comparison) -> Costs:
 def write_report(folder: Path, comparison: Comparison, costs: Costs) -> None:
     """Write the report in all its forms."""
     environment = store.read_json(folder / ENVIRONMENT)
-    notes = str(store.read_json(folder / PLAN)["notes"])
-    lines = rows(comparison, costs)
-    texts = {
-        "report.html": render(comparison, costs, environment, notes),
-        "report.md": export.markdown(comparison, costs, environment, notes),
-        "report.csv": export.comma_separated(lines, metric_of(comparison).name),
-        "report.tex": export.latex(lines, columns(comparison, "p")),
-    }
+    found = Summary(comparison, costs)
+    files = report.files(found, environment, str(store.read_json(folder / PLAN)["notes"]))
     with store.writing(folder, "--out"):
-        for name, text in texts.items():
+        for name, text in files.items():
             store.write_text(folder / name, text)
-        store.write_json(folder / REPORT, {**summary(comparison, lines), "environment": environment})
+        store.write_json(folder / REPORT, {**numbers(found), "environment": environment})
 
 
-def summary(comparison: Comparison, lines: Sequence[Row]) -> dict[str, Any]:
+def numbers(found: Summary) -> dict[str, Any]:
     """The numbers behind the report."""
-    pairs = score_differences(comparison)
+    comparison = found.comparison
     return {
         "plan": comparison.plan.flat(),
-        "arms": [asdict(line) for line in lines],
-        "differences": [asdict(pair) for pair in pairs],
-        "verdict": verdict(pairs, metric_of(comparison)),  # without times, which are with the arms
+        "arms": [asdict(line) for line in found.rows],
+        "differences": [asdict(pair) for pair in found.differences],
+        "verdict": verdict(found.differences, found.metric),  # without times, which are with the arms
         "search": [
             {
                 "arm": candidate.arm,
                 "settings": dict(candidate.settings),
-                f"validation_{metric_of(comparison).name}": candidate.score,
+                f"validation_{found.metric.name}": candidate.score,
                 "validation_loss": candidate.loss,
                 "diverged": candidate.diverged,
                 "chosen": candidate is comparison.chosen[candidate.arm],

@@ -1,79 +1,74 @@
-"""What a comparison says, as numbers and as plain sentences; printed on the terminal and in the report."""
+"""The numbers of a comparison that its report shows: a row for each arm, and the differences between them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from statistics import fmean
+from functools import cached_property, partial
+from typing import Any
 
-from relflat.lab.compare.arms import Values
+from relflat.lab.compare.arms import Arm, Values
 from relflat.lab.compare.search import Comparison
-from relflat.lab.compare.statistics import LEVEL, Difference, differences, mean_sd, seeds_needed
+from relflat.lab.compare.statistics import Difference, differences, mean_sd
 from relflat.lab.compare.trials import Trial
+from relflat.lab.report.document import Table
+from relflat.lab.report.formats import MeanSd, number, percent, points, settings_text
 from relflat.lab.tasks.catalogue import task_named
-from relflat.lab.train.evaluate import ACCURACY, Metric
+from relflat.lab.train.evaluate import Metric
 from relflat.lab.train.timing import StepCost
-
-MeanSd = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm's line in the table; pairs are (mean, sd) over the tested runs.
-
-    Attributes:
-        arm: its name.
-        title: as it is shown.
-        settings: what was chosen on validation data.
-        n: number of tested runs that finished.
-        diverged: number that did not.
-        score: the task's metric on the test split.
-        loss: on the test split.
-        ece: expected calibration error on the test split; nan where the task has none.
-        equal_time: the metric on validation data at the moment when the first arm's training was over.
-        shifts: the metric on further test sets, by name.
-        kappa: of the task's layer on the training data, after training.
-        kappa_before: the same before training; nan where an older version did not measure it.
-        confidence: mean of the largest probability on the training data; nan where there are none.
-        weight_norm: of the task's layer.
-        cost: seconds a step.
-    """
+    """One arm's line in the table; pairs are (mean, sd) over the tested runs, nan where there is none."""
 
     arm: str
     title: str
-    settings: Values
-    n: int
-    diverged: int
-    score: MeanSd
-    loss: MeanSd
-    ece: MeanSd
-    equal_time: MeanSd
-    shifts: Mapping[str, MeanSd]
-    kappa: MeanSd
-    kappa_before: MeanSd
-    confidence: MeanSd
-    weight_norm: MeanSd
-    cost: StepCost
+    settings: Values  # chosen on validation data
+    n: int  # tested runs that finished
+    diverged: int  # tested runs that did not
+    score: MeanSd  # the task's metric on the test split
+    loss: MeanSd  # on the test split
+    ece: MeanSd  # expected calibration error on the test split
+    equal_time: MeanSd  # the metric on validation data at the moment when the first arm's training was over
+    shifts: Mapping[str, MeanSd]  # the metric on further test sets, by name
+    kappa: MeanSd  # of the task's layer on the training data, after training
+    kappa_before: MeanSd  # the same before training; older versions did not measure it
+    confidence: MeanSd  # mean of the largest probability on the training data
+    weight_norm: MeanSd  # of the task's layer
+    cost: StepCost  # seconds a step
 
 
-def rows(comparison: Comparison, costs: Mapping[str, StepCost]) -> list[Row]:
-    """Summarise the tested runs of each arm.
+@dataclass(frozen=True)
+class Summary:
+    """A comparison with the numbers that every form of its report is made from; each is computed once."""
 
-    Args:
-        comparison: what came out.
-        costs: of a step, by name of the arm.
-    """
-    return [
-        row(
-            arm.name,
-            arm.title,
-            comparison.chosen[arm.name].settings,
-            comparison.finals[arm.name],
-            costs[arm.name],
-            metric_of(comparison).name,
-        )
-        for arm in comparison.plan.arms
-    ]
+    comparison: Comparison
+    costs: Mapping[str, StepCost]  # of a step, by name of the arm
+
+    @cached_property
+    def metric(self) -> Metric:
+        """What the task is judged by."""
+        return metric_of(self.comparison)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """One for each arm."""
+        return [row(self.comparison, arm, self.costs[arm.name]) for arm in self.comparison.plan.arms]
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Of each other arm to the first."""
+        return score_differences(self.comparison)
+
+    @cached_property
+    def tested(self) -> dict[str, Sequence[Trial]]:
+        """The tested runs of each arm, by title."""
+        return {arm.title: self.comparison.finals[arm.name] for arm in self.comparison.plan.arms}
+
+    @property
+    def results(self) -> list[Mapping[str, Any]]:
+        """Of all tested runs that finished."""
+        return [trial.result for trials in self.tested.values() for trial in trials if trial.finished]
 
 
 def metric_of(comparison: Comparison) -> Metric:
@@ -81,18 +76,18 @@ def metric_of(comparison: Comparison) -> Metric:
     return task_named(comparison.plan.task).metric
 
 
-def row(arm: str, title: str, settings: Values, trials: Sequence[Trial], cost: StepCost, metric: str) -> Row:
+def row(comparison: Comparison, arm: Arm, cost: StepCost) -> Row:
     """Summarise the tested runs of one arm."""
+    metric, trials = metric_of(comparison).name, comparison.finals[arm.name]
     done = [trial for trial in trials if trial.finished]
 
     def over_seeds(part: str, key: str) -> MeanSd:
-        values = [trial.result[part].get(key) for trial in done]
-        return spread([math.nan if value is None else value for value in values])
+        return spread([trial.result[part].get(key) for trial in done])
 
     return Row(
-        arm=arm,
-        title=title,
-        settings=settings,
+        arm=arm.name,
+        title=arm.title,
+        settings=comparison.chosen[arm.name].settings,
         n=len(done),
         diverged=len(trials) - len(done),
         score=over_seeds("test", metric),
@@ -104,17 +99,17 @@ def row(arm: str, title: str, settings: Values, trials: Sequence[Trial], cost: S
             for name in (done[0].result.get("shifts", {}) if done else {})
         },
         kappa=over_seeds("flatness", "value"),
-        kappa_before=spread([trial.result.get("kappa_before", math.nan) for trial in done]),
+        kappa_before=spread([trial.result.get("kappa_before") for trial in done]),
         confidence=over_seeds("flatness", "confidence"),
         weight_norm=over_seeds("flatness", "weight_norm"),
         cost=cost,
     )
 
 
-def spread(values: Sequence[float]) -> MeanSd:
+def spread(values: Sequence[float | None]) -> MeanSd:
     """Mean and deviation; nan without values, or where one of them is not known."""
-    known = values and not any(math.isnan(value) for value in values)
-    return mean_sd(values) if known else (math.nan, math.nan)
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return mean_sd(known) if 0 < len(known) == len(values) else (math.nan, math.nan)
 
 
 def at_equal_time(trial: Trial, cost: StepCost, metric: str) -> float:
@@ -131,266 +126,59 @@ def at_equal_time(trial: Trial, cost: StepCost, metric: str) -> float:
 def score_differences(comparison: Comparison) -> list[Difference]:
     """Paired differences of the metric on test data to the first arm, over the seeds on which every arm finished."""
     metric = metric_of(comparison).name
-    whole = [
-        place
-        for place in range(len(comparison.plan.seeds))
-        if all(trials[place].finished for trials in comparison.finals.values())
-    ]
+    by_seed = zip(*(comparison.finals[arm.name] for arm in comparison.plan.arms), strict=True)
+    whole = [trials for trials in by_seed if all(trial.finished for trial in trials)]
     if not whole:
         return []
-    return differences(
-        {
-            arm.title: [comparison.finals[arm.name][place].result["test"][metric] for place in whole]
-            for arm in comparison.plan.arms
-        }
-    )
+    scores = zip(*([trial.result["test"][metric] for trial in trials] for trials in whole), strict=True)
+    return differences({arm.title: own for arm, own in zip(comparison.plan.arms, scores, strict=True)})
 
 
-def verdict(
-    pairs: Sequence[Difference], metric: Metric = ACCURACY, costs: Mapping[str, StepCost] | None = None
-) -> list[str]:
-    """Say in plain English what the differences show, one sentence a pair; first, whether so few seeds can.
-
-    Args:
-        pairs: what came out.
-        metric: what the task is judged by.
-        costs: of a step, by title of the arm, where they are known.
-    """
-    if not pairs:
-        return ["Nothing can be compared: on every seed some arm diverged."]
-    found = [sentence(pair, metric, (costs or {}).get(pair.second)) for pair in pairs]
-    if all(pair.least_p >= LEVEL for pair in pairs):
-        seeds = "1 seed" if pairs[0].n == 1 else f"{pairs[0].n} seeds"
-        found.insert(
-            0,
-            f"With {seeds} this test can show nothing, whatever comes out; "
-            f"it takes at least {seeds_needed(len(pairs))}: --seeds {seeds_needed(len(pairs))}.",
-        )
-    return found
+# Heading; the narrower tables that have the column too: "t" the terminal's, "p" a paper's; an arm's text in it.
+Column = tuple[str, str, Callable[[Row], str]]
 
 
-def sentence(pair: Difference, metric: Metric, cost: StepCost | None = None) -> str:
-    """What one difference shows, and at what cost if that is known."""
-    points = f"{100 * pair.mean:+.1f} points of test {metric.title}"
-    detail = f"{points} ({certainty(pair)})" + (f", at {cost_text(cost)} the step" if cost else "")
-    if pair.shown:
-        return f"{pair.second} is {'better' if pair.mean > 0 else 'worse'} than {pair.first}: {detail}."
-    return f"{pair.second} against {pair.first}: no difference shown, {detail}{disagreement(pair)}."
+def table(summary: Summary, where: str = "") -> Table:
+    """The arms' table: all of its columns, or those of a narrower one."""
+    shown = [column for column in columns(summary) if where in column[1]]
+    cells = [[text(line) for _, _, text in shown] for line in summary.rows]
+    return Table("Results", [heading for heading, _, _ in shown], cells)
 
 
-def disagreement(pair: Difference) -> str:
-    """Why no difference is shown although the interval leaves out 0; nothing where it holds it."""
-    if pair.low <= 0 <= pair.high:
-        return ""
-    if pair.n < 10:
-        return "; BCa intervals are too narrow with few seeds, so p decides"
-    return "; the interval leaves out 0, but p decides"
+def columns(summary: Summary) -> list[Column]:
+    """All columns of the table but those of numbers that the task does not have."""
+    title = summary.metric.title
+    done = summary.results
+    shifts = dict.fromkeys(name for line in summary.rows for name in line.shifts)
+    against = {pair.second: pair for pair in summary.differences}
+    absent = {"ECE, %", "confidence"} if done and "ece" not in done[0]["test"] else set()
+    if not any("kappa_before" in result for result in done):
+        absent.add("kappa before")
 
-
-def certainty(pair: Difference) -> str:
-    """Interval, p and n of a difference, or why there are none."""
-    if pair.n == 1:
-        return "n = 1: no spread"
-    return f"interval {interval(pair)}, p = {pair.p:.2g}, {pair.n} seeds"
-
-
-def interval(pair: Difference) -> str:
-    """Its two ends, in percentage points."""
-    return f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
-
-
-def remarks(comparison: Comparison, lines: Sequence[Row]) -> list[str]:
-    """What else a reader should know before believing the table."""
-    found = []
-    done = [line for line in lines if line.n]
-    if done:
-        flattest = min(done, key=lambda line: line.kappa[0])
-        best = max(done, key=lambda line: line.score[0])
-        agree = "is also" if flattest is best else "is not"
-        found.append(
-            f"The arm with the lowest kappa, {flattest.title}, {agree} the one with the highest mean test "
-            f"{metric_of(comparison).title}{'' if flattest is best else f', {best.title}'}."
-        )
-    edge = at_the_edge(comparison)
-    if edge:
-        found.append(
-            f"The best setting lies at the end of its grid for {', '.join(edge)}: a wider grid might do better there."
-        )
-    if any("radius" in comparison.chosen[arm.name].settings for arm in comparison.plan.arms):
-        found.append(
-            "The radius arm adds noise to the features, scaled by their norm; it lowers kappa only by way of that."
-        )
-    lost = sum(candidate.diverged for candidate in comparison.candidates)
-    without = [arm.title for arm in comparison.plan.arms if comparison.chosen[arm.name].diverged]
-    if lost:
-        found.append(
-            f"{lost} {'trial' if lost == 1 else 'trials'} of the search diverged; "
-            + (
-                f"of {', '.join(without)} there was no setting without, and the first was tested."
-                if without
-                else "their settings were not chosen."
-            )
-        )
-    return found
-
-
-def at_the_edge(comparison: Comparison) -> list[str]:
-    """Titles of the arms whose chosen setting is the first or last of its grid."""
-    return [
-        arm.title
-        for arm in comparison.plan.arms
-        if len(arm.values) > 2
-        and not comparison.chosen[arm.name].diverged
-        and comparison.chosen[arm.name].settings[arm.key] in (arm.values[0], arm.values[-1])
+    found: list[Column] = [
+        ("arm", "tp", lambda line: line.title),
+        (f"test {title}, %", "tp", lambda line: percent(line.score)),
+        ("difference, points", "p", lambda line: points(against.get(line.title))),
+        ("n", "tp", runs),
+        ("test loss", "p", lambda line: number(line.loss)),
+        *((f"on {name}, %", "p", partial(shifted, name)) for name in shifts),
+        ("ECE, %", "p", lambda line: percent(line.ece)),
+        ("validation at equal time, %", "", lambda line: percent(line.equal_time)),
+        ("kappa", "tp", lambda line: number(line.kappa)),
+        ("kappa before", "", lambda line: number(line.kappa_before)),
+        ("confidence", "t", lambda line: number(line.confidence)),
+        ("||W||", "t", lambda line: number(line.weight_norm)),
+        ("step", "tp", lambda line: f"{line.cost.ratio:.2f}x"),
+        ("chosen on validation", "", lambda line: settings_text(line.settings)),
     ]
+    return [column for column in found if column[0] not in absent]
 
 
-def sweeps(comparison: Comparison) -> dict[str, list[float]]:
-    """Mean validation score of each setting, by title of the arm; nan where a trial diverged."""
-    return {
-        arm.title: [
-            math.nan if candidate.diverged else candidate.score
-            for candidate in comparison.candidates
-            if candidate.arm == arm.name
-        ]
-        for arm in comparison.plan.arms
-    }
-
-
-def merged_bins(trials: Sequence[Trial]) -> list[tuple[float, float, float]]:
-    """Calibration bins of several runs' test splits as one: by tenths of confidence."""
-    table: dict[int, list[tuple[float, float, float]]] = {}
-    for trial in trials:
-        if trial.finished:
-            for share, confidence, right in trial.result["test"].get("bins", ()):
-                table.setdefault(min(9, int(10 * confidence)), []).append((share, confidence, right))
-    merged = []
-    for _, parts in sorted(table.items()):
-        weight = sum(share for share, _, _ in parts)
-        merged.append(
-            (
-                weight,
-                sum(share * confidence for share, confidence, _ in parts) / weight,
-                sum(share * right for share, _, right in parts) / weight,
-            )
-        )
-    return merged
-
-
-def noise_share(comparison: Comparison) -> float:
-    """Mean share of the training labels that label noise really changed."""
-    return fmean(
-        trial.result["label_noise_changed"] for trials in comparison.finals.values() for trial in trials
-    )
-
-
-def named(title: str, name: str) -> str:
-    """An arm's title, followed by its name on the command line where one does not tell the other."""
-    return title if title.lower().replace(" ", "-") == name else f"{title} ({name})"
-
-
-def settings_text(settings: Values) -> str:
-    """Settings as people write them on the command line, without the dashes."""
-    return ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in settings.items()
-    )
-
-
-NONE = "–"  # in place of a number that there is none of
-
-
-def finite(value: float, form: str) -> str:
-    """The number in this format, or a dash where it is infinite or not known."""
-    return format(value, form) if math.isfinite(value) else NONE
-
-
-def percent(pair: MeanSd) -> str:
-    """Mean and deviation of a share, in percent; the mean alone where one value has no deviation."""
-    mean, sd = pair
-    return finite(100 * mean, ".1f") + (f" ± {100 * sd:.1f}" if math.isfinite(sd) else "")
-
-
-def number(pair: MeanSd) -> str:
-    """Mean and deviation: one significant digit of the deviation, and as many decimals of the mean."""
-    mean, sd = pair
-    if not (math.isfinite(sd) and sd > 0):
-        return finite(mean, ".3g") + (" ± 0" if sd == 0 else "")
-    decimals = max(0, -math.floor(math.log10(sd)))
-    return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
-
-
-def cost_text(cost: StepCost) -> str:
-    """Cost of a step relative to the first arm."""
-    return f"{cost.ratio:.2f}x"
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of the table.
-
-    Attributes:
-        heading: above it.
-        cell: an arm's text in it.
-        where: the narrower tables that have it too: ``"t"`` the terminal's, ``"p"`` a paper's.
-    """
-
-    heading: str
-    cell: Callable[[Row], str]
-    where: str = ""
-
-
-def columns(comparison: Comparison, where: str = "") -> list[Column]:
-    """The columns of a comparison's table; those of numbers that its task does not have are left out.
-
-    Args:
-        comparison: what is shown.
-        where: only the columns of this narrower table; all of them by default.
-    """
-    title = metric_of(comparison).title
-    done = [trial.result for trials in comparison.finals.values() for trial in trials if trial.finished]
-    shifts = list(done[0].get("shifts", {})) if done else []
-    known = any("kappa_before" in result for result in done)
-    against = {pair.second: pair for pair in score_differences(comparison)}
-    probabilities = not done or "ece" in done[0]["test"]
-    found = [
-        Column("arm", lambda line: line.title, "tp"),
-        Column(f"test {title}, %", lambda line: percent(line.score), "tp"),
-        Column("difference, points", lambda line: points(against.get(line.title)), "p"),
-        Column(
-            "n", lambda line: str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else ""), "tp"
-        ),
-        Column("test loss", lambda line: number(line.loss), "p"),
-        *(Column(f"on {name}, %", partial(shifted, name), "p") for name in shifts),
-        *([Column("ECE, %", lambda line: percent(line.ece), "p")] if probabilities else []),
-        Column("validation at equal time, %", lambda line: percent(line.equal_time)),
-        Column("kappa", lambda line: number(line.kappa), "tp"),
-        *([Column("kappa before", lambda line: number(line.kappa_before))] if known else []),
-        *([Column("confidence", lambda line: number(line.confidence), "t")] if probabilities else []),
-        Column("||W||", lambda line: number(line.weight_norm), "t"),
-        Column("step", lambda line: cost_text(line.cost), "tp"),
-        Column("chosen on validation", lambda line: settings_text(line.settings)),
-    ]
-    return [column for column in found if not where or where in column.where]
-
-
-def points(pair: Difference | None) -> str:
-    """The mean paired difference to the first arm with its interval, in percentage points."""
-    if pair is None:
-        return ""
-    return f"{100 * pair.mean:+.1f} ({'n = 1' if pair.n == 1 else interval(pair)})"
+def runs(line: Row) -> str:
+    """How many tested runs finished, and how many did not."""
+    return str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else "")
 
 
 def shifted(name: str, line: Row) -> str:
     """The metric on a further test set."""
     return percent(line.shifts[name]) if name in line.shifts else ""
-
-
-def headings(columns: Sequence[Column]) -> list[str]:
-    """The first line of the table."""
-    return [column.heading for column in columns]
-
-
-def cells(line: Row, columns: Sequence[Column]) -> list[str]:
-    """A row of the table as text."""
-    return [column.cell(line) for column in columns]

@@ -1,0 +1,111 @@
+"""A report as data, and what it is written as: an HTML page, Markdown, and an SVG file for each figure."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from relflat.lab.report.drawing import PALETTE, Paint, draw, inline
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its title, and a note on how to read it."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: what it shows, what fills its one pair of axes, and how to read it.
+
+    Titles differ within a report, and say what is shown to readers who do not see it too.
+    """
+
+    title: str
+    paint: Paint
+    caption: str
+
+    @cached_property
+    def svg(self) -> str:
+        """The text of its file."""
+        return draw(self.paint, self.title)
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-") + ".svg"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report; what it has is shown in this order: text, list, table, figures."""
+
+    heading: str
+    text: str = ""
+    items: Sequence[str] = ()
+    table: Table | None = None
+    figures: Sequence[Figure] = ()
+
+
+@dataclass(frozen=True)
+class Document:
+    """A report: title, what was run, its parts (the first says what came out), where it ran, and by what command."""
+
+    title: str
+    lead: str
+    sections: Sequence[Section]
+    environment: Mapping[str, Any]
+    command: str = ""
+
+    @property
+    def where(self) -> str:
+        """One line about the machine and the versions."""
+        found = self.environment
+        packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
+        return (
+            f"{found['time']}, {found['processor']}, {found['cores']} cores, {found['device']}, "
+            f"Python {found['python']}, {packages}."
+        )
+
+    def files(self) -> dict[str, str]:
+        """The text of each of its files, by name."""
+        figures = [figure for section in self.sections for figure in section.figures]
+        texts = {"report.html": page(self), "report.md": markdown(self)}
+        return texts | {figure.file: figure.svg for figure in figures}
+
+
+LOADER = PackageLoader("relflat.lab.report")
+TEMPLATES = Environment(loader=LOADER, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+TEMPLATES.filters["inline"] = inline
+
+
+def page(document: Document) -> str:
+    """The report as one HTML file that needs no network; the template escapes whatever it shows."""
+    return TEMPLATES.get_template("report.html").render(document=document, palette=PALETTE)
+
+
+def markdown(document: Document) -> str:
+    """The report in Markdown; its figures are files beside it."""
+    parts = [f"# {document.title}", document.lead]
+    for section in document.sections:
+        parts += [f"## {section.heading}", section.text, "\n".join(f"- {item}" for item in section.items)]
+        if section.table:
+            parts += [markdown_table(section.table), section.table.note]
+        for figure in section.figures:
+            parts += [f"![{figure.title}]({figure.file})", f"**{figure.title}.** {figure.caption}"]
+    command = f"`{document.command}`. " if document.command else ""
+    parts += ["## Where", command + document.where]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def markdown_table(table: Table) -> str:
+    """A table in Markdown; bars inside cells are escaped."""
+    lines = [table.headings, ["---"] * len(table.headings), *table.rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)

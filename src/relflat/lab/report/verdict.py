@@ -1,0 +1,94 @@
+"""What a comparison shows, in plain sentences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from relflat.lab.compare.search import Comparison
+from relflat.lab.compare.statistics import LEVEL, Difference, seeds_needed
+from relflat.lab.report.formats import certainty
+from relflat.lab.report.summary import Summary
+from relflat.lab.train.evaluate import ACCURACY, Metric
+from relflat.lab.train.timing import StepCost
+
+
+def findings(summary: Summary) -> list[str]:
+    """The verdict, then what else one should know before believing the table."""
+    costs = {line.title: line.cost for line in summary.rows}
+    return [*verdict(summary.differences, summary.metric, costs), *remarks(summary)]
+
+
+def verdict(
+    pairs: Sequence[Difference], metric: Metric = ACCURACY, costs: Mapping[str, StepCost] | None = None
+) -> list[str]:
+    """Say in plain English what the differences show, one sentence a pair; first, whether so few seeds can.
+
+    Costs are those of a step, by title of the arm, where they are known.
+    """
+    if not pairs:
+        return ["Nothing can be compared: on every seed some arm diverged."]
+    found = [sentence(pair, metric, (costs or {}).get(pair.second)) for pair in pairs]
+    if any(pair.least_p < LEVEL for pair in pairs):
+        return found
+    seeds = "1 seed" if pairs[0].n == 1 else f"{pairs[0].n} seeds"
+    needed = seeds_needed(len(pairs))
+    none = f"With {seeds} this test can show nothing, whatever comes out"
+    return [f"{none}; it takes at least {needed}: --seeds {needed}.", *found]
+
+
+def sentence(pair: Difference, metric: Metric, cost: StepCost | None) -> str:
+    """What one difference shows, and at what cost if that is known."""
+    detail = f"{100 * pair.mean:+.1f} points of test {metric.title} ({certainty(pair)})"
+    if cost:
+        detail += f", at {cost.ratio:.2f}x the step"
+    if pair.shown:
+        return f"{pair.second} is {'better' if pair.mean > 0 else 'worse'} than {pair.first}: {detail}."
+    return f"{pair.second} against {pair.first}: no difference shown, {detail}{disagreement(pair)}."
+
+
+def disagreement(pair: Difference) -> str:
+    """Why no difference is shown although the interval leaves out 0; nothing where it holds it."""
+    if pair.low <= 0 <= pair.high:
+        return ""
+    if pair.n < 10:
+        return "; BCa intervals are too narrow with few seeds, so p decides"
+    return "; the interval leaves out 0, but p decides"
+
+
+def remarks(summary: Summary) -> Iterator[str]:
+    """What else a reader should know before believing the table."""
+    comparison = summary.comparison
+    if any(line.n for line in summary.rows):
+        yield flattest(summary)
+    if edge := at_the_edge(comparison):
+        titles = ", ".join(edge)
+        yield f"The best setting lies at the end of its grid for {titles}: a wider grid might do better there."
+    if any("radius" in line.settings for line in summary.rows):
+        yield "The radius arm adds noise to the features, scaled by their norm; it lowers kappa only by way of that."
+    if lost := sum(candidate.diverged for candidate in comparison.candidates):
+        without = [arm.title for arm in comparison.plan.arms if comparison.chosen[arm.name].diverged]
+        then = "their settings were not chosen"
+        if without:
+            then = f"of {', '.join(without)} there was no setting without, and the first was tested"
+        yield f"{lost} {'trial' if lost == 1 else 'trials'} of the search diverged; {then}."
+
+
+def flattest(summary: Summary) -> str:
+    """Whether the flattest arm is the best one."""
+    done = [line for line in summary.rows if line.n]
+    lowest = min(done, key=lambda line: line.kappa[0])
+    best = max(done, key=lambda line: line.score[0])
+    agree, other = ("is also", "") if lowest is best else ("is not", f", {best.title}")
+    return (
+        f"The arm with the lowest kappa, {lowest.title}, {agree} the one with the highest mean test "
+        f"{summary.metric.title}{other}."
+    )
+
+
+def at_the_edge(comparison: Comparison) -> list[str]:
+    """Titles of the arms whose chosen setting is the first or last of its grid."""
+    return [
+        arm.title
+        for arm in comparison.plan.arms
+        if len(arm.values) > 2
+        and not comparison.chosen[arm.name].diverged
+        and comparison.chosen[arm.name].settings[arm.key] in (arm.values[0], arm.values[-1])
+    ]
