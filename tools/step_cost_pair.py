@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BLOCK = 0.25  # seconds that a block of steps takes, about
+BLOCK = 0.25  # seconds of processor time that a block of steps takes, about
 Step = Callable[[], Any]
 Problem = tuple[nn.Module, Tensor, list[str]]  # a network, inputs, and all layers to regularise together
 
@@ -108,14 +108,14 @@ def training(build: Callable[[], Problem], layer: str | None) -> Step:
     return step
 
 
-def measuring(build: Callable[[], Problem]) -> Step:
+def measuring(build: Callable[[], Problem], **options: Any) -> Step:
     """A measurement of all layers on the batch."""
     from relflat import relative_flatness_by_layer
 
     torch.manual_seed(0)
     model, x, every = build()
     data = (x, torch.randint(10, (len(x),)))
-    return lambda: relative_flatness_by_layer(model, nn.CrossEntropyLoss(), data, layer=every)
+    return lambda: relative_flatness_by_layer(model, nn.CrossEntropyLoss(), data, layer=every, **options)
 
 
 NETWORKS = {"mlp": mlp, "resnet": resnet, "transformer": transformer}
@@ -123,7 +123,9 @@ ROWS: dict[str, Callable[[], Step]] = {
     f"{name}, {layer or 'plain'}": partial(training, build, layer)
     for name, build in NETWORKS.items()
     for layer in (None, "output", "*")
-} | {f"{name}, measure *": partial(measuring, NETWORKS[name]) for name in ("mlp", "resnet")}
+}
+ROWS["mlp, measure *"] = partial(measuring, mlp)
+ROWS["resnet, measure *"] = partial(measuring, resnet, curvature="ggn", probes=2)
 
 
 def work() -> None:
@@ -199,7 +201,7 @@ def time_rows(old: Worker, new: Worker, wanted: list[str], rounds: int, found: d
     for row in wanted:
         for worker in (old, new):
             worker(row, 3)
-        steps[row] = max(1, round(BLOCK / old(row, 2)["wall"] * 2))
+        steps[row] = max(1, round(BLOCK / old(row, 2)["processor"] * 2))
         new(row, 2)
     for turn in range(rounds):
         for row in wanted:
