@@ -234,7 +234,6 @@ def convolutions() -> list[Network]:
     ) -> Network:
         return Network(name, lambda: _then_linear(layer(), features, norm()), both, x=values(N, *shape))
 
-    plane: dict[str, Any] = {"padding": 1, "bias": False}
     return [
         one("conv1d", lambda: nn.Conv1d(2, 3, 2), 9, 2, 4),
         one("conv2d", lambda: nn.Conv2d(2, 3, 2), 12, 2, 3, 3),
@@ -244,23 +243,10 @@ def convolutions() -> list[Network]:
         one("conv2d circular", lambda: nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), 18, 1, 3, 3),
         one("conv3d", lambda: nn.Conv3d(1, 2, 2), 4, 1, 2, 2, 3),
         one("conv1d transposed", lambda: nn.ConvTranspose1d(2, 2, 3, stride=2), 14, 2, 3),
-        one(
-            "conv2d transposed, grouped",
-            lambda: nn.ConvTranspose2d(2, 4, 2, groups=2, padding=1),
-            16,
-            *(2, 3, 3),
-        ),
-        one(
-            "conv and batch norm",
-            lambda: nn.Conv2d(1, 2, 3, **plane),
-            18,
-            1,
-            3,
-            3,
-            norm=lambda: nn.BatchNorm2d(2),
-        ),
+        one("conv2d transposed, grouped", lambda: nn.ConvTranspose2d(2, 4, 2, 1, 1, groups=2), 16, 2, 3, 3),
         one("conv and group norm", lambda: nn.Conv1d(2, 4, 2), 8, 2, 3, norm=lambda: nn.GroupNorm(2, 4)),
         one("conv and instance norm", lambda: nn.Conv1d(1, 2, 2), 6, 1, 4, norm=lambda: nn.InstanceNorm1d(2)),
+        Network("conv and batch norm", _conv_and_batch_norm, both, x=values(N, 1, 3, 3)),
         Network("small resnet", _resnet, ("one", "two", "down", "head"), x=values(N, 2, 4, 4)),
         Network(
             "segmentation",
@@ -270,6 +256,10 @@ def convolutions() -> list[Network]:
             y=lambda: torch.randint(CLASSES, (N, 4)),
         ),
     ]
+
+
+def _conv_and_batch_norm() -> nn.Module:
+    return _then_linear(nn.Conv2d(1, 2, 3, padding=1, bias=False), 18, nn.BatchNorm2d(2))
 
 
 def _resnet() -> nn.Module:

@@ -95,27 +95,41 @@ def _attention() -> nn.Module:
     )
 
 
+def _head(features: int = IN) -> nn.Module:
+    return nn.Linear(features, CLASSES)
+
+
+def _tied() -> nn.Module:
+    a, b = nn.Linear(IN, IN), nn.Linear(IN, IN)
+    b.weight = a.weight
+    return Net(lambda m, x: m.head(m.b(m.a(x).tanh()).tanh()), a=a, b=b, head=_head())
+
+
+def _tied_and_recurrent() -> nn.Module:
+    net: Any = _tied()
+    net.run = lambda m, x: m.head(m.b(m.a(m.a(x).tanh()).tanh()).tanh())
+    return net
+
+
 def sharing() -> list[Network]:
-    """Layers used more than once, weights of two layers, several outputs, samples that are coupled."""
-
-    def head(features: int = IN) -> nn.Module:
-        return nn.Linear(features, CLASSES)
-
-    def tied() -> nn.Module:
-        a, b = nn.Linear(IN, IN), nn.Linear(IN, IN)
-        b.weight = a.weight
-        return Net(lambda m, x: m.head(m.b(m.a(x).tanh()).tanh()), a=a, b=b, head=head())
-
-    def tied_and_recurrent() -> nn.Module:
-        net: Any = tied()
-        net.run = lambda m, x: m.head(m.b(m.a(m.a(x).tanh()).tanh()).tanh())
-        return net
+    """Layers used more than once, and weights of two layers."""
 
     def chain(m: Any, x: Tensor) -> Tensor:
         return m.head(m.fc(m.fc(x).tanh()).tanh())
 
     def parallel(m: Any, x: Tensor) -> Tensor:
         return m.head(m.fc(x).tanh() * m.fc(x.flip(1)).sigmoid())
+
+    return [
+        Network("tied layers", _tied, ("a", "b", "a.weight", "head")),
+        Network("tied and recurrent", _tied_and_recurrent, ("a",)),
+        Network("in a chain", lambda: Net(chain, fc=nn.Linear(IN, IN), head=_head()), ("fc", "head")),
+        Network("in parallel", lambda: Net(parallel, fc=nn.Linear(IN, 3), head=_head(3)), ("fc",)),
+    ]
+
+
+def unusual() -> list[Network]:
+    """Samples that are coupled, an unknown class of layer, several outputs."""
 
     def coupled(m: Any, x: Tensor) -> Tensor:
         z = m.fc(x).tanh()
@@ -124,26 +138,21 @@ def sharing() -> list[Network]:
     def own(m: Any, x: Tensor) -> Tensor:
         return m.head(m.table(x[:, :2], x[:, 2:]).tanh())
 
+    def named(m: Any, x: Tensor) -> dict[str, Tensor]:
+        return {"h": m.fc(x).tanh(), "logits": m.head(m.fc(x).tanh())}
+
     return [
-        Network("tied layers", tied, ("a", "b", "a.weight", "head")),
-        Network("tied and recurrent", tied_and_recurrent, ("a",)),
-        Network("in a chain", lambda: Net(chain, fc=nn.Linear(IN, IN), head=head()), ("fc", "head")),
-        Network("in parallel", lambda: Net(parallel, fc=nn.Linear(IN, 3), head=head(3)), ("fc",)),
-        Network("coupled samples", lambda: Net(coupled, fc=nn.Linear(IN, 3), head=head(3)), ("fc", "head")),
-        Network("bilinear", lambda: Net(own, table=nn.Bilinear(2, 2, 3), head=head(3)), ("table.weight",)),
+        Network("coupled samples", lambda: Net(coupled, fc=nn.Linear(IN, 3), head=_head(3)), ("fc", "head")),
+        Network("bilinear", lambda: Net(own, table=nn.Bilinear(2, 2, 3), head=_head(3)), ("table.weight",)),
         Network(
             "dictionary of outputs",
-            lambda: Net(
-                lambda m, x: {"h": m.fc(x).tanh(), "logits": m.head(m.fc(x).tanh())},
-                fc=nn.Linear(IN, 3),
-                head=head(3),
-            ),
+            lambda: Net(named, fc=nn.Linear(IN, 3), head=_head(3)),
             ("fc", "head"),
             loss=lambda z, y: F.cross_entropy(z["logits"], y),
         ),
         Network(
             "two heads",
-            lambda: Net(lambda m, x: (m.one(x), m.two(x.tanh())), one=head(), two=head()),
+            lambda: Net(lambda m, x: (m.one(x), m.two(x.tanh())), one=_head(), two=_head()),
             ("one", "two"),
             loss=lambda z, y: F.cross_entropy(z[0], y) + 0.3 * F.cross_entropy(z[1], y),
         ),
@@ -152,6 +161,6 @@ def sharing() -> list[Network]:
 
 def all_networks() -> list[Network]:
     """All of them, with unique names."""
-    found = [*losses(), *dense(), *convolutions(), *sequences(), *sharing()]
+    found = [*losses(), *dense(), *convolutions(), *sequences(), *sharing(), *unusual()]
     assert len({n.name for n in found}) == len(found)
     return found

@@ -16,6 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,35 +25,38 @@ import relflat
 from compared_readings import Record, all_readings, read
 
 TOLERANCE = 1e-12
+COUNTS = ("samples", "skipped", "strength")
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def difference(old: Record, new: Record) -> float:
     """Largest difference relative to the size of the number; infinite where the readings do not fit."""
     if "error" in old or "error" in new:
         return 0.0 if old.get("error") == new.get("error") else math.inf
-    worst = 0.0
-    for part in ("values", "gradients"):
-        a, b = old.get(part, {}), new.get(part, {})
-        if a.keys() != b.keys():
-            return math.inf
-        pairs = np.array(
-            [(u, v) for k in a for u, v in zip(np.atleast_1d(a[k]), np.atleast_1d(b[k]), strict=True)]
-        )
-        worst = max(worst, _largest(pairs, own_scale=part == "values"))
-    return worst
-
-
-def _largest(pairs: np.ndarray, own_scale: bool) -> float:
-    """Of values relative to themselves, or a thousandth of the largest; of gradients relative to the longest."""
-    if not pairs.size:
-        return 0.0
-    if (np.isfinite(pairs[:, 0]) != np.isfinite(pairs[:, 1])).any():
+    if old.get("gradients", {}).keys() != new.get("gradients", {}).keys():
         return math.inf
-    pairs = pairs[np.isfinite(pairs).all(1)]
-    size = np.abs(pairs).max(1, initial=0.0)
-    largest = size.max(initial=1e-300)
-    scale = np.maximum(size, 1e-3 * largest) if own_scale else largest
-    return float((np.abs(pairs[:, 0] - pairs[:, 1]) / scale).max(initial=0.0))
+    values, gradients = (_pairs(old.get(k, {}), new.get(k, {})) for k in ("values", "gradients"))
+    if not len(values):
+        return math.inf
+    size = np.abs(values).max(1)
+    lengths = np.abs(gradients).max(initial=0.0) * np.ones(len(gradients))
+    return max(_apart(values, np.fmax(size, 1e-4 * np.nanmax(size))), _apart(gradients, lengths))
+
+
+def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Array:
+    """The numbers that both have, in two columns."""
+    common = [k for k in old if k in new and k.split(" ")[-1] not in COUNTS]
+    found = [p for k in common for p in zip(np.atleast_1d(old[k]), np.atleast_1d(new[k]), strict=True)]
+    return np.array(found).reshape(-1, 2)
+
+
+def _apart(pairs: Array, scale: Array) -> float:
+    """Largest difference between two columns, in units of the scale; what is not finite must be so in both."""
+    finite = np.isfinite(pairs)
+    if (finite[:, 0] != finite[:, 1]).any():
+        return math.inf
+    both = finite.all(1) & (pairs[:, 0] != pairs[:, 1])
+    return float((np.abs(pairs[both, 0] - pairs[both, 1]) / scale[both]).max(initial=0.0))
 
 
 def compare(old: Mapping[str, Record], new: Mapping[str, Record]) -> bool:
@@ -60,26 +64,36 @@ def compare(old: Mapping[str, Record], new: Mapping[str, Record]) -> bool:
     both = [k for k in old if k in new]
     apart = {k: difference(old[k], new[k]) for k in both}
     missing = [k for k in old if k not in new]
-    agree = not missing
-    for exact in (True, False):
-        keys = sorted((k for k in both if old[k]["exact"] is exact), key=lambda k: -apart[k])
-        wrong = [k for k in keys if not apart[k] <= TOLERANCE]
-        same = sum(apart[k] == 0 for k in keys)
-        what = "exact" if exact else "stochastic"
-        worst = apart[keys[0]] if keys else 0.0
-        print(
-            f"{what}: {len(keys)} readings, {same} identical, {len(wrong)} differ, "
-            f"worst relative difference {worst:.2g}"
-        )
-        _print_some(wrong, lambda k: f"{k}: {apart[k]:.2g} {_said(old[k])} -> {_said(new[k])}")
-        agree = agree and not (exact and wrong)
+    wrong = [
+        _print_apart(what, {k: apart[k] for k in both if old[k]["exact"] is exact}, old, new)
+        for what, exact in (("exact", True), ("stochastic", False))
+    ]
     print(f"missing: {len(missing)}; only in the new one: {len(new.keys() - old.keys())}")
     _print_some(missing, str)
-    for what in ("message", "method"):
-        changed = [k for k in both if old[k].get(what) != new[k].get(what)]
-        print(f"another {what}: {len(changed)}")
-        _print_some(changed, lambda k, w=what: f"{k}: {old[k].get(w)!r} -> {new[k].get(w)!r}")
-    return agree
+    _print_changed("message", both, old, new)
+    _print_changed("method", both, old, new)
+    return not (missing or wrong[0])
+
+
+def _print_apart(
+    what: str, apart: Mapping[str, float], old: Mapping[str, Record], new: Mapping[str, Record]
+) -> int:
+    """Print a summary of some readings and those that differ; their number."""
+    wrong = sorted((k for k in apart if not apart[k] <= TOLERANCE), key=lambda k: -apart[k])
+    same = sum(a == 0 for a in apart.values())
+    print(
+        f"{what}: {len(apart)} readings, {same} identical, {len(wrong)} differ, "
+        f"worst relative difference {max(apart.values(), default=0.0):.2g}"
+    )
+    _print_some(wrong, lambda k: f"{k}: {apart[k]:.2g} {_said(old[k])} -> {_said(new[k])}")
+    return len(wrong)
+
+
+def _print_changed(what: str, keys: list[str], old: Mapping[str, Record], new: Mapping[str, Record]) -> None:
+    """Print the readings of which something that is no number has changed."""
+    changed = [k for k in keys if old[k].get(what) != new[k].get(what)]
+    print(f"another {what}: {len(changed)}")
+    _print_some(changed, lambda k: f"{k}: {old[k].get(what)!r} -> {new[k].get(what)!r}")
 
 
 def _said(record: Record) -> str:
@@ -107,13 +121,13 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    start = time.perf_counter()
+    start = time.process_time()
     found = {name: read(run) for name, run in all_readings()}
-    seconds, exact = time.perf_counter() - start, sum(r["exact"] for r in found.values())
+    seconds, exact = time.process_time() - start, sum(r["exact"] for r in found.values())
     refused = sum("error" in r for r in found.values())
     print(
         f"{relflat.__file__}: {len(found)} readings of {len({k.split(': ')[0] for k in found})} networks in "
-        f"{seconds:.0f} s, {exact} exact ({refused} of them refusals)"
+        f"{seconds:.0f} s of processor time, {exact} exact ({refused} of them refusals)"
     )
     if options.save:
         options.save.write_text(json.dumps(found))

@@ -140,33 +140,32 @@ def functions(tree: ast.AST, module: str, within: str = "") -> Iterator[Function
         yield from functions(node, module, inside)
 
 
-def imports(
-    node: ast.AST, package: str, here: tuple[str, ...], late: bool = False
-) -> Iterator[tuple[str, bool]]:
+def imports(node: ast.AST, package: str, here: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
     """Names within the package that a module imports, and whether only later: in a function, or for types.
 
     Args:
         node: the module, or a part of it.
         package: name of the package.
         here: names of the folders the module stands in, within the package.
-        late: whether the part runs after the import.
     """
+    yield from ((name, False) for name in _imported(node, package, here))
+    types_only = node.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) else []
     for part in ast.iter_child_nodes(node):
-        if isinstance(part, ast.Import):
-            full = [alias.name.split(".") for alias in part.names]
-            yield from ((".".join(rest), late) for top, *rest in full if top == package)
-        elif isinstance(part, ast.ImportFrom):
-            base = (part.module or "").split(".") if part.module else []
-            if part.level:
-                base = [package, *here[: len(here) + 1 - part.level], *base]
-            if base[:1] == [package]:
-                yield from ((".".join([*base[1:], alias.name]), late) for alias in part.names)
-        elif isinstance(part, ast.If) and "TYPE_CHECKING" in ast.unparse(part.test):
-            for child in (*part.body, *part.orelse):
-                types_only = child in part.body
-                yield from imports(ast.Module([child], []), package, here, late or types_only)
-        else:
-            yield from imports(part, package, here, late or isinstance(part, DEFINITIONS))
+        later = isinstance(node, DEFINITIONS) or part in types_only
+        yield from ((name, late or later) for name, late in imports(part, package, here))
+
+
+def _imported(node: ast.AST, package: str, here: tuple[str, ...]) -> list[str]:
+    """What one import statement takes from the package."""
+    if isinstance(node, ast.Import):
+        full = [alias.name.split(".") for alias in node.names]
+        return [".".join(rest) for top, *rest in full if top == package]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = node.module.split(".") if node.module else []
+    if node.level:
+        base = [package, *here[: len(here) + 1 - node.level], *base]
+    return [".".join([*base[1:], alias.name]) for alias in node.names] if base[:1] == [package] else []
 
 
 def comment_lines(text: str) -> int:
