@@ -211,6 +211,7 @@ def time_rows(old: Worker, new: Worker, wanted: list[str], rounds: int, found: d
                 for clock, seconds in worker(row, steps[row]).items():
                     sums[worker][clock] += seconds / (2 * steps[row])
             found[row].append((sums[old], sums[new]))
+        print(f"round {turn + 1} of {rounds}", file=sys.stderr)
 
 
 def main() -> None:
