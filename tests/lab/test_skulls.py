@@ -17,7 +17,7 @@ from torch import nn
 from relflat import FAM
 from relflat.errors import ConfigError, DataError
 from relflat.lab.data.fetch import files
-from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.tasks import TASKS
 from relflat.lab.train.config import make
 from relflat.lab.train.loop import train
 from relflat.papers import skull_metrics, skulls

