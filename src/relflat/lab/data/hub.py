@@ -10,16 +10,11 @@ GLUE keeps the labels of its test sets to itself: as everywhere, the official va
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from relflat.errors import DataError
-from relflat.lab.data.arrays import Arrays, RawData
-from relflat.lab.data.readers import as_arrays
+from relflat.lab.data.sources import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-
-    from relflat.lab.data.sources import Source
 
 
 def client() -> Any:
@@ -37,7 +32,7 @@ def client() -> Any:
     return datasets
 
 
-def save(source: "Source", folder: Path) -> None:
+def save(source: Source, folder: Path) -> None:
     """Fetch a data set from the hub, check it and write its two splits into a folder.
 
     Raises:
@@ -58,7 +53,7 @@ def save(source: "Source", folder: Path) -> None:
     found.save_to_disk(folder)
 
 
-def check(source: "Source", found: "DatasetDict") -> None:
+def check(source: Source, found: "DatasetDict") -> None:
     """Compare splits, sizes and columns with what is known of this data set.
 
     Raises:
@@ -75,7 +70,7 @@ def check(source: "Source", found: "DatasetDict") -> None:
         )
 
 
-def splits(source: "Source", folder: Path) -> tuple["Dataset", "Dataset"]:
+def splits(source: Source, folder: Path) -> tuple["Dataset", "Dataset"]:
     """The training split and the one for testing, as `save` wrote them.
 
     Raises:
@@ -88,14 +83,3 @@ def splits(source: "Source", folder: Path) -> tuple["Dataset", "Dataset"]:
     except Exception as error:  # damaged Arrow files and records raise errors of several libraries
         raise DataError(f"{folder} cannot be read: {error}. Delete it and run: {source.command}") from error
     return train, test
-
-
-def pictures(source: "Source", folder: Path) -> RawData:
-    """Read a set of pictures: CIFAR-100, or SVHN's cropped digits without its easy extra ones."""
-
-    def part(rows: "Dataset") -> Arrays:
-        images = np.stack([np.asarray(picture.convert("RGB")) for picture in rows[source.inputs[0]]])
-        return as_arrays(images.transpose(0, 3, 1, 2), np.asarray(rows[source.label][:]))
-
-    train, test = splits(source, folder)
-    return RawData(part(train), part(test), source.classes)

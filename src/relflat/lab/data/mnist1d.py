@@ -7,14 +7,11 @@ of the signals are left out. The arrays are the same to the bit. Greydanus and K
 """
 
 import numpy as np
-import torch
 from numpy.random import RandomState
 from scipy.ndimage import gaussian_filter
 
-from relflat.lab.data.arrays import Arrays, RawData
-
 SEED = 42
-SAMPLES, TRAIN = 5000, 4000
+SAMPLES = 5000
 LENGTH = 40
 PADDING = 36, 60  # zeros appended, least and most
 STRETCHED = 12 + 60  # points of a template between the two resamplings
@@ -32,13 +29,6 @@ TEMPLATES = np.array(  # of the ten digits
         [5, 4, 3.5, 3.5, 4, 5, 5, 5, 5, 4.7, 4.3, 5],
     ]
 )
-
-
-def read() -> RawData:
-    """The data set as its authors make it by default: inputs (n, 1, 40) of mean 0 and deviation 1."""
-    signals, labels = generate()
-    samples = Arrays(torch.from_numpy(signals).float().unsqueeze(1), torch.from_numpy(labels))
-    return RawData(samples.take(slice(TRAIN)), samples.take(slice(TRAIN, None)), 10)
 
 
 def generate() -> tuple[np.ndarray, np.ndarray]:

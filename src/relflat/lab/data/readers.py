@@ -9,13 +9,16 @@ import numpy as np
 import torch
 
 from relflat.errors import DataError
+from relflat.lab.data import hub
 from relflat.lab.data.arrays import Arrays, RawData
+from relflat.lab.data.mnist1d import generate
+from relflat.lab.data.sources import Source
 
 if TYPE_CHECKING:
-    from relflat.lab.data.sources import Source
+    from datasets import Dataset
 
 
-def digits(source: "Source", folder: Path) -> RawData:
+def digits(source: Source, folder: Path) -> RawData:
     """scikit-learn's digits: 1,797 pictures of 8x8, no official test set."""
     from sklearn.datasets import load_digits
 
@@ -24,7 +27,7 @@ def digits(source: "Source", folder: Path) -> RawData:
     return RawData(Arrays(inputs, torch.as_tensor(bunch.target, dtype=torch.int64)), None, 10)
 
 
-def fashion_mnist(source: "Source", folder: Path) -> RawData:
+def fashion_mnist(source: Source, folder: Path) -> RawData:
     """Fashion-MNIST: 60,000 + 10,000 pictures of 28x28."""
 
     def part(prefix: str) -> Arrays:
@@ -34,7 +37,7 @@ def fashion_mnist(source: "Source", folder: Path) -> RawData:
     return RawData(part("train"), part("t10k"), 10)
 
 
-def cifar10(source: "Source", folder: Path) -> RawData:
+def cifar10(source: Source, folder: Path) -> RawData:
     """CIFAR-10 out of six PNG files, each with 10,000 pictures as rows of 32x32x3 values."""
     from PIL import Image
 
@@ -45,6 +48,24 @@ def cifar10(source: "Source", folder: Path) -> RawData:
 
     train = [f"data_batch_{number}.png" for number in range(1, 6)]
     return RawData(part(train, "train_lables.json"), part(["test_batch.png"], "test_lables.json"), 10)
+
+
+def hub_pictures(source: Source, folder: Path) -> RawData:
+    """Pictures of the Hugging Face hub: CIFAR-100, or SVHN's cropped digits without its easy extra ones."""
+
+    def part(rows: "Dataset") -> Arrays:
+        images = np.stack([np.asarray(picture.convert("RGB")) for picture in rows[source.inputs[0]]])
+        return as_arrays(images.transpose(0, 3, 1, 2), np.asarray(rows[source.label][:]))
+
+    train, test = hub.splits(source, folder)
+    return RawData(part(train), part(test), source.classes)
+
+
+def mnist1d(source: Source, folder: Path) -> RawData:
+    """MNIST-1D as its authors make it by default: inputs (n, 1, 40) of mean 0 and deviation 1."""
+    signals, labels = generate()
+    samples = Arrays(torch.from_numpy(signals).float().unsqueeze(1), torch.from_numpy(labels))
+    return RawData(samples.take(slice(4000)), samples.take(slice(4000, None)), 10)
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -4,7 +4,6 @@ from functools import partial
 
 from torch import nn
 
-from relflat.lab.data import mnist1d
 from relflat.lab.data.splits import classification
 from relflat.lab.tasks.models import signal_cnn
 from relflat.lab.tasks.task import AdamW, Task, cosine
@@ -13,7 +12,7 @@ TASKS = (
     Task(
         name="mnist1d",
         summary="synthetic signals of length 40, three convolutions; 3,500 train, 500 validation, 1,000 test",
-        splits=partial(classification, mnist1d.read, validation=500, test=None),
+        splits=partial(classification, "mnist1d", validation=500, test=None),
         model=signal_cnn,
         loss=nn.CrossEntropyLoss,
         layer="output",
