@@ -6,10 +6,8 @@ import torch
 from sklearn.datasets import load_breast_cancer
 from torch import nn
 
-from relflat.lab.data import Arrays, RawData
-from relflat.lab.models import mlp
-from relflat.lab.splits import classification
-from relflat.lab.tasks import SGD, Task, cosine
+from relflat.lab.data import Arrays, RawData, classification
+from relflat.lab.tasks import SGD, Task, cosine, mlp
 
 
 def data() -> RawData:

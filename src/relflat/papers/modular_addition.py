@@ -135,8 +135,6 @@ ADDITION_TRANSFORMER = replace(
     batch_size=580,
 )
 
-TASKS = (ADDITION, ADDITION_TRANSFORMER)
-
 
 def learnt_at(history: Sequence[Mapping[str, Any]], split: str, level: float = LEARNT) -> int | None:
     """The first epoch from which on accuracy never falls below ``level`` again, or None.

@@ -35,5 +35,3 @@ SKULLS_UNET = replace(
     epochs=32,
     batch_size=2,
 )
-
-TASKS = (SKULLS, SKULLS_UNET)

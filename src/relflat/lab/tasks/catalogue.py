@@ -9,7 +9,7 @@ from relflat.lab.names import look_up
 from relflat.lab.tasks import own
 from relflat.lab.tasks.task import Task
 
-# Each has a tuple TASKS. They are imported when a task is first looked up: the papers' tasks build on the lab.
+# Their top-level tasks are the built-in ones; imported when one is looked up, as the papers' tasks build on the lab.
 PROVIDERS = (
     "relflat.lab.tasks.pictures",
     "relflat.lab.tasks.signals",
@@ -28,7 +28,8 @@ class Catalogue(UserDict[str, Task]):
     @cached_property
     def data(self) -> dict[str, Task]:  # type: ignore[override]
         """All tasks known so far."""
-        return {task.name: task for name in PROVIDERS for task in import_module(name).TASKS}
+        objects = (value for name in PROVIDERS for value in vars(import_module(name)).values())
+        return {value.name: value for value in objects if isinstance(value, Task)}
 
 
 TASKS = Catalogue()

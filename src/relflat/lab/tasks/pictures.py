@@ -1,4 +1,4 @@
-"""Tasks on pictures. A new one is one more entry of ``TASKS``, and a row in docs/tasks.md."""
+"""Tasks on pictures. A new one is one more record here, and a row in docs/tasks.md."""
 
 from dataclasses import replace
 from functools import partial
@@ -142,20 +142,4 @@ SVHN_WRN = replace(
     splits=SVHN.splits,
     epochs=100,
     augment=crop_flip_cutout,
-)
-
-TASKS = (
-    DIGITS,
-    FASHION_MNIST,
-    FASHION_MNIST_RESNET18,
-    FASHION_MNIST_WRN,
-    CIFAR10,
-    CIFAR10_RESNET20,
-    CIFAR10_RESNET18,
-    CIFAR10_WRN,
-    CIFAR10_FINETUNE,
-    CIFAR100,
-    CIFAR100_FINETUNE,
-    SVHN,
-    SVHN_WRN,
 )

@@ -1,6 +1,6 @@
 """Tasks on texts: a pretrained sentence encoder, MiniLM, under a new output layer (extra ``transformers``).
 
-A new one is one more entry of ``TASKS``, and a row in docs/tasks.md. Inputs are the encoder's keyword arguments at
+A new one is one more record here, and a row in docs/tasks.md. Inputs are the encoder's keyword arguments at
 one fixed length: ``input_ids``, ``attention_mask`` and, for pairs of sentences, ``token_type_ids``, each (n, tokens).
 Everything is read from the cache; nothing asks the network.
 """
@@ -195,5 +195,3 @@ SST2 = replace(
     splits=glue("sst2", 3000),
     epochs=2,
 )
-
-TASKS = (REVIEWS, RTE, MRPC, SST2)
