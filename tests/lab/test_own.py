@@ -1,10 +1,11 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from relflat.errors import ConfigError
-from relflat.lab.tasks.catalogue import Task, task_named
+from relflat.lab.tasks import TASKS, Task, register, task_named
 from relflat.lab.train import store
 from relflat.lab.train.config import make
 from relflat.lab.train.loop import train
@@ -29,6 +30,22 @@ def test_the_documented_example_learns(tmp_path, copy):
     assert result["test"]["accuracy"] > 0.9
     assert folder.name.startswith("mine-task-plain-")
     assert measure_run(folder)["output"].samples == 299
+
+
+def test_documented_paths_stay():
+    from relflat.lab import data, evaluate, models, splits, tasks
+
+    assert models.mlp is tasks.mlp
+    assert splits.classification is data.classification
+    assert evaluate.Metric is tasks.Metric
+
+
+def test_a_name_can_be_registered_once():
+    mine = replace(task_named("digits"), name="mine")
+    with pytest.raises(ConfigError, match="There is a task called 'digits' already"):
+        register(replace(mine, name="digits"))
+    assert register(mine) is register(mine) is task_named("mine")
+    del TASKS["mine"]
 
 
 def test_configuration_round_trips_and_follows_the_files_content(copy):
@@ -56,7 +73,7 @@ def test_relative_paths_are_made_whole(copy, monkeypatch):
         ("def f(:\n", "task", "SyntaxError"),
         ("def f():\n    return 1 / 0\n\n\nf()\n", "task", r"line 2, in f(.|\n)*ZeroDivisionError"),
         (
-            "from relflat.lab.tasks.catalogue import TASKS\n\nmine = TASKS['digits']\n",
+            "from relflat.lab.tasks import TASKS\n\nmine = TASKS['digits']\n",
             "mien",
             "did you mean 'mine'",
         ),

@@ -42,7 +42,7 @@ from pathlib import Path
 
 from torch import nn
 
-from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.tasks import TASKS
 
 HERE = Path(__file__).parent
 

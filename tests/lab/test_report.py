@@ -108,7 +108,7 @@ def test_arms_are_called_by_their_names_on_the_command_line_where_titles_differ(
 def test_the_title_of_an_own_task_is_what_it_calls_itself(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from dataclasses import replace\nfrom relflat.lab.tasks.catalogue import TASKS\n"
+        "from dataclasses import replace\nfrom relflat.lab.tasks import TASKS\n"
         "same = TASKS['digits']\nmine = replace(same, name='[my] <digits>')\n"
     )
     one = comparison(CLEAR)

@@ -3,9 +3,9 @@ import torch
 from fetched import fashion_mnist
 
 from relflat.errors import ConfigError
-from relflat.lab.data.arrays import Arrays, read
+from relflat.lab.data import Arrays, read
 from relflat.lab.data.splits import redraw
-from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.tasks import TASKS
 
 
 def digits(train_size=None, label_noise=0.0, seed=0):

@@ -194,7 +194,7 @@ TASK = """
 from dataclasses import replace
 from pathlib import Path
 
-from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.tasks import TASKS
 
 LOCK = Path(__file__).with_name("unlocked")
 

@@ -10,7 +10,7 @@ import pytest
 
 from relflat.errors import ConfigError
 from relflat.lab.compare import study
-from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.tasks import TASKS
 from relflat.lab.train import store
 from relflat.lab.train.config import make
 from relflat.lab.train.loop import train
@@ -122,7 +122,7 @@ def test_a_comparison_of_another_version_is_not_gone_on_with(tmp_path, raised):
 def test_a_task_file_may_have_a_version_too(tmp_path):
     path = tmp_path / "mine.py"
     text = (
-        "from dataclasses import replace\nfrom relflat.lab.tasks.catalogue import TASKS\n"
+        "from dataclasses import replace\nfrom relflat.lab.tasks import TASKS\n"
         "task = replace(TASKS['digits'], version={})\n"
     )
     path.write_text(text.format(1))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from test_text import WORDS, archive, tiny_bert
 
-from relflat.lab.data import fetch, hub
+from relflat.lab.data import fetch
 from relflat.lab.data.sources import SOURCES
-from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.tasks import TASKS
 from relflat.lab.train.config import make
 from relflat.lab.train.loop import build, train
 from relflat.lab.train.measuring import measure_run
@@ -67,8 +67,8 @@ def test_pairs_of_glue_are_cut_into_splits(minilm, monkeypatch):
     everything = sentences(450)
     found = {"train": rows(everything[:440]), "validation": rows(everything[440:])}
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: datasets.DatasetDict(found))
-    place = replace(hub.HUB_SETS["mrpc"], rows={"train": 440, "validation": 10})
-    monkeypatch.setitem(hub.HUB_SETS, "mrpc", place)
+    small = replace(SOURCES["mrpc"], rows={"train": 440, "validation": 10})
+    monkeypatch.setitem(SOURCES, "mrpc", small)
     fetch.get("mrpc")
     session = build(make({"task": "mrpc", **FAM}))
     try:

@@ -9,7 +9,7 @@ from fetched import have
 
 from relflat import relative_flatness
 from relflat.errors import DataError
-from relflat.lab.data import fetch, hub, reviews
+from relflat.lab.data import fetch, reviews
 from relflat.lab.data.sources import SOURCES
 from relflat.lab.tasks import text
 
@@ -101,9 +101,7 @@ def test_glue_pairs_are_read_with_their_segments(cache, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="extra 'hub' is not installed")
     rows = {"sentence1": ["a film", "dull !"], "sentence2": ["fine", "plot"], "label": [1, 0], "idx": [0, 1]}
     found = {"train": datasets.Dataset.from_dict(rows), "validation": datasets.Dataset.from_dict(rows)}
-    monkeypatch.setitem(
-        hub.HUB_SETS, "mrpc", replace(hub.HUB_SETS["mrpc"], rows={"train": 2, "validation": 2})
-    )
+    monkeypatch.setitem(SOURCES, "mrpc", replace(SOURCES["mrpc"], rows={"train": 2, "validation": 2}))
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: datasets.DatasetDict(found))
     fetch.get("mrpc")
     raw = text.read_glue("mrpc")

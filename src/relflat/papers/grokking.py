@@ -13,9 +13,9 @@ from typing import Any
 
 from relflat.lab.compare.trials import Job, Trial, run_all, workers
 from relflat.lab.report.drawing import curves, every_few
-from relflat.lab.tasks.grokking import learnt_at
 from relflat.lab.train.config import RunConfig, make
 from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Scale, Table
+from relflat.papers.modular_addition import learnt_at
 
 GENERALISED, MEMORISED = 0.9, 0.99  # accuracies on validation and training data
 SETS_IN = 0.1  # validation accuracy at which generalisation has begun

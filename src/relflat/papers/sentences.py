@@ -15,8 +15,8 @@ from relflat.errors import DataError
 from relflat.lab.data.arrays import RawData
 from relflat.lab.data.fetch import cache_folder
 from relflat.lab.data.splits import classification
-from relflat.lab.tasks import text
-from relflat.lab.tasks.catalogue import REVIEWS, RTE, AdamW, Task, glue
+from relflat.lab.tasks import AdamW, Task, text
+from relflat.lab.tasks.text import REVIEWS, RTE, glue
 
 SHORT = 16  # most tokens of a sentence of the small task
 BERT = "bert-base-uncased"

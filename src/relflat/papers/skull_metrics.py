@@ -2,19 +2,17 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from scipy import ndimage
 from torch import Tensor, nn
 
 from relflat.errors import DataError
-from relflat.lab.data.arrays import Arrays
 from relflat.lab.data.batches import Batch
 from relflat.lab.data.splits import Splits
 from relflat.lab.train.evaluate import Metric, run
-from relflat.papers.skulls import SPACING
+from relflat.papers.skulls import SPACING, largest_piece
 
 Volumes = Bool[Tensor, "n 1 z y x"]
 
@@ -70,19 +68,6 @@ def _disagreement(volumes: Volumes) -> float:
     return float((share * (1 - share)).sum()) * 2 * count / max(count - 1, 1)
 
 
-def largest_piece(volumes: Volumes) -> Volumes:
-    """Keep the largest connected piece of each volume."""
-    return torch.stack([torch.from_numpy(_largest(volume[0].numpy()))[None] for volume in volumes.cpu()])
-
-
-def _largest(mask: Any) -> Any:
-    pieces, count = ndimage.label(mask)
-    if count == 0:
-        return mask
-    sizes = ndimage.sum_labels(mask, pieces, range(1, count + 1))
-    return pieces == 1 + sizes.argmax()
-
-
 def scores(predictions: Volumes, defective: Volumes, complete: Volumes) -> dict[str, float]:
     """The figures of completed skulls, means over samples. Cost: .05 s a sample, the surfaces.
 
@@ -97,10 +82,11 @@ def scores(predictions: Volumes, defective: Volumes, complete: Volumes) -> dict[
         would print; ``hd`` and ``hd95``, surface distances of the whole in mm; ``spread``.
     """
     added, missing = predictions & ~defective, complete & ~defective
+    pieces = torch.stack([torch.from_numpy(largest_piece(volume[0].numpy()))[None] for volume in added.cpu()])
     return {
         "dice": float(dice(predictions, complete).mean()),
         "implant_dice": float(dice(added, missing).mean()),
-        "implant_piece_dice": float(dice(largest_piece(added), missing).mean()),
+        "implant_piece_dice": float(dice(pieces, missing).mean()),
         "hd": float(hausdorff(predictions, complete).mean()),
         "hd95": float(hausdorff(predictions, complete, 95).mean()),
         "spread": spread(predictions, complete),
@@ -131,39 +117,22 @@ def evaluate(model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dic
 DICE = Metric("dice", "Dice", "1 - Dice", evaluate)
 
 
-class MeanShape(NamedTuple):
-    """The baseline that learns one shape: the mean training skull, cut where validation is best.
+def mean_shape(splits: Splits, score: Literal["dice", "implant_dice"] = "implant_dice") -> Volumes:
+    """The baseline that learns one shape and looks at no input: the mean training skull, cut.
 
-    It looks at no input, as a collapsed network does.
-
-    Attributes:
-        mean: share of training skulls with bone at each voxel.
-        threshold: a voxel is bone where the share is at least this.
-    """
-
-    mean: Float[Tensor, "1 z y x"]
-    threshold: float
-
-    def __call__(self, samples: Arrays) -> Volumes:
-        """The same skull for every sample."""
-        return (self.mean >= self.threshold).expand(len(samples), -1, -1, -1, -1)
-
-
-def mean_shape(splits: Splits, score: Literal["dice", "implant_dice"] = "implant_dice") -> MeanShape:
-    """Fit the baseline: the threshold among .05, .10, ... .95 with the best mean score on validation data.
+    A voxel is bone where at least a share of the training skulls have bone.
 
     Args:
         splits: of the skull task; training and validation are used.
-        score: what the threshold is best for.
+        score: what the share, among .05, .10, ... .95, is best for on the validation skulls.
+
+    Returns:
+        The one skull, of shape (1, 1, z, y, x).
     """
-    mean, samples = splits.train.targets.mean(0), splits.validation
+    samples = splits.validation
     assert isinstance(samples.inputs, Tensor)
-    defective, complete = samples.inputs > 0.5, samples.targets > 0.5
-
-    def quality(choice: MeanShape) -> float:
-        prediction = choice(samples)
-        if score == "dice":
-            return float(dice(prediction, complete).mean())
-        return float(dice(prediction & ~defective, complete & ~defective).mean())
-
-    return max((MeanShape(mean, number / 20) for number in range(1, 20)), key=quality)
+    given = (samples.inputs > 0.5) & (score == "implant_dice")
+    wanted = (samples.targets > 0.5) & ~given
+    mean = splits.train.targets.mean(0, keepdim=True)
+    shapes = (mean >= number / 20 for number in range(1, 20))
+    return max(shapes, key=lambda shape: float(dice(shape & ~given, wanted).mean()))

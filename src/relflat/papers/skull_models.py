@@ -23,16 +23,10 @@ def _block(inputs: int, outputs: int, **options: Any) -> nn.Module:
 class Autoencoder(nn.Module):
     """The paper's autoencoder on 48^3 voxels: five strided convolutions, eight numbers, five deconvolutions.
 
-    Between the convolutions are two linear layers, and no nonlinearity, as the latent numbers are coordinates:
-    ``to_latent`` (8 x 64) and ``from_latent`` (64 x 8), the layer whose kappa the paper adds. The encoder
-    normalises each skull alone (without it, training rests for long at one skull for all inputs), so samples are
-    never coupled.
-
-    Attributes:
-        encoder: 48 -> 24 -> 12 -> 6 -> 3 -> 2 voxels a side.
-        to_latent: first linear layer.
-        from_latent: second linear layer.
-        decoder: the way back.
+    The encoder goes 48 -> 24 -> 12 -> 6 -> 3 -> 2 voxels a side, the decoder the way back. Between them are two
+    linear layers, and no nonlinearity, as the latent numbers are coordinates: ``to_latent`` (8 x 64) and
+    ``from_latent`` (64 x 8), the layer whose kappa the paper adds. The encoder normalises each skull alone (without
+    it, training rests for long at one skull for all inputs), so samples are never coupled.
     """
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS, latent: int = LATENT) -> None:
@@ -42,14 +36,17 @@ class Autoencoder(nn.Module):
             self.encoder.append(_block(inputs, outputs, norm="INSTANCE"))
         self.to_latent = nn.Linear(channels[-1] * 8, latent)
         self.from_latent = nn.Linear(latent, channels[-1] * 8)
-        backwards = channels[::-1]
-        steps = list(zip(backwards, (*backwards[1:], 1), strict=True))
         self.decoder = nn.Sequential()
-        for number, (inputs, outputs) in enumerate(steps):
-            rest = 0 if number == 0 else 1  # 2 -> 3 voxels, then doubled
-            last = number == len(steps) - 1
+        for number, (inputs, outputs) in enumerate(zip(channels[::-1], (*channels[-2::-1], 1), strict=True)):
             self.decoder.append(
-                _block(inputs, outputs, norm=None, is_transposed=True, output_padding=rest, conv_only=last)
+                _block(
+                    inputs,
+                    outputs,
+                    norm=None,
+                    is_transposed=True,
+                    output_padding=min(number, 1),  # 2 -> 3 voxels, then doubled
+                    conv_only=outputs == 1,
+                )
             )
 
     def forward(self, defective: Float[Tensor, "n 1 48 48 48"]) -> Float[Tensor, "n 1 48 48 48"]:
@@ -64,11 +61,8 @@ GIVEN = 10.0  # logit added where bone was given
 class Completion(nn.Module):
     """MONAI's U-Net with skip connections, which only adds: bone that was given keeps a large positive logit.
 
-    Without that, copying the input is most of what the Dice loss rewards, and the hole stays open.
-
-    Attributes:
-        body: 48 -> 24 -> 12 -> 6 -> 3 voxels a side and back, eight channels.
-        output: 1x1x1 convolution of the eight channels; starts at "nothing is missing".
+    Without that, copying the input is most of what the Dice loss rewards, and the hole stays open. The body goes
+    48 -> 24 -> 12 -> 6 -> 3 voxels a side and back, with eight channels; ``output`` starts at "nothing is missing".
     """
 
     def __init__(self, channels: tuple[int, ...] = (8, 16, 32, 64, 64)) -> None:

@@ -7,12 +7,10 @@ about learning shapes; it says nothing about the variety of real skulls.
 """
 
 import hashlib
-import io
 import json
 import os
 import plistlib
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ import numpy as np
 import torch
 from numpy.random import Generator, default_rng
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from relflat.errors import ConfigError, DataError
@@ -45,13 +44,7 @@ Mask = np.ndarray
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many skulls there are.
-
-    Attributes:
-        train: training skulls.
-        validation: validation skulls.
-        evaluation: skulls of each of the two evaluation sets.
-    """
+    """How many skulls there are of each split; both evaluation sets have ``evaluation``, and share them."""
 
     train: int = 100
     validation: int = 40
@@ -59,7 +52,7 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        """Different skulls; the two evaluation sets share theirs."""
+        """Different skulls."""
         return self.train + self.validation + self.evaluation
 
 
@@ -89,9 +82,6 @@ class Skulls(NamedTuple):
     complete: Mask
     defective: Mask
     other: Mask
-
-
-# -- the CT ------------------------------------------------------------------------------------------------------
 
 
 def read_project(path: Path) -> Scan:
@@ -127,14 +117,19 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def cut_free(volume: np.ndarray, spacing: tuple[float, float, float]) -> Scan:
     """Keep the largest connected piece of bone with the voxel next to it; everything else becomes 0 HU."""
-    pieces, count = ndimage.label(volume >= BONE)
-    if count == 0:
+    skull = largest_piece(volume >= BONE)
+    if not skull.any():
         raise DataError(f"The CT has no voxel of {BONE} HU or more, so there is no bone in it.")
-    sizes = np.bincount(pieces.ravel())
-    skull = pieces == 1 + sizes[1:].argmax()
     box = ndimage.find_objects(skull.astype(np.int8))[0]
     centre = np.array([(side.start + side.stop - 1) / 2 for side in box])
     return Scan(np.where(ndimage.binary_dilation(skull), volume, 0).astype(np.int16), spacing, centre)
+
+
+def largest_piece(mask: Mask) -> Mask:
+    """The largest connected piece of a mask; all of it where it is empty."""
+    pieces, _ = ndimage.label(mask)
+    sizes = np.bincount(pieces.ravel())[1:]
+    return pieces == 1 + sizes.argmax() if len(sizes) else mask
 
 
 def resampled(scan: Scan, spacing: float = FINE) -> Scan:
@@ -146,9 +141,6 @@ def resampled(scan: Scan, spacing: float = FINE) -> Scan:
     return Scan(values.astype(np.int16), (spacing,) * 3, scan.centre * factors)
 
 
-# -- one skull ---------------------------------------------------------------------------------------------------
-
-
 def smooth_field(random: Generator, knots: int, side: int) -> np.ndarray:
     """A field of unit deviation at ``knots^3`` knots, cubic in between; shape (side, side, side)."""
     return ndimage.zoom(random.standard_normal((knots,) * 3), side / knots, order=3, mode="nearest")
@@ -156,14 +148,7 @@ def smooth_field(random: Generator, knots: int, side: int) -> np.ndarray:
 
 def rotation(angles: np.ndarray) -> np.ndarray:
     """The rotation matrix about the three axes in turn, angles in radians."""
-    matrix = np.eye(3)
-    for axis, angle in enumerate(angles):
-        one, two = (axis + 1) % 3, (axis + 2) % 3
-        turn = np.eye(3)
-        turn[one, one] = turn[two, two] = np.cos(angle)
-        turn[one, two], turn[two, one] = -np.sin(angle), np.sin(angle)
-        matrix = matrix @ turn
-    return matrix
+    return Rotation.from_euler("XYZ", angles).as_matrix()
 
 
 def deformed(scan: Scan, random: Generator) -> Mask:
@@ -218,9 +203,6 @@ def make(scan: Scan, sizes: Sizes, seed: int = SEED) -> Skulls:
     return Skulls(np.stack(complete), np.stack(defective), np.stack(other))
 
 
-# -- the set, kept -----------------------------------------------------------------------------------------------
-
-
 def kept(sizes: Sizes) -> Path:
     """Where the set of these sizes is, or would be, in the cache."""
     recipe = {"source": SOURCES["skulls"].sha256, "seed": SEED, "version": VERSION, **asdict(sizes)}
@@ -242,17 +224,13 @@ def skulls(sizes: Sizes) -> Skulls:
 
 def write(path: Path, made: Skulls) -> None:
     """Write the set, one bit a voxel, so that the file is there whole or not at all."""
-    content = io.BytesIO()
-    complete, defective, other = (np.packbits(mask) for mask in made)
-    np.savez_compressed(content, complete=complete, defective=defective, other=other)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}.npz")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.getvalue())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        complete, defective, other = (np.packbits(mask) for mask in made)
+        np.savez_compressed(temporary, complete=complete, defective=defective, other=other)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Skulls:

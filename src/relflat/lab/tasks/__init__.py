@@ -1,1 +1,38 @@
-"""What can be trained: data, model, loss, metric."""
+"""Tasks: what is learned, by which network, with which optimiser and budget.
+
+A task is one `Task` record: in ``pictures.py``, ``signals.py`` or ``text.py``, or in any file, where it is named
+``path/to/file.py:name`` (docs/study/own-task.md).
+"""
+
+from relflat.lab.tasks.catalogue import TASKS, register, task_named
+from relflat.lab.tasks.models import mlp
+from relflat.lab.tasks.task import (
+    SGD,
+    Adam,
+    AdamW,
+    SplitFunction,
+    Task,
+    constant,
+    cosine,
+    linear,
+    staircase,
+)
+from relflat.lab.train.evaluate import ACCURACY, Metric
+
+__all__ = [
+    "ACCURACY",
+    "SGD",
+    "TASKS",
+    "Adam",
+    "AdamW",
+    "Metric",
+    "SplitFunction",
+    "Task",
+    "constant",
+    "cosine",
+    "linear",
+    "mlp",
+    "register",
+    "staircase",
+    "task_named",
+]

@@ -5,7 +5,6 @@ piecewise linear, so the generalised Gauss-Newton curvature of any of its layers
 TensorFlow does, where the weights come from: the odd pixel goes to the right and the bottom.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,17 +34,14 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
         """Convolve."""
-        top, bottom = self._padding(x.shape[-2])
-        left, right = self._padding(x.shape[-1])
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        missing = [max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:]]
+        top, left = (total // 2 for total in missing)
+        bottom, right = missing[0] - top, missing[1] - left
         if top == bottom and left == right:
             return functional.conv2d(x, self.weight, None, self.stride, (top, left), 1, self.groups)
         padded = functional.pad(x, (left, right, top, bottom))
         return functional.conv2d(padded, self.weight, None, self.stride, 0, 1, self.groups)
-
-    def _padding(self, size: int) -> tuple[int, int]:
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-        return total // 2, total - total // 2
 
 
 def convolution(
@@ -92,13 +88,13 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         self.side = side
         self.stem = convolution(3, STEM, 3, 2)
-        blocks: list[nn.Module] = []
+        self.blocks = nn.Sequential()
         inputs = STEM
         for repeats, kernel, stride, expansion, outputs in STAGES:
             for place in range(repeats):
-                blocks.append(InvertedResidual(inputs, outputs, kernel, 1 if place else stride, expansion))
+                step = 1 if place else stride
+                self.blocks.append(InvertedResidual(inputs, outputs, kernel, step, expansion))
                 inputs = outputs
-        self.blocks = nn.Sequential(*blocks)
         self.head = convolution(inputs, HEAD, 1)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout))
         self.output = nn.Linear(HEAD, num_classes)
@@ -123,7 +119,7 @@ def efficientnet_lite0(num_classes: int = 10, side: int | None = 64) -> Efficien
 
 
 def load_pretrained(model: EfficientNetLite0, path: Path, *, output: bool = False) -> None:
-    """Copy the packaged weights into the network.
+    """Copy the packaged weights into the network; they are in the order of its own, under other names.
 
     Args:
         model: the network.
@@ -135,38 +131,12 @@ def load_pretrained(model: EfficientNetLite0, path: Path, *, output: bool = Fals
     """
     try:
         packaged = torch.load(path, map_location="cpu", weights_only=True)
-        found = {ours: packaged.pop(theirs) for ours, theirs in names(model)}
-        head = {name: packaged.pop(f"_fc.{name}") for name in ("weight", "bias")}
-        if packaged:
-            raise KeyError(f"weights without a place: {', '.join(packaged)}")
-        missing = model.load_state_dict(found, strict=False).missing_keys
-        if [name for name in missing if not name.startswith("output.")]:
-            raise KeyError(f"no weights for {', '.join(missing)}")
-        if output:
-            model.output.load_state_dict(head)
+        ours = model.state_dict()
+        found = dict(zip(ours, packaged.values(), strict=True))
+        kept = {} if output else {name: ours[name] for name in ("output.weight", "output.bias")}
+        model.load_state_dict(found | kept)
     except Exception as error:  # torch.load lets through whatever unpickling raises
         raise DataError(
             f"{path} does not hold the weights of EfficientNet-Lite0: {error!r}. Delete its folder and run: "
             "relflat data get efficientnet-lite0"
         ) from error
-
-
-def names(model: EfficientNetLite0) -> Iterator[tuple[str, str]]:
-    """Pairs of a tensor's name here and in the packaged file, all but the output layer."""
-    parts: list[tuple[nn.Module, str, str, str]] = [
-        (model.stem, "stem", "_conv_stem", "_bn0"),
-        (model.head, "head", "_conv_head", "_bn1"),
-    ]
-    for number, block in enumerate(model.blocks):
-        assert isinstance(block, InvertedResidual)
-        here, there = f"blocks.{number}", f"_blocks.{number}"
-        parts += [
-            (block.depthwise, f"{here}.depthwise", f"{there}._depthwise_conv", f"{there}._bn1"),
-            (block.project, f"{here}.project", f"{there}._project_conv", f"{there}._bn2"),
-        ]
-        if isinstance(block.expand, nn.Sequential):
-            parts.append((block.expand, f"{here}.expand", f"{there}._expand_conv", f"{there}._bn0"))
-    for part, here, convolution_there, norm_there in parts:
-        for name in part.state_dict():
-            place, tensor = name.split(".", 1)
-            yield f"{here}.{name}", f"{convolution_there if place == '0' else norm_there}.{tensor}"

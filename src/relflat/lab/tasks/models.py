@@ -1,6 +1,8 @@
 """The networks of the tasks. Each ends in a Linear layer: the output layer that is regularised."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,16 +23,23 @@ def mlp(inputs: int, hidden: tuple[int, ...] = (128, 128), num_classes: int = 10
 def small_cnn(num_classes: int = 10, in_channels: int = 1) -> nn.Sequential:
     """Three strided 3x3 convolutions (32, 64, 128) with BatchNorm, average pooling, Linear-64 and output."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    width = in_channels
-    for number, size in enumerate((32, 64, 128), 1):
-        layers[f"conv{number}"] = nn.Conv2d(width, size, 3, stride=2, padding=1, bias=False)
+    for number, (inputs, size) in enumerate(((in_channels, 32), (32, 64), (64, 128)), 1):
+        layers[f"conv{number}"] = nn.Conv2d(inputs, size, 3, stride=2, padding=1, bias=False)
         layers[f"bn{number}"] = nn.BatchNorm2d(size)
         layers[f"relu{number}"] = nn.ReLU()
-        width = size
-    layers["pool"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    layers["fc"] = nn.Linear(width, 64)
-    layers["output"] = nn.Linear(64, num_classes)
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    layers |= {"fc": nn.Linear(128, 64), "output": nn.Linear(64, num_classes)}
+    return nn.Sequential(layers)
+
+
+def signal_cnn(num_classes: int = 10) -> nn.Sequential:
+    """Three strided convolutions of width 5 (32, 64, 64) with BatchNorm, kept in place (no pooling), and output."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (inputs, size) in enumerate(((1, 32), (32, 64), (64, 64)), 1):
+        layers[f"conv{number}"] = nn.Conv1d(inputs, size, 5, stride=2, padding=2, bias=False)
+        layers[f"bn{number}"] = nn.BatchNorm1d(size)
+        layers[f"relu{number}"] = nn.ReLU()
+    layers |= {"flatten": nn.Flatten(), "output": nn.Linear(64 * 5, num_classes)}
     return nn.Sequential(layers)
 
 
@@ -78,6 +87,25 @@ class WideBlock(nn.Module):
         return self.body(active) + (x if self.shortcut is None else self.shortcut(active))
 
 
+def stages(
+    block: Callable[[int, int, int], nn.Module], inputs: int, width: int, count: int, blocks: int
+) -> Iterator[list[nn.Module]]:
+    """Stages of equally many residual blocks; each after the first halves the sides and doubles the channels.
+
+    Args:
+        block: builds one from its channels in and out and its stride.
+        inputs: channels before the first stage.
+        width: channels of the first stage.
+        count: number of stages.
+        blocks: of a stage.
+    """
+    for stage in range(count):
+        outputs = width * 2**stage
+        first = block(inputs, outputs, 2 if stage else 1)
+        yield [first, *(block(outputs, outputs, 1) for _ in range(blocks - 1))]
+        inputs = outputs
+
+
 def wide_resnet(
     num_classes: int = 10,
     in_channels: int = 3,
@@ -99,65 +127,19 @@ def wide_resnet(
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     layers["stem"] = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-    width = 16
-    for stage in range(3):
-        outputs = 16 * widen * 2**stage
-        blocks: list[nn.Module] = []
-        for place in range((depth - 4) // 6):
-            blocks.append(WideBlock(width, outputs, 2 if stage and place == 0 else 1, dropout))
-            width = outputs
-        layers[f"stage{stage + 1}"] = nn.Sequential(*blocks)
+    block = partial(WideBlock, dropout=dropout)
+    for number, stage in enumerate(stages(block, 16, 16 * widen, 3, (depth - 4) // 6), 1):
+        layers[f"stage{number}"] = nn.Sequential(*stage)
+    width = 64 * widen
     layers["end"] = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    layers["features"] = nn.Linear(width, feature_width)
-    layers["output"] = nn.Linear(feature_width, num_classes)
+    layers |= {"features": nn.Linear(width, feature_width), "output": nn.Linear(feature_width, num_classes)}
     return nn.Sequential(layers)
-
-
-class ResNet(nn.Module):
-    """Residual network for small pictures: a 3x3 stem without pooling, then stages of equally many blocks.
-
-    Every stage after the first halves the picture's sides and doubles the channels.
-
-    Attributes:
-        output: the last Linear layer.
-    """
-
-    def __init__(
-        self,
-        stages: int,
-        blocks: int,
-        width: int,
-        *,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        feature_width: int | None = None,
-    ) -> None:
-        super().__init__()
-        stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU())
-        body: list[nn.Module] = []
-        inputs = width
-        for stage in range(stages):
-            outputs = width * 2**stage
-            for place in range(blocks):
-                body.append(BasicBlock(inputs, outputs, 2 if stage and place == 0 else 1))
-                inputs = outputs
-        self.blocks = nn.Sequential(*body)
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.features: nn.Module = nn.Identity()
-        if feature_width is not None:
-            self.features = nn.Linear(inputs, feature_width)
-        self.output = nn.Linear(feature_width or inputs, num_classes)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-        """Return the logits."""
-        return self.output(self.features(self.pool(self.blocks(self.stem(x)))))
 
 
 def resnet18(
     num_classes: int = 10, in_channels: int = 3, width: int = 64, *, feature_width: int | None = None
-) -> ResNet:
-    """Build a ResNet-18 for 28x28 or 32x32 pictures.
+) -> nn.Sequential:
+    """Build a ResNet-18 for 28x28 or 32x32 pictures: a 3x3 stem without pooling, then four stages of two blocks.
 
     Args:
         num_classes: outputs.
@@ -165,12 +147,28 @@ def resnet18(
         width: channels of the first stage; the others have 2, 4 and 8 times as many.
         feature_width: size of an extra Linear layer before the output (64 in the FAM paper); None for none.
     """
-    return ResNet(4, 2, width, num_classes=num_classes, in_channels=in_channels, feature_width=feature_width)
+    return _resnet(4, 2, width, num_classes, in_channels, feature_width)
 
 
-def resnet20(num_classes: int = 10, in_channels: int = 3) -> ResNet:
+def resnet20(num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
     """Build the ResNet-20 of He et al. (2016, section 4.2): three stages of three blocks, 16 to 64 channels.
 
     Its shortcuts across stages are 1x1 convolutions (their option B).
     """
-    return ResNet(3, 3, 16, num_classes=num_classes, in_channels=in_channels)
+    return _resnet(3, 3, 16, num_classes, in_channels, None)
+
+
+def _resnet(
+    count: int, blocks: int, width: int, num_classes: int, in_channels: int, feature_width: int | None
+) -> nn.Sequential:
+    stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["stem"] = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU())
+    body = stages(BasicBlock, width, width, count, blocks)
+    layers["blocks"] = nn.Sequential(*(block for stage in body for block in stage))
+    layers["pool"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    wide = width * 2 ** (count - 1)
+    if feature_width is not None:
+        layers["features"] = nn.Linear(wide, feature_width)
+    layers["output"] = nn.Linear(feature_width or wide, num_classes)
+    return nn.Sequential(layers)

@@ -8,95 +8,80 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from relflat.errors import ConfigError, RelflatError
-from relflat.lab.names import unknown
+from relflat.lab.names import look_up
 
-LIBRARY = Path(__file__).parents[2]
-DETOURS = (
-    "_wrapped_call_impl",
-    "_call_impl",
-    "inner",
-)  # what torch puts between a module's call and its forward
+T = TypeVar("T")
 
 
 def split_name(task: str) -> tuple[Path, str] | None:
     """Path and name of ``path/to/file.py:name``, or None for the name of a built-in task."""
-    path, _, name = task.rpartition(":")
+    path, name = (task, "") if task.endswith(".py") else task.rpartition(":")[::2]
     return (Path(path).expanduser().resolve(), name) if path.endswith(".py") else None
 
 
-def require_name(task: str, kind: type[Any]) -> None:
-    """See that the path of a file is followed by the name of something in it.
+def load(task: str, kind: type[T]) -> T:
+    """The object that ``path/to/file.py:name`` stands for.
 
     Args:
-        task: as given.
-        kind: what the name must stand for.
+        task: the path with the name.
+        kind: what it must be.
 
     Raises:
-        ConfigError: it is a path alone; what may be meant is listed.
+        ConfigError: the file cannot be read or raises, or it has no such object; without a name, what may be meant
+            is listed.
     """
-    if not task.endswith(".py"):
-        return
-    path = Path(task).expanduser().resolve()
-    known = defined(module_of(path, fingerprint(path)), kind)
-    if not known:
-        raise undefined(path, "task", kind)
-    raise ConfigError(
-        f"{task} is a file; which task in it? Did you mean {' or '.join(f'{task}:{name}' for name in known)}?"
-    )
-
-
-def defined(module: Any, kind: type[Any]) -> list[str]:
-    """Names of the module's objects of this kind."""
-    return [key for key, value in vars(module).items() if isinstance(value, kind)]
-
-
-def undefined(path: Path, name: str, kind: type[Any]) -> ConfigError:
-    """What is wrong with a file that defines nothing of this kind."""
-    return ConfigError(
-        f"{path} defines no {kind.__name__}; write  {name or 'task'} = {kind.__name__}(...)  in it "
-        f"(from {kind.__module__} import {kind.__name__})."
-    )
+    place = split_name(task)
+    assert place is not None
+    path, name = place
+    module = module_of(path, fingerprint(path))
+    found = {key: value for key, value in vars(module).items() if isinstance(value, kind)}
+    if not found:
+        raise ConfigError(
+            f"{path} defines no {kind.__name__}; write  {name or 'task'} = {kind.__name__}(...)  in it "
+            f"(from relflat.lab.tasks import {kind.__name__})."
+        )
+    if not name:
+        meant = " or ".join(f"{task}:{key}" for key in found)
+        raise ConfigError(f"{task} is a file; which task in it? Did you mean {meant}?")
+    return look_up(f"task in {path.name}", name, found)
 
 
 def fingerprint(path: Path) -> str:
-    """Twelve hexadecimal digits that stand for the content of the file."""
-    return hashlib.sha256(content(path)).hexdigest()[:12]
-
-
-def content(path: Path) -> bytes:
-    """The bytes of a task file.
+    """Twelve hexadecimal digits that stand for the content of the file.
 
     Raises:
         ConfigError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     except OSError as error:
         raise ConfigError(f"Cannot read the task file {path}: {error.strerror}. Check the path.") from error
 
 
-def load(path: Path, name: str, kind: type[Any]) -> Any:
-    """The object of this name in the file.
-
-    Args:
-        path: the file.
-        name: of the object.
-        kind: what it must be.
-
-    Raises:
-        ConfigError: the file cannot be read or raises, or it has no such object.
-    """
-    module = module_of(path, fingerprint(path))
-    found = vars(module).get(name)
-    if isinstance(found, kind):
-        return found
-    known = defined(module, kind)
-    if not known:
-        raise undefined(path, name, kind)
-    raise unknown(f"task in {path.name}", name, known)
+@cache
+def module_of(path: Path, digest: str) -> Any:
+    """Import the file, once for each content of it."""
+    name = f"relflat_task_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that classes defined in the file know their module
+    try:
+        spec.loader.exec_module(module)
+    except RelflatError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        del sys.modules[name]
+        raise ConfigError(
+            f"The task file {path} raises an error; mend it:\n{traceback_from(path, error)}"
+        ) from error
+    return module
 
 
 @contextmanager
@@ -117,45 +102,18 @@ def blamed(task: str) -> Iterator[None]:
     except Exception as error:  # the user's code may raise anything
         if place is None:
             raise
-        frames = traceback.extract_tb(error.__traceback__)
-        what = (
-            f"The task file {place[0]} raises an error"
-            if any(frame.filename == str(place[0]) for frame in frames)
-            else f"What the task file {place[0]} gives does not work together"
-        )
+        path = place[0]
+        inside = any(frame.filename == str(path) for frame in traceback.extract_tb(error.__traceback__))
+        what = "raises an error" if inside else "gives does not work together"
         raise ConfigError(
-            f"{what}; mend it, and the same command goes on:\n{of_file(error, place[0])}"
+            f"{'The' if inside else 'What the'} task file {path} {what}; mend it, and the same command goes on:\n"
+            f"{traceback_from(path, error)}"
         ) from error
 
 
-@cache
-def module_of(path: Path, digest: str) -> Any:
-    """Import the file, once for each content of it."""
-    name = f"relflat_task_{digest}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that classes defined in the file know their module
-    try:
-        spec.loader.exec_module(module)
-    except RelflatError:
-        raise
-    except Exception as error:  # the user's code may raise anything
-        del sys.modules[name]
-        raise ConfigError(
-            f"The task file {path} raises an error; mend it:\n{of_file(error, path)}"
-        ) from error
-    return module
-
-
-def of_file(error: Exception, path: Path) -> str:
-    """The traceback from the task file on, without what called it; from this library's last line on without it."""
+def traceback_from(path: Path, error: Exception) -> str:
+    """The traceback from the task file on, or its last frame; without torch's between a module's call and forward."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = max(
-        (at for at, frame in enumerate(frames) if Path(frame.filename).is_relative_to(LIBRARY)), default=0
-    )
-    start = next((at for at, frame in enumerate(frames) if frame.filename == str(path)), ours)
-    shown = [frame for frame in frames[start:] if frame.name not in DETOURS]
-    lines = traceback.format_list(shown) + traceback.format_exception_only(error)
-    return "".join(lines).rstrip()
+    start = next((at for at, frame in enumerate(frames) if frame.filename == str(path)), len(frames) - 1)
+    shown = [frame for frame in frames[start:] if frame.filename != nn.modules.module.__file__]
+    return "".join(traceback.format_list(shown) + traceback.format_exception_only(error)).rstrip()

@@ -8,6 +8,7 @@ and generalising as a probe: relative flatness falls when generalisation sets in
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from relflat.errors import ConfigError
 from relflat.lab.data.arrays import Arrays, RawData
 from relflat.lab.data.splits import Splits, classification
+from relflat.lab.tasks import AdamW, Task, constant
 
 LEARNT = 0.99  # accuracy from which a split counts as learnt
 
@@ -59,17 +61,8 @@ def splits(
     )
 
 
-# -- networks ----------------------------------------------------------------------------------------------------
-
-
 class AdditionMLP(nn.Module):
-    """Embeddings of both residues side by side, one hidden layer of ReLU, and ``output``.
-
-    Attributes:
-        embedding: of the residues, shared by both places.
-        hidden: the hidden layer.
-        output: one logit a residue.
-    """
+    """Embeddings of both residues side by side, one hidden layer of ReLU, and ``output``, one logit a residue."""
 
     def __init__(self, modulus: int = 97, width: int = 128, hidden: int = 256) -> None:
         super().__init__()
@@ -83,15 +76,7 @@ class AdditionMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block without normalisation: attention, then an MLP four times as wide, both added.
-
-    Attributes:
-        heads: of the attention.
-        mix: queries, keys and values.
-        attended: projection of what the heads found.
-        fc1: first layer of the MLP.
-        fc2: second layer of the MLP.
-    """
+    """A transformer block without normalisation: attention, then an MLP four times as wide, both added."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -110,14 +95,7 @@ class Block(nn.Module):
 
 
 class AdditionTransformer(nn.Module):
-    """A small transformer over ``a b =``; the answer is read at the last place (as in Nanda et al. 2023).
-
-    Attributes:
-        embedding: of the residues and of the sign ``=``.
-        position: one vector a place.
-        blocks: the transformer blocks.
-        output: one logit a residue.
-    """
+    """A small transformer over ``a b =``; the answer is read at the last place (as in Nanda et al. 2023)."""
 
     def __init__(self, modulus: int = 97, width: int = 128, heads: int = 4, layers: int = 1) -> None:
         super().__init__()
@@ -134,7 +112,28 @@ class AdditionTransformer(nn.Module):
         return self.output(self.blocks(x)[:, -1])
 
 
-# -- reading a run -----------------------------------------------------------------------------------------------
+ADDITION = Task(
+    name="addition",
+    summary="(a + b) mod 97, MLP that generalises long after it knows its 3,764 training sums by heart",
+    splits=splits,
+    model=AdditionMLP,
+    loss=nn.CrossEntropyLoss,
+    layer="output",
+    optimizer=AdamW(lr=3e-3, weight_decay=1.0),
+    schedule=constant,
+    epochs=400,
+    batch_size=512,
+)
+
+ADDITION_TRANSFORMER = replace(
+    ADDITION,
+    name="addition-transformer",
+    summary="(a + b) mod 59, transformer of one block; 1,740 sums to train on",
+    splits=partial(splits, modulus=59, fraction=0.5),
+    model=partial(AdditionTransformer, 59, width=64),
+    epochs=300,
+    batch_size=580,
+)
 
 
 def learnt_at(history: Sequence[Mapping[str, Any]], split: str, level: float = LEARNT) -> int | None:
@@ -152,9 +151,3 @@ def learnt_at(history: Sequence[Mapping[str, Any]], split: str, level: float = L
         elif found is None:
             found = int(record["epoch"])
     return found
-
-
-def delay(history: Sequence[Mapping[str, Any]], level: float = LEARNT) -> int | None:
-    """Epochs from knowing the training data by heart to generalising; None if either was not reached."""
-    memorised, generalised = learnt_at(history, "train", level), learnt_at(history, "validation", level)
-    return None if memorised is None or generalised is None else generalised - memorised
