@@ -7,8 +7,6 @@ from sklearn.datasets import load_breast_cancer
 from torch import nn
 
 from relflat.lab.data import Arrays, RawData, classification
-from relflat.lab.models import mlp
-from relflat.lab.splits import classification
 from relflat.lab.tasks import SGD, Task, cosine, mlp
 
 
