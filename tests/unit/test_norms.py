@@ -50,18 +50,13 @@ def problem(dims: int, affine: bool) -> tuple[Tensor, ...]:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Records each backward that was done by hand: whether with statistics of the batch."""
     seen: list[bool] = []
+    original = norms._BatchNorm.once
 
-    def watch(name: str) -> None:
-        original: Callable[..., object] = getattr(norms, name)
+    def spy(self: norms._BatchNorm, *args: object) -> object:
+        seen.append(self.training)
+        return original(self, *args)
 
-        def spy(*args: object) -> object:
-            seen.append(name == "_batch")
-            return original(*args)
-
-        monkeypatch.setattr(norms, name, spy)
-
-    for name in ("_batch", "_running"):
-        watch(name)
+    monkeypatch.setattr(norms._BatchNorm, "once", spy)
     return seen
 
 
@@ -212,8 +207,14 @@ def test_third_derivatives_of_fam_against_differences(options, norm) -> None:
 
 def record(monkeypatch: pytest.MonkeyPatch, hooked: list[object]) -> None:
     """Notes the nodes that are hooked."""
-    name, original = "NativeBatchNormBackward0", norms._batch_norm
-    monkeypatch.setitem(norms._MENDED, name, lambda node: hooked.append(node) or original(node))
+    original = norms._hook
+
+    def spy(node: object, norm: type[object]) -> object:
+        if norm is norms._BatchNorm:
+            hooked.append(node)
+        return original(node, norm)
+
+    monkeypatch.setattr(norms, "_hook", spy)
 
 
 @pytest.mark.parametrize("affine", [True, False])
