@@ -143,7 +143,7 @@ def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: Scale
     loss = associate([record["train_loss"] for record in done], [record["gap"] for record in done])
     grid = {key: sorted({getattr(recipe, key) for recipe in networks}) for key in SETTINGS}
     values = {key: ", ".join(f"{value:g}" for value in own) for key, own in grid.items()}
-    values |= {"source": networks[0].source, "whole_on": SHEET["whole_on"], "n": len(networks)}
+    size = {"source": networks[0].source, "whole_on": SHEET["whole_on"], "n": len(networks)}
     return outcome(
         findings(found, loss),
         [table(found, loss, which) for which in KINDS],
@@ -152,7 +152,7 @@ def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: Scale
         records=records,
         kappas=[record["measures"]["normalised"]["kappa"] for record in done],
         found=found,
-        scaled=SHEET.differs(scale, **values),
+        scaled=SHEET.differs(scale, **values, **size),
         training_loss=loss.numbers,
     )
 

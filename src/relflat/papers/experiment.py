@@ -13,7 +13,14 @@ Scale = Literal["small", "paper"]
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the report: what it shows, its columns, the cells as they are shown, and how to read it."""
+    """A table of the report.
+
+    Attributes:
+        title: what it shows.
+        headings: of the columns.
+        rows: the cells, as they are shown.
+        note: how to read it.
+    """
 
     title: str
     headings: tuple[str, ...]
