@@ -185,8 +185,11 @@ def sam_sharpness(subject: Subject, rho: float = 0.05, steps: int = 10, *, adapt
             value, gradients = _loss_and_gradients(subject, parameters)
             if step:
                 highest = max(highest, value)
-            uphill = _within(1.0, [g * s for g, s in zip(gradients, scale, strict=True)], exactly=True)
-            shift = _within(rho, [e + rho * u for e, u in zip(shift, uphill, strict=True)])
+            uphill = [g * s for g, s in zip(gradients, scale, strict=True)]
+            length = _norm(uphill) or 1.0
+            shift = [e + rho * (u / length) for e, u in zip(shift, uphill, strict=True)]
+            inwards = min(1.0, rho / (_norm(shift) or rho))
+            shift = [e * inwards for e in shift]
             with torch.no_grad():
                 for p, o, e, s in zip(parameters, origin, shift, scale, strict=True):
                     p.copy_(o + e * s)
@@ -236,12 +239,8 @@ def _loss_and_gradients(subject: Subject, parameters: list[nn.Parameter]) -> tup
     return total, gradients
 
 
-def _within(radius: float, tensors: list[Tensor], *, exactly: bool = False) -> list[Tensor]:
-    """The tensors scaled into the ball of this radius, or onto its sphere; zero stays zero."""
-    norm = math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
-    if norm == 0 or (norm <= radius and not exactly):
-        return tensors
-    return [t / norm * radius for t in tensors] if exactly else [t * (radius / norm) for t in tensors]
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
 
 
 @contextmanager

@@ -82,15 +82,8 @@ class Source:
 class Recipe:
     """How one network is trained, by SGD with momentum 0.9 at a constant learning rate.
 
-    Attributes:
-        source: its samples.
-        network: its name in ``NETWORKS``.
-        batch_size: samples a step.
-        lr: learning rate.
-        weight_decay: of all parameters.
-        seed: of the initial weights and the order of the samples.
-        level: training stops after the first epoch whose training loss is below this.
-        most_epochs: and after so many epochs in any case.
+    Training stops after the first epoch whose training loss is below ``level``, and after ``most_epochs``.
+    ``network`` is a name in ``NETWORKS``; the seed is that of the initial weights and the order of the samples.
     """
 
     source: Source
