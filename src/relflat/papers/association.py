@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from relflat.errors import DataError
 
 RESAMPLES = 2000
+LEVEL = 0.95
 
 Array = NDArray[np.float64]
 
@@ -85,7 +86,8 @@ def associate(x: Sequence[float], y: Sequence[float], *, seed: int = 0) -> Assoc
 def _interval(values: Array) -> Interval:
     """The first value, and the middle of the others; those of resamples without any spread are left out."""
     rest = values[1:][np.isfinite(values[1:])]
-    low, high = np.quantile(rest, [0.025, 0.975]) if len(rest) else (math.nan, math.nan)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(rest, [tail, 1 - tail]) if len(rest) else (math.nan, math.nan)
     return Interval(float(values[0]), float(low), float(high))
 
 

@@ -253,13 +253,12 @@ def step_rows(steps: Record) -> list[tuple[str, ...]]:
 
 def by_width(records: Sequence[Record], key: str, axes: Axes) -> None:
     """Paint a number of every form by width; full Hessians share a colour, estimates are dashed."""
-    least = 1.0 if key == "megabytes" else 0.0
     others = [name for name, form in FORMS.items() if not form.hessian]
     for place, (name, form) in enumerate(FORMS.items()):
         there = [(record["width"], record["forms"][name]) for record in records if name in record["forms"]]
         line(
             axes,
-            [(width, own[key]) for width, own in there if (own[key] or 0.0) > least],
+            shown(there, key),
             marker=MARKERS[place % len(MARKERS)],
             markersize=5,
             linestyle=DASHES[int(any(own["stderr"] for _, own in there))],
@@ -273,6 +272,12 @@ def by_width(records: Sequence[Record], key: str, axes: Axes) -> None:
         log_if_wide(axes, "y")
         axes.set_xticks([record["width"] for record in records], [str(record["width"]) for record in records])
         axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=2, fontsize=8, handlelength=2.2)
+
+
+def shown(there: Sequence[tuple[int, Record]], key: str) -> list[tuple[float, float]]:
+    """Width and number of a form where a figure can show it: memory from 1 MB on."""
+    least = 1.0 if key == "megabytes" else 0.0
+    return [(width, own[key]) for width, own in there if (own[key] or 0.0) > least]
 
 
 def bars(steps: Record, axes: Axes) -> None:

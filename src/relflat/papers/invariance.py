@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from relflat.papers.experiment import Context, Outcome, Scale
+from relflat.papers.experiment import Context, Outcome, Scale, Table
 from relflat.papers.measures import MEASURES, Subject
 from relflat.papers.network_study import Record, named, recipes_of, study
 from relflat.papers.painting import COLOURS, MARKERS
@@ -197,18 +197,9 @@ def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: Scale
         return Outcome([lost], [], [], [], {"networks": list(records)})
     found = changes(cases)
     moved = max(case["moved"] for each in cases for case in each.values())
-    titles = [case.title for case in CASES.values()]
-    answers = [
-        (each.title, *(seen(found, name, measure) for name in CASES), each.source)
-        for measure, each in MEASURES.items()
-    ]
-    sizes = [(each.title, *(f"{found[name][key]:.1e}" for name in CASES)) for key, each in MEASURES.items()]
     return Outcome(
         findings=[*findings(cases, found, moved), *([lost] if lost else [])],
-        tables=[
-            SHEET.table("answers", answers, [*titles, "from"], same=SAME),
-            SHEET.table("changes", sizes, titles),
-        ],
+        tables=tables(found),
         figures=[
             SHEET.figure("changes", partial(dots, found, place), place=place, same=SAME)
             for place in ("output", "hidden")
@@ -216,6 +207,20 @@ def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: Scale
         scaled=SHEET.differs(scale, samples=SIZES[scale].samples, n=len(networks)),
         data={"changes": found, "moved": moved, "networks": list(records)},
     )
+
+
+def tables(found: Changes) -> list[Table]:
+    """Which measures see which change, and the numbers behind it."""
+    titles = [case.title for case in CASES.values()]
+    answers = [
+        (each.title, *(seen(found, name, measure) for name in CASES), each.source)
+        for measure, each in MEASURES.items()
+    ]
+    sizes = [(each.title, *(f"{found[name][key]:.1e}" for name in CASES)) for key, each in MEASURES.items()]
+    return [
+        SHEET.table("answers", answers, [*titles, "from"], same=SAME),
+        SHEET.table("changes", sizes, titles),
+    ]
 
 
 def seen(found: Changes, name: str, measure: str) -> str:

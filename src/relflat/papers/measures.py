@@ -5,7 +5,7 @@ Those of one layer take its name; the others are of all trained parameters.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -185,14 +185,12 @@ def sam_sharpness(subject: Subject, rho: float = 0.05, steps: int = 10, *, adapt
             value, gradients = _loss_and_gradients(subject, parameters)
             if step:
                 highest = max(highest, value)
-            uphill = [g * s for g, s in zip(gradients, scale, strict=True)]
+            uphill = _times(gradients, scale)
             length = _norm(uphill) or 1.0
             shift = [e + rho * (u / length) for e, u in zip(shift, uphill, strict=True)]
             inwards = min(1.0, rho / (_norm(shift) or rho))
             shift = [e * inwards for e in shift]
-            with torch.no_grad():
-                for p, o, e, s in zip(parameters, origin, shift, scale, strict=True):
-                    p.copy_(o + e * s)
+            put(parameters, [o + e for o, e in zip(origin, _times(shift, scale), strict=True)])
     return highest - start
 
 
@@ -239,8 +237,19 @@ def _loss_and_gradients(subject: Subject, parameters: list[nn.Parameter]) -> tup
     return total, gradients
 
 
+def _times(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    return [a * b for a, b in zip(tensors, others, strict=True)]
+
+
 def _norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+
+
+@torch.no_grad()
+def put(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
+    """Give the parameters these values."""
+    for p, value in zip(parameters, values, strict=True):
+        p.copy_(value)
 
 
 @contextmanager
@@ -250,9 +259,7 @@ def parameters_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for p, value in zip(model.parameters(), values, strict=True):
-                p.copy_(value)
+        put(model.parameters(), values)
 
 
 @dataclass(frozen=True)

@@ -132,16 +132,20 @@ def everything(arm: Arm, found: Row | None, trials: Sequence[Trial]) -> dict[str
 def findings(rows: Rows) -> list[str]:
     """In words."""
     plain = rows[PLAIN]
-    found = [SHEET.say("plain", **plain._asdict())] if plain else []
-    for gradient, title in TITLES.items():
-        own = {arm.strength: row for arm, row in rows.items() if arm.gradient == gradient and row is not None}
-        fallen = ", ".join(f"{strength:g}" for strength, row in own.items() if row.collapsed)
-        spreads = ", ".join(f"{strength:g}: {row.first['spread']:.3f}" for strength, row in own.items())
-        key = "collapse" if fallen else "diverse"
-        found.append(SHEET.say(key, gradient=title, fallen=fallen, spreads=spreads))
-    found += [gain(plain, rows)] if plain else []
+    found = [collapse(gradient, rows) for gradient in TITLES]
+    if plain is not None:
+        found = [SHEET.say("plain", **plain._asdict()), *found, gain(plain, rows)]
     lost = [arm.title for arm, row in rows.items() if row is None]
     return [*found, SHEET.say("lost", arms="; ".join(lost))] if lost else found
+
+
+def collapse(gradient: str, rows: Rows) -> str:
+    """From which strength on the output is constant."""
+    own = {arm.strength: row for arm, row in rows.items() if arm.gradient == gradient and row is not None}
+    fallen = ", ".join(f"{strength:g}" for strength, row in own.items() if row.collapsed)
+    spreads = ", ".join(f"{strength:g}: {row.first['spread']:.3f}" for strength, row in own.items())
+    key = "collapse" if fallen else "diverse"
+    return SHEET.say(key, gradient=TITLES[gradient], fallen=fallen, spreads=spreads)
 
 
 def gain(plain: Row, rows: Rows) -> str:
