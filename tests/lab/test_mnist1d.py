@@ -4,8 +4,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from fetched import have
 
+from fetched import have
 from relflat.errors import DataError
 from relflat.lab.data import fetch, mnist1d
 from relflat.lab.data.sources import SOURCES
