@@ -11,7 +11,7 @@ from relflat.cli.main import COMMANDS, main, option_names
 from relflat.lab.compare.arms import ARMS
 from relflat.lab.tasks import TASKS
 from relflat.measure.api import _DEFAULT_PROBES, _DEFAULT_XTRACE
-from relflat.papers import EXPERIMENTS
+from relflat.papers.catalogue import EXPERIMENTS
 
 SHORT = ["--epochs", "1", "--train-size", "100"]
 

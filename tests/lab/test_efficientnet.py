@@ -1,8 +1,8 @@
 import pytest
 import torch
-from fetched import have
 from torch.nn import functional
 
+from fetched import have
 from relflat.errors import DataError
 from relflat.lab.data.fetch import files
 from relflat.lab.tasks import efficientnet

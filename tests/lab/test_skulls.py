@@ -9,11 +9,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from fetched import have
 from scipy import ndimage
 from scipy.spatial.distance import directed_hausdorff
 from torch import nn
 
+from fetched import have
 from relflat import FAM
 from relflat.errors import ConfigError, DataError
 from relflat.lab.data.fetch import files

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from fetched import fashion_mnist
 
+from fetched import fashion_mnist
 from relflat.errors import ConfigError
 from relflat.lab.data import Arrays, read
 from relflat.lab.data.splits import redraw

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fetched import have
 
+from fetched import have
 from relflat import relative_flatness
 from relflat.errors import DataError
 from relflat.lab.data import fetch, reviews

@@ -3,9 +3,9 @@ import shutil
 
 import pytest
 import torch
-from fetched import fashion_mnist
 from safetensors.torch import load_file
 
+from fetched import fashion_mnist
 from relflat.errors import ConfigError, DataError
 from relflat.lab.data import splits
 from relflat.lab.train import checkpoint, store

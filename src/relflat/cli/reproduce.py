@@ -31,7 +31,7 @@ def reproduce(
         workers: processes, one thread each.
         json: print one JSON object.
     """
-    from relflat.papers import EXPERIMENTS, experiment_named
+    from relflat.papers.catalogue import EXPERIMENTS, experiment_named
     from relflat.papers.experiment import Context
     from relflat.papers.write import open_folders, write
 

@@ -31,10 +31,6 @@ class Outcome:
     data: Mapping[str, Any]
 
 
-def silent(line: str) -> None:
-    """Say nothing."""
-
-
 @dataclass(frozen=True)
 class Context:
     """What an experiment runs with.
@@ -51,18 +47,12 @@ class Context:
     out: Path
     runs: Path
     workers: int = 1
-    on_progress: Callable[[str], None] = silent
+    on_progress: Callable[[str], None] = lambda line: None
 
-    def counter(self, what: str, total: int | None = None) -> Callable[[object], None]:
-        """A function to call after each one is done; it tells how many are.
-
-        Args:
-            what: they are.
-            total: how many there will be, where that is known.
-        """
+    def counter(self, what: str, total: int) -> Callable[[object], None]:
+        """A function to call after each one is done; it tells how many are, out of how many."""
         numbers = count(1)
-        of = "" if total is None else f" of {total}"
-        return lambda each: self.on_progress(f"{next(numbers)}{of} {what}")
+        return lambda each: self.on_progress(f"{next(numbers)} of {total} {what}")
 
 
 @dataclass(frozen=True)

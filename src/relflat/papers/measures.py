@@ -5,10 +5,11 @@ Those of one layer take its name; the others are of all trained parameters.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from relflat import Flatness, relative_flatness
+from relflat import relative_flatness
 from relflat.capture.kinds import weight_of
 from relflat.capture.resolve import resolve
 from relflat.landscape import max_eigenvalue_flatness
@@ -64,38 +65,17 @@ class Subject:
 # -- of one layer ----------------------------------------------------------------------------------------------
 
 
-def kappa(subject: Subject) -> float:
-    """Relative flatness (Petzka et al. 2021, Definition 3)."""
-    return _flatness(subject).value
-
-
-def kappa_adaptive(subject: Subject) -> float:
-    """Its adaptive form: feature matrices that are diagonal (`relflat.reference.kappa_adaptive`)."""
-    return _flatness(subject, adaptive=True).value
-
-
-def kappa_normalized(subject: Subject) -> float:
-    """Relative flatness of the layer in features of standard deviation 1 (Petzka et al. 2021, section 5).
-
-    A feature that never varies, such as a dead neuron's, cannot be given one and is left out.
-    """
-    return _flatness(subject, normalize_features=True).value
+def flatness(subject: Subject, number: str = "value", **options: Any) -> float:
+    """A number of `relflat.relative_flatness`; by the closed form, or the sum over a basis."""
+    loss = nn.CrossEntropyLoss()
+    found = relative_flatness(subject.model, loss, subject.batches, layer=subject.layer, **options)
+    return float(getattr(found, number))
 
 
 def kappa_max(subject: Subject) -> float:
     """``sum_s ||w_s||^2 lambda_max(H_ss)`` (Petzka et al. 2021, the maximum-eigenvalue version)."""
     network, loss = subject.model, nn.CrossEntropyLoss()
     return max_eigenvalue_flatness(network, loss, subject.batches, layer=subject.layer, rtol=1e-8).value
-
-
-def trace(subject: Subject) -> float:
-    """``Tr H``, H the Hessian with respect to the layer's weight; by the closed form, or the sum over a basis."""
-    return _flatness(subject).trace
-
-
-def layerwise(subject: Subject) -> float:
-    """``||W||_F^2 Tr H``, which bounds relative flatness (Adilova et al. 2023, section 3)."""
-    return _flatness(subject).layerwise
 
 
 def weight_norm(subject: Subject) -> float:
@@ -126,17 +106,6 @@ def lambda_max(subject: Subject) -> float:
     tolerance = 1e-10 if weight.dtype == torch.float64 else 1e-4
     (value,) = eigsh(operator, k=1, which="LA", v0=start, tol=tolerance, return_eigenvectors=False)
     return float(value)
-
-
-def _flatness(subject: Subject, *, adaptive: bool = False, normalize_features: bool = False) -> Flatness:
-    return relative_flatness(
-        subject.model,
-        nn.CrossEntropyLoss(),
-        subject.batches,
-        layer=subject.layer,
-        adaptive=adaptive,
-        normalize_features=normalize_features,
-    )
 
 
 # -- of all trained parameters --------------------------------------------------------------------------------
@@ -216,17 +185,13 @@ def sam_sharpness(subject: Subject, rho: float = 0.05, steps: int = 10, *, adapt
             value, gradients = _loss_and_gradients(subject, parameters)
             if step:
                 highest = max(highest, value)
-            uphill = [g * s for g, s in zip(gradients, scale, strict=True)]
-            shift = _project([e + rho * u for e, u in zip(shift, _unit(uphill), strict=True)], rho)
-            with torch.no_grad():
-                for p, o, e, s in zip(parameters, origin, shift, scale, strict=True):
-                    p.copy_(o + e * s)
+            uphill = _times(gradients, scale)
+            length = _norm(uphill) or 1.0
+            shift = [e + rho * (u / length) for e, u in zip(shift, uphill, strict=True)]
+            inwards = min(1.0, rho / (_norm(shift) or rho))
+            shift = [e * inwards for e in shift]
+            put(parameters, [o + e for o, e in zip(origin, _times(shift, scale), strict=True)])
     return highest - start
-
-
-def asam_sharpness(subject: Subject) -> float:
-    """`sam_sharpness` in the elementwise ball of Kwon et al. (2021), with their radius 0.5."""
-    return sam_sharpness(subject, 0.5, adaptive=True)
 
 
 # -- parts -----------------------------------------------------------------------------------------------------
@@ -272,18 +237,19 @@ def _loss_and_gradients(subject: Subject, parameters: list[nn.Parameter]) -> tup
     return total, gradients
 
 
+def _times(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    return [a * b for a, b in zip(tensors, others, strict=True)]
+
+
 def _norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
 
 
-def _unit(tensors: list[Tensor]) -> list[Tensor]:
-    norm = _norm(tensors)
-    return [t / norm if norm else t for t in tensors]
-
-
-def _project(tensors: list[Tensor], rho: float) -> list[Tensor]:
-    norm = _norm(tensors)
-    return [t * min(1.0, rho / norm) if norm else t for t in tensors]
+@torch.no_grad()
+def put(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
+    """Give the parameters these values."""
+    for p, value in zip(parameters, values, strict=True):
+        p.copy_(value)
 
 
 @contextmanager
@@ -293,9 +259,7 @@ def parameters_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for p, value in zip(model.parameters(), values, strict=True):
-                p.copy_(value)
+        put(model.parameters(), values)
 
 
 @dataclass(frozen=True)
@@ -314,16 +278,19 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {
-    "kappa": Measure("kappa", "Petzka et al. 2021", kappa),
-    "kappa_normalized": Measure("kappa, features / sd", "Petzka et al. 2021", kappa_normalized),
-    "kappa_adaptive": Measure("kappa, adaptive", "this library", kappa_adaptive),
+    "kappa": Measure("kappa", "Petzka et al. 2021", flatness),  # Definition 3
+    # section 5: a feature that never varies, such as a dead neuron's, has no deviation to divide by and is left out
+    "kappa_normalized": Measure(
+        "kappa, features / sd", "Petzka et al. 2021", partial(flatness, normalize_features=True)
+    ),
+    "kappa_adaptive": Measure("kappa, adaptive", "this library", partial(flatness, adaptive=True)),
     "kappa_max": Measure("kappa, largest eigenvalues", "Petzka et al. 2021", kappa_max),
-    "layerwise": Measure("||W||² Tr H", "Adilova et al. 2023", layerwise),
-    "trace": Measure("Tr H", "Keskar et al. 2017", trace),
+    "layerwise": Measure("||W||² Tr H", "Adilova et al. 2023", partial(flatness, number="layerwise")),
+    "trace": Measure("Tr H", "Keskar et al. 2017", partial(flatness, number="trace")),
     "lambda_max": Measure("lambda_max(H)", "Keskar et al. 2017", lambda_max),
     "weight_norm": Measure("||W||", "Neyshabur et al. 2015", weight_norm),
     "fisher_rao": Measure("Fisher-Rao norm", "Liang et al. 2019", fisher_rao),
     "pac_bayes": Measure("PAC-Bayes flatness", "Jiang et al. 2020", pac_bayes),
     "sam": Measure("SAM sharpness", "Foret et al. 2021", sam_sharpness),
-    "asam": Measure("ASAM sharpness", "Kwon et al. 2021", asam_sharpness),
+    "asam": Measure("ASAM sharpness", "Kwon et al. 2021", partial(sam_sharpness, rho=0.5, adaptive=True)),
 }

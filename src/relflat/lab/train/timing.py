@@ -1,10 +1,14 @@
 """Seconds a step, measured fairly: all algorithms in one process, taking turns on the same batches."""
 
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from statistics import median
+
+import torch
 
 from relflat.lab.data.batches import Batch
 from relflat.lab.train.algorithms import ALGORITHMS
@@ -32,8 +36,7 @@ class StepCost:
 def step_costs(configs: Sequence[RunConfig], *, rounds: int = 41, block: int = 10) -> list[StepCost]:
     """Time a step of each configuration relative to the first.
 
-    Each round times ``block`` consecutive steps of every configuration; the order within a round rotates,
-    so that a slow moment of the machine hits all of them alike. The first rounds warm up and are dropped.
+    Each round times ``block`` consecutive steps of every configuration (see `in_turns`).
 
     Args:
         configs: what to time; ratios are to the first.
@@ -42,31 +45,64 @@ def step_costs(configs: Sequence[RunConfig], *, rounds: int = 41, block: int = 1
     """
     sessions = [build(config) for config in configs]
     try:
-        batches = [list(islice(iter(session.loader), block)) for session in sessions]
-        times: list[list[float]] = [[] for _ in sessions]
-        warm_up = 3
-        for turn in range(rounds + warm_up):
-            for place in range(len(sessions)):
-                which = (place + turn) % len(sessions)
-                seconds = time_block(sessions[which], batches[which])
-                if turn >= warm_up:
-                    times[which].append(seconds)
+        blocks = [partial(run_block, each, list(islice(iter(each.loader), block))) for each in sessions]
+        times = in_turns(blocks, rounds)
     finally:
         for session in sessions:
             session.close()
-    return [summarise(own, times[0]) for own in times]
+    per_step = [[seconds / block for seconds in own] for own in times]
+    return [summarise(own, per_step[0]) for own in per_step]
 
 
-def time_block(session: Session, batches: Sequence[Batch]) -> float:
-    """Seconds a step over a few consecutive steps."""
+def run_block(session: Session, batches: Sequence[Batch]) -> None:
+    """Do a few consecutive steps."""
     step = ALGORITHMS[session.config.algorithm].step
     session.learner.model.train()
     session.learner.criterion.train()
-    start = time.perf_counter()
     for inputs, targets in batches:
         losses = step(session.learner, inputs, targets)
     float(losses.total)  # waits for the device
-    return (time.perf_counter() - start) / len(batches)
+
+
+def in_turns(
+    works: Sequence[Callable[[], object]],
+    rounds: int,
+    *,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Time each work once a round, in random order, so that a slow moment of the machine hits all of them alike.
+
+    Args:
+        works: what to do.
+        rounds: that count.
+        warm_up: rounds before them, which do not.
+        clock: tells the time, in seconds.
+
+    Returns:
+        For each work its times, one a round.
+    """
+    times: list[list[float]] = [[] for _ in works]
+    order = random.Random(0)
+    for turn in range(warm_up + rounds):
+        for place in order.sample(range(len(works)), len(works)):
+            start = clock()
+            works[place]()
+            if turn >= warm_up:
+                times[place].append(clock() - start)
+    return times
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """On a CPU the time this process had, which others cannot take away; else the time when the device is done."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def now() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
 
 
 def summarise(own: Sequence[float], first: Sequence[float]) -> StepCost:

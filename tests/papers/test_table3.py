@@ -54,7 +54,7 @@ def cache(tmp_path, monkeypatch, capsys):
 
 
 def test_a_tiny_table(reproduced, cache, monkeypatch):
-    tiny = Size("few", {"train_size": 64, "epochs": 1}, (0.1, 1.0), (0, 1), (0,))
+    tiny = Size((0, 1), {"task": "sentences.py:few", "train_size": 64, "epochs": 1}, (0.1, 1.0), (0,))
     monkeypatch.setitem(SIZES, "small", tiny)
     values = reproduced("table3", "--out", "out")
     data, rows = values["data"], values["tables"][0]["rows"]

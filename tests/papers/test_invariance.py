@@ -6,7 +6,7 @@ import torch
 
 from relflat.lab.tasks.models import mlp
 from relflat.papers import invariance
-from relflat.papers.invariance import CASES, HIGH, LOW, SAME, SIZES, Size, rescale_neurons
+from relflat.papers.invariance import CASES, CHANGES, HIGH, LOW, SAME, SIZES, Size, recipes, rescale_neurons
 from relflat.papers.measures import MEASURES
 from relflat.papers.trained import Source
 
@@ -14,10 +14,10 @@ from relflat.papers.trained import Source
 @pytest.fixture
 def tiny(monkeypatch):
     """One small network of digits, measured on few samples."""
-    recipe = replace(SIZES["small"].recipes[0], source=Source("digits", 200, held_out=100), level=0.3)
-    size = Size((recipe,), "fc4", 60)
-    monkeypatch.setitem(SIZES, "small", size)
-    return size
+    recipe = replace(recipes("small")[0], source=Source("digits", 200, held_out=100), level=0.3)
+    monkeypatch.setattr(invariance, "recipes", lambda scale: [recipe])
+    monkeypatch.setitem(SIZES, "small", Size("fc4", 60))
+    return recipe
 
 
 def test_a_tiny_study(reproduced, tiny, tmp_path):
@@ -54,7 +54,9 @@ def test_every_change_keeps_the_function(name):
     case = CASES[name]
     net = mlp(6, (5, 5, 5, 5), num_classes=3).double()
     changed = copy.deepcopy(net)
-    layer = case.change(changed, "fc4" if case.hidden else "output", torch.Generator().manual_seed(0))
+    layer = CHANGES[case.change](
+        changed, "fc4" if case.hidden else "output", torch.Generator().manual_seed(0)
+    )
     x = torch.randn(20, 6, dtype=torch.float64)
     assert torch.allclose(changed(x).softmax(1), net(x).softmax(1), atol=1e-12)
     before = net.get_submodule("fc4" if case.hidden else "output").weight
@@ -72,16 +74,15 @@ def test_factors_are_those_of_the_paper():
 
 
 def test_the_papers_networks():
-    size = SIZES["paper"]
-    assert {recipe.network for recipe in size.recipes} == {"lenet5"}
-    assert {recipe.source for recipe in size.recipes} == {Source("cifar10")}
-    assert all(recipe.level == 0.1 for recipe in size.recipes)
+    networks = recipes("paper")
+    assert {recipe.network for recipe in networks} == {"lenet5"}
+    assert {recipe.source for recipe in networks} == {Source("cifar10")}
+    assert all(recipe.level == 0.1 for recipe in networks)
 
 
 def test_no_network_reached_the_level(reproduced, tiny, monkeypatch):
-    never = replace(tiny.recipes[0], level=1e-9, most_epochs=1)
-    monkeypatch.setitem(SIZES, "small", replace(tiny, recipes=(never,)))
+    never = replace(tiny, level=1e-9, most_epochs=1)
+    monkeypatch.setattr(invariance, "recipes", lambda scale: [never])
     values = reproduced("invariance")
     assert "1 of 1 networks did not reach" in values["findings"][0]
     assert values["tables"] == []
-    assert invariance.EXPERIMENT.name == "invariance"

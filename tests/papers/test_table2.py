@@ -3,8 +3,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from fetched import have
 
+from fetched import have
 from relflat.errors import DataError
 from relflat.lab.compare.trials import Trial
 from relflat.lab.data.fetch import files
@@ -12,7 +12,7 @@ from relflat.lab.tasks import TASKS
 from relflat.papers import skulls, table2
 from relflat.papers.experiment import Context
 from relflat.papers.skull_models import Autoencoder
-from relflat.papers.table2 import ARMS, BUDGETS, SEEDS, STRENGTHS, Arm, conclude, configuration
+from relflat.papers.table2 import ARMS, SIZES, STRENGTHS, Arm, conclude, configuration
 
 FEW = skulls.Sizes(train=4, validation=2, evaluation=2)
 
@@ -33,7 +33,8 @@ def few(monkeypatch, tmp_path):
 
 @pytest.mark.data
 def test_the_command_trains_every_arm_and_scores_both_sets(few, reproduced, monkeypatch):
-    monkeypatch.setitem(BUDGETS, "small", {"task": "skulls", "epochs": 1, "batch_size": 2, "lr": 1e-3})
+    common = {"task": "skulls", "epochs": 1, "batch_size": 2, "lr": 1e-3}
+    monkeypatch.setitem(SIZES, "small", replace(SIZES["small"], common=common))
     monkeypatch.setattr(table2, "ARMS", (ARMS[0], ARMS[5], ARMS[10]))
     values = reproduced("table2")
     arms = values["data"]["arms"]
@@ -54,15 +55,15 @@ def test_the_command_trains_every_arm_and_scores_both_sets(few, reproduced, monk
 
 
 def test_the_paper_scale_has_its_strengths_rate_and_epochs():
-    budget = BUDGETS["paper"]
-    plain, *others = (configuration(arm, 0, budget) for arm in ARMS)
+    size = SIZES["paper"]
+    plain, *others = (configuration(arm, 0, size) for arm in ARMS)
     assert (plain.algorithm, plain.epochs, plain.lr) == ("plain", 200, 1e-4)
     assert [each.settings.strength for each in others] == [0.0006, 0.002, 0.02, 0.1, 0.7] * 2
     assert [each.settings.gradient for each in others] == ["full"] * 5 + ["weights"] * 5
     assert {each.settings.layer for each in others} == {"from_latent"}
     layer = Autoencoder().from_latent
     assert tuple(layer.weight.shape) == (64, 8)
-    assert len(SEEDS["paper"]) == 3
+    assert len(size.seeds) == 3
 
 
 def trial(arm, dice, spread, diverged=False):
@@ -74,7 +75,7 @@ def trial(arm, dice, spread, diverged=False):
         "shifts": None if diverged else {"larger-defects": scores},
         "flatness": None if diverged else {"value": 1.0, "weight_norm": 2.0},
     }
-    return Trial(configuration(arm, 0, BUDGETS["small"]), result, [])
+    return Trial(configuration(arm, 0, SIZES["small"]), result, [])
 
 
 def outcome(full, weights, lost=()):
@@ -85,7 +86,7 @@ def outcome(full, weights, lost=()):
     for (gradient, strength), spread in spreads.items():
         arm = Arm(strength, gradient)
         by_arm[arm] = [trial(arm, 0.58, spread, diverged=(gradient, strength) in lost)]
-    return conclude(by_arm, "small", BUDGETS["small"])
+    return conclude(by_arm, "small")
 
 
 def test_a_collapse_is_said_plainly_and_only_where_it_is():

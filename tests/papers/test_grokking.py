@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 
 from relflat.lab.compare.trials import Trial
-from relflat.papers.grokking import PLANS, conclude, fall, onset, restored
+from relflat.papers.grokking import ARMS, SIZES, conclude, fall, onset, restored
 
-TINY = replace(PLANS["small"], common={**PLANS["small"].common, "epochs": 3, "train_size": 60}, seeds=(0, 1))
+TINY = replace(SIZES["small"], common={**SIZES["small"].common, "epochs": 3, "train_size": 60}, seeds=(0, 1))
 
 
 def history(generalises, epochs=20, memorised=4):
@@ -28,17 +28,17 @@ def history(generalises, epochs=20, memorised=4):
     ]
 
 
-def trials(*onsets, arm=0):
+def trials(*onsets, arm="plain"):
     found = []
     for seed, generalises in enumerate(onsets):
-        config = replace(TINY.config(TINY.arms[arm], seed), epochs=20)
+        config = replace(TINY.of_arm(arm, seed), epochs=20)
         found.append(Trial(config, {"status": "finished"}, history(generalises)))
     return found
 
 
 def outcome(*arms):
     plan = replace(TINY, seeds=tuple(range(len(arms[0]))))
-    groups = {arm.title: trials(*arms[place], arm=place) for place, arm in enumerate(plan.arms)}
+    groups = {arm: trials(*onsets, arm=arm) for arm, onsets in zip(ARMS, arms, strict=True)}
     return conclude(plan, groups, "small")
 
 
@@ -84,7 +84,7 @@ def test_a_diverged_run_counts_as_one_that_never_generalises():
 
 
 def test_the_command_trains_all_arms_from_the_same_networks(reproduced, monkeypatch, tmp_path):
-    monkeypatch.setitem(PLANS, "small", TINY)
+    monkeypatch.setitem(SIZES, "small", TINY)
     values = reproduced("grokking")
     arms = values["data"]["arms"]
     assert list(arms) == ["plain", "towards flat", "away from flat", "away, removed"]
@@ -98,8 +98,8 @@ def test_the_command_trains_all_arms_from_the_same_networks(reproduced, monkeypa
 
 
 def test_knobs_and_removal_reach_the_runs():
-    plan = PLANS["paper"]
-    plain, towards, away, removed = (plan.config(arm, 3) for arm in plan.arms)
+    plan = SIZES["paper"]
+    plain, towards, away, removed = (plan.of_arm(arm, 3) for arm in ARMS)
     assert plain.algorithm == "plain"
     assert towards.settings.strength == -away.settings.strength > 0
     assert (away.settings.temperature, away.settings.unit_features) == (2.0, True)

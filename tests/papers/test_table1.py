@@ -14,8 +14,8 @@ TINY = {"train_size": 120, "epochs": 2}
 @pytest.fixture
 def tiny(monkeypatch):
     """Digits in the place of CIFAR-10, two settings an arm and two seeds."""
-    part = Part("CIFAR-10", "digits", "digits", TINY, 0.1, "an MLP")
-    monkeypatch.setitem(SIZES, "small", Size((part,), search=True, seeds=(0, 1)))
+    part = Part("CIFAR-10", "digits", "digits", 0.1, "an MLP")
+    monkeypatch.setitem(SIZES, "small", Size((0, 1), TINY, (part,), search=True))
     monkeypatch.setattr(table1, "GRIDS", {name: grid[:2] for name, grid in GRIDS.items()})
     return part
 
@@ -93,7 +93,7 @@ def test_the_papers_settings():
 
 
 def test_the_papers_scale_does_each_run_once_without_a_search(reproduced, tiny, monkeypatch):
-    monkeypatch.setitem(SIZES, "paper", replace(SIZES["paper"], parts=(tiny,), seeds=(0,)))
+    monkeypatch.setitem(SIZES, "paper", replace(SIZES["paper"], parts=(tiny,), seeds=(0,), common=TINY))
     data = reproduced("table1", "--scale", "paper")["data"]["CIFAR-10"]
     assert data["chosen"]["fam"] == {"gradient": "full", "strength": 0.1}
     assert [len(runs) for runs in data["tested"].values()] == [1] * 5

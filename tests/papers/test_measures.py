@@ -12,17 +12,17 @@ from relflat.papers.measures import (
     Subject,
     accuracy,
     fisher_rao,
-    kappa,
     kappa_max,
-    kappa_normalized,
     lambda_max,
-    layerwise,
     loss_of,
     pac_bayes,
     parameters_kept,
     sam_sharpness,
-    trace,
     weight_norm,
+)
+
+kappa, kappa_normalized, layerwise, trace = (
+    MEASURES[name].of for name in ("kappa", "kappa_normalized", "layerwise", "trace")
 )
 
 

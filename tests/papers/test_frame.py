@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from relflat import papers as reproduce
-from relflat.errors import ConfigError
-from relflat.papers import EXPERIMENTS, NAMES, experiment_named
+from relflat.papers import catalogue as reproduce
+from relflat.papers.catalogue import EXPERIMENTS, NAMES
 from relflat.papers.experiment import Context, Experiment, Figure, Outcome, Table
 
 
@@ -90,12 +89,6 @@ def test_an_unknown_name_gets_the_nearest(relflat, tmp_path):
     assert (code, out) == (2, "")
     assert "Unknown experiment 'tabel1'; did you mean 'table1'" in err
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_module_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", reproduce.Experiments(("nothing-here",)))
-    with pytest.raises(ConfigError, match="'nothing-here' is not part of this version"):
-        experiment_named("nothing-here")
 
 
 def test_a_folder_that_cannot_be_made(relflat, toy, tmp_path):
