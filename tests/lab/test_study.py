@@ -19,7 +19,7 @@ from relflat.errors import ConfigError, DataError
 from relflat.lab.compare import study
 from relflat.lab.compare.trials import workers
 from relflat.lab.train import store
-from relflat.lab.train.lock import alone_in
+from relflat.lab.train.store import alone_in
 
 OPTIONS = {"seeds": 2, "search_seeds": 1, "trials": 2, "train_size": 100, "epochs": 3, "label_noise": 0.1}
 TIMES = {"seconds_per_step", "cost", "environment", "step", "equal_time"}

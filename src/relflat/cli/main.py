@@ -17,7 +17,7 @@ from relflat.cli.data import data
 from relflat.cli.measure import measure
 from relflat.cli.reproduce import reproduce
 from relflat.cli.train import train
-from relflat.errors import RelflatError
+from relflat.errors import ConfigError, RelflatError
 from relflat.lab.names import unknown
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "reproduce": reproduce,
 }
+RENAMED = {"--regularize": "--layer", "--estimator": "--method"}  # what options were called once
 app = SubcommandApp()
 for name, function in COMMANDS.items():
     app.command(name=name)(function)
@@ -76,6 +77,8 @@ def require_known_options(arguments: Sequence[str]) -> None:
     known = {f"--{name.replace('_', '-')}" for name in option_names(command)} | {"--help"}
     for argument in arguments[1:]:
         option = argument.partition("=")[0].replace("_", "-")
+        if option in RENAMED and RENAMED[option] in known:
+            raise ConfigError(f"{option} is called {RENAMED[option]} now.")
         if option.startswith("--") and option not in known:
             raise unknown(f"option of relflat {arguments[0]}", option, known)
 

@@ -318,7 +318,7 @@ def run(context: Context) -> Outcome:
     fetch.require(size.data)
     folder = context.runs / f"cost-{context.scale}"
     folder.mkdir(parents=True, exist_ok=True)
-    device = launch.device()
+    device = launch.this_process().device
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

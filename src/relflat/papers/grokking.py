@@ -57,7 +57,7 @@ class Plan:
     @property
     def arms(self) -> tuple[Arm, ...]:
         """Plain training first."""
-        towards = {"algorithm": "fam", "strength": self.strength, **KNOBS}
+        towards = {"algorithm": "fam-grokking", "strength": self.strength, **KNOBS}
         away = {**towards, "strength": -self.strength, "weight_cap": self.cap}
         return (
             Arm("plain"),

@@ -1,21 +1,29 @@
-"""FAM with the two knobs of Han et al. (2025) that need a training loop: its removal, and a cap on the weights."""
+"""The algorithm ``fam-grokking``: FAM with the knobs of Han et al. (2025), which one experiment uses.
 
+A temperature and unit features change kappa; the penalty can be taken away after some steps; and a cap keeps the
+weights within a ball, as a negative strength rewards growing weights, which says nothing about flatness.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relflat import FAM
 from relflat.capture.kinds import weight_of
 from relflat.capture.resolve import resolve
 from relflat.errors import ConfigError
+from relflat.lab.data.arrays import Inputs
+from relflat.lab.names import names_in
+from relflat.lab.train.algorithms import Fam, register
+from relflat.lab.train.steps import Learner, Losses, plain_step
 
 
 class KnobbedFAM(FAM):
     """`relflat.FAM` that is taken away after some steps, and whose layers' weights stay within a ball.
 
-    A negative strength rewards growing weights, which says nothing about flatness; the cap closes that road, as long
-    as the penalty is there. Both are functions of the step and the weights, so a resumed run needs nothing more.
+    Both are functions of the step and the weights, so a resumed run needs nothing more.
 
     Args:
         loss: the criterion.
@@ -69,3 +77,38 @@ class KnobbedFAM(FAM):
         for target in resolve(self._layers_of[0], self.layers).values():
             weight = target if isinstance(target, nn.Parameter) else weight_of(target)
             weight.mul_((self._weight_cap / weight.norm()).clamp(max=1))
+
+
+def capped_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
+    """One gradient step, then the weights back within their cap."""
+    losses = plain_step(learner, inputs, targets)
+    if isinstance(learner.criterion, KnobbedFAM):
+        learner.criterion.cap()
+    return losses
+
+
+@dataclass(frozen=True)
+class FamGrokking(Fam):
+    """FAM with the knobs of Han et al. (2025), for an output layer.
+
+    Attributes:
+        temperature: of the softmax in kappa.
+        unit_features: kappa with features of norm 1.
+        remove_after: steps after which the penalty is taken away; None: it stays.
+        weight_cap: greatest norm of the layer's weight while the penalty is there; None: any.
+    """
+
+    step = staticmethod(capped_step)
+    temperature: float = 1.0
+    unit_features: bool = False
+    remove_after: int | None = None
+    weight_cap: float | None = None
+
+    def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
+        """The task loss wrapped by `KnobbedFAM`."""
+        knobs = {"remove_after": self.remove_after, "weight_cap": self.weight_cap}
+        kappa = {"temperature": self.temperature, "unit_features": self.unit_features}
+        return KnobbedFAM(loss, model, names_in(self.layer), **self.options, **kappa, **knobs, seed=seed)
+
+
+register("fam-grokking", FamGrokking)

@@ -17,13 +17,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from relflat.errors import ConfigError, DataError
 from relflat.lab.jsonable import finite
 from relflat.lab.tasks.catalogue import short_name
-from relflat.lab.train.config import RunConfig, make, require_unchanged
+from relflat.lab.train.config import make, migrated, require_unchanged
 from relflat.lab.train.environment import describe
+from relflat.lab.train.settings import SCHEMA, RunConfig
 
 RESULT, CONFIG, METRICS, ENVIRONMENT = "result.json", "config.json", "metrics.jsonl", "environment.json"
+PATIENCE = (
+    120.0  # seconds: a network file system may take 90 to notice that the process that held a lock was killed
+)
 
 
 def folder_of(config: RunConfig, root: Path, name: str | None = None) -> Path:
@@ -92,7 +98,31 @@ def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / ENVIRONMENT, describe())
-        write_json(folder / CONFIG, config.flat())
+        write_json(folder / CONFIG, content_of(config))
+
+
+@contextmanager
+def alone_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
+    """Hold the folder of a run; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        folder: of a run that was opened; its configuration is the file that is locked.
+        patience: seconds to wait for another process to leave.
+
+    Raises:
+        ConfigError: another process is still there after that.
+    """
+    lock = FileLock(folder / CONFIG, preserve_lock_file=True)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout as error:
+        raise ConfigError(
+            f"Another process is training in {folder}; wait for it, or end it, and try again."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -104,24 +134,34 @@ def remove_unfinished(folder: Path) -> None:
             entry.unlink()
 
 
+def content_of(config: RunConfig) -> dict[str, Any]:
+    """What stands in a run's ``config.json``."""
+    return {"schema": SCHEMA, **config.flat()}
+
+
 def _same(folder: Path, config: RunConfig) -> None:
     """Reject a folder whose run has other settings."""
-    old, new = read_json(folder / CONFIG), config.flat()
+    old, new = read_json(folder / CONFIG), content_of(config)
     if old == new:
         return
     advice = "Choose another --name, or replace it with --fresh"
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if "schema" in keys:
+        raise ConfigError(
+            f"{folder} holds a run whose {CONFIG} has schema {old.get('schema', 1)}; runs of this version have "
+            f"{SCHEMA}.{written_by(folder)} {advice}."
+        )
     if keys == ["source"]:
         require_unchanged(config.task, old.get("source"), f"the run in {folder} was trained. {advice}")
     raise ConfigError(f"{folder} holds a run with other values of {', '.join(keys)}. {advice}.")
 
 
 def config_of(folder: Path) -> RunConfig:
-    """Read the configuration of a run.
+    """Read the configuration of a run, also of one that was written under schema 1.
 
     Raises:
-        DataError: the folder holds no run.
-        ConfigError: its task has changed since, or it has values that this version does not know.
+        DataError: the folder holds no run, or one with values that this version does not know.
+        ConfigError: its task has changed since.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -129,6 +169,11 @@ def config_of(folder: Path) -> RunConfig:
             f"{folder} is not a run: it has no {CONFIG}. Train one with: relflat train TASK --runs DIR"
         )
     values = read_json(path)
+    schema = values.pop("schema", 1)
+    if schema not in (1, SCHEMA):
+        raise DataError(f"{path} has schema {schema}; this version reads 1 and {SCHEMA}.{written_by(folder)}")
+    if schema == 1:
+        values = migrated(values)
     try:
         config = make({key: value for key, value in values.items() if key != "source"})
     except ConfigError as error:

@@ -7,9 +7,8 @@ from itertools import islice
 from statistics import median
 
 from relflat.lab.data.batches import Batch
-from relflat.lab.train.algorithms import ALGORITHMS
-from relflat.lab.train.config import RunConfig
-from relflat.lab.train.loop import Session, build
+from relflat.lab.train.session import Session, build
+from relflat.lab.train.settings import RunConfig
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,8 @@ def step_costs(configs: Sequence[RunConfig], *, rounds: int = 41, block: int = 1
 
 def time_block(session: Session, batches: Sequence[Batch]) -> float:
     """Seconds a step over a few consecutive steps."""
-    step = ALGORITHMS[session.config.algorithm].step
-    session.learner.model.train()
-    session.learner.criterion.train()
+    step = session.config.settings.step
+    session.training()
     start = time.perf_counter()
     for inputs, targets in batches:
         losses = step(session.learner, inputs, targets)
