@@ -72,8 +72,8 @@ class Plan:
 
 def plan_from(values: Mapping[str, Any]) -> Plan:
     """Build a plan from what ``Plan.flat`` gave, also after a round trip through JSON."""
-    arms = tuple(Arm(**{**arm, "values": tuple(arm["values"])}) for arm in values["arms"])
-    return Plan(values["task"], values["common"], arms, tuple(values["search_seeds"]), tuple(values["seeds"]))
+    tuples = {key: tuple(values[key]) for key in ("search_seeds", "seeds")}
+    return Plan(values["task"], values["common"], tuple(Arm(**arm) for arm in values["arms"]), **tuples)
 
 
 @dataclass(frozen=True)
@@ -130,21 +130,16 @@ def compare(plan: Plan, runs: Path, pool: Executor, on_trial: OnTrial) -> Compar
 
 
 def conclude(plan: Plan, runs: Path, do: RunAll) -> Comparison:
-    """The order of things: all trials of the search first, then the tested runs of what was chosen.
-
-    Args:
-        plan: what to compare.
-        runs: folder that keeps the runs.
-        do: does the runs, or reads them.
-    """
+    """All trials of the search first, then the tested runs of what was chosen; ``do`` does the runs or reads them."""
     candidates = search(plan, runs, do)
     chosen = {arm.name: choose(candidates, arm.name) for arm in plan.arms}
-    jobs = [
-        Job(plan.config(arm, chosen[arm.name].settings, seed), runs, test=True)
-        for seed in plan.seeds
-        for arm in plan.arms
-    ]
-    trials = do(jobs)
+    trials = do(
+        [
+            Job(plan.config(arm, chosen[arm.name].settings, seed), runs, test=True)
+            for seed in plan.seeds
+            for arm in plan.arms
+        ]
+    )
     finals = {arm.name: trials[place :: len(plan.arms)] for place, arm in enumerate(plan.arms)}
     return Comparison(plan, candidates, chosen, finals)
 
@@ -159,14 +154,9 @@ def search(plan: Plan, runs: Path, do: RunAll) -> list[Candidate]:
             for seed in plan.search_seeds
         ]
     )
-    per_setting = len(plan.search_seeds)
+    metric, size = task_named(plan.task).metric.name, len(plan.search_seeds)
     return [
-        judge(
-            arm.name,
-            settings,
-            trials[place * per_setting : (place + 1) * per_setting],
-            task_named(plan.task).metric.name,
-        )
+        judge(arm.name, settings, trials[place * size : (place + 1) * size], metric)
         for place, (arm, settings) in enumerate(pairs)
     ]
 

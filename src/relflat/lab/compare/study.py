@@ -9,18 +9,17 @@ report.html, report.md, report.csv, report.tex, report.json
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from relflat.errors import ConfigError, DataError
 from relflat.lab.compare.arms import arms_named
 from relflat.lab.compare.search import Comparison, OnTrial, Plan, compare, conclude, plan_from
-from relflat.lab.compare.trials import Job, Trial, read_trial, workers
+from relflat.lab.compare.trials import Job, Trial, one_thread, read_trial, workers
 from relflat.lab.report import export
 from relflat.lab.report.report import render
 from relflat.lab.report.summary import Row, columns, metric_of, rows, score_differences, verdict
@@ -126,9 +125,8 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
             )
     with store.writing(folder, "--runs" if folder.parent == runs else "--out"):
         folder.mkdir(parents=True, exist_ok=True)
-        for pattern in (PLAN, COSTS, ENVIRONMENT, "report.*"):  # what a killed process had begun to write
-            for unfinished in folder.glob(f".{pattern}-*"):
-                unfinished.unlink()
+        for pattern in (PLAN, COSTS, ENVIRONMENT, "report.*"):
+            store.remove_unfinished(folder, f".{pattern}-*")
         if not (folder / PLAN).is_file():
             store.write_json(folder / PLAN, values)
 
@@ -168,14 +166,10 @@ def costs_of(folder: Path, comparison: Comparison) -> Costs:
             return {arm.name: StepCost(**kept[arm.name]) for arm in arms}
         except (KeyError, TypeError) as error:
             raise store.damaged(folder / COSTS, f"{type(error).__name__}: {error}") from error
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     seed = comparison.plan.seeds[0]
     configs = [comparison.plan.config(arm, comparison.chosen[arm.name].settings, seed) for arm in arms]
-    try:
+    with one_thread():
         costs = dict(zip((arm.name for arm in arms), step_costs(configs), strict=True))
-    finally:
-        torch.set_num_threads(threads)
     with store.writing(folder, "--out"):
         store.write_json(folder / COSTS, {name: asdict(cost) for name, cost in costs.items()})
     return costs
@@ -200,17 +194,17 @@ def write_report(folder: Path, comparison: Comparison, costs: Costs) -> None:
 
 def summary(comparison: Comparison, lines: Sequence[Row]) -> dict[str, Any]:
     """The numbers behind the report."""
-    pairs = score_differences(comparison)
+    metric, pairs = metric_of(comparison), score_differences(comparison)
     return {
         "plan": comparison.plan.flat(),
         "arms": [asdict(line) for line in lines],
         "differences": [asdict(pair) for pair in pairs],
-        "verdict": verdict(pairs, metric_of(comparison)),  # without times, which are with the arms
+        "verdict": verdict(pairs, metric),  # without times, which are with the arms
         "search": [
             {
                 "arm": candidate.arm,
                 "settings": dict(candidate.settings),
-                f"validation_{metric_of(comparison).name}": candidate.score,
+                f"validation_{metric.name}": candidate.score,
                 "validation_loss": candidate.loss,
                 "diverged": candidate.diverged,
                 "chosen": candidate is comparison.chosen[candidate.arm],
@@ -251,22 +245,21 @@ def rebuild(folder: Path) -> Comparison:
         ) from error
     made = f"the comparison in {folder} was made. Give its relflat compare command again with another --out"
     require_unchanged(plan.task, values.get("source"), made)
-    comparison = conclude(plan, (folder / values["runs"]).resolve(), reader(folder))
+    comparison = conclude(plan, (folder / values["runs"]).resolve(), partial(read_trials, folder))
     write_report(folder, comparison, costs_of(folder, comparison))
     return comparison
 
 
-def reader(folder: Path) -> Callable[[Sequence[Job]], list[Trial]]:
-    """Reads finished runs in place of doing them."""
+def read_trials(folder: Path, jobs: Sequence[Job]) -> list[Trial]:
+    """Read finished runs in place of doing them.
 
-    def read(jobs: Sequence[Job]) -> list[Trial]:
-        trials = [read_trial(job) for job in jobs]
-        lost = sum(trial is None for trial in trials)
-        if lost:
-            raise DataError(
-                f"{lost} of {len(jobs)} runs of the comparison in {folder} are not in its folder of runs. "
-                "Give its relflat compare command again; it does what is missing."
-            )
-        return [trial for trial in trials if trial is not None]
-
-    return read
+    Raises:
+        DataError: some are not there.
+    """
+    found = [trial for trial in map(read_trial, jobs) if trial is not None]
+    if len(found) < len(jobs):
+        raise DataError(
+            f"{len(jobs) - len(found)} of {len(jobs)} runs of the comparison in {folder} are not in its folder of "
+            "runs. Give its relflat compare command again; it does what is missing."
+        )
+    return found

@@ -125,9 +125,9 @@ def alone_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         lock.release()
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process had begun to write; such names start with a dot. Hold the folder meanwhile."""
-    for entry in folder.glob(".*"):
+def remove_unfinished(folder: Path, pattern: str = ".*") -> None:
+    """Remove what a killed process had begun to write; such names start with a dot. Hold a run's folder meanwhile."""
+    for entry in folder.glob(pattern):
         if entry.is_dir():
             shutil.rmtree(entry)
         else:
