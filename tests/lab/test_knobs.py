@@ -104,11 +104,12 @@ def test_temperature_and_unit_features_reach_the_criterion():
 )
 def test_knobs_that_do_not_fit_are_rejected(knob, message):
     with pytest.raises(ConfigError, match=message):
-        KnobbedFAM(nn.CrossEntropyLoss(), network(), "output", strength=0.1, **knob)
+        learner(KNOBS, network(), strength=0.1, **knob)
 
 
 def test_the_criterion_does_not_own_the_model():
-    criterion = KnobbedFAM(nn.CrossEntropyLoss(), network(), "output", strength=0.1, weight_cap=1.0)
+    criterion = learner(KNOBS, network(), strength=0.1, weight_cap=1.0).criterion
+    assert isinstance(criterion, KnobbedFAM)
     assert list(criterion.parameters()) == []
     assert criterion.state_dict() == {}
     assert make({"task": "digits", "algorithm": KNOBS, "remove_after": None}).settings.remove_after is None

@@ -3,14 +3,20 @@
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from relflat.cli.arguments import TaskName
 from relflat.cli.console import err, out, print_json
+from relflat.cli.options import common_values
 from relflat.lab.compare.arms import ARMS
+
+if TYPE_CHECKING:
+    CommonValues = dict[str, Any]
+else:
+    CommonValues = common_values()
 
 ARMS_HELP = (
     "what to compare; the first is what the others are held against. "
@@ -32,13 +38,7 @@ def compare(
     first_seed: int = 0,
     search_seeds: int = 2,
     trials: int = 4,
-    train_size: int | None = None,
-    label_noise: float = 0.0,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    weight_decay: float | None = None,
-    precision: str | None = None,
+    common: CommonValues,
     runs: Path = Path("runs"),
     out: Path | None = None,
     workers: int = 2,
@@ -59,13 +59,7 @@ def compare(
         first_seed: the first of them; another one repeats a comparison on seeds of its own.
         search_seeds: number of seeds that settings are chosen by (100, 101, ...).
         trials: number of settings an arm, at most as many as its grid has.
-        train_size: train on so many samples only.
-        label_noise: redraw each training label with this probability.
-        epochs: passes over the training data; by default the task's.
-        batch_size: samples a step; by default the task's.
-        lr: learning rate at the start; by default the task's.
-        weight_decay: of the optimiser, where an arm does not search it, as plain does; by default the task's.
-        precision: no (float32), bf16 or fp16, for training; evaluation is in float32.
+        common: what all runs share, where an arm does not search it, as plain does the weight decay.
         runs: folder that keeps the runs.
         out: folder of the report; by default one of its own in the folder of runs.
         workers: processes, one thread each; a running Ray cluster decides that itself.
@@ -87,13 +81,7 @@ def compare(
         first_seed=first_seed,
         search_seeds=search_seeds,
         trials=trials,
-        train_size=train_size,
-        label_noise=label_noise,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        precision=precision,
+        **common,
     )
     folder = out or study.folder_for(plan, runs)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

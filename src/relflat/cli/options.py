@@ -1,4 +1,4 @@
-"""The options of ``relflat train``, made of the records that a run's configuration is made of.
+"""The options of ``relflat train`` and ``compare``, made of the records that a run's configuration is made of.
 
 A field of `RunConfig` or of an algorithm's settings is an option; its help is its text in the docstring of the class,
 its default is the field's. So nothing about an option is written a second time.
@@ -16,24 +16,35 @@ from relflat.lab.train.settings import RunConfig
 
 def run_values() -> Any:
     """A dictionary type with a key for each value of a run; what is left out has its default."""
-    common = {field.name: field for field in fields(RunConfig)}
-    for name in ("task", "source", "settings"):
-        del common[name]
-    options = {
-        name: option(RunConfig, field, f"default: {default_of(field)}") for name, field in common.items()
-    }
     owners: dict[str, dict[str, Field[Any]]] = {}
     for algorithm, settings in ALGORITHMS.items():
         for field in fields(settings):
             owners.setdefault(field.name, {})[algorithm] = field
+    own = {}
     for name, by_algorithm in owners.items():
         whose: dict[str, list[str]] = {}
         for algorithm, field in by_algorithm.items():
             whose.setdefault(default_of(field), []).append(algorithm)
         shown = "; ".join(f"{', '.join(names)}; default: {value}" for value, names in whose.items())
         first = next(iter(by_algorithm))
-        options[name] = option(ALGORITHMS[first], by_algorithm[first], shown)
-    return TypedDict("RunValues", options, total=False)  # type: ignore[operator]
+        own[name] = option(ALGORITHMS[first], by_algorithm[first], shown)
+    return TypedDict("RunValues", common_options() | own, total=False)  # type: ignore[operator]
+
+
+def common_values() -> Any:
+    """The same of the values that all runs of a comparison may share."""
+    options = common_options()
+    del options["algorithm"], options["seed"]
+    return TypedDict("CommonValues", options, total=False)  # type: ignore[operator]
+
+
+def common_options() -> dict[str, Any]:
+    """The options that belong to no algorithm."""
+    return {
+        field.name: option(RunConfig, field, f"default: {default_of(field)}")
+        for field in fields(RunConfig)
+        if field.name not in ("task", "source", "settings")
+    }
 
 
 def option(record: type[Any], field: Field[Any], default: str) -> Any:

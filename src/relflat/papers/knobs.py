@@ -1,11 +1,6 @@
-"""The algorithm ``fam-grokking``: FAM with the knobs of Han et al. (2025), which one experiment uses.
-
-A temperature and unit features change kappa; the penalty can be taken away after some steps; and a cap keeps the
-weights within a ball, as a negative strength rewards growing weights, which says nothing about flatness.
-"""
+"""The algorithm ``fam-grokking``: FAM with the knobs of Han et al. (2025), which one experiment uses."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,37 +18,35 @@ from relflat.lab.train.steps import Learner, Losses, plain_step
 class KnobbedFAM(FAM):
     """`relflat.FAM` that is taken away after some steps, and whose layers' weights stay within a ball.
 
-    Both are functions of the step and the weights, so a resumed run needs nothing more.
+    A negative strength rewards growing weights, which says nothing about flatness; the cap closes that road, as long
+    as the penalty is there. Both are functions of the step and the weights, so a resumed run needs nothing more.
 
     Args:
         loss: the criterion.
         model: the network.
-        layer: as in `relflat.FAM`.
-        remove_after: steps with the penalty; from then on there is none. None: it stays.
-        weight_cap: greatest Frobenius norm of each layer's weight after a step; None: any.
-        **options: of `relflat.FAM`.
+        settings: of the algorithm.
+        seed: of the probes.
 
     Raises:
         ConfigError: a negative number of steps, or a cap that is not positive.
     """
 
-    def __init__(
-        self,
-        loss: nn.Module,
-        model: nn.Module,
-        layer: str | list[str],
-        *,
-        remove_after: int | None = None,
-        weight_cap: float | None = None,
-        **options: Any,
-    ) -> None:
-        if remove_after is not None and remove_after < 0:
-            raise ConfigError(f"remove_after={remove_after}: give a number of steps, at least 0, or none.")
-        if weight_cap is not None and not weight_cap > 0:
-            raise ConfigError(f"weight_cap={weight_cap}: the norm must be above 0, or none.")
-        self._given = 0.0
-        self._remove_after, self._weight_cap = remove_after, weight_cap
-        super().__init__(loss, model, layer, **options)
+    def __init__(self, loss: nn.Module, model: nn.Module, settings: "FamGrokking", seed: int) -> None:
+        after, cap = settings.remove_after, settings.weight_cap
+        if after is not None and after < 0:
+            raise ConfigError(f"remove_after={after}: give a number of steps, at least 0, or none.")
+        if cap is not None and not cap > 0:
+            raise ConfigError(f"weight_cap={cap}: the norm must be above 0, or none.")
+        self._given, self._settings = 0.0, settings
+        super().__init__(
+            loss,
+            model,
+            names_in(settings.layer),
+            **settings.options,
+            temperature=settings.temperature,
+            unit_features=settings.unit_features,
+            seed=seed,
+        )
         self._layers_of = [model]  # in a list: the criterion must not register the model as its part
 
     @property
@@ -67,16 +60,16 @@ class KnobbedFAM(FAM):
 
     @property
     def _removed(self) -> bool:
-        return self._remove_after is not None and self.step >= self._remove_after
+        return self._settings.remove_after is not None and self.step >= self._settings.remove_after
 
     @torch.no_grad()
     def cap(self) -> None:
         """Scale the weight of each layer down to the cap; to be called after the optimiser's step."""
-        if self._weight_cap is None or self._removed:
+        if self._settings.weight_cap is None or self._removed:
             return
         for target in resolve(self._layers_of[0], self.layers).values():
             weight = target if isinstance(target, nn.Parameter) else weight_of(target)
-            weight.mul_((self._weight_cap / weight.norm()).clamp(max=1))
+            weight.mul_((self._settings.weight_cap / weight.norm()).clamp(max=1))
 
 
 def capped_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
@@ -106,9 +99,7 @@ class FamGrokking(Fam):
 
     def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
         """The task loss wrapped by `KnobbedFAM`."""
-        knobs = {"remove_after": self.remove_after, "weight_cap": self.weight_cap}
-        kappa = {"temperature": self.temperature, "unit_features": self.unit_features}
-        return KnobbedFAM(loss, model, names_in(self.layer), **self.options, **kappa, **knobs, seed=seed)
+        return KnobbedFAM(loss, model, self, seed)
 
 
 register("fam-grokking", FamGrokking)

@@ -54,7 +54,7 @@ def plan_for(
         search_seeds: number of seeds to choose by: 100, 101, ...
         trials: number of settings an arm.
         first_seed: the first tested seed.
-        **common: values of all runs; those that are None are the task's own.
+        **common: values that all runs share.
 
     Raises:
         ConfigError: an unknown name, or numbers that do not fit.
@@ -71,7 +71,7 @@ def plan_for(
         raise ConfigError(f"search_seeds={search_seeds} must be above 0.")
     plan = Plan(
         task,
-        {key: value for key, value in common.items() if value is not None},
+        common,
         tuple(replace(arm, values=arm.values[:trials]) for arm in contenders),
         tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + search_seeds)),
         tuple(range(first_seed, first_seed + seeds)),

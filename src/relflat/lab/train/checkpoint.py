@@ -19,7 +19,7 @@ from torch import nn
 from relflat.errors import DataError
 from relflat.lab.train.session import Session
 from relflat.lab.train.steps import get_counter, set_counter
-from relflat.lab.train.store import write_folder
+from relflat.lab.train.store import put_in_place
 
 WEIGHTS, STATE = "model.safetensors", "state.pt"
 
@@ -38,6 +38,7 @@ def save(run: Path, session: Session, history: list[dict[str, Any]]) -> None:
     }
 
     def fill(folder: Path) -> None:
+        folder.mkdir()
         try:
             save_model(session.model, str(folder / WEIGHTS))
         except SafetensorError as error:
@@ -46,7 +47,7 @@ def save(run: Path, session: Session, history: list[dict[str, Any]]) -> None:
         torch.save(state, content)
         (folder / STATE).write_bytes(content.getbuffer())
 
-    write_folder(run / f"checkpoint-{len(history):04d}", fill)
+    put_in_place(run / f"checkpoint-{len(history):04d}", fill)
     remove_old(run)
 
 

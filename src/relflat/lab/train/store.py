@@ -9,9 +9,8 @@ result.json        there once the run is finished
 """
 
 import json
-import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,10 +127,7 @@ def alone_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
 def remove_unfinished(folder: Path, pattern: str = ".*") -> None:
     """Remove what a killed process had begun to write; such names start with a dot. Hold a run's folder meanwhile."""
     for entry in folder.glob(pattern):
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        remove(entry)
 
 
 def content_of(config: RunConfig) -> dict[str, Any]:
@@ -260,27 +256,26 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it into place."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Write a file in one piece."""
+    put_in_place(path, lambda temporary: temporary.write_text(text))
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside its place and rename it into place."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+def put_in_place(path: Path, make: Callable[[Path], object]) -> None:
+    """Make a file or folder beside its place, under a name that starts with a dot, and rename it into place."""
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        temporary.chmod(0o755)
-        fill(temporary)
-        if path.exists():
+        make(temporary)
+        if path.is_dir():
             shutil.rmtree(path)
-        temporary.rename(path)
+        temporary.replace(path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         raise
+
+
+def remove(entry: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if entry.is_dir():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
