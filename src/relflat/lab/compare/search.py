@@ -118,14 +118,7 @@ RunAll = Callable[[Sequence[Job]], list[Trial]]
 
 
 def compare(plan: Plan, runs: Path, pool: Executor, on_trial: OnTrial) -> Comparison:
-    """Search on validation data, then test the chosen settings once on the fresh seeds.
-
-    Args:
-        plan: what to compare.
-        runs: folder that keeps the runs.
-        pool: workers.
-        on_trial: called after each run.
-    """
+    """Search on validation data, then test the chosen settings once on the fresh seeds."""
     return conclude(plan, runs, lambda jobs: run_all(pool, jobs, on_trial))
 
 

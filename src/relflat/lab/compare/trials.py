@@ -93,13 +93,9 @@ def each(
     items: Iterable[A],
     on_done: Callable[[B], None] = lambda result: None,
 ) -> list[B]:
-    """Do the work for every item and return the results in the order of the items; the first error stops the rest.
+    """Do the work for every item, telling each result as it comes; the results in the order of the items.
 
-    Args:
-        pool: does it.
-        work: a function that can be sent to another process.
-        items: what to do it for.
-        on_done: called with each result when it is there.
+    The first error stops the rest. A pool in another process needs work that can be sent there.
     """
     futures: list[Future[B]] = []
     seen = 0  # done when they were handed over, as by a pool that is this process itself

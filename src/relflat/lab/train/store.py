@@ -37,12 +37,7 @@ def folder_of(config: RunConfig, root: Path, name: str | None = None) -> Path:
 
 
 def check_folder(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
-    """See whether this run may live in the folder; nothing is written.
-
-    Args:
-        folder: the run's folder.
-        config: what is going to run.
-        fresh: an earlier run there will be replaced.
+    """See whether this run may live in the folder, or replace an earlier one there; nothing is written.
 
     Raises:
         ConfigError: another configuration or something else lives there.
@@ -61,11 +56,7 @@ def _begins(entry: Path) -> bool:
 
 @contextmanager
 def writing(place: Path, option: str = "--runs") -> Iterator[None]:
-    """Explain why something cannot be written, and what helps.
-
-    Args:
-        place: where to.
-        option: of the command line, that chooses another place.
+    """Explain why something cannot be written, and which option of the command line chooses another place.
 
     Raises:
         ConfigError: the disk is full, the folder is read-only, ...
@@ -80,12 +71,7 @@ def writing(place: Path, option: str = "--runs") -> Iterator[None]:
 
 
 def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
-    """Make the folder ready for a run that ``check_folder`` let through.
-
-    Args:
-        folder: the run's folder; made if it is not there.
-        config: what is going to run.
-        fresh: remove an earlier run of this folder.
+    """Make the folder, if need be without an earlier run, for a run that ``check_folder`` let through.
 
     Raises:
         ConfigError: it cannot be written.
@@ -102,14 +88,10 @@ def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
 
 @contextmanager
 def alone_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Hold the folder of a run; the system lets go of it when the process ends, however it ends.
-
-    Args:
-        folder: of a run that was opened; its configuration is the file that is locked.
-        patience: seconds to wait for another process to leave.
+    """Hold the folder of an opened run; the system lets go of it when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process is still there after that.
+        ConfigError: another process is still there after so many seconds.
     """
     lock = FileLock(folder / CONFIG, preserve_lock_file=True)
     try:

@@ -40,20 +40,19 @@ def step_costs(configs: Sequence[RunConfig], *, rounds: int = 41, block: int = 1
         block: steps a configuration and round.
     """
     sessions = [build(config) for config in configs]
+    times: list[list[float]] = [[] for _ in sessions]
+    warm_up = 3
     try:
         batches = [list(islice(iter(session.loader), block)) for session in sessions]
-        times: list[list[float]] = [[] for _ in sessions]
-        warm_up = 3
         for turn in range(rounds + warm_up):
             for place in range(len(sessions)):
                 which = (place + turn) % len(sessions)
-                seconds = time_block(sessions[which], batches[which])
-                if turn >= warm_up:
-                    times[which].append(seconds)
+                times[which].append(time_block(sessions[which], batches[which]))
     finally:
         for session in sessions:
             session.close()
-    return [summarise(own, times[0]) for own in times]
+    first, *_ = kept = [own[warm_up:] for own in times]
+    return [summarise(own, first) for own in kept]
 
 
 def time_block(session: Session, batches: Sequence[Batch]) -> float:
@@ -70,9 +69,5 @@ def time_block(session: Session, batches: Sequence[Batch]) -> float:
 def summarise(own: Sequence[float], first: Sequence[float]) -> StepCost:
     """Medians and quartiles over the rounds."""
     ratios = sorted(a / b for a, b in zip(own, first, strict=True))
-    return StepCost(
-        seconds=median(own),
-        ratio=median(ratios),
-        low=ratios[len(ratios) // 4],
-        high=ratios[3 * len(ratios) // 4],
-    )
+    quarter = len(ratios) // 4
+    return StepCost(median(own), median(ratios), low=ratios[quarter], high=ratios[3 * len(ratios) // 4])
