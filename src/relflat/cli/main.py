@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from inspect import Parameter, signature
 from typing import get_type_hints, is_typeddict
 
@@ -84,12 +85,13 @@ def require_known_options(arguments: Sequence[str]) -> None:
 
 
 def option_names(command: Callable[..., None]) -> list[str]:
-    """The names of a command's options; those of a dictionary of values each by itself."""
+    """The names of a command's options; those of a record or a dictionary of values each by itself."""
     hints = get_type_hints(command)
     found = []
     for name, parameter in signature(command).parameters.items():
         if parameter.kind is Parameter.KEYWORD_ONLY:
-            found += list(hints[name].__annotations__) if is_typeddict(hints[name]) else [name]
+            several = is_typeddict(hints[name]) or is_dataclass(hints[name])
+            found += list(hints[name].__annotations__) if several else [name]
     return found
 
 

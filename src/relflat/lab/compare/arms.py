@@ -46,6 +46,23 @@ class Arm:
         return [{**self.fixed, self.key: value} for value in self.values]
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What each arm may spend. Its fields are options of ``relflat compare``, with the texts below.
+
+    Attributes:
+        seeds: number of tested seeds an arm.
+        first_seed: the first of them; another one repeats a comparison on seeds of its own.
+        search_seeds: number of seeds that settings are chosen by (100, 101, ...).
+        trials: number of settings an arm, at most as many as its grid has.
+    """
+
+    seeds: int = 8
+    first_seed: int = 0
+    search_seeds: int = 2
+    trials: int = 4
+
+
 TABLES = tomllib.loads(Path(__file__).with_name("arms.toml").read_text())
 ARMS: dict[str, Arm] = {name: Arm(name, **table) for name, table in TABLES.items()}
 

@@ -3,11 +3,10 @@
 import os
 import socket
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 
 from relflat.errors import ConfigError
-from relflat.lab.compare.cluster import OnRay
-from relflat.lab.compare.trials import workers
 from relflat.lab.names import look_up
 
 LOCAL, RAY = "local", "ray"
@@ -15,37 +14,49 @@ ENGINES = {LOCAL: "processes of this machine", RAY: "a Ray cluster"}
 PATIENCE = 5.0  # seconds until an address that does not answer is given up
 
 
-def engine_named(
-    name: str, *, processes: int, runs: Path, address: str | None = None, gpus: float = 0.0
-) -> Executor:
-    """What does the trials; use it in a ``with`` block.
+@dataclass(frozen=True)
+class Engine:
+    """What does the trials. Its fields are options of ``relflat compare``, with the texts below.
 
-    Args:
-        name: ``"local"`` or ``"ray"``.
-        processes: how many trials at a time, on one thread each; a cluster decides that itself.
-        runs: folder that keeps the runs.
-        address: ``host:port`` of a running Ray cluster; None: $RAY_ADDRESS, else a Ray of its own on this machine.
-        gpus: GPUs a trial takes of a Ray cluster, or a share of one.
-
-    Raises:
-        ConfigError: no such engine, values that do not fit it, Ray is not installed or does not answer.
+    Attributes:
+        workers: processes, one thread each; a running Ray cluster decides that itself.
+        engine: local, or ray for a Ray cluster; its machines must share the folder of runs under the same path, and
+            the task's file and data must be on all of them.
+        address: HOST:PORT of a running Ray cluster; by default $RAY_ADDRESS, else a Ray of its own on this machine.
+        gpus: GPUs a trial takes of a Ray cluster, or a share of one; 0 trains on CPUs.
     """
-    look_up("engine", name, ENGINES)
-    if name == LOCAL:
-        for option, value in (("--address", address), ("--gpus", gpus or None)):
-            if value is not None:
-                raise ConfigError(
-                    f"{option} {value} belongs to a Ray cluster; add --engine ray, or leave it out."
-                )
-        return workers(processes)
-    if processes < 1:
-        raise ConfigError(f"workers={processes} must be above 0.")
-    if not gpus >= 0:
-        raise ConfigError(f"gpus={gpus} must not be negative.")
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address and address != "auto":
-        require_answer(address)
-    return OnRay(runs, address, processes, gpus)
+
+    workers: int = 2
+    engine: str = LOCAL
+    address: str | None = None
+    gpus: float = 0.0
+
+    def pool(self, runs: Path) -> Executor:
+        """Start it; use it in a ``with`` block.
+
+        Raises:
+            ConfigError: no such engine, values that do not fit it, Ray is not installed or does not answer.
+        """
+        look_up("engine", self.engine, ENGINES)
+        if self.engine == LOCAL:
+            for option, value in (("--address", self.address), ("--gpus", self.gpus or None)):
+                if value is not None:
+                    raise ConfigError(
+                        f"{option} {value} belongs to a Ray cluster; add --engine ray, or leave it out."
+                    )
+            from relflat.lab.compare.trials import workers
+
+            return workers(self.workers)
+        if self.workers < 1:
+            raise ConfigError(f"workers={self.workers} must be above 0.")
+        if not self.gpus >= 0:
+            raise ConfigError(f"gpus={self.gpus} must not be negative.")
+        from relflat.lab.compare.cluster import OnRay
+
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        if address and address != "auto":
+            require_answer(address)
+        return OnRay(runs, address, self.workers, self.gpus)
 
 
 def require_answer(address: str) -> None:

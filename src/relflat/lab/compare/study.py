@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab.compare.arms import arms_named
+from relflat.lab.compare.arms import Budget, arms_named
 from relflat.lab.compare.search import Comparison, OnTrial, Plan, compare, conclude, plan_from
 from relflat.lab.compare.trials import Job, Trial, one_thread, read_trial, workers
 from relflat.lab.report import export
@@ -35,50 +35,41 @@ FIRST_SEARCH_SEED = 100
 Costs = dict[str, StepCost]
 
 
-def plan_for(
-    task: str,
-    arms: Sequence[str],
-    *,
-    seeds: int,
-    search_seeds: int,
-    trials: int,
-    first_seed: int = 0,
-    **common: Any,
-) -> Plan:
+def plan_for(task: str, arms: Sequence[str], budget: Budget, **common: Any) -> Plan:
     """The plan of a comparison as the command line gives it.
 
     Args:
         task: name of the task.
         arms: names of the arms.
-        seeds: number of tested seeds.
-        search_seeds: number of seeds to choose by: 100, 101, ...
-        trials: number of settings an arm.
-        first_seed: the first tested seed.
+        budget: of each arm.
         **common: values that all runs share.
 
     Raises:
         ConfigError: an unknown name, or numbers that do not fit.
     """
     contenders = arms_named(arms)
-    most = min(len(arm.values) for arm in contenders) if contenders else 0
-    if not 1 <= trials <= most:
-        raise ConfigError(f"trials={trials} must lie between 1 and {most}, the settings in the arms' grids.")
-    if not 0 <= first_seed < FIRST_SEARCH_SEED:
-        raise ConfigError(f"first_seed={first_seed} must lie between 0 and {FIRST_SEARCH_SEED - 1}.")
-    if not 1 <= seeds <= FIRST_SEARCH_SEED - first_seed:
-        raise ConfigError(f"seeds={seeds} must lie between 1 and {FIRST_SEARCH_SEED - first_seed}.")
-    if search_seeds < 1:
-        raise ConfigError(f"search_seeds={search_seeds} must be above 0.")
+    most = min((len(arm.values) for arm in contenders), default=0)
+    fits("trials", budget.trials, 1, most, ", the settings in the arms' grids")
+    fits("first_seed", budget.first_seed, 0, FIRST_SEARCH_SEED - 1)
+    fits("seeds", budget.seeds, 1, FIRST_SEARCH_SEED - budget.first_seed)
+    if budget.search_seeds < 1:
+        raise ConfigError(f"search_seeds={budget.search_seeds} must be above 0.")
     plan = Plan(
         task,
         common,
-        tuple(replace(arm, values=arm.values[:trials]) for arm in contenders),
-        tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + search_seeds)),
-        tuple(range(first_seed, first_seed + seeds)),
+        tuple(replace(arm, values=arm.values[: budget.trials]) for arm in contenders),
+        tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + budget.search_seeds)),
+        tuple(range(budget.first_seed, budget.first_seed + budget.seeds)),
     )
     for arm in plan.arms:  # a wrong value is found before anything runs
         plan.config(arm, arm.grid[0], 0)
     return plan
+
+
+def fits(name: str, value: int, least: int, most: int, what: str = "") -> None:
+    """Reject a number that is out of its range."""
+    if not least <= value <= most:
+        raise ConfigError(f"{name}={value} must lie between {least} and {most}{what}.")
 
 
 def folder_for(plan: Plan, runs: Path) -> Path:
