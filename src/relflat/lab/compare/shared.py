@@ -54,10 +54,7 @@ class Shared:
                 "Choose a folder with --runs that all machines share under the same path, on a network file system."
             )
         if versions() != self.versions:
-            ours, theirs = (
-                " and ".join(f"{name} {version}" for name, version in both.items())
-                for both in (versions(), self.versions)
-            )
+            ours, theirs = (" and ".join(map(" ".join, both.items())) for both in (versions(), self.versions))
             raise ConfigError(
                 f"The worker on {here} has {ours}, but trials were started with {theirs}. "
                 "Install the same versions on all machines."

@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from relflat.errors import ConfigError
 from relflat.lab.names import unknown
@@ -116,22 +116,16 @@ def _misplaced(key: str, algorithm: str, known: list[str]) -> ConfigError:
 def check(key: str, value: Any, hint: Any) -> Any:
     """Return the value as the annotated type, or say what was expected."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        if option is type(None):
-            if value is None:
-                return None
-        elif get_origin(option) is Literal:
-            if value in get_args(option):
-                return value
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        elif type(value) is option:
-            return value
-    literals = [str(choice) for option in options for choice in get_args(option)]
-    if literals and isinstance(value, str):
-        raise unknown(f"{key}", value, literals)
-    expected = " or ".join("none" if option is type(None) else option.__name__ for option in options)
-    raise ConfigError(f"{key}={value!r} is not a valid value; expected {expected}.")
+    kinds = [option for option in options if isinstance(option, type)]
+    choices = [choice for option in options for choice in get_args(option)]
+    if isinstance(value, int | float) and type(value) is not bool and float in kinds:
+        return float(value)
+    if type(value) in kinds or value in choices:
+        return value
+    if choices and isinstance(value, str):
+        raise unknown(key, value, choices)
+    names = ["none" if kind is types.NoneType else kind.__name__ for kind in kinds]
+    raise ConfigError(f"{key}={value!r} is not a valid value; expected {' or '.join(names + choices)}.")
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import math
 from statistics import median_high
 from typing import Any
 
+from relflat import Flatness
 from relflat.errors import NonFiniteError
 from relflat.lab.data.arrays import Arrays
 from relflat.lab.train.evaluate import evaluate, flatness
@@ -26,7 +27,7 @@ def monitor(session: Session) -> Record:
     with session.full_precision():
         fitted = judge(session, train)
         held_out = judge(session, splits.validation.take(slice(task.monitored)))
-        flat = flatness(session.model, session.loss, session.batches(train), task.layer)
+        flat = kappa(session, train)
     return {
         f"train_{name}": fitted[name],
         "train_loss": fitted["loss"],
@@ -40,15 +41,7 @@ def monitor(session: Session) -> Record:
 
 
 def final(session: Session, before: float, history: list[Record], diverged: str | None, test: bool) -> Record:
-    """Everything worth keeping of a run, after its last epoch.
-
-    Args:
-        session: the run.
-        before: kappa of the untrained network.
-        history: records of the epochs.
-        diverged: why training broke off, or None.
-        test: whether the test split is evaluated.
-    """
+    """Everything worth keeping of a run, after its last epoch; ``before`` is kappa of the untrained network."""
     seconds = [record["seconds_per_step"] for record in history]
     result: Record = {
         "status": "diverged" if diverged else "finished",
@@ -79,8 +72,7 @@ def evaluated(session: Session, test: bool) -> Record:
     """
     splits = session.splits
     found: Record = {name: judge(session, getattr(splits, name)) for name in ("train", "validation")}
-    batches = session.batches(splits.train)
-    found["flatness"] = flatness(session.model, session.loss, batches, session.task.layer).__dict__
+    found["flatness"] = kappa(session, splits.train).__dict__
     if test:
         found["test"] = judge(session, splits.test())
         if splits.shifts:
@@ -90,8 +82,12 @@ def evaluated(session: Session, test: bool) -> Record:
 
 def kappa_before(session: Session) -> float:
     """Kappa of the untrained network on the first training samples; a resumed run takes it from the same one."""
-    train = session.splits.train.take(slice(session.task.monitored))
-    return flatness(session.model, session.loss, session.batches(train), session.task.layer).value
+    return kappa(session, session.splits.train.take(slice(session.task.monitored))).value
+
+
+def kappa(session: Session, samples: Arrays) -> Flatness:
+    """Relative flatness of the layer that the task follows."""
+    return flatness(session.model, session.loss, session.batches(samples), session.task.layer)
 
 
 def judge(session: Session, samples: Arrays) -> Record:
