@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from relflat.errors import ConfigError
@@ -11,6 +10,7 @@ from relflat.lab.tasks.models import mlp, small_cnn
 from relflat.lab.train.algorithms import ALGORITHMS
 from relflat.lab.train.config import make
 from relflat.lab.train.disturb import noise
+from relflat.lab.train.session import accelerator_for
 from relflat.lab.train.steps import Learner, buffers_kept
 
 
@@ -18,7 +18,7 @@ def learner(algorithm: str, model: nn.Module, lr: float = 0.1, momentum: float =
     config = make({"task": "digits", "algorithm": algorithm, **settings})
     way = config.settings
     optimizer = way.optimizer(model.parameters(), SGD(lr=lr, momentum=momentum))
-    accelerator = Accelerator(cpu=True)
+    accelerator = accelerator_for(config, None)
     model, optimizer = accelerator.prepare(model, optimizer)
     return Learner(accelerator, model, way.criterion(nn.CrossEntropyLoss(), model, 0), optimizer)
 

@@ -72,8 +72,8 @@ class Plan:
 
 def plan_from(values: Mapping[str, Any]) -> Plan:
     """Build a plan from what ``Plan.flat`` gave, also after a round trip through JSON."""
-    tuples = {key: tuple(values[key]) for key in ("search_seeds", "seeds")}
-    return Plan(values["task"], values["common"], tuple(Arm(**arm) for arm in values["arms"]), **tuples)
+    arms = tuple(Arm(**arm) for arm in values["arms"])
+    return Plan(values["task"], values["common"], arms, tuple(values["search_seeds"]), tuple(values["seeds"]))
 
 
 @dataclass(frozen=True)
