@@ -401,6 +401,9 @@ def test_core_does_not_import_the_lab():
         (["train", "digits", "--layer_per_step=1"], "did you mean '--layers-per-step'?"),
         (["measure", "runs/x", "--sample", "3"], "did you mean '--samples'?"),
         (["report", "x", "--jsno"], "did you mean '--json'?"),
+        (["train", "digits", "--regularize", "output"], "--regularize is called --layer now."),
+        (["measure", "runs/x", "--estimator=probe"], "--estimator is called --method now."),
+        (["train", "digits", "--method", "fam"], "give --algorithm fam (in a file: algorithm)"),
     ],
 )
 def test_a_misspelt_option_gets_the_nearest_of_its_own_command(relflat, command, nearest):

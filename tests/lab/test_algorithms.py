@@ -2,26 +2,25 @@ import copy
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from relflat.errors import ConfigError
 from relflat.lab.tasks import SGD
 from relflat.lab.tasks.models import mlp, small_cnn
-from relflat.lab.train.algorithms import ALGORITHMS, Learner, buffers_kept, release
+from relflat.lab.train.algorithms import ALGORITHMS
 from relflat.lab.train.config import make
 from relflat.lab.train.disturb import noise
+from relflat.lab.train.session import accelerator_for
+from relflat.lab.train.steps import Learner, buffers_kept
 
 
 def learner(algorithm: str, model: nn.Module, lr: float = 0.1, momentum: float = 0.0, **settings) -> Learner:
     config = make({"task": "digits", "algorithm": algorithm, **settings})
-    way = ALGORITHMS[algorithm]
-    optimizer = way.optimizer(model.parameters(), SGD(lr=lr, momentum=momentum), config.settings)
-    accelerator = Accelerator(cpu=True)
+    way = config.settings
+    optimizer = way.optimizer(model.parameters(), SGD(lr=lr, momentum=momentum))
+    accelerator = accelerator_for(config, None)
     model, optimizer = accelerator.prepare(model, optimizer)
-    return Learner(
-        accelerator, model, way.criterion(nn.CrossEntropyLoss(), model, config.settings, 0), optimizer
-    )
+    return Learner(accelerator, model, way.criterion(nn.CrossEntropyLoss(), model, 0), optimizer)
 
 
 def batch(size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,7 +178,7 @@ def test_label_smoothing_spreads_the_targets():
         torch.testing.assert_close(one, w - 0.1 * g)
     config = make({"task": "digits", "algorithm": "smoothing"})
     with pytest.raises(ConfigError, match="CrossEntropyLoss, not MSELoss"):
-        ALGORITHMS["smoothing"].criterion(nn.MSELoss(), by_hand, config.settings, 0)
+        config.settings.criterion(nn.MSELoss(), by_hand, 0)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +204,7 @@ def test_disturbance_acts_on_the_layers_inputs_while_training_only(algorithm, se
     if algorithm == "dropout":
         kept = seen["fc2"] != 0
         torch.testing.assert_close(seen["fc2"][kept], 2 * clean["fc2"][kept])
-    release(criterion)
+    criterion.close()
     assert torch.equal(model(inputs), before)
 
 

@@ -8,7 +8,7 @@ from synthetic import ARMS, PLAN, trial
 
 from relflat.errors import ConfigError
 from relflat.lab.compare import arms
-from relflat.lab.compare.engines import engine_named
+from relflat.lab.compare.engines import Engine
 from relflat.lab.compare.search import choose, compare, judge, plan_from
 from relflat.lab.compare.trials import workers
 from relflat.lab.data import splits
@@ -105,14 +105,14 @@ def test_step_costs_are_relative_to_the_first(monkeypatch):
 def test_ray_that_is_not_installed_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'relflat\[ray\]'"):
-        engine_named("ray", processes=1, runs=tmp_path)
+        Engine(1, "ray").pool(tmp_path)
 
 
 @pytest.mark.parametrize("address", ["6379", "host", "host:port", "host:99999", "ray://host:10001"])
 def test_what_is_no_address_is_named(tmp_path, address):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'relflat[ray]'")
     with pytest.raises(ConfigError, match="is not of the form HOST:PORT"):
-        engine_named("ray", processes=1, runs=tmp_path, address=address)
+        Engine(1, "ray", address).pool(tmp_path)
 
 
 def test_an_address_that_does_not_answer_is_given_up_soon(tmp_path):
@@ -123,6 +123,6 @@ def test_an_address_that_does_not_answer_is_given_up_soon(tmp_path):
         with pytest.raises(
             ConfigError, match=r"No Ray cluster answers at 127\.0\.0\.1:\d+ \(Connection refused\)"
         ):
-            engine_named("ray", processes=1, runs=tmp_path, address=f"127.0.0.1:{bound.getsockname()[1]}")
+            Engine(1, "ray", f"127.0.0.1:{bound.getsockname()[1]}").pool(tmp_path)
     assert time.monotonic() - start < 30
     assert list(tmp_path.iterdir()) == []

@@ -1,10 +1,15 @@
 import json
+import subprocess
+import sys
+from dataclasses import dataclass
 
 import pytest
 
-from relflat.errors import ConfigError
-from relflat.lab.train.algorithms import ALGORITHMS
+from relflat.errors import ConfigError, DataError
+from relflat.lab.train import store
+from relflat.lab.train.algorithms import ALGORITHMS, Algorithm, register
 from relflat.lab.train.config import make, read_file
+from relflat.lab.train.settings import SCHEMA
 
 
 def test_defaults_come_from_task_and_method():
@@ -54,6 +59,13 @@ def test_whole_numbers_are_accepted_for_fractions():
         ({"task": "digits", "label_noise": 1.5}, "label_noise=1.5 is not a probability"),
         ({"task": "digits", "seed": -1}, "seed=-1 must lie between"),
         ({"task": 3}, "task=3 is not a name"),
+        ({"task": "digits", "method": "fam"}, "give --algorithm fam (in a file: algorithm)"),
+        ({"task": "digits", "regularize": "output"}, "'regularize' is called 'layer' now"),
+        ({"task": "digits", "algorithm": "fam", "estimator": "probe"}, "'estimator' is called 'method' now"),
+        (
+            {"task": "digits", "algorithm": "fam", "temperature": 2.0},
+            "'temperature' is a setting of algorithm fam-grokking, not of 'fam'",
+        ),
     ],
 )
 def test_wrong_values_are_named(given, message):
@@ -72,3 +84,47 @@ def test_config_files(tmp_path):
         read_file(bad)
     with pytest.raises(ConfigError, match="Cannot read"):
         read_file(tmp_path / "none.toml")
+
+
+def test_a_registered_algorithm_is_known_by_its_name(monkeypatch):
+    @dataclass(frozen=True)
+    class Mine(Algorithm):
+        size: float = 2.0
+
+    monkeypatch.setattr("relflat.lab.train.algorithms.ALGORITHMS", dict(ALGORITHMS))
+    register("mine", Mine)
+    config = make({"task": "digits", "algorithm": "mine", "size": 3})
+    assert config.settings == Mine(size=3.0)
+    assert config.flat()["size"] == 3.0
+
+
+def test_algorithms_of_the_papers_are_imported_when_they_are_named():
+    code = (
+        "import sys, relflat.lab.train.algorithms as a\n"
+        "assert 'relflat.papers.knobs' not in sys.modules and 'fam-grokking' not in a.ALGORITHMS\n"
+        "print(a.algorithm_named('fam-grokking').__module__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "relflat.papers.knobs\n"
+
+
+OLD = {"task": "digits", "method": "fam", "seed": 3, "epochs": 2, "batch_size": 32, "lr": 0.05}
+OLD |= {"weight_decay": 5e-4, "train_size": None, "label_noise": 0.0, "strength": 0.2, "regularize": "fc2"}
+
+
+def test_runs_of_schema_1_can_be_read_but_not_gone_on_with(tmp_path):
+    store.write_json(tmp_path / store.CONFIG, {**OLD, "estimator": "probe"})
+    config = make(
+        {"task": "digits", "algorithm": "fam", "seed": 3, "epochs": 2, "strength": 0.2, "layer": "fc2"}
+    )
+    assert store.config_of(tmp_path) == make({**config.flat(), "method": "probe"})
+    with pytest.raises(
+        ConfigError, match=r"has schema 1; runs of this version have 2\..*replace it with --fresh"
+    ):
+        store.check_folder(tmp_path, config)
+
+
+def test_a_schema_that_is_not_known_is_named(tmp_path):
+    store.write_json(tmp_path / store.CONFIG, {"schema": SCHEMA + 1, "task": "digits"})
+    with pytest.raises(DataError, match=r"config\.json has schema 3; this version reads 1 and 2"):
+        store.config_of(tmp_path)

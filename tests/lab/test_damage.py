@@ -6,6 +6,7 @@ import pytest
 
 from relflat.errors import ConfigError, DataError
 from relflat.lab.compare import study
+from relflat.lab.compare.arms import Budget
 from relflat.lab.compare.trials import Job, read_trial, run_job
 from relflat.lab.train import store
 from relflat.lab.train.config import make
@@ -87,9 +88,8 @@ def test_a_damaged_configuration_may_be_replaced(run):
 
 
 def test_a_damaged_comparison(tmp_path):
-    plan = study.plan_for(
-        "digits", ["plain", "sam"], seeds=1, search_seeds=1, trials=1, epochs=1, train_size=100
-    )
+    budget = Budget(seeds=1, search_seeds=1, trials=1)
+    plan = study.plan_for("digits", ["plain", "sam"], budget, epochs=1, train_size=100)
     folder = tmp_path / "out"
     study.open_study(folder, plan, tmp_path / "runs", "")
     study.carry_out(folder, plan, tmp_path / "runs", 1, lambda trial: None)

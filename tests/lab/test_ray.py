@@ -14,7 +14,8 @@ import pytest
 
 from relflat.cli.main import main
 from relflat.errors import ConfigError
-from relflat.lab.compare.engines import MARK, Shared, engine_named, versions
+from relflat.lab.compare.engines import Engine
+from relflat.lab.compare.shared import MARK, Shared, versions
 from relflat.lab.compare.trials import Job, run_all, workers
 from relflat.lab.train import store
 from relflat.lab.train.config import make
@@ -80,7 +81,7 @@ def cluster():
 @pytest.fixture
 def pool(cluster, tmp_path):
     """The cluster as an engine, and the folder of runs."""
-    with engine_named("ray", processes=2, runs=tmp_path / "runs", address=cluster.address) as engine:
+    with Engine(2, "ray", cluster.address).pool(tmp_path / "runs") as engine:
         yield engine
 
 

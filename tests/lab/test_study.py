@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 
@@ -17,16 +17,22 @@ from killable import Killable
 
 from relflat.errors import ConfigError, DataError
 from relflat.lab.compare import study
+from relflat.lab.compare.arms import Budget
 from relflat.lab.compare.trials import workers
 from relflat.lab.train import store
-from relflat.lab.train.lock import alone_in
+from relflat.lab.train.store import alone_in
 
 OPTIONS = {"seeds": 2, "search_seeds": 1, "trials": 2, "train_size": 100, "epochs": 3, "label_noise": 0.1}
 TIMES = {"seconds_per_step", "cost", "environment", "step", "equal_time"}
 
 
 def small_plan(**values):
-    return study.plan_for("digits", ["plain", "fam-radius"], **{**OPTIONS, **values})
+    return plan_with(["plain", "fam-radius"], **{**OPTIONS, **values})
+
+
+def plan_with(arms, task="digits", **values):
+    budget = {field.name: values.pop(field.name) for field in fields(Budget) if field.name in values}
+    return study.plan_for(task, arms, Budget(**budget), **values)
 
 
 def do(folder, runs, plan, processes=1):
@@ -219,7 +225,7 @@ def locked(tmp_path):
     """A plan on digits whose test labels cannot be read until a file called ``unlocked`` is there."""
     (tmp_path / "locked.py").write_text(TASK)
     values = {**OPTIONS, "seeds": 1, "epochs": 1}
-    return study.plan_for(f"{tmp_path / 'locked.py'}:task", ["plain", "fam-radius"], **values)
+    return plan_with(["plain", "fam-radius"], f"{tmp_path / 'locked.py'}:task", **values)
 
 
 def test_nothing_is_chosen_by_test_labels(tmp_path, locked):

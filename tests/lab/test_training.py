@@ -195,7 +195,8 @@ def test_half_written_checkpoint_is_ignored(tmp_path, config):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_learns_digits(tmp_path, config, algorithm):
-    run = config(algorithm=algorithm, epochs=15, train_size=None, label_noise=0.0)
+    epochs = {"looksam": 20}.get(algorithm, 15)  # it is slower: after 15, .835 on one thread and .875 on two
+    run = config(algorithm=algorithm, epochs=epochs, train_size=None, label_noise=0.0)
     result = train(run, tmp_path / "run", test=False, tensorboard=False)
     assert result["validation"]["accuracy"] > 0.85
 

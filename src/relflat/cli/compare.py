@@ -3,14 +3,21 @@
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from relflat.cli.arguments import TaskName
 from relflat.cli.console import err, out, print_json
-from relflat.lab.compare.arms import ARMS
+from relflat.cli.options import common_values
+from relflat.lab.compare.arms import ARMS, Budget
+from relflat.lab.compare.engines import Engine
+
+if TYPE_CHECKING:
+    CommonValues = dict[str, Any]
+else:
+    CommonValues = common_values()
 
 ARMS_HELP = (
     "what to compare; the first is what the others are held against. "
@@ -28,23 +35,11 @@ def compare(
         "fam",
         "fam-radius",
     ),
-    seeds: int = 8,
-    first_seed: int = 0,
-    search_seeds: int = 2,
-    trials: int = 4,
-    train_size: int | None = None,
-    label_noise: float = 0.0,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    weight_decay: float | None = None,
-    precision: str | None = None,
+    budget: Budget = Budget(),  # noqa: B008, tyro reads the defaults from it
+    common: CommonValues,
+    engine: Engine = Engine(),  # noqa: B008
     runs: Path = Path("runs"),
     out: Path | None = None,
-    workers: int = 2,
-    engine: str = "local",
-    address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None,
-    gpus: float = 0.0,
     json: bool = False,
 ) -> None:
     """Does flatness-aware training help on this task, at what cost, and how sure is that?
@@ -55,50 +50,22 @@ def compare(
     Args:
         task: name of a task, or path/to/file.py:name for one of your own.
         arms: what to compare; the first is what the others are held against.
-        seeds: number of tested seeds an arm.
-        first_seed: the first of them; another one repeats a comparison on seeds of its own.
-        search_seeds: number of seeds that settings are chosen by (100, 101, ...).
-        trials: number of settings an arm, at most as many as its grid has.
-        train_size: train on so many samples only.
-        label_noise: redraw each training label with this probability.
-        epochs: passes over the training data; by default the task's.
-        batch_size: samples a step; by default the task's.
-        lr: learning rate at the start; by default the task's.
-        weight_decay: of the optimiser, where an arm does not search it, as plain does; by default the task's.
-        precision: no (float32), bf16 or fp16, for training; evaluation is in float32.
+        budget: what each arm may spend.
+        common: what all runs share, where an arm does not search it, as plain does the weight decay.
+        engine: where the trials run.
         runs: folder that keeps the runs.
         out: folder of the report; by default one of its own in the folder of runs.
-        workers: processes, one thread each; a running Ray cluster decides that itself.
-        engine: local, or ray for a Ray cluster; its machines must share the folder of runs under the same path, and
-            the task's file and data must be on all of them.
-        address: of a running Ray cluster; by default $RAY_ADDRESS, else a Ray of its own on this machine.
-        gpus: GPUs a trial takes of a Ray cluster, or a share of one; 0 trains on CPUs.
         json: print one JSON object.
     """
     from relflat.lab.compare import study
-    from relflat.lab.compare.engines import engine_named
     from relflat.lab.report.summary import Summary
     from relflat.lab.report.terminal import show
     from relflat.lab.train import store
 
-    plan = study.plan_for(
-        task,
-        arms,
-        seeds=seeds,
-        first_seed=first_seed,
-        search_seeds=search_seeds,
-        trials=trials,
-        train_size=train_size,
-        label_noise=label_noise,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        precision=precision,
-    )
+    plan = study.plan_for(task, arms, budget, **common)
     folder = out or study.folder_for(plan, runs)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    pool = engine_named(engine, processes=workers, runs=runs, address=address, gpus=gpus)
+    pool = engine.pool(runs)
     study.open_study(folder, plan, runs, study.describe_plan(plan))
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         line = bar.add_task("runs", total=plan.runs)

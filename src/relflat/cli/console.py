@@ -11,7 +11,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from relflat.lab.jsonable import finite
-from relflat.lab.train.launch import rank
 
 out = Console()
 err = Console(stderr=True)
@@ -48,12 +47,13 @@ def escape(text: str) -> str:
 
 
 @contextmanager
-def progress(epochs: int, metric: str) -> Iterator[Any]:
-    """A progress bar over epochs on stderr, shown only when that is a terminal.
+def progress(epochs: int, metric: str, *, shown: bool) -> Iterator[Any]:
+    """A progress bar over epochs on stderr.
 
     Args:
         epochs: how many there are.
         metric: name of what the task is judged by.
+        shown: whether there should be one, which takes a terminal too.
 
     Yields:
         A function to call with each epoch's record.
@@ -64,9 +64,7 @@ def progress(epochs: int, metric: str) -> Iterator[Any]:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=err, disable=rank() != 0 or not sys.stderr.isatty(), transient=True
-    ) as bar:
+    with Progress(*columns, console=err, disable=not (shown and sys.stderr.isatty()), transient=True) as bar:
         task = bar.add_task("", total=epochs, note="")
 
         def on_epoch(record: Mapping[str, Any]) -> None:

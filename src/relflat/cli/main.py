@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from inspect import Parameter, signature
 from typing import get_type_hints, is_typeddict
 
@@ -17,7 +18,7 @@ from relflat.cli.data import data
 from relflat.cli.measure import measure
 from relflat.cli.reproduce import reproduce
 from relflat.cli.train import train
-from relflat.errors import RelflatError
+from relflat.errors import ConfigError, RelflatError
 from relflat.lab.names import unknown
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "reproduce": reproduce,
 }
+RENAMED = {"--regularize": "--layer", "--estimator": "--method"}  # what options were called once
 app = SubcommandApp()
 for name, function in COMMANDS.items():
     app.command(name=name)(function)
@@ -76,17 +78,20 @@ def require_known_options(arguments: Sequence[str]) -> None:
     known = {f"--{name.replace('_', '-')}" for name in option_names(command)} | {"--help"}
     for argument in arguments[1:]:
         option = argument.partition("=")[0].replace("_", "-")
+        if option in RENAMED and RENAMED[option] in known:
+            raise ConfigError(f"{option} is called {RENAMED[option]} now.")
         if option.startswith("--") and option not in known:
             raise unknown(f"option of relflat {arguments[0]}", option, known)
 
 
 def option_names(command: Callable[..., None]) -> list[str]:
-    """The names of a command's options; those of a dictionary of values each by itself."""
+    """The names of a command's options; those of a record or a dictionary of values each by itself."""
     hints = get_type_hints(command)
     found = []
     for name, parameter in signature(command).parameters.items():
         if parameter.kind is Parameter.KEYWORD_ONLY:
-            found += list(hints[name].__annotations__) if is_typeddict(hints[name]) else [name]
+            several = is_typeddict(hints[name]) or is_dataclass(hints[name])
+            found += list(hints[name].__annotations__) if several else [name]
     return found
 
 

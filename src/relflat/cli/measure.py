@@ -42,7 +42,7 @@ def measure(
         seed: of the probes.
         json: print one JSON object.
     """
-    from relflat.lab.train.launch import rank
+    from relflat.lab.train.launch import this_process
     from relflat.lab.train.measuring import measure_run
 
     found = measure_run(
@@ -58,7 +58,7 @@ def measure(
         normalize_features=normalize_features,
         seed=seed,
     )
-    if rank() != 0:
+    if not this_process().is_main_process:
         return
     if json:
         layers = {name: asdict(flat) for name, flat in found.items()}

@@ -103,7 +103,7 @@ def run(context: Context) -> Outcome:
     Raises:
         DataError: the data set of the training steps was not fetched.
     """
-    size, device = SIZES[context.scale], launch.device()
+    size, device = SIZES[context.scale], launch.this_process().device
     fetch.require(size.data)
     folder = context.runs / f"cost-{context.scale}"
     folder.mkdir(parents=True, exist_ok=True)

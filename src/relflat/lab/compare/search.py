@@ -72,7 +72,7 @@ class Plan:
 
 def plan_from(values: Mapping[str, Any]) -> Plan:
     """Build a plan from what ``Plan.flat`` gave, also after a round trip through JSON."""
-    arms = tuple(Arm(**{**arm, "values": tuple(arm["values"])}) for arm in values["arms"])
+    arms = tuple(Arm(**arm) for arm in values["arms"])
     return Plan(values["task"], values["common"], arms, tuple(values["search_seeds"]), tuple(values["seeds"]))
 
 
@@ -118,33 +118,21 @@ RunAll = Callable[[Sequence[Job]], list[Trial]]
 
 
 def compare(plan: Plan, runs: Path, pool: Executor, on_trial: OnTrial) -> Comparison:
-    """Search on validation data, then test the chosen settings once on the fresh seeds.
-
-    Args:
-        plan: what to compare.
-        runs: folder that keeps the runs.
-        pool: workers.
-        on_trial: called after each run.
-    """
+    """Search on validation data, then test the chosen settings once on the fresh seeds."""
     return conclude(plan, runs, lambda jobs: run_all(pool, jobs, on_trial))
 
 
 def conclude(plan: Plan, runs: Path, do: RunAll) -> Comparison:
-    """The order of things: all trials of the search first, then the tested runs of what was chosen.
-
-    Args:
-        plan: what to compare.
-        runs: folder that keeps the runs.
-        do: does the runs, or reads them.
-    """
+    """All trials of the search first, then the tested runs of what was chosen; ``do`` does the runs or reads them."""
     candidates = search(plan, runs, do)
     chosen = {arm.name: choose(candidates, arm.name) for arm in plan.arms}
-    jobs = [
-        Job(plan.config(arm, chosen[arm.name].settings, seed), runs, test=True)
-        for seed in plan.seeds
-        for arm in plan.arms
-    ]
-    trials = do(jobs)
+    trials = do(
+        [
+            Job(plan.config(arm, chosen[arm.name].settings, seed), runs, test=True)
+            for seed in plan.seeds
+            for arm in plan.arms
+        ]
+    )
     finals = {arm.name: trials[place :: len(plan.arms)] for place, arm in enumerate(plan.arms)}
     return Comparison(plan, candidates, chosen, finals)
 
@@ -159,14 +147,9 @@ def search(plan: Plan, runs: Path, do: RunAll) -> list[Candidate]:
             for seed in plan.search_seeds
         ]
     )
-    per_setting = len(plan.search_seeds)
+    metric, size = task_named(plan.task).metric.name, len(plan.search_seeds)
     return [
-        judge(
-            arm.name,
-            settings,
-            trials[place * per_setting : (place + 1) * per_setting],
-            task_named(plan.task).metric.name,
-        )
+        judge(arm.name, settings, trials[place * size : (place + 1) * size], metric)
         for place, (arm, settings) in enumerate(pairs)
     ]
 

@@ -9,18 +9,17 @@ report.html, report.md, report.csv, report.tex, report.json; an SVG file for eac
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from relflat.errors import ConfigError, DataError
-from relflat.lab.compare.arms import arms_named
+from relflat.lab.compare.arms import Budget, arms_named
 from relflat.lab.compare.search import Comparison, OnTrial, Plan, compare, conclude, plan_from
-from relflat.lab.compare.trials import Job, Trial, read_trial, workers
+from relflat.lab.compare.trials import Job, Trial, one_thread, read_trial, workers
 from relflat.lab.report import report
 from relflat.lab.report.summary import Summary
 from relflat.lab.report.verdict import verdict
@@ -36,50 +35,41 @@ FIRST_SEARCH_SEED = 100
 Costs = dict[str, StepCost]
 
 
-def plan_for(
-    task: str,
-    arms: Sequence[str],
-    *,
-    seeds: int,
-    search_seeds: int,
-    trials: int,
-    first_seed: int = 0,
-    **common: Any,
-) -> Plan:
+def plan_for(task: str, arms: Sequence[str], budget: Budget, **common: Any) -> Plan:
     """The plan of a comparison as the command line gives it.
 
     Args:
         task: name of the task.
         arms: names of the arms.
-        seeds: number of tested seeds.
-        search_seeds: number of seeds to choose by: 100, 101, ...
-        trials: number of settings an arm.
-        first_seed: the first tested seed.
-        **common: values of all runs; those that are None are the task's own.
+        budget: of each arm.
+        **common: values that all runs share.
 
     Raises:
         ConfigError: an unknown name, or numbers that do not fit.
     """
     contenders = arms_named(arms)
-    most = min(len(arm.values) for arm in contenders) if contenders else 0
-    if not 1 <= trials <= most:
-        raise ConfigError(f"trials={trials} must lie between 1 and {most}, the settings in the arms' grids.")
-    if not 0 <= first_seed < FIRST_SEARCH_SEED:
-        raise ConfigError(f"first_seed={first_seed} must lie between 0 and {FIRST_SEARCH_SEED - 1}.")
-    if not 1 <= seeds <= FIRST_SEARCH_SEED - first_seed:
-        raise ConfigError(f"seeds={seeds} must lie between 1 and {FIRST_SEARCH_SEED - first_seed}.")
-    if search_seeds < 1:
-        raise ConfigError(f"search_seeds={search_seeds} must be above 0.")
+    most = min((len(arm.values) for arm in contenders), default=0)
+    fits("trials", budget.trials, 1, most, ", the settings in the arms' grids")
+    fits("first_seed", budget.first_seed, 0, FIRST_SEARCH_SEED - 1)
+    fits("seeds", budget.seeds, 1, FIRST_SEARCH_SEED - budget.first_seed)
+    if budget.search_seeds < 1:
+        raise ConfigError(f"search_seeds={budget.search_seeds} must be above 0.")
     plan = Plan(
         task,
-        {key: value for key, value in common.items() if value is not None},
-        tuple(replace(arm, values=arm.values[:trials]) for arm in contenders),
-        tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + search_seeds)),
-        tuple(range(first_seed, first_seed + seeds)),
+        common,
+        tuple(replace(arm, values=arm.values[: budget.trials]) for arm in contenders),
+        tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + budget.search_seeds)),
+        tuple(range(budget.first_seed, budget.first_seed + budget.seeds)),
     )
     for arm in plan.arms:  # a wrong value is found before anything runs
         plan.config(arm, arm.grid[0], 0)
     return plan
+
+
+def fits(name: str, value: int, least: int, most: int, what: str = "") -> None:
+    """Reject a number that is out of its range."""
+    if not least <= value <= most:
+        raise ConfigError(f"{name}={value} must lie between {least} and {most}{what}.")
 
 
 def folder_for(plan: Plan, runs: Path) -> Path:
@@ -126,15 +116,8 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
             )
     with store.writing(folder, "--runs" if folder.parent == runs else "--out"):
         folder.mkdir(parents=True, exist_ok=True)
-        for pattern in (
-            PLAN,
-            COSTS,
-            ENVIRONMENT,
-            "report.*",
-            "figure-*",
-        ):  # what a killed process had begun to write
-            for unfinished in folder.glob(f".{pattern}-*"):
-                unfinished.unlink()
+        for pattern in (PLAN, COSTS, ENVIRONMENT, "report.*", "*.svg"):
+            store.remove_unfinished(folder, f".{pattern}-*")
         if not (folder / PLAN).is_file():
             store.write_json(folder / PLAN, values)
 
@@ -174,14 +157,10 @@ def costs_of(folder: Path, comparison: Comparison) -> Costs:
             return {arm.name: StepCost(**kept[arm.name]) for arm in arms}
         except (KeyError, TypeError) as error:
             raise store.damaged(folder / COSTS, f"{type(error).__name__}: {error}") from error
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     seed = comparison.plan.seeds[0]
     configs = [comparison.plan.config(arm, comparison.chosen[arm.name].settings, seed) for arm in arms]
-    try:
+    with one_thread():
         costs = dict(zip((arm.name for arm in arms), step_costs(configs), strict=True))
-    finally:
-        torch.set_num_threads(threads)
     with store.writing(folder, "--out"):
         store.write_json(folder / COSTS, {name: asdict(cost) for name, cost in costs.items()})
     return costs
@@ -251,22 +230,21 @@ def rebuild(folder: Path) -> Comparison:
         ) from error
     made = f"the comparison in {folder} was made. Give its relflat compare command again with another --out"
     require_unchanged(plan.task, values.get("source"), made)
-    comparison = conclude(plan, (folder / values["runs"]).resolve(), reader(folder))
+    comparison = conclude(plan, (folder / values["runs"]).resolve(), partial(read_trials, folder))
     write_report(folder, comparison, costs_of(folder, comparison))
     return comparison
 
 
-def reader(folder: Path) -> Callable[[Sequence[Job]], list[Trial]]:
-    """Reads finished runs in place of doing them."""
+def read_trials(folder: Path, jobs: Sequence[Job]) -> list[Trial]:
+    """Read finished runs in place of doing them.
 
-    def read(jobs: Sequence[Job]) -> list[Trial]:
-        trials = [read_trial(job) for job in jobs]
-        lost = sum(trial is None for trial in trials)
-        if lost:
-            raise DataError(
-                f"{lost} of {len(jobs)} runs of the comparison in {folder} are not in its folder of runs. "
-                "Give its relflat compare command again; it does what is missing."
-            )
-        return [trial for trial in trials if trial is not None]
-
-    return read
+    Raises:
+        DataError: some are not there.
+    """
+    found = [trial for trial in map(read_trial, jobs) if trial is not None]
+    if len(found) < len(jobs):
+        raise DataError(
+            f"{len(jobs) - len(found)} of {len(jobs)} runs of the comparison in {folder} are not in its folder of "
+            "runs. Give its relflat compare command again; it does what is missing."
+        )
+    return found

@@ -3,8 +3,9 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,8 @@ from relflat.lab.train.config import RunConfig
 from relflat.lab.train.loop import train
 from relflat.lab.train.store import folder_of, metrics_of
 
-T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -85,47 +87,63 @@ def read_trial(job: Job) -> Trial | None:
     return Trial(job.config, result, metrics_of(folder))
 
 
+def each(
+    pool: Executor,
+    work: Callable[[A], B],
+    items: Iterable[A],
+    on_done: Callable[[B], None] = lambda result: None,
+) -> list[B]:
+    """Do the work for every item, telling each result as it comes; the results in the order of the items.
+
+    The first error stops the rest. A pool in another process needs work that can be sent there.
+    """
+    futures: list[Future[B]] = []
+    seen = 0  # done when they were handed over, as by a pool that is this process itself
+    try:
+        for item in items:
+            futures.append(pool.submit(work, item))
+            if futures[-1].done() and seen == len(futures) - 1:
+                on_done(futures[-1].result())
+                seen += 1
+        for future in as_completed(futures[seen:]):
+            on_done(future.result())
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    return [future.result() for future in futures]
+
+
 def run_all(
     pool: Executor, jobs: Sequence[Job], on_done: Callable[[Trial], None] = lambda trial: None
 ) -> list[Trial]:
     """Do all runs and return them in the order of the jobs; the first error stops the rest."""
-    places: dict[Future[Trial], int] = {}
-    trials: dict[int, Trial] = {}
-
-    def collect(future: Future[Trial]) -> None:
-        trials[places[future]] = future.result()
-        on_done(trials[places[future]])
-
-    try:
-        for place, job in enumerate(jobs):
-            future = pool.submit(run_job, job)
-            places[future] = place
-            if future.done():
-                collect(future)
-        for future in as_completed([future for future, place in places.items() if place not in trials]):
-            collect(future)
-    except BaseException:
-        for future in places:
-            future.cancel()
-        raise
-    return [trials[place] for place in range(len(jobs))]
+    return each(pool, run_job, jobs, on_done)
 
 
 class Here(Executor):
     """Does the work in this process, on one thread; what a pool of one would do without starting a process."""
 
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+    def submit(self, fn: Callable[..., B], /, *args: Any, **kwargs: Any) -> Future[B]:
         """Do it now."""
-        future: Future[T] = Future()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        future: Future[B] = Future()
         try:
-            future.set_result(fn(*args, **kwargs))
+            with one_thread():
+                future.set_result(fn(*args, **kwargs))
         except Exception as error:  # a future keeps whatever was raised for the one who asks for its result
             future.set_exception(error)
-        finally:
-            torch.set_num_threads(threads)
         return future
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread in the block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def workers(count: int) -> Executor:

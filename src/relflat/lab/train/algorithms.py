@@ -1,96 +1,98 @@
-"""Training algorithms: each has settings, what it wraps, and one step function.
+"""Training algorithms: an algorithm is a frozen record of its settings that knows what it does with a run.
 
-A step takes one batch, updates the parameters once and returns what it minimised. BatchNorm statistics
-move once a step, whatever the number of forward passes.
+It may wrap the task's loss, wrap the task's optimiser, or make the update in another way. To add one, write a
+subclass of `Algorithm` whose docstring says what each setting is, and name it in ``ALGORITHMS`` below; from outside
+this package, call ``register``.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import partial
+from importlib import import_module
+from typing import Any, ClassVar, Literal, cast
 
-import torch
-from accelerate import Accelerator
-from pytorch_optimizer import SAM, LookSAM
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from relflat import FAM
 from relflat.errors import ConfigError
-from relflat.lab.data.arrays import Inputs
-from relflat.lab.names import names_in
+from relflat.lab.names import look_up, names_in
 from relflat.lab.train.disturb import Disturbed, dropout, noise
-from relflat.lab.train.evaluate import run
-from relflat.papers.knobs import KnobbedFAM
+from relflat.lab.train.steps import looksam_step, plain_step, sam_step
 
 BaseOptimizer = Callable[[Iterable[Any]], Optimizer]
-
-
-class Losses(NamedTuple):
-    """What a step minimised.
-
-    Attributes:
-        total: task loss plus penalty.
-        penalty: the penalty alone; nan where the forward pass itself was perturbed and it is not known apart.
-    """
-
-    total: Tensor
-    penalty: float
-
-
-@dataclass
-class Learner:
-    """What a step works with.
-
-    Attributes:
-        accelerator: runs the backward pass.
-        model: in training mode.
-        criterion: the task loss, wrapped by the algorithm.
-        optimizer: the base optimiser, wrapped by the algorithm.
-    """
-
-    accelerator: Accelerator
-    model: nn.Module
-    criterion: nn.Module
-    optimizer: Optimizer
+Parameters = Iterable[nn.Parameter]
 
 
 @dataclass(frozen=True)
-class PlainSettings:
-    """Plain training has no settings of its own."""
+class Algorithm:
+    """Plain training: the task's loss and the task's optimiser, as they are.
+
+    Attributes:
+        two_passes: whether a step takes two forward and backward passes, which a loss scaled for fp16 cannot follow.
+        step: updates the parameters once, see `relflat.lab.train.steps`.
+    """
+
+    two_passes: ClassVar[bool] = False
+    step = staticmethod(plain_step)
+
+    def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
+        """The task loss, wrapped; ``seed`` is for what draws random numbers of its own."""
+        return loss
+
+    def optimizer(self, parameters: Parameters, base: BaseOptimizer) -> Optimizer:
+        """The task's optimiser, wrapped."""
+        return base(parameters)
 
 
 @dataclass(frozen=True)
-class SamSettings:
+class Sam(Algorithm):
     """Sharpness-aware minimisation (Foret et al. 2021).
 
     Attributes:
         rho: radius of the step uphill.
-        adaptive: scale it elementwise by the weights (ASAM, Kwon et al. 2021).
+        adaptive: the elementwise form (of SAM: ASAM, Kwon et al. 2021).
     """
 
+    two_passes = True
+    step = staticmethod(sam_step)
     rho: float = 0.05
     adaptive: bool = False
 
+    def optimizer(self, parameters: Parameters, base: BaseOptimizer) -> Optimizer:
+        """The task's optimiser inside pytorch_optimizer's SAM."""
+        return in_sam(parameters, base, rho=self.rho, adaptive=self.adaptive)
+
 
 @dataclass(frozen=True)
-class LookSamSettings:
+class LookSam(Algorithm):
     """SAM's second pass every few steps, its direction kept in between (Liu et al. 2022).
 
     Attributes:
         rho: radius of the step uphill.
         period: steps from one second pass to the next.
-        alpha: weight of the kept direction.
+        alpha: weight of the direction kept in between.
     """
 
+    two_passes = True
+    step = staticmethod(looksam_step)
     rho: float = 0.05
     period: int = 5
     alpha: float = 0.7
 
+    def optimizer(self, parameters: Parameters, base: BaseOptimizer) -> Optimizer:
+        """The task's optimiser inside pytorch_optimizer's LookSAM."""
+        from pytorch_optimizer import LookSAM
+
+        if self.period < 1:
+            raise ConfigError(f"period={self.period} must be above 0.")
+        inner = cast(type[Optimizer], base)
+        return LookSAM(parameters, inner, rho=self.rho, k=self.period, alpha=self.alpha)
+
 
 @dataclass(frozen=True)
-class SmoothingSettings:
+class Smoothing(Algorithm):
     """Label smoothing (Szegedy et al. 2016).
 
     Attributes:
@@ -99,54 +101,71 @@ class SmoothingSettings:
 
     smoothing: float = 0.1
 
+    def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
+        """Cross-entropy against smoothed targets."""
+        if type(loss) is not nn.CrossEntropyLoss:
+            raise ConfigError(
+                f"Label smoothing needs a task whose loss is CrossEntropyLoss, not {type(loss).__name__}; "
+                "choose another algorithm."
+            )
+        if not 0 <= self.smoothing <= 1:
+            raise ConfigError(f"smoothing={self.smoothing} must lie between 0 and 1.")
+        smoothed = copy.deepcopy(loss)
+        smoothed.label_smoothing = self.smoothing
+        return smoothed
+
 
 @dataclass(frozen=True)
-class DropoutSettings:
+class Dropout(Algorithm):
     """Dropout on the inputs of layers.
 
     Attributes:
         rate: probability with which an entry is dropped.
-        layer: the layers, by name or glob; several with commas.
+        layer: the layers it acts on, by name or glob; several with commas.
     """
 
     rate: float = 0.1
     layer: str = "*"
 
+    def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
+        """The task loss, with dropout hooked into the model."""
+        return Disturbed(loss, model, self.layer, dropout(self.rate))
+
 
 @dataclass(frozen=True)
-class NoiseSettings:
+class Noise(Algorithm):
     """Plain Gaussian noise on the inputs of layers.
 
     Attributes:
-        sigma: its standard deviation.
-        layer: the layers, by name or glob; several with commas.
+        sigma: standard deviation of the noise.
+        layer: the layers it acts on, by name or glob; several with commas.
     """
 
     sigma: float = 0.1
     layer: str = "*"
 
+    def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
+        """The task loss, with noise hooked into the model."""
+        return Disturbed(loss, model, self.layer, noise(self.sigma))
+
 
 @dataclass(frozen=True)
-class FamSettings:
+class Fam(Algorithm):
     """Relative flatness aware minimisation; the meanings are those of `relflat.FAM`.
 
     Attributes:
         strength: lambda of the paper, on kappa without division by m.
-        layer: the layer, by name or glob; several with commas.
-        radius: finite radius of the feature noise; None for kappa itself.
+        layer: the layers it acts on, by name or glob; several with commas.
+        radius: finite radius of the feature noise instead of kappa itself.
         curvature: what kappa is made of.
         gradient: which part of Lemma 1 is used.
         method: how kappa is computed.
-        probes: random probes a step where it is not exact.
-        adaptive: the elementwise form.
+        probes: random probes a step where kappa is not exact.
+        adaptive: the elementwise form (of kappa).
         every: add the penalty every so many steps.
         warmup_steps: steps over which the strength grows from 0.
         normalize_features: divide features by their deviation.
-        temperature: of the softmax in kappa, for an output layer.
-        unit_features: kappa with features of norm 1, for an output layer.
-        remove_after: steps after which the penalty is taken away; None: it stays.
-        weight_cap: greatest norm of the layer's weight while the penalty is there; None: any.
-        layers_per_step: of several layers, draw so many for each step; None: all.
+        layers_per_step: of several layers, draw so many for each step, else take all.
     """
 
     strength: float = 0.1
@@ -160,234 +179,79 @@ class FamSettings:
     every: int = 1
     warmup_steps: int = 0
     normalize_features: bool = False
-    temperature: float = 1.0
-    unit_features: bool = False
-    remove_after: int | None = None
-    weight_cap: float | None = None
     layers_per_step: int | None = None
+
+    def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
+        """The task loss wrapped by `relflat.FAM`."""
+        return FAM(loss, model, names_in(self.layer), **self.options, seed=seed)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `relflat.FAM` that these settings stand for."""
+        options = {field.name: getattr(self, field.name) for field in fields(Fam)}
+        del options["layer"]
+        strength, steps = options.pop("strength"), options.pop("warmup_steps")
+        return options | {"strength": partial(warmed_up, strength, steps) if steps else strength}
+
+
+def warmed_up(strength: float, steps: int, step: int) -> float:
+    """The strength of a step, which grows linearly from 0 over some."""
+    return strength * min(1.0, (step + 1) / (steps + 1))
 
 
 @dataclass(frozen=True)
-class FamSamSettings(FamSettings):
+class FamSam(Fam):
     """FAM's criterion under SAM's optimiser.
 
     Attributes:
         rho: radius of the step uphill.
     """
 
+    two_passes = True
+    step = staticmethod(sam_step)
     rho: float = 0.05
 
-
-def plain_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
-    """One gradient step on the task loss."""
-    loss = backward(learner, inputs, targets)
-    learner.optimizer.step()
-    return Losses(loss, 0.0)
+    def optimizer(self, parameters: Parameters, base: BaseOptimizer) -> Optimizer:
+        """The task's optimiser inside SAM; ``adaptive`` is FAM's here."""
+        return in_sam(parameters, base, rho=self.rho)
 
 
-def sam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
-    """A step uphill, then the gradient from there applied to the old weights; two passes.
+def in_sam(parameters: Parameters, base: BaseOptimizer, **options: Any) -> Optimizer:
+    """The base optimiser inside pytorch_optimizer's SAM."""
+    from pytorch_optimizer import SAM
 
-    FAM as the criterion draws the same probes in both and counts them as one step.
-    """
-    step = get_counter(learner.criterion)
-    loss = backward(learner, inputs, targets)
-    penalty = penalty_of(learner.criterion)
-
-    def uphill() -> float:
-        set_counter(learner.criterion, step)
-        with buffers_kept(learner.model):
-            return float(backward(learner, inputs, targets))
-
-    learner.optimizer.step(uphill)
-    cap_weights(learner.criterion)
-    return Losses(loss, penalty)
+    return SAM(parameters, cast(type[Optimizer], base), **options)
 
 
-def looksam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
-    """SAM's two passes when it is time for them, else one pass and the direction kept from then."""
-    inner = cast(LookSAM, getattr(learner.optimizer, "optimizer", learner.optimizer))
-    done: int = inner.param_groups[0].get("looksam_step", 0)  # part of the optimiser's state
-    if done % inner.k == 0:
-        return sam_step(learner, inputs, targets)
-    losses: list[Tensor] = []
-
-    def here() -> float:
-        losses.append(backward(learner, inputs, targets))
-        return 0.0
-
-    learner.optimizer.step(here)
-    return Losses(losses[0], 0.0)
-
-
-def fam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
-    """One gradient step on the task loss plus the penalty, which `relflat.FAM` adds inside the criterion."""
-    loss = backward(learner, inputs, targets)
-    learner.optimizer.step()
-    cap_weights(learner.criterion)
-    return Losses(loss, penalty_of(learner.criterion))
-
-
-def backward(learner: Learner, inputs: Inputs, targets: Tensor) -> Tensor:
-    """Fresh gradients of the criterion on a batch; returns its value."""
-    learner.optimizer.zero_grad()
-    loss: Tensor = learner.criterion(run(learner.model, inputs), targets)
-    learner.accelerator.backward(loss)
-    return loss.detach()
-
-
-def cap_weights(criterion: nn.Module) -> None:
-    """Keep the weights of FAM's layers within their cap, where there is one."""
-    if isinstance(criterion, KnobbedFAM):
-        criterion.cap()
-
-
-def penalty_of(criterion: nn.Module) -> float:
-    """What FAM added in its last call; 0 for other criteria."""
-    return float(criterion.last["penalty"]) if isinstance(criterion, FAM) else 0.0
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what the passes inside do to the buffers (running statistics and their counters)."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
-
-
-def task_loss(loss: nn.Module, model: nn.Module, settings: Any, seed: int) -> nn.Module:
-    """The criterion of algorithms that leave the loss alone."""
-    return loss
-
-
-def fam_loss(loss: nn.Module, model: nn.Module, settings: FamSettings, seed: int) -> nn.Module:
-    """The task loss wrapped by `relflat.FAM`."""
-    return KnobbedFAM(
-        loss,
-        model,
-        names_in(settings.layer),
-        strength=settings.strength,
-        radius=settings.radius,
-        curvature=settings.curvature,
-        gradient=settings.gradient,
-        method=settings.method,
-        probes=settings.probes,
-        adaptive=settings.adaptive,
-        every=settings.every,
-        warmup_steps=settings.warmup_steps,
-        normalize_features=settings.normalize_features,
-        temperature=settings.temperature,
-        unit_features=settings.unit_features,
-        remove_after=settings.remove_after,
-        weight_cap=settings.weight_cap,
-        layers_per_step=settings.layers_per_step,
-        seed=seed,
-    )
-
-
-def smoothed_loss(loss: nn.Module, model: nn.Module, settings: SmoothingSettings, seed: int) -> nn.Module:
-    """Cross-entropy against smoothed targets."""
-    if type(loss) is not nn.CrossEntropyLoss:
-        raise ConfigError(
-            f"Label smoothing needs a task whose loss is CrossEntropyLoss, not {type(loss).__name__}; "
-            "choose another algorithm."
-        )
-    if not 0 <= settings.smoothing <= 1:
-        raise ConfigError(f"smoothing={settings.smoothing} must lie between 0 and 1.")
-    smoothed = copy.deepcopy(loss)
-    smoothed.label_smoothing = settings.smoothing
-    return smoothed
-
-
-def dropout_loss(loss: nn.Module, model: nn.Module, settings: DropoutSettings, seed: int) -> nn.Module:
-    """The task loss, with dropout hooked into the model."""
-    return Disturbed(loss, model, settings.layer, dropout(settings.rate))
-
-
-def noise_loss(loss: nn.Module, model: nn.Module, settings: NoiseSettings, seed: int) -> nn.Module:
-    """The task loss, with noise hooked into the model."""
-    return Disturbed(loss, model, settings.layer, noise(settings.sigma))
-
-
-def base_optimizer(parameters: Iterable[nn.Parameter], base: BaseOptimizer, settings: Any) -> Optimizer:
-    """The task's own optimiser."""
-    return base(parameters)
-
-
-def sam_optimizer(
-    parameters: Iterable[nn.Parameter], base: BaseOptimizer, settings: SamSettings
-) -> Optimizer:
-    """The task's optimiser inside pytorch_optimizer's SAM."""
-    return SAM(parameters, cast(type[Optimizer], base), rho=settings.rho, adaptive=settings.adaptive)
-
-
-def looksam_optimizer(
-    parameters: Iterable[nn.Parameter], base: BaseOptimizer, settings: LookSamSettings
-) -> Optimizer:
-    """The task's optimiser inside pytorch_optimizer's LookSAM."""
-    if settings.period < 1:
-        raise ConfigError(f"period={settings.period} must be above 0.")
-    return LookSAM(
-        parameters,
-        cast(type[Optimizer], base),
-        rho=settings.rho,
-        k=settings.period,
-        alpha=settings.alpha,
-    )
-
-
-def fam_sam_optimizer(
-    parameters: Iterable[nn.Parameter], base: BaseOptimizer, settings: FamSamSettings
-) -> Optimizer:
-    """As ``sam_optimizer``; ``adaptive`` is FAM's here."""
-    return SAM(parameters, cast(type[Optimizer], base), rho=settings.rho)
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """One way to train.
-
-    Attributes:
-        settings: class of its settings.
-        step: one update.
-        criterion: wraps the task loss.
-        optimizer: wraps the task's optimiser.
-    """
-
-    settings: type[Any]
-    step: Callable[[Learner, Inputs, Tensor], Losses]
-    criterion: Callable[[nn.Module, nn.Module, Any, int], nn.Module] = task_loss
-    optimizer: Callable[[Iterable[nn.Parameter], BaseOptimizer, Any], Optimizer] = base_optimizer
-
-
-ALGORITHMS: dict[str, Algorithm] = {
-    "plain": Algorithm(PlainSettings, plain_step),
-    "sam": Algorithm(SamSettings, sam_step, optimizer=sam_optimizer),
-    "fam": Algorithm(FamSettings, fam_step, criterion=fam_loss),
-    "fam-sam": Algorithm(FamSamSettings, sam_step, criterion=fam_loss, optimizer=fam_sam_optimizer),
-    "looksam": Algorithm(LookSamSettings, looksam_step, optimizer=looksam_optimizer),
-    "smoothing": Algorithm(SmoothingSettings, plain_step, criterion=smoothed_loss),
-    "dropout": Algorithm(DropoutSettings, plain_step, criterion=dropout_loss),
-    "noise": Algorithm(NoiseSettings, plain_step, criterion=noise_loss),
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "plain": Algorithm,
+    "sam": Sam,
+    "fam": Fam,
+    "fam-sam": FamSam,
+    "looksam": LookSam,
+    "smoothing": Smoothing,
+    "dropout": Dropout,
+    "noise": Noise,
 }
+PROVIDERS = ("relflat.papers.knobs",)  # modules that register further algorithms when they are imported
 
 
-def release(criterion: nn.Module) -> None:
-    """Remove what the criterion hooked into the model."""
-    if isinstance(criterion, FAM | Disturbed):
-        criterion.close()
+def register(name: str, algorithm: type[Algorithm]) -> None:
+    """Make an algorithm known under a name, so that runs can be configured by it."""
+    ALGORITHMS[name] = algorithm
 
 
-def get_counter(criterion: nn.Module) -> int:
-    """The step number that, with its seed, determines FAM's probes; 0 for criteria without one."""
-    return criterion.step if isinstance(criterion, FAM) else 0
+def all_algorithms() -> dict[str, type[Algorithm]]:
+    """Those of this module and of all providers."""
+    for module in PROVIDERS:
+        import_module(module)
+    return ALGORITHMS
 
 
-def set_counter(criterion: nn.Module, step: int) -> None:
-    """Put back what ``get_counter`` returned."""
-    if isinstance(criterion, FAM):
-        criterion.step = step
+def algorithm_named(name: str) -> type[Algorithm]:
+    """The algorithm of this name; the providers are imported only for a name that is not known without them.
+
+    Raises:
+        ConfigError: there is none; the nearest is named.
+    """
+    return look_up("algorithm", name, ALGORITHMS if name in ALGORITHMS else all_algorithms())

@@ -15,88 +15,66 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from relflat.errors import DataError
-from relflat.lab.train.algorithms import get_counter, set_counter
-from relflat.lab.train.store import write_folder
+from relflat.lab.train.session import Session
+from relflat.lab.train.steps import get_counter, set_counter
+from relflat.lab.train.store import put_in_place
 
 WEIGHTS, STATE = "model.safetensors", "state.pt"
 
 
-def save(
-    run: Path,
-    *,
-    epoch: int,
-    model: nn.Module,
-    criterion: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    scaler: Any,
-    history: list[dict[str, Any]],
-) -> None:
-    """Write the checkpoint of an epoch and remove older ones.
+def save(run: Path, session: Session, history: list[dict[str, Any]]) -> None:
+    """Write the checkpoint of the last epoch in the history and remove older ones.
 
     Raises:
         OSError: it cannot be written; nothing of it is left, and the older ones are.
     """
     state = {
-        "epoch": epoch,
-        "criterion_step": get_counter(criterion),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
+        "criterion_step": get_counter(session.learner.criterion),
         "rng": rng_state(),
         "history": history,
+        **{name: part.state_dict() for name, part in _parts(session).items()},
     }
 
     def fill(folder: Path) -> None:
+        folder.mkdir()
         try:
-            save_model(model, str(folder / WEIGHTS))
+            save_model(session.model, str(folder / WEIGHTS))
         except SafetensorError as error:
             raise OSError(str(error)) from error
         content = io.BytesIO()  # torch.save into a file that fails ends in an error that does not say why
         torch.save(state, content)
         (folder / STATE).write_bytes(content.getbuffer())
 
-    write_folder(run / f"checkpoint-{epoch:04d}", fill)
+    put_in_place(run / f"checkpoint-{len(history):04d}", fill)
     remove_old(run)
 
 
-def remove_old(run: Path) -> None:
-    """Remove all checkpoints but the newest."""
-    for old in checkpoints(run)[:-1]:
-        shutil.rmtree(old)
-
-
-def load(
-    run: Path,
-    *,
-    model: nn.Module,
-    criterion: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    scaler: Any,
-) -> list[dict[str, Any]]:
+def load(run: Path, session: Session) -> list[dict[str, Any]]:
     """Put everything back as the newest checkpoint has it; return the history, empty without a checkpoint."""
     found = checkpoints(run)
     if not found:
         return []
     try:
         state = torch.load(found[-1] / STATE, weights_only=True, map_location="cpu")
-        load_model(model, str(found[-1] / WEIGHTS))
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        if scaler is not None:
-            scaler.load_state_dict(state["scaler"])
+        load_model(session.model, str(found[-1] / WEIGHTS))
+        for name, part in _parts(session).items():
+            part.load_state_dict(state[name])
     except Exception as error:  # torch.load and load_state_dict let through whatever damaged files raise
         raise DataError(
             f"The checkpoint {found[-1]} cannot be read ({error}). Run again with --fresh."
         ) from error
-    set_counter(criterion, state["criterion_step"])
+    set_counter(session.learner.criterion, state["criterion_step"])
     set_rng_state(state["rng"])
     return list(state["history"])
+
+
+def _parts(session: Session) -> dict[str, Any]:
+    """What keeps a state of its own between epochs, beside the model."""
+    parts = {"optimizer": session.learner.optimizer, "scheduler": session.scheduler}
+    scaler = session.accelerator.scaler
+    return parts if scaler is None else {**parts, "scaler": scaler}
 
 
 def load_weights(run: Path, model: nn.Module) -> None:
@@ -114,6 +92,12 @@ def load_weights(run: Path, model: nn.Module) -> None:
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(run.glob("checkpoint-*"))
+
+
+def remove_old(run: Path) -> None:
+    """Remove all checkpoints but the newest."""
+    for old in checkpoints(run)[:-1]:
+        shutil.rmtree(old)
 
 
 def rng_state() -> dict[str, Any]:

@@ -4,78 +4,21 @@
 and the algorithm's defaults and rejects every key it does not know.
 """
 
-import hashlib
 import json
 import tomllib
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from relflat.errors import ConfigError
-from relflat.lab.names import look_up, unknown
+from relflat.lab.names import unknown
 from relflat.lab.tasks.catalogue import TASKS, changed_since, full_name, source_of, task_named
-from relflat.lab.train.algorithms import ALGORITHMS, base_optimizer
+from relflat.lab.train.algorithms import ALGORITHMS, algorithm_named, all_algorithms
+from relflat.lab.train.settings import RunConfig as RunConfig
 
-Precision = Literal["no", "bf16", "fp16"]
-
-# Keys that came later, and what earlier runs had: left out where that still holds, so that old runs keep their hash.
-LATER: dict[str, Any] = {
-    "source": None,
-    "precision": "no",
-    "temperature": 1.0,
-    "unit_features": False,
-    "remove_after": None,
-    "weight_cap": None,
-    "layers_per_step": None,
-}
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """One run.
-
-    Attributes:
-        task: name of the task, or ``/path/to/file.py:name``.
-        source: hash of that file's content, and the task's version from 2 on; None for a built-in task of version 1.
-        algorithm: name of the algorithm.
-        seed: of initial weights, data order, label noise, training subset and probes.
-        epochs: passes over the training data.
-        batch_size: samples a step.
-        lr: learning rate at the start.
-        weight_decay: of the base optimiser.
-        train_size: number of training samples; None for all.
-        label_noise: probability with which a training label is redrawn.
-        precision: what training computes in: ``"no"`` (float32), or ``"bf16"`` or ``"fp16"`` where autocast allows;
-            evaluation is always in float32.
-        settings: the algorithm's own settings.
-    """
-
-    task: str
-    source: str | None
-    algorithm: str
-    seed: int
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    train_size: int | None
-    label_noise: float
-    precision: Precision
-    settings: Any
-
-    def flat(self) -> dict[str, Any]:
-        """All values as one flat mapping; ``make`` turns it back into this configuration."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "settings"}
-        values |= asdict(self.settings)
-        return {key: value for key, value in values.items() if key not in LATER or value != LATER[key]}
-
-    @property
-    def digest(self) -> str:
-        """Ten hexadecimal digits that stand for all values."""
-        text = json.dumps(self.flat(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
+RENAMED = {"regularize": "layer", "estimator": "method"}  # keys of schema 1, whose "method" was the algorithm
 
 
 def make(given: Mapping[str, Any]) -> RunConfig:
@@ -91,42 +34,34 @@ def make(given: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(f"No task given. Known: {', '.join(sorted(TASKS))}.")
     name = _text("task", given["task"])
     task = task_named(name)
-    algorithm = look_up("algorithm", _text("algorithm", given.get("algorithm", "plain")), ALGORITHMS)
-    common: dict[str, Any] = {
+    _check_names(given)
+    algorithm = algorithm_named(_text("algorithm", given.get("algorithm", "plain")))
+    common = {field.name: field.default for field in fields(RunConfig) if field.name != "settings"} | {
         "task": name,
-        "source": None,
-        "algorithm": "plain",
-        "seed": 0,
         "epochs": task.epochs,
         "batch_size": task.batch_size,
         "lr": task.optimizer.lr,
         "weight_decay": task.optimizer.weight_decay,
-        "train_size": None,
-        "label_noise": 0.0,
-        "precision": "no",
     }
-    own = {field.name: field.default for field in fields(algorithm.settings)}
+    own = {field.name: field.default for field in fields(algorithm)}
     for key in given:
         if key not in common and key not in own:
             raise _misplaced(key, given.get("algorithm", "plain"), [*common, *own])
-    hints = {**get_type_hints(RunConfig), **get_type_hints(algorithm.settings)}
+    hints = {**get_type_hints(RunConfig), **get_type_hints(algorithm)}
     values = {
         key: check(key, given.get(key, default), hints[key]) for key, default in {**common, **own}.items()
     }
-    values |= {"task": full_name(name), "source": _unchanged(name, values["source"])}
-    config = RunConfig(
-        **{key: values[key] for key in common},
-        settings=algorithm.settings(**{key: values[key] for key in own}),
-    )
-    _check_ranges(config)
-    return config
+    if values["source"] is not None:
+        require_unchanged(name, values["source"])
+    values |= {"task": full_name(name), "source": source_of(name)}
+    settings = algorithm(**{key: values[key] for key in own})
+    return RunConfig(**{key: values[key] for key in common}, settings=settings)
 
 
-def _unchanged(name: str, recorded: str | None) -> str | None:
-    """What stands for the task's code now; if it was recorded, it must be the same."""
-    if recorded is not None:
-        require_unchanged(name, recorded)
-    return source_of(name)
+def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat values of schema 1 under today's names; a key that was left out had today's default."""
+    names = {**RENAMED, "method": "algorithm"}
+    return {names.get(key, key): value for key, value in values.items()}
 
 
 def require_unchanged(
@@ -153,10 +88,22 @@ def _text(key: str, value: Any) -> str:
     return value
 
 
+def _check_names(given: Mapping[str, Any]) -> None:
+    """Reject keys of schema 1 by their present names."""
+    for old, new in RENAMED.items():
+        if old in given:
+            raise ConfigError(f"{old!r} is called {new!r} now; on the command line --{new}.")
+    if given.get("method") in (names := list(ALGORITHMS)):
+        raise ConfigError(
+            f"method={given['method']!r}: that is an algorithm, so give --algorithm {given['method']} "
+            f"(in a file: algorithm). Algorithms: {', '.join(names)}; method is how kappa is computed."
+        )
+
+
 def _misplaced(key: str, algorithm: str, known: list[str]) -> ConfigError:
     """The error for a key that does not belong here, or not to this algorithm."""
     owners = [
-        name for name, other in ALGORITHMS.items() if key in {field.name for field in fields(other.settings)}
+        name for name, other in all_algorithms().items() if key in {field.name for field in fields(other)}
     ]
     if owners:
         return ConfigError(
@@ -169,43 +116,16 @@ def _misplaced(key: str, algorithm: str, known: list[str]) -> ConfigError:
 def check(key: str, value: Any, hint: Any) -> Any:
     """Return the value as the annotated type, or say what was expected."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        if option is type(None):
-            if value is None:
-                return None
-        elif get_origin(option) is Literal:
-            if value in get_args(option):
-                return value
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        elif type(value) is option:
-            return value
-    literals = [str(choice) for option in options for choice in get_args(option)]
-    if literals and isinstance(value, str):
-        raise unknown(f"{key}", value, literals)
-    expected = " or ".join("none" if option is type(None) else option.__name__ for option in options)
-    raise ConfigError(f"{key}={value!r} is not a valid value; expected {expected}.")
-
-
-def _check_ranges(config: RunConfig) -> None:
-    """Reject numbers that no run can have; the algorithm's own settings are checked where they are used."""
-    positive = {"epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr}
-    for key, value in positive.items():
-        if not value > 0:
-            raise ConfigError(f"{key}={value} must be above 0.")
-    if not config.weight_decay >= 0:
-        raise ConfigError(f"weight_decay={config.weight_decay} must not be negative.")
-    if not 0 <= config.label_noise <= 1:
-        raise ConfigError(
-            f"label_noise={config.label_noise} is not a probability; give a number from 0 to 1."
-        )
-    if config.precision == "fp16" and ALGORITHMS[config.algorithm].optimizer is not base_optimizer:
-        raise ConfigError(
-            f"precision='fp16' scales the loss, which algorithm {config.algorithm!r} with its two passes a step "
-            "cannot follow; use precision='bf16'."
-        )
-    if not 0 <= config.seed < 2**32:
-        raise ConfigError(f"seed={config.seed} must lie between 0 and 2**32 - 1.")
+    kinds = [option for option in options if isinstance(option, type)]
+    choices = [choice for option in options for choice in get_args(option)]
+    if isinstance(value, int | float) and type(value) is not bool and float in kinds:
+        return float(value)
+    if type(value) in kinds or value in choices:
+        return value
+    if choices and isinstance(value, str):
+        raise unknown(key, value, choices)
+    names = ["none" if kind is types.NoneType else kind.__name__ for kind in kinds]
+    raise ConfigError(f"{key}={value!r} is not a valid value; expected {' or '.join(names + choices)}.")
 
 
 def read_file(path: Path) -> dict[str, Any]:

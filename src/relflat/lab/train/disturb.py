@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from relflat.capture.resolve import resolve
@@ -59,8 +58,4 @@ def noise(sigma: float) -> Change:
     """Add independent Gaussian noise of this deviation (Camuto et al. 2020)."""
     if not sigma >= 0:
         raise ConfigError(f"sigma={sigma} must not be negative.")
-
-    def add(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return x + sigma * torch.randn_like(x)
-
-    return add
+    return lambda x: x + sigma * torch.randn_like(x)

@@ -42,17 +42,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def evaluate(metric: Metric, model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Evaluate a network in eval mode; the mode is put back afterwards.
-
-    Args:
-        metric: what to evaluate.
-        model: the network.
-        loss: mean over samples.
-        batches: of the split.
-
-    Returns:
-        What the metric's function returns.
-    """
+    """What the metric says of the batches of a split, in eval mode; the mode is put back afterwards."""
     was_training = model.training
     model.eval()
     with torch.no_grad():

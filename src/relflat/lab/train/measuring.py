@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
+
 from relflat import Flatness, relative_flatness_by_layer
 from relflat.errors import ConfigError
 from relflat.lab.data.arrays import Arrays
@@ -11,7 +13,8 @@ from relflat.lab.data.batches import in_order
 from relflat.lab.data.splits import Splits
 from relflat.lab.names import look_up, names_in
 from relflat.lab.tasks.catalogue import task_named
-from relflat.lab.train import checkpoint, launch
+from relflat.lab.train import checkpoint
+from relflat.lab.train.launch import joined
 from relflat.lab.train.store import config_of
 
 Split = Literal["train", "validation", "test"]
@@ -52,18 +55,17 @@ def measure_run(
     task = task_named(config.task)
     model = task.model()
     checkpoint.load_weights(run, model)
-    device = launch.device()
     data = choose(task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed))
     data = data.take(slice(samples))
-    with launch.process_group() as group:
-        ranks = 1 if group is None else group.size()
-        share = slice(*(len(data) * (launch.rank() + i) // ranks for i in (0, 1)))
+    with joined() as process:
+        ranks, device = process.num_processes, process.device
+        share = slice(*(len(data) * (process.process_index + i) // ranks for i in (0, 1)))
         return relative_flatness_by_layer(
             model.to(device),
             task.loss(),
             list(in_order(data.take(share), device)),
             layer=names_in(layer or task.layer),
             device=device,
-            process_group=group,
+            process_group=dist.group.WORLD if ranks > 1 else None,
             **options,
         )

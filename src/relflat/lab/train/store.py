@@ -9,21 +9,26 @@ result.json        there once the run is finished
 """
 
 import json
-import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from relflat.errors import ConfigError, DataError
 from relflat.lab.jsonable import finite
 from relflat.lab.tasks.catalogue import short_name
-from relflat.lab.train.config import RunConfig, make, require_unchanged
+from relflat.lab.train.config import make, migrated, require_unchanged
 from relflat.lab.train.environment import describe
+from relflat.lab.train.settings import SCHEMA, RunConfig
 
 RESULT, CONFIG, METRICS, ENVIRONMENT = "result.json", "config.json", "metrics.jsonl", "environment.json"
+PATIENCE = (
+    120.0  # seconds: a network file system may take 90 to notice that the process that held a lock was killed
+)
 
 
 def folder_of(config: RunConfig, root: Path, name: str | None = None) -> Path:
@@ -32,12 +37,7 @@ def folder_of(config: RunConfig, root: Path, name: str | None = None) -> Path:
 
 
 def check_folder(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
-    """See whether this run may live in the folder; nothing is written.
-
-    Args:
-        folder: the run's folder.
-        config: what is going to run.
-        fresh: an earlier run there will be replaced.
+    """See whether this run may live in the folder, or replace an earlier one there; nothing is written.
 
     Raises:
         ConfigError: another configuration or something else lives there.
@@ -56,11 +56,7 @@ def _begins(entry: Path) -> bool:
 
 @contextmanager
 def writing(place: Path, option: str = "--runs") -> Iterator[None]:
-    """Explain why something cannot be written, and what helps.
-
-    Args:
-        place: where to.
-        option: of the command line, that chooses another place.
+    """Explain why something cannot be written, and which option of the command line chooses another place.
 
     Raises:
         ConfigError: the disk is full, the folder is read-only, ...
@@ -75,12 +71,7 @@ def writing(place: Path, option: str = "--runs") -> Iterator[None]:
 
 
 def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
-    """Make the folder ready for a run that ``check_folder`` let through.
-
-    Args:
-        folder: the run's folder; made if it is not there.
-        config: what is going to run.
-        fresh: remove an earlier run of this folder.
+    """Make the folder, if need be without an earlier run, for a run that ``check_folder`` let through.
 
     Raises:
         ConfigError: it cannot be written.
@@ -92,36 +83,63 @@ def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / ENVIRONMENT, describe())
-        write_json(folder / CONFIG, config.flat())
+        write_json(folder / CONFIG, content_of(config))
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process had begun to write; such names start with a dot. Hold the folder meanwhile."""
-    for entry in folder.glob(".*"):
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+@contextmanager
+def alone_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
+    """Hold the folder of an opened run; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process is still there after so many seconds.
+    """
+    lock = FileLock(folder / CONFIG, preserve_lock_file=True)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout as error:
+        raise ConfigError(
+            f"Another process is training in {folder}; wait for it, or end it, and try again."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove_unfinished(folder: Path, pattern: str = ".*") -> None:
+    """Remove what a killed process had begun to write; such names start with a dot. Hold a run's folder meanwhile."""
+    for entry in folder.glob(pattern):
+        remove(entry)
+
+
+def content_of(config: RunConfig) -> dict[str, Any]:
+    """What stands in a run's ``config.json``."""
+    return {"schema": SCHEMA, **config.flat()}
 
 
 def _same(folder: Path, config: RunConfig) -> None:
     """Reject a folder whose run has other settings."""
-    old, new = read_json(folder / CONFIG), config.flat()
+    old, new = read_json(folder / CONFIG), content_of(config)
     if old == new:
         return
     advice = "Choose another --name, or replace it with --fresh"
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if "schema" in keys:
+        raise ConfigError(
+            f"{folder} holds a run whose {CONFIG} has schema {old.get('schema', 1)}; runs of this version have "
+            f"{SCHEMA}.{written_by(folder)} {advice}."
+        )
     if keys == ["source"]:
         require_unchanged(config.task, old.get("source"), f"the run in {folder} was trained. {advice}")
     raise ConfigError(f"{folder} holds a run with other values of {', '.join(keys)}. {advice}.")
 
 
 def config_of(folder: Path) -> RunConfig:
-    """Read the configuration of a run.
+    """Read the configuration of a run, also of one that was written under schema 1.
 
     Raises:
-        DataError: the folder holds no run.
-        ConfigError: its task has changed since, or it has values that this version does not know.
+        DataError: the folder holds no run, or one with values that this version does not know.
+        ConfigError: its task has changed since.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -129,6 +147,11 @@ def config_of(folder: Path) -> RunConfig:
             f"{folder} is not a run: it has no {CONFIG}. Train one with: relflat train TASK --runs DIR"
         )
     values = read_json(path)
+    schema = values.pop("schema", 1)
+    if schema not in (1, SCHEMA):
+        raise DataError(f"{path} has schema {schema}; this version reads 1 and {SCHEMA}.{written_by(folder)}")
+    if schema == 1:
+        values = migrated(values)
     try:
         config = make({key: value for key, value in values.items() if key != "source"})
     except ConfigError as error:
@@ -215,27 +238,26 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it into place."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Write a file in one piece."""
+    put_in_place(path, lambda temporary: temporary.write_text(text))
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside its place and rename it into place."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+def put_in_place(path: Path, make: Callable[[Path], object]) -> None:
+    """Make a file or folder beside its place, under a name that starts with a dot, and rename it into place."""
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        temporary.chmod(0o755)
-        fill(temporary)
-        if path.exists():
+        make(temporary)
+        if path.is_dir():
             shutil.rmtree(path)
-        temporary.rename(path)
+        temporary.replace(path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         raise
+
+
+def remove(entry: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if entry.is_dir():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)

@@ -11,9 +11,8 @@ from statistics import median
 import torch
 
 from relflat.lab.data.batches import Batch
-from relflat.lab.train.algorithms import ALGORITHMS
-from relflat.lab.train.config import RunConfig
-from relflat.lab.train.loop import Session, build
+from relflat.lab.train.session import Session, build
+from relflat.lab.train.settings import RunConfig
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,8 @@ def step_costs(configs: Sequence[RunConfig], *, rounds: int = 41, block: int = 1
 
 def run_block(session: Session, batches: Sequence[Batch]) -> None:
     """Do a few consecutive steps."""
-    step = ALGORITHMS[session.config.algorithm].step
-    session.learner.model.train()
-    session.learner.criterion.train()
+    step = session.config.settings.step
+    session.training()
     for inputs, targets in batches:
         losses = step(session.learner, inputs, targets)
     float(losses.total)  # waits for the device
@@ -108,9 +106,5 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 def summarise(own: Sequence[float], first: Sequence[float]) -> StepCost:
     """Medians and quartiles over the rounds."""
     ratios = sorted(a / b for a, b in zip(own, first, strict=True))
-    return StepCost(
-        seconds=median(own),
-        ratio=median(ratios),
-        low=ratios[len(ratios) // 4],
-        high=ratios[3 * len(ratios) // 4],
-    )
+    quarter = len(ratios) // 4
+    return StepCost(median(own), median(ratios), low=ratios[quarter], high=ratios[3 * len(ratios) // 4])

@@ -1,0 +1,85 @@
+"""The options of ``relflat train`` and ``compare``, made of the records that a run's configuration is made of.
+
+A field of `RunConfig` or of an algorithm's settings is an option; its help is its text in the docstring of the class,
+its default is the field's. So nothing about an option is written a second time.
+"""
+
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+
+import tyro
+from docstring_parser import parse
+
+from relflat.lab.train.algorithms import ALGORITHMS
+from relflat.lab.train.settings import RunConfig
+
+
+def run_values() -> Any:
+    """A dictionary type with a key for each value of a run; what is left out has its default."""
+    owners: dict[str, dict[str, Field[Any]]] = {}
+    for algorithm, settings in ALGORITHMS.items():
+        for field in fields(settings):
+            owners.setdefault(field.name, {})[algorithm] = field
+    own = {}
+    for name, by_algorithm in owners.items():
+        whose: dict[str, list[str]] = {}
+        for algorithm, field in by_algorithm.items():
+            whose.setdefault(default_of(field), []).append(algorithm)
+        shown = "; ".join(f"{', '.join(names)}; default: {value}" for value, names in whose.items())
+        first = next(iter(by_algorithm))
+        own[name] = option(ALGORITHMS[first], by_algorithm[first], shown)
+    return TypedDict("RunValues", common_options() | own, total=False)  # type: ignore[operator]
+
+
+def common_values() -> Any:
+    """The same of the values that all runs of a comparison may share."""
+    options = common_options()
+    del options["algorithm"], options["seed"]
+    return TypedDict("CommonValues", options, total=False)  # type: ignore[operator]
+
+
+def common_options() -> dict[str, Any]:
+    """The options that belong to no algorithm."""
+    return {
+        field.name: option(RunConfig, field, f"default: {default_of(field)}")
+        for field in fields(RunConfig)
+        if field.name not in ("task", "source", "settings")
+    }
+
+
+def option(record: type[Any], field: Field[Any], default: str) -> Any:
+    """The type of one option with its help; a choice is checked by `relflat.lab.train.config`, which knows more."""
+    hint = get_type_hints(record)[field.name]
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    kind = str if choices else (get_args(hint) or (hint,))[0]
+    metavar = "|".join(choices) or {bool: "True|False", str: field.name.upper()}.get(
+        kind, kind.__name__.upper()
+    )
+    text = next(text for text in map(text_in(field.name), record.__mro__) if text)
+    if field.name == "algorithm":
+        text = f"{text.rstrip('.')}: {', '.join(ALGORITHMS)}."
+    shown = tyro.conf.arg(metavar=metavar, help=text, help_behavior_hint=f"({default})")
+    return Annotated[kind, tyro.conf.FlagConversionOff, shown] if kind is bool else Annotated[kind, shown]
+
+
+def text_in(name: str) -> Any:
+    """Finds the text of an attribute in a class's docstring."""
+
+    def find(record: type[Any]) -> str | None:
+        described = parse(record.__doc__ or "").params
+        return next((one.description for one in described if one.arg_name == name), None)
+
+    return find
+
+
+def default_of(field: Field[Any]) -> str:
+    """A default as it is shown; the task has those that the record has not."""
+    if field.default is MISSING:
+        return "the task's"
+    return (
+        "none"
+        if field.default is None
+        else f"{field.default:g}"
+        if isinstance(field.default, float)
+        else str(field.default)
+    )

@@ -1,0 +1,157 @@
+"""A run's moving parts, built from its configuration alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from relflat import FAM
+from relflat.errors import ConfigError
+from relflat.lab.data.arrays import Arrays
+from relflat.lab.data.batches import Batch, EpochOrder, in_order, training_loader
+from relflat.lab.data.splits import Splits
+from relflat.lab.tasks import Task, task_named
+from relflat.lab.train.disturb import Disturbed
+from relflat.lab.train.settings import RunConfig
+from relflat.lab.train.steps import Learner
+
+
+@dataclass
+class Session:
+    """What a run works with.
+
+    Attributes:
+        config: the run.
+        task: what it learns.
+        splits: its data.
+        learner: model, criterion and optimiser.
+        loss: the bare task loss, for evaluating.
+        scheduler: learning rate.
+        order: of the training data.
+        loader: of the training data.
+    """
+
+    config: RunConfig
+    task: Task
+    splits: Splits
+    learner: Learner
+    loss: nn.Module
+    scheduler: LRScheduler
+    order: EpochOrder
+    loader: Any
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """What knows of the other processes."""
+        return self.learner.accelerator
+
+    @property
+    def model(self) -> nn.Module:
+        """The network without the wrappers that Accelerate may have put around it."""
+        return self.accelerator.unwrap_model(self.learner.model)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that keeps the run's folder; always, where there is but one."""
+        return bool(self.accelerator.is_main_process)
+
+    def training(self) -> None:
+        """Set model and criterion to training mode."""
+        self.learner.model.train()
+        self.learner.criterion.train()
+
+    def batches(self, samples: Arrays) -> Iterator[Batch]:
+        """Samples in their order on the run's device, for evaluating."""
+        return in_order(samples, self.accelerator.device, self.task.evaluation_size)
+
+    def mean(self, value: float) -> float:
+        """The mean of a number over all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        here = torch.tensor(value, dtype=torch.float32, device=self.accelerator.device)
+        return float(self.accelerator.reduce(here, "mean"))
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """The network as it is, in float32: Accelerate's forward pass, which casts, is put aside meanwhile."""
+        casting = vars(self.model).pop("forward", None) if self.config.precision != "no" else None
+        try:
+            yield
+        finally:
+            if casting is not None:
+                self.model.forward = casting
+
+    def close(self) -> None:
+        """Let go of what the criterion hooked into the model."""
+        if isinstance(self.learner.criterion, FAM | Disturbed):
+            self.learner.criterion.close()
+
+
+def build(config: RunConfig, logs: Path | None = None) -> Session:
+    """Seed everything and build a run's data, network, criterion and optimiser.
+
+    Args:
+        config: the run.
+        logs: folder for TensorBoard's scalars; None for none.
+    """
+    task, algorithm = task_named(config.task), config.settings
+    splits = task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
+    set_seed(config.seed)
+    accelerator = accelerator_for(config, logs)
+    if config.batch_size % accelerator.num_processes:
+        raise ConfigError(
+            f"batch_size={config.batch_size} cannot be shared evenly by {accelerator.num_processes} processes; "
+            f"give a multiple of {accelerator.num_processes}."
+        )
+    model, loss = a_module("model", task.model()), a_module("loss", task.loss())
+    base = replace(task.optimizer, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = algorithm.optimizer(model.parameters(), base)
+    order = EpochOrder(len(splits.train), config.batch_size, config.seed)
+    whose_lr = getattr(optimizer, "base_optimizer", optimizer)  # of SAM that of its inner one counts
+    scheduler = task.schedule(whose_lr, config.epochs * len(order))
+    wrapped, prepared, loader = accelerator.prepare(
+        model, optimizer, training_loader(splits.train, order, task.augment)
+    )
+    criterion = algorithm.criterion(loss, model, config.seed)
+    learner = Learner(accelerator, wrapped, criterion, prepared)
+    return Session(config, task, splits, learner, loss, scheduler, order, loader)
+
+
+def a_module(part: str, made: Any) -> nn.Module:
+    """What a task's model or loss gave, if it is a module.
+
+    Raises:
+        ConfigError: it is something else, such as a function or the class in place of an object.
+    """
+    if not isinstance(made, nn.Module):
+        raise ConfigError(
+            f"The task's {part}() gives {made!r}, but must give a torch.nn.Module"
+            + ("; for a function, write a module that calls it." if part == "loss" else ".")
+        )
+    return made
+
+
+def accelerator_for(config: RunConfig, logs: Path | None) -> Accelerator:
+    """What moves a run to its devices, casts its forward passes and keeps its scalars.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("precision='fp16' needs a GPU; use precision='bf16' on a CPU.")
+    AcceleratorState._reset_state()  # it belongs to the process and would keep the last run's precision
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.precision,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with=None if logs is None else "tensorboard",
+        project_dir=logs,
+    )

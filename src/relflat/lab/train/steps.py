@@ -1,0 +1,121 @@
+"""One update of the parameters, in the three ways that algorithms make it.
+
+A step takes one batch and returns what it minimised. BatchNorm statistics move once a step, whatever the number of
+forward passes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from relflat import FAM
+from relflat.lab.data.arrays import Inputs
+from relflat.lab.train.evaluate import run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Losses(NamedTuple):
+    """What a step minimised.
+
+    Attributes:
+        total: task loss plus penalty.
+        penalty: the penalty alone; nan where the forward pass itself was perturbed and it is not known apart.
+    """
+
+    total: Tensor
+    penalty: float
+
+
+@dataclass
+class Learner:
+    """What a step works with.
+
+    Attributes:
+        accelerator: runs the backward pass.
+        model: in training mode.
+        criterion: the task loss, wrapped by the algorithm.
+        optimizer: the base optimiser, wrapped by the algorithm.
+    """
+
+    accelerator: "Accelerator"
+    model: nn.Module
+    criterion: nn.Module
+    optimizer: Optimizer
+
+    def backward(self, inputs: Inputs, targets: Tensor) -> Losses:
+        """Fresh gradients of the criterion on a batch, and what its values were."""
+        self.optimizer.zero_grad()
+        loss: Tensor = self.criterion(run(self.model, inputs), targets)
+        self.accelerator.backward(loss)
+        fam = self.criterion
+        return Losses(loss.detach(), float(fam.last["penalty"]) if isinstance(fam, FAM) else 0.0)
+
+
+def plain_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
+    """One gradient step on the criterion, which is the task loss and what the algorithm adds to it."""
+    losses = learner.backward(inputs, targets)
+    learner.optimizer.step()
+    return losses
+
+
+def sam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
+    """A step uphill, then the gradient from there applied to the old weights; two passes.
+
+    FAM as the criterion draws the same probes in both and counts them as one step.
+    """
+    step = get_counter(learner.criterion)
+    losses = learner.backward(inputs, targets)
+
+    def uphill() -> float:
+        set_counter(learner.criterion, step)
+        with buffers_kept(learner.model):
+            return float(learner.backward(inputs, targets).total)
+
+    learner.optimizer.step(uphill)
+    return losses
+
+
+def looksam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
+    """SAM's two passes when it is time for them, else one pass and the direction kept from then."""
+    inner: Any = getattr(learner.optimizer, "optimizer", learner.optimizer)
+    done: int = inner.param_groups[0].get("looksam_step", 0)  # part of the optimiser's state
+    if done % inner.k == 0:
+        return sam_step(learner, inputs, targets)
+    found: list[Losses] = []
+
+    def here() -> float:
+        found.append(learner.backward(inputs, targets))
+        return 0.0
+
+    learner.optimizer.step(here)
+    return found[0]
+
+
+def get_counter(criterion: nn.Module) -> int:
+    """The step number that, with its seed, determines FAM's probes; 0 for criteria without one."""
+    return criterion.step if isinstance(criterion, FAM) else 0
+
+
+def set_counter(criterion: nn.Module, step: int) -> None:
+    """Put back what ``get_counter`` returned."""
+    if isinstance(criterion, FAM):
+        criterion.step = step
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what the passes inside do to the buffers (running statistics and their counters)."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
