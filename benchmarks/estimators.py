@@ -163,9 +163,7 @@ def truth(problem: Problem, layer: str) -> tuple[float, float]:
     return flat.value, flat.stderr
 
 
-def assess(
-    estimate: Callable[[int, int], float], true: float, products: int, repeats: int
-) -> dict[str, float]:
+def assess(estimate: Callable[[int, int], float], true: float, products: int, repeats: int) -> dict[str, float]:
     """Relative RMSE and seconds of an estimator at a number of products."""
     estimate(products, 10**5)
     began = time.perf_counter()
@@ -177,9 +175,7 @@ def assess(
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--json", type=Path, default=None)
@@ -192,11 +188,7 @@ def main() -> None:
         problem = Problem(model, x, y, layer)
         true, stderr = truth(problem, name)
         print(f"\n{name} layer: kappa = {true:.5g} ± {stderr:.2g}")
-        print(
-            f"{'estimator':36s}"
-            + "".join(f"{f'{k} products':>22s}" for k in (6, 12, 24))
-            + "   at equal time"
-        )
+        print(f"{'estimator':36s}" + "".join(f"{f'{k} products':>22s}" for k in (6, 12, 24)) + "   at equal time")
         estimators = {
             "logit-space signs (default)": problem.ours,
             "Hutchinson, a probe a sample": problem.per_sample,
@@ -215,14 +207,9 @@ def main() -> None:
             unit = GROUPS.get(label, 1)
             budget = max(affordable - affordable % unit, 2 * unit if unit == 2 else unit)
             equal = assess(estimate, true, budget, options.repeats)
-            table[label] = {
-                **{str(k): v for k, v in cells.items()},
-                "equal_time": {"products": budget, **equal},
-            }
+            table[label] = {**{str(k): v for k, v in cells.items()}, "equal_time": {"products": budget, **equal}}
             row = "".join(f"{c['rmse']:>12.4f} {c['seconds'] * 1e3:7.0f}ms" for c in cells.values())
-            print(
-                f"{label:36s}{row}   {equal['rmse']:.4f} ({budget} products, {equal['seconds'] * 1e3:.0f}ms)"
-            )
+            print(f"{label:36s}{row}   {equal['rmse']:.4f} ({budget} products, {equal['seconds'] * 1e3:.0f}ms)")
         report[name] = {"kappa": true, "stderr": stderr, "estimators": table}
     if options.json:
         save(options.json, report)

@@ -80,11 +80,7 @@ class Network:
 def _resnet(small: bool) -> nn.Module:
     sizes = [8, 16] if small else [64, 128, 256, 512]
     config = ResNetConfig(
-        layer_type="basic",
-        depths=[2] * len(sizes),
-        hidden_sizes=sizes,
-        embedding_size=sizes[0],
-        num_labels=CLASSES,
+        layer_type="basic", depths=[2] * len(sizes), hidden_sizes=sizes, embedding_size=sizes[0], num_labels=CLASSES
     )
     return ResNetForImageClassification(config)
 
@@ -127,9 +123,7 @@ def _sentences(n: int, small: bool) -> dict[str, Tensor]:
 
 NETWORKS = {
     "resnet-18": Network(
-        _resnet,
-        _pictures,
-        lambda small: f"resnet.encoder.stages.{1 if small else 3}.layers.1.layer.1.convolution",
+        _resnet, _pictures, lambda small: f"resnet.encoder.stages.{1 if small else 3}.layers.1.layer.1.convolution"
     ),
     "vit-s": Network(_vit, _pictures, lambda small: f"vit.layers.{1 if small else 11}.mlp.fc2"),
     "bert": Network(_bert, _sentences, lambda small: f"bert.encoder.layer.{1 if small else 11}.output.dense"),
@@ -147,9 +141,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
 class Step:
     """A training step of one row."""
 
-    def __init__(
-        self, network: Network, row: dict[str, Any] | None, precision: str, options: Options
-    ) -> None:
+    def __init__(self, network: Network, row: dict[str, Any] | None, precision: str, options: Options) -> None:
         torch.manual_seed(0)
         self.device, self.dtype = torch.device(options.device), PRECISIONS[precision]
         self.model = network.model(options.small).to(self.device).train()

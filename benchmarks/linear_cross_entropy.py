@@ -67,16 +67,12 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, found in rows.items():
             found.append(elsewhere(name))
-            print(
-                f"{name}: {found[-1][0]:.1f} s, processor {found[-1][1]:.1f} s, {found[-1][2]:.2f} GiB",
-                flush=True,
-            )
+            print(f"{name}: {found[-1][0]:.1f} s, processor {found[-1][1]:.1f} s, {found[-1][2]:.2f} GiB", flush=True)
     results = {name: summary(found, rows[PLAIN]) for name, found in rows.items()}
     columns = ("forward and backward", "wall time", "processor time", "peak memory", "s", "GiB")
     keys = ("wall_ratio", "processor_ratio", "memory_ratio")
     cells = [
-        [n, *(f"{r[k]:.3f}" for k in keys), f"{r['seconds']:.1f}", f"{r['peak_gib']:.2f}"]
-        for n, r in results.items()
+        [n, *(f"{r[k]:.3f}" for k in keys), f"{r['seconds']:.1f}", f"{r['peak_gib']:.2f}"] for n, r in results.items()
     ]
     show(f"{options.tokens} tokens, {options.features} features, {options.classes} classes", columns, cells)
     kept = {k: v for k, v in asdict(options).items() if k not in ("json", "only")}

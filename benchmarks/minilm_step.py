@@ -97,9 +97,7 @@ def main() -> None:
 
         def trainer(kind: type[Trainer], **extra: Any) -> Trainer:
             torch.manual_seed(0)
-            return kind(
-                AutoModelForSequenceClassification.from_pretrained(source, num_labels=2), args, **extra
-            )
+            return kind(AutoModelForSequenceClassification.from_pretrained(source, num_labels=2), args, **extra)
 
         fam = trainer(FAMTrainer, fam={"layer": "output", "strength": options.strength})
         trainers = {PLAIN: trainer(Trainer), CONTROL: trainer(Trainer), FAM: fam}
@@ -113,18 +111,11 @@ def main() -> None:
         f"MiniLM, {options.batch} film reviews of {options.tokens} tokens: relative to the plain step",
         ("step", "wall time", "processor time", "s"),
         [
-            (
-                r["row"],
-                str(Ratio(**r["wall"])),
-                str(Ratio(**r["processor"])),
-                f"{r['wall']['seconds']:.3f}",
-            )
+            (r["row"], str(Ratio(**r["wall"])), str(Ratio(**r["processor"])), f"{r['wall']['seconds']:.3f}")
             for r in rows
         ],
     )
-    print(
-        f"method {last['method']} on {fam.criterion.layers}, kappa {last['kappa']:.4g}, loss {last['task']:.4g}"
-    )
+    print(f"method {last['method']} on {fam.criterion.layers}, kappa {last['kappa']:.4g}, loss {last['task']:.4g}")
     settings = {k: v for k, v in asdict(options).items() if k != "json"}
     result = {"environment": where, "options": settings, "method": last["method"], "rows": rows}
     save(options.json, result)

@@ -15,9 +15,7 @@ Batch = tuple[Tensor, Tensor]
 class TextEncoder(nn.Module):
     """Token embedding, a transformer encoder (pre-norm, GELU), mean over tokens and a Linear output layer."""
 
-    def __init__(
-        self, vocabulary: int = 4096, width: int = 256, depth: int = 6, num_classes: int = 10
-    ) -> None:
+    def __init__(self, vocabulary: int = 4096, width: int = 256, depth: int = 6, num_classes: int = 10) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         block = nn.TransformerEncoderLayer(

@@ -55,11 +55,7 @@ class Times:
 
 
 def compare(
-    contestants: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    *,
-    seed: int = 0,
-    uneven: Collection[str] = (),
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, *, seed: int = 0, uneven: Collection[str] = ()
 ) -> dict[str, Times]:
     """Time contestants in turns; ratios are to the first of them.
 

@@ -109,9 +109,7 @@ def measure(network: str, rows: tuple[Row, ...], options: Options) -> dict[str, 
     for trainer in trainers.values():
         trainer.warm_up()
     uneven = [label for label, row in able.items() if row.varies]
-    times = compare(
-        {label: trainer.step for label, trainer in trainers.items()}, options.steps, uneven=uneven
-    )
+    times = compare({label: trainer.step for label, trainer in trainers.items()}, options.steps, uneven=uneven)
     plain = costs[PLAIN.label]
     results = [relative(label, costs[label], plain, times[label]) for label in able]
     return {"network": network, "batch": options.batch, "rows": results, "cannot_run": failures}

@@ -10,15 +10,7 @@ from torch import Tensor, nn
 
 from relflat import reference
 
-KNOWN_LOSSES = (
-    "cross_entropy",
-    "cross_entropy_probabilities",
-    "bce",
-    "mse",
-    "F.cross_entropy",
-    "F.bce",
-    "F.mse",
-)
+KNOWN_LOSSES = ("cross_entropy", "cross_entropy_probabilities", "bce", "mse", "F.cross_entropy", "F.bce", "F.mse")
 UNKNOWN_LOSSES = ("huber", "smooth_l1", "poisson", "nll of log_softmax", "focal")
 CLASS_INDEX_LOSSES = ("cross_entropy", "F.cross_entropy", "nll of log_softmax", "focal")
 OVER_CLASSES = (*CLASS_INDEX_LOSSES, "cross_entropy_probabilities")
@@ -145,9 +137,7 @@ class Problem:
             return reference.kappa_adaptive(loss, W)
         outputs, _ = reference.outputs_at_layer(self.model, self.inputs, self.layer)
         G = reference.layer_ggn(
-            lambda r: outputs(W * (1 + r)),
-            lambda z: self.loss_fn(z, self.targets),
-            W.new_zeros(1, W.shape[1]),
+            lambda r: outputs(W * (1 + r)), lambda z: self.loss_fn(z, self.targets), W.new_zeros(1, W.shape[1])
         )
         return torch.trace(G[0, :, 0, :])
 
@@ -244,9 +234,7 @@ def _loss_and_targets(
                 weight=weight, reduction=loss.reduction, label_smoothing=loss.label_smoothing
             ), targets
         case "bce":
-            return nn.BCEWithLogitsLoss(
-                weight=weight, pos_weight=pos_weight, reduction=loss.reduction
-            ), targets
+            return nn.BCEWithLogitsLoss(weight=weight, pos_weight=pos_weight, reduction=loss.reduction), targets
         case "mse":
             return nn.MSELoss(reduction=loss.reduction), targets
         case "huber":

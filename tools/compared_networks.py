@@ -150,10 +150,7 @@ def losses() -> list[Network]:
         "F.cross_entropy": (F.cross_entropy, None),
         "F.mse_loss": (F.mse_loss, reals),
         "log-softmax and nll": (lambda z, y: F.nll_loss(z.log_softmax(1), y), None),
-        "a cross-entropy of one's own": (
-            lambda z, y: (z.logsumexp(1) - z[torch.arange(len(y)), y]).mean(),
-            None,
-        ),
+        "a cross-entropy of one's own": (lambda z, y: (z.logsumexp(1) - z[torch.arange(len(y)), y]).mean(), None),
         "scaled, with a constant": (lambda z, y: 3 * F.cross_entropy(z, y) + 1, None),
         "focal": (_focal, None),
         "huber": (nn.HuberLoss(delta=0.8), reals),
@@ -184,9 +181,7 @@ def dense() -> list[Network]:
     """Dense layers: depths, activations, normalisations, parametrizations, GPT-2's and LoRA's."""
     both = ("layer", "head")
 
-    def one(
-        name: str, layer: Callable[[], nn.Module], norm: Callable[[], nn.Module] = nn.Identity
-    ) -> Network:
+    def one(name: str, layer: Callable[[], nn.Module], norm: Callable[[], nn.Module] = nn.Identity) -> Network:
         return Network(name, lambda: _then_linear(layer(), 3, norm()), both)
 
     def positive() -> nn.Module:
@@ -207,9 +202,7 @@ def dense() -> list[Network]:
         one("own parametrization", positive),
         one("lora", lambda: LoRA(nn.Linear(IN, 3), {"a": 1, "b": 2})),
         one("gpt-2's Conv1D", lambda: Conv1D(3, IN)),
-        Network(
-            "checkpointed", lambda: _then_linear(_checkpointed(mlp(IN, 5, 3)), 3), ("layer.part.0", "head")
-        ),
+        Network("checkpointed", lambda: _then_linear(_checkpointed(mlp(IN, 5, 3)), 3), ("layer.part.0", "head")),
     ]
 
 

@@ -83,9 +83,7 @@ def _direction(size: int) -> Tensor:
 
 def sketch(gradients: Mapping[str, Tensor | None]) -> dict[str, list[float]]:
     """Norm and one random projection of each gradient."""
-    found = {
-        k: torch.zeros(1) if g is None else g.detach().to_dense().flatten() for k, g in gradients.items()
-    }
+    found = {k: torch.zeros(1) if g is None else g.detach().to_dense().flatten() for k, g in gradients.items()}
     return {k: [float(g.norm()), float(g @ _direction(g.numel()))] for k, g in found.items()}
 
 
@@ -252,13 +250,9 @@ def of_reparametrisations() -> Iterator[Reading]:
     changes: dict[str, Callable[[nn.Sequential, Tensor], Any]] = {
         "rescale_layer": lambda m, x: reparam.rescale_layer(m[0], m[1], m[2], 3.0),
         "rescale_neurons": lambda m, x: reparam.rescale_neurons(m[0], m[1], m[2], torch.arange(1.0, 6.0)),
-        "random_rescaling": lambda m, x: reparam.random_rescaling(
-            m, generator=torch.Generator().manual_seed(5)
-        ),
+        "random_rescaling": lambda m, x: reparam.random_rescaling(m, generator=torch.Generator().manual_seed(5)),
         "shift_rows": lambda m, x: reparam.shift_rows(m[4], torch.arange(4.0), CE),
-        "rescale_features": replace(
-            lambda layer, phi: reparam.rescale_features(layer, torch.arange(1.0, 6.0))
-        ),
+        "rescale_features": replace(lambda layer, phi: reparam.rescale_features(layer, torch.arange(1.0, 6.0))),
         "normalize_features": replace(reparam.normalize_features),
         "rotate_features": replace(lambda layer, phi: reparam.rotate_features(layer, turn)),
     }
@@ -275,9 +269,7 @@ def of_vocabulary() -> Iterator[Reading]:
         y = torch.randint(11, (4, 3))
         y[0, 1] = y[2, 2] = -100
         use_bias = options.pop("biased", True)
-        found = relflat.linear_cross_entropy_fam(
-            phi, W, y, strength=0.3, bias=bias if use_bias else None, **options
-        )
+        found = relflat.linear_cross_entropy_fam(phi, W, y, strength=0.3, bias=bias if use_bias else None, **options)
         found.total.backward()
         gradients = sketch({"phi": phi.grad, "weight": W.grad, "bias": bias.grad})
         method = "probe" if options.get("probes") else "exact"

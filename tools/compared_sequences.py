@@ -82,9 +82,7 @@ def _language_model() -> nn.Module:
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         return m.block(x, src_mask=mask, is_causal=True)
 
-    return nn.Sequential(
-        nn.Embedding(5, 2), Net(_by_the_math_kernel(causal), block=_block()), nn.Linear(2, 5)
-    )
+    return nn.Sequential(nn.Embedding(5, 2), Net(_by_the_math_kernel(causal), block=_block()), nn.Linear(2, 5))
 
 
 def _attention() -> nn.Module:

@@ -56,9 +56,7 @@ def measures(tree: Tree, parts: tuple[str, ...]) -> dict[str, Any]:
 
 def tracked_bytes(root: Path) -> dict[str, int]:
     """Size of each tracked file outside src and tests; empty where there is no repository."""
-    listed = subprocess.run(
-        ["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=False
-    )
+    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=False)
     names = [n for n in listed.stdout.split("\0") if n and n.split("/")[0] not in ("src", "tests")]
     return {n: (root / n).stat().st_size for n in names if (root / n).is_file()}
 
@@ -85,8 +83,7 @@ def violations(tree: Tree, root: Path, limits: Mapping[str, int] = LIMITS) -> di
         "circles between modules": [" <-> ".join(c) for c in tree.circles(rooms=False)],
         "circles between rooms": [_circle_of_rooms(tree, c) for c in tree.circles(rooms=True)],
         "bytes outside src and tests": over(
-            "bytes outside src and tests",
-            [(sum(sizes.values()), f"tracked files outside src and tests ({largest})")],
+            "bytes outside src and tests", [(sum(sizes.values()), f"tracked files outside src and tests ({largest})")]
         ),
     }
 
@@ -132,9 +129,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Print the report of one tree."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src", type=Path, default=ROOT / "src" / "relflat", help="folder of the package")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()

@@ -82,9 +82,7 @@ def call_of_fam(**options: Any) -> Callable[[], Any]:
 
 def main() -> None:
     """Print the roads and how long they are."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--calls", action="store_true", help="print every call that is handed a scene")
     options = parser.parse_args()

@@ -75,9 +75,7 @@ def compare(old: Mapping[str, Record], new: Mapping[str, Record]) -> bool:
     return not (missing or wrong[0])
 
 
-def _print_apart(
-    what: str, apart: Mapping[str, float], old: Mapping[str, Record], new: Mapping[str, Record]
-) -> int:
+def _print_apart(what: str, apart: Mapping[str, float], old: Mapping[str, Record], new: Mapping[str, Record]) -> int:
     """Print a summary of some readings and those that differ; their number."""
     wrong = sorted((k for k in apart if not apart[k] <= TOLERANCE), key=lambda k: -apart[k])
     same = sum(a == 0 for a in apart.values())
@@ -112,9 +110,7 @@ def _print_some(keys: list[str], line: Callable[[str], str], most: int = 3) -> N
 
 def main() -> None:
     """Read, save and compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", type=Path, help="where to write the readings")
     parser.add_argument("--against", type=Path, help="readings of the version to compare with")
     options = parser.parse_args()

@@ -78,16 +78,7 @@ class Module:
 
 def branches(node: ast.AST) -> int:
     """1 + if, loop, except, ternary, assert, ``for`` and ``if`` of comprehensions, operand, case of a match."""
-    single = (
-        ast.If,
-        ast.IfExp,
-        ast.For,
-        ast.AsyncFor,
-        ast.While,
-        ast.ExceptHandler,
-        ast.Assert,
-        ast.match_case,
-    )
+    single = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case)
     count = 1
     for part in ast.walk(node):
         if isinstance(part, single):
@@ -103,11 +94,7 @@ def docstring_lines(node: ast.AST) -> int:
     """How many lines the docstring of a module, class or function takes."""
     body = getattr(node, "body", None)
     first = body[0] if isinstance(body, list) and body else None
-    if (
-        isinstance(first, ast.Expr)
-        and isinstance(first.value, ast.Constant)
-        and isinstance(first.value.value, str)
-    ):
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         return (first.end_lineno or first.lineno) - first.lineno + 1
     return 0
 
@@ -118,13 +105,7 @@ def functions(tree: ast.AST, module: str, within: str = "") -> Iterator[Function
         name = f"{within}{getattr(node, 'name', '')}"
         if isinstance(node, DEFINITIONS):
             a = node.args
-            every = [
-                *a.posonlyargs,
-                *a.args,
-                *filter(None, [a.vararg]),
-                *a.kwonlyargs,
-                *filter(None, [a.kwarg]),
-            ]
+            every = [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]
             named = [p.arg for p in every]
             yield Function(
                 module,
@@ -220,9 +201,7 @@ class Tree:
             name = name.rpartition(".")[0]
         return name or "__init__"
 
-    def arrows(
-        self, *, rooms: bool, late: bool, parts: Iterable[str] = GROUPS["all"]
-    ) -> set[tuple[str, str]]:
+    def arrows(self, *, rooms: bool, late: bool, parts: Iterable[str] = GROUPS["all"]) -> set[tuple[str, str]]:
         """Pairs (importer, imported) of different modules or rooms of some parts.
 
         Args:

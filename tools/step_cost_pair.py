@@ -216,13 +216,9 @@ def time_rows(old: Worker, new: Worker, wanted: list[str], rounds: int, found: d
 
 def main() -> None:
     """Time and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, help="folder of the old version")
-    parser.add_argument(
-        "--new", type=Path, default=Path(__file__).resolve().parents[1], help="of the new one"
-    )
+    parser.add_argument("--new", type=Path, default=Path(__file__).resolve().parents[1], help="of the new one")
     parser.add_argument("--rounds", type=int, default=12, help="rounds of each start")
     parser.add_argument("--starts", type=int, default=3, help="pairs of processes, one after the other")
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
@@ -242,9 +238,7 @@ def main() -> None:
     print("| step | old, ms | new / old, processor time | new / old, wall time |\n|---|---|---|---|")
     for row, pairs in found.items():
         ratios = [Ratio.of([n[c] / o[c] for o, n in pairs]) for c in ("processor", "wall")]
-        print(
-            f"| {row} | {1e3 * np.median([o['processor'] for o, _ in pairs]):.2f} | {ratios[0]} | {ratios[1]} |"
-        )
+        print(f"| {row} | {1e3 * np.median([o['processor'] for o, _ in pairs]):.2f} | {ratios[0]} | {ratios[1]} |")
     if options.json:
         options.json.write_text(json.dumps(found))
 

@@ -26,13 +26,8 @@ class GPT(nn.Module):
     def __init__(self):
         super().__init__()
         self.words, self.places = nn.Embedding(len(number), width), nn.Embedding(context, width)
-        block = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
-        )
-        self.blocks, self.norm = (
-            nn.TransformerEncoder(block, 2, enable_nested_tensor=False),
-            nn.LayerNorm(width),
-        )
+        block = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks, self.norm = (nn.TransformerEncoder(block, 2, enable_nested_tensor=False), nn.LayerNorm(width))
         nn.init.normal_(self.words.weight, std=0.05)
 
     def forward(self, ids):

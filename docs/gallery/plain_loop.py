@@ -24,6 +24,4 @@ for strength in (0.0, 0.003, 0.03):
     model.eval()
     accuracy = (model(x[test]).argmax(1) == y[test]).float().mean()
     task, penalty = criterion.last["task"], criterion.last["penalty"]
-    print(
-        f"strength {strength:<5} test accuracy {accuracy:.3f}; last step: task {task:.4f}, penalty {penalty:.4f}"
-    )
+    print(f"strength {strength:<5} test accuracy {accuracy:.3f}; last step: task {task:.4f}, penalty {penalty:.4f}")

@@ -11,9 +11,7 @@ from relflat import FAM, relative_flatness_by_layer
 x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
 x = x.float() / 16
 torch.manual_seed(0)
-model = nn.Sequential(
-    OrderedDict(fc1=nn.Linear(64, 64), relu1=nn.ReLU(), fc2=nn.Linear(64, 64), relu2=nn.ReLU())
-)
+model = nn.Sequential(OrderedDict(fc1=nn.Linear(64, 64), relu1=nn.ReLU(), fc2=nn.Linear(64, 64), relu2=nn.ReLU()))
 model.add_module("head", nn.Linear(64, 10))
 
 criterion = FAM(nn.CrossEntropyLoss(), model, ["fc*", "head"], strength=0.001)

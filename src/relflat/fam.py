@@ -303,9 +303,7 @@ class FAM(nn.Module):
         names, size, share = self.layers, self.options.layers_per_step, 1.0
         if size is not None:
             share = len(names) / size
-            report["layers"] = names = [
-                names[i] for i in subset(self._estimator.seed, step, len(names), size)
-            ]
+            report["layers"] = names = [names[i] for i in subset(self._estimator.seed, step, len(names), size)]
             scene = scene.only(names)
         with kept_whole(self._tap.model):
             parts = self._estimator(scene, step)

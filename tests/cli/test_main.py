@@ -232,10 +232,7 @@ def test_trials_that_diverge_are_recorded_and_counted(relflat, tmp_path):
     ("arguments", "message"),
     [
         (["compare", "digits", "--engine", "raay"], "Unknown engine 'raay'; did you mean 'ray'"),
-        (
-            ["compare", "digits", "--address", "10.0.0.1:6379"],
-            "--address 10.0.0.1:6379 belongs to a Ray cluster",
-        ),
+        (["compare", "digits", "--address", "10.0.0.1:6379"], "--address 10.0.0.1:6379 belongs to a Ray cluster"),
         (["compare", "digits", "--gpus", "1"], "--gpus 1.0 belongs to a Ray cluster; add --engine ray"),
         (["compare", "digits", "--workers", "0"], "workers=0 must be above 0"),
         (["compare", "digits", "--precision", "bf17"], "Unknown precision 'bf17'; did you mean 'bf16'"),
@@ -360,9 +357,7 @@ def test_help_of_reproduce_lists_the_experiments(relflat):
 
 def test_help_gives_the_numbers_of_probes(relflat):
     _, out, _ = relflat("measure", "--help")
-    assert f"(default: {_DEFAULT_PROBES}; xtrace: {_DEFAULT_XTRACE})" in " ".join(
-        out.replace("│", " ").split()
-    )
+    assert f"(default: {_DEFAULT_PROBES}; xtrace: {_DEFAULT_XTRACE})" in " ".join(out.replace("│", " ").split())
 
 
 def test_a_path_without_the_name_of_a_task_gets_it(relflat, tmp_path):
@@ -375,29 +370,20 @@ def test_a_path_without_the_name_of_a_task_gets_it(relflat, tmp_path):
 
 def test_module_is_the_command():
     done = subprocess.run(
-        [sys.executable, "-m", "relflat", "data", "list", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-m", "relflat", "data", "list", "--json"], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout)["fashion-mnist"]["licence"].startswith("MIT")
 
 
 def test_core_does_not_import_the_lab():
     code = "import sys, relflat; print([name for name in sys.modules if name.startswith('relflat.lab')])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize(
     ("command", "nearest"),
     [
-        (
-            ["compare", "digits", "--sede", "3"],
-            "Unknown option of relflat compare '--sede'; did you mean '--seeds'?",
-        ),
+        (["compare", "digits", "--sede", "3"], "Unknown option of relflat compare '--sede'; did you mean '--seeds'?"),
         (["train", "digits", "--layer_per_step=1"], "did you mean '--layers-per-step'?"),
         (["measure", "runs/x", "--sample", "3"], "did you mean '--samples'?"),
         (["report", "x", "--jsno"], "did you mean '--json'?"),

@@ -12,19 +12,7 @@ import pytest
 from relflat.cli.main import main
 
 TRAIN = ["train", "digits", "--epochs", "3", "--train-size", "100", "--json"]
-COMPARE = [
-    "compare",
-    "digits",
-    "--arms",
-    "plain",
-    "fam",
-    "--seeds",
-    "1",
-    "--search-seeds",
-    "1",
-    "--trials",
-    "1",
-]
+COMPARE = ["compare", "digits", "--arms", "plain", "fam", "--seeds", "1", "--search-seeds", "1", "--trials", "1"]
 COMPARE += ["--workers", "1", "--epochs", "2", "--train-size", "100", "--json"]
 
 
@@ -59,9 +47,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("command", [TRAIN, COMPARE], ids=lambda command: command[0])
 def test_full_disk(small_disk, tmp_path, capsys, command):
-    ways = [*command, "--runs", str(small_disk / "runs")] + (
-        ["--out", str(tmp_path / "out")] * (command is COMPARE)
-    )
+    ways = [*command, "--runs", str(small_disk / "runs")] + (["--out", str(tmp_path / "out")] * (command is COMPARE))
     with pytest.raises(SystemExit) as stop:
         main(ways)
     text = capsys.readouterr()

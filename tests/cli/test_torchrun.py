@@ -51,18 +51,7 @@ def test_training_on_two_processes_is_training_on_one(algorithm, tmp_path):
     done = launch(
         "train",
         "digits",
-        *(
-            "--algorithm",
-            algorithm,
-            "--epochs",
-            "2",
-            "--lr",
-            "0.01",
-            "--runs",
-            str(tmp_path),
-            "--name",
-            "two",
-        ),
+        *("--algorithm", algorithm, "--epochs", "2", "--lr", "0.01", "--runs", str(tmp_path), "--name", "two"),
         "--json",
     )
     assert done.returncode == 0, done.stderr

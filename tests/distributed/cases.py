@@ -222,9 +222,7 @@ def fsdp(rank: int, ranks: int) -> dict[str, Any]:
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     F.cross_entropy(net(x), y).sum().backward()
     optimizer.step()
-    again = relative_flatness(
-        net, nn.CrossEntropyLoss(), (x, y), layer="hidden", process_group=dist.group.WORLD
-    )
+    again = relative_flatness(net, nn.CrossEntropyLoss(), (x, y), layer="hidden", process_group=dist.group.WORLD)
     found["measure after a step"] = again.value != found["measure hidden"].value
     return found
 
@@ -264,9 +262,7 @@ def probes(rank: int, ranks: int) -> dict[str, Any]:
     values = []
     for _ in range(2):
         net = Net()
-        with FAM(
-            nn.CrossEntropyLoss(), net, "hidden", strength=STRENGTH, method="probe", seed=3
-        ) as criterion:
+        with FAM(nn.CrossEntropyLoss(), net, "hidden", strength=STRENGTH, method="probe", seed=3) as criterion:
             criterion(net(x), y)
         values.append(criterion.last["kappa"])
     return {"values": values}
@@ -298,18 +294,9 @@ def measure(rank: int, ranks: int) -> dict[str, Any]:
     found["xtrace"] = relative_flatness(
         net, loss_fn, batches, layer="hidden", method="xtrace", probes=8, process_group=group
     )
-    halves = (
-        [(x[:4], y[:4] % CLASSES), (x[4:9], y[4:9] % CLASSES)]
-        if rank == 0
-        else [(x[9:], y[9:] % CLASSES)] * 2
-    )
+    halves = [(x[:4], y[:4] % CLASSES), (x[4:9], y[4:9] % CLASSES)] if rank == 0 else [(x[9:], y[9:] % CLASSES)] * 2
     found["unknown"] = relative_flatness(
-        net,
-        lambda z, t: F.cross_entropy(z, t) * 1.0,
-        halves,
-        layer="output",
-        process_group=group,
-        method="exact",
+        net, lambda z, t: F.cross_entropy(z, t) * 1.0, halves, layer="output", process_group=group, method="exact"
     )
     errors = {}
     for name, change in {
@@ -344,9 +331,7 @@ def dying(rank: int, ranks: int, what: str) -> str:
     start = time.monotonic()
     try:
         if what == "hangs":
-            relative_flatness(
-                net, nn.CrossEntropyLoss(), (x, y), layer="output", process_group=dist.group.WORLD
-            )
+            relative_flatness(net, nn.CrossEntropyLoss(), (x, y), layer="output", process_group=dist.group.WORLD)
         else:
             loss.backward()
     except RuntimeError as error:

@@ -17,9 +17,7 @@ SECONDS = 120  # for a whole run, on a busy machine
 WAIT = 60  # for one collective
 
 
-def run(
-    work: Callable[..., Any], ranks: int, *args: Any, wait: float = WAIT, limit: float = SECONDS
-) -> list[Any]:
+def run(work: Callable[..., Any], ranks: int, *args: Any, wait: float = WAIT, limit: float = SECONDS) -> list[Any]:
     """What ``work(rank, *args)`` returns on every rank; an exception is returned as its text."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.fsdp", "relflat"])

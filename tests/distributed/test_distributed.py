@@ -3,20 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    CASES,
-    CLASSES,
-    Net,
-    alone,
-    data,
-    ddp,
-    dying,
-    fsdp,
-    head_alone,
-    measure,
-    precision,
-    probes,
-)
+from cases import CASES, CLASSES, Net, alone, data, ddp, dying, fsdp, head_alone, measure, precision, probes
 from ranks import run
 from torch import nn
 
@@ -36,9 +23,7 @@ def assert_gradients_equal(found, case, name):
     tolerance = 1e-6 if name == "float32" else 1e-10
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(
-            a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
-        )
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

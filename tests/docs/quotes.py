@@ -17,11 +17,7 @@ ROW = "accuracy accuracy.sd kappa kappa.sd step"
 INTERVAL = "gain gain.low gain.high"
 
 README: list[Quote] = [
-    (
-        "| plain | 93.0 ± 0.9 | 21 ± 2 | 1.00x | weight decay 0.002 |",
-        SHIFTED,
-        f"plain {ROW} settings.weight_decay",
-    ),
+    ("| plain | 93.0 ± 0.9 | 21 ± 2 | 1.00x | weight decay 0.002 |", SHIFTED, f"plain {ROW} settings.weight_decay"),
     ("| SAM | 92.0 ± 1.1 | 14 ± 1 | 2.1x | rho 0.2 |", SHIFTED, f"sam {ROW} settings.rho"),
     (
         "| FAM: kappa itself | 92.6 ± 0.7 | 8.1 ± 0.5 | 2.6x | strength 0.01 on the output layer |",
@@ -36,11 +32,7 @@ README: list[Quote] = [
     ("SAM -1.0 points (Holm-corrected p = .19)", SHIFTED, "sam gain gain.p"),
     ("kappa itself -0.4 (p = .25)", SHIFTED, "fam gain gain.p"),
     ("radius -0.2 (p = .41)", SHIFTED, "fam-radius gain gain.p"),
-    (
-        "plain reached 94.3, SAM was better by 1.0 points (p = .023)",
-        "digits",
-        "plain accuracy; sam gain gain.p",
-    ),
+    ("plain reached 94.3, SAM was better by 1.0 points (p = .023)", "digits", "plain accuracy; sam gain gain.p"),
     ("a finite radius by 1.1 or", "digits", "fam-radius gain"),
     ("with other random numbers, 0.4", "digits-again", "fam-radius gain"),
     ("Points over plain training (84.4 %), all with Holm p = .031", FRESH, "plain accuracy; fam-all gain.p"),
@@ -61,11 +53,7 @@ README: list[Quote] = [
         "fashion-mnist",
         "plain test_accuracy test_accuracy.sd; fam test_accuracy test_accuracy.sd",
     ),
-    (
-        "it gave 84.3 % where SGD gave 84.3 %",
-        "pre-study",
-        "fashion-mnist/fam accuracy; fashion-mnist/sgd accuracy",
-    ),
+    ("it gave 84.3 % where SGD gave 84.3 %", "pre-study", "fashion-mnist/fam accuracy; fashion-mnist/sgd accuracy"),
     (
         "label noise 76.1 % where SGD gave 74.6 % and SAM 82.5 %",
         "pre-study",
@@ -127,11 +115,7 @@ STUDY: list[Quote] = [
         "sam gain; fam-radius gain settings.radius _",
     ),
     ("dropout +0.9, plain Gaussian noise +0.8", NOISE, "dropout gain; noise gain"),
-    (
-        "SAM (-1.0), kappa itself (-0.4) or the radius (-0.2)",
-        SHIFTED,
-        "sam gain; fam gain; fam-radius gain",
-    ),
+    ("SAM (-1.0), kappa itself (-0.4) or the radius (-0.2)", SHIFTED, "sam gain; fam gain; fam-radius gain"),
     (
         "64² output layer: 2 ms for 317 ms; a step of a small CNN +11 %",
         "reproduce/cost",
@@ -139,11 +123,7 @@ STUDY: list[Quote] = [
     ),
     ("gains .02 Dice (1 seed)", "reproduce/table2", "weights/0.02 gain n"),
     ("not here: 0.0 points (p = 1, 5 seeds)", "reproduce/table3", "fam gain gain.p n"),
-    (
-        "tau -.35 to -.47 over 26 networks",
-        "reproduce/layers",
-        "normalised/fc1 tau; normalised/fc4 tau n",
-    ),
+    ("tau -.35 to -.47 over 26 networks", "reproduce/layers", "normalised/fc1 tau; normalised/fc4 tau n"),
     (
         "tau -.01 (-.38 to +.34) over 24 networks; the weight norm has +.70",
         "reproduce/correlation",
@@ -168,11 +148,7 @@ REPRODUCE: list[Quote] = [
         "reproduce/table1",
         "_; cifar10/sam gain gain.p; cifar10/fam gain; fashion-mnist/sam gain gain.p; fashion-mnist/fam gain gain.p",
     ),
-    (
-        "Dice falls from .63 to between .14 and .49",
-        "reproduce/table2",
-        "plain dice; full/0.1 dice; full/0.0006 dice",
-    ),
+    ("Dice falls from .63 to between .14 and .49", "reproduce/table2", "plain dice; full/0.1 dice; full/0.0006 dice"),
     ("Dice is +.02 at best, where the paper has +.07", "reproduce/table2", "weights/0.02 gain _"),
     (
         "FAM 0.0 points (-0.2 to +0.2, p = 1) at the weakest strength of its grid, .001",
@@ -262,11 +238,7 @@ TASKS: list[Quote] = [
 ]
 
 HOWTO: list[Quote] = [
-    (
-        "drawing one layer gained 1.1 points where all of them gained 1.3",
-        FRESH,
-        "fam-one gain; fam-all gain",
-    )
+    ("drawing one layer gained 1.1 points where all of them gained 1.3", FRESH, "fam-one gain; fam-all gain")
 ]
 
 QUOTES = {

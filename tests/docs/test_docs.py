@@ -104,17 +104,13 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize(
-    "page", sorted({*PAGES, *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")}), ids=_id
-)
+@pytest.mark.parametrize("page", sorted({*PAGES, *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")}), ids=_id)
 def test_relative_links_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
-        assert not re.search(r"\breport\.(html|json|csv|tex)$", path), (
-            f"{page.name} links to {target}, not in git"
-        )
+        assert not re.search(r"\breport\.(html|json|csv|tex)$", path), f"{page.name} links to {target}, not in git"
         linked = page.parent / path if path else page
         left_out = linked.suffix == ".svg" and not (ROOT / ".git").exists()  # as in the source distribution
         assert linked.exists() or left_out, f"{page.name} links to {target}"
@@ -301,9 +297,7 @@ def test_every_argument_of_classification_has_a_row_with_its_default():
     parameters = inspect.signature(classification).parameters
     assert list(rows) == list(parameters)
     for name, parameter in parameters.items():
-        assert rows[name][-1] == ("" if parameter.default is parameter.empty else f"`{parameter.default}`"), (
-            name
-        )
+        assert rows[name][-1] == ("" if parameter.default is parameter.empty else f"`{parameter.default}`"), name
 
 
 @pytest.mark.parametrize("record", [SGD, Adam, AdamW])

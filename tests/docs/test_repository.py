@@ -20,9 +20,7 @@ def tracked() -> list[str]:
 
 
 def test_what_is_neither_source_nor_test_stays_small() -> None:
-    sizes = {
-        name: (ROOT / name).stat().st_size for name in tracked() if not name.startswith(("src/", "tests/"))
-    }
+    sizes = {name: (ROOT / name).stat().st_size for name in tracked() if not name.startswith(("src/", "tests/"))}
     assert sum(sizes.values()) <= LIMIT, sorted(sizes, key=sizes.__getitem__)[-5:]
 
 

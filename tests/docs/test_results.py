@@ -34,9 +34,7 @@ def arms_of(source: str) -> dict[str, dict[str, Any]]:
     """Arm -> metric -> value of a study, or of a file of benchmarks/results."""
     if not source.startswith("benchmarks/"):
         return json.loads((ROOT / "docs" / "study" / "results.json").read_text())[source]["arms"]
-    groups = json.loads((ROOT / "benchmarks" / "results" / f"{Path(source).name}.json").read_text())[
-        "results"
-    ]
+    groups = json.loads((ROOT / "benchmarks" / "results" / f"{Path(source).name}.json").read_text())["results"]
     rows = [row for group in reversed(groups) for row in group["rows"]]  # of equal names the first network's
     return {
         _slug(row["row"]): {
@@ -68,9 +66,7 @@ def agrees(printed: str, value: float) -> bool:
     _, point, decimals = mantissa.partition(".")
     zeros = 0 if point else len(mantissa) - len(mantissa.rstrip("0"))
     step = 10.0 ** (int(exponent or 0) + zeros - len(decimals))
-    return any(
-        abs(scale * value - float(number)) <= 0.5 * step + 2e-6 * abs(scale * value) for scale in (1, 100)
-    )
+    return any(abs(scale * value - float(number)) <= 0.5 * step + 2e-6 * abs(scale * value) for scale in (1, 100))
 
 
 def pattern(words: str) -> re.Pattern[str]:
@@ -81,17 +77,11 @@ def pattern(words: str) -> re.Pattern[str]:
 
 @pytest.mark.parametrize(
     ("page", "quote"),
-    [
-        pytest.param(page, quote, id=f"{page}: {quote[0]}")
-        for page, quotes in QUOTES.items()
-        for quote in quotes
-    ],
+    [pytest.param(page, quote, id=f"{page}: {quote[0]}") for page, quotes in QUOTES.items() for quote in quotes],
 )
 def test_quoted_numbers_are_those_of_the_run(page: str, quote: Quote) -> None:
     words, source, metrics = quote
-    assert pattern(words).search((ROOT / page).read_text()), (
-        f"{page} no longer says so: adapt tests/docs/quotes.py"
-    )
+    assert pattern(words).search((ROOT / page).read_text()), f"{page} no longer says so: adapt tests/docs/quotes.py"
     printed, wanted = NUMBER.findall(words), values(source, metrics)
     assert len(printed) == len(wanted), (printed, wanted)
     for number, value in zip(printed, wanted, strict=True):

@@ -7,17 +7,7 @@ import sys
 
 import pytest
 
-FRAMEWORKS = (
-    "lightning",
-    "transformers",
-    "accelerate",
-    "skorch",
-    "peft",
-    "sklearn",
-    "scipy",
-    "matplotlib",
-    "keras",
-)
+FRAMEWORKS = ("lightning", "transformers", "accelerate", "skorch", "peft", "sklearn", "scipy", "matplotlib", "keras")
 
 
 def python(code: str) -> str:
@@ -46,9 +36,7 @@ def test_import_takes_less_than_a_fifth_of_a_second_beyond_torch() -> None:
 
 @pytest.mark.parametrize("name", ["lightning", "transformers", "accelerate", "skorch", "keras"])
 def test_a_missing_framework_is_named_with_its_extra(name, monkeypatch) -> None:
-    for module in [
-        m for m in sys.modules if m == name or m.startswith((f"{name}.", f"relflat.integrations.{name}"))
-    ]:
+    for module in [m for m in sys.modules if m == name or m.startswith((f"{name}.", f"relflat.integrations.{name}"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "meta_path", [Missing(name), *sys.meta_path])
     with pytest.raises(ImportError) as caught:

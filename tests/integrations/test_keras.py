@@ -144,9 +144,7 @@ def test_a_saved_model_trains_on(kit, tmp_path):
     model = compiled(kit, build(kit, activation="softmax"), loss, layer="hidden", seed=3)
     model.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
     model.save(tmp_path / "model.keras")
-    again = kit.keras.models.load_model(
-        tmp_path / "model.keras", custom_objects={"FAMSequential": kit.FAMSequential}
-    )
+    again = kit.keras.models.load_model(tmp_path / "model.keras", custom_objects={"FAMSequential": kit.FAMSequential})
     for one in (model, again):
         one.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
     assert again.criterion.step == 6

@@ -98,16 +98,11 @@ def test_copies_go_on_training(copied) -> None:
 
 def test_validation_loss_is_plain_and_training_loss_has_the_penalty() -> None:
     x, y = arrays()
-    net = classifier(max_epochs=1, lr=0.0, train_split=skorch.dataset.ValidSplit(2, stratified=False)).fit(
-        x, y
-    )
+    net = classifier(max_epochs=1, lr=0.0, train_split=skorch.dataset.ValidSplit(2, stratified=False)).fit(x, y)
     model = copy.deepcopy(net.module_)
     plain = nn.functional.cross_entropy(model(torch.as_tensor(x[:8])), torch.as_tensor(y[:8])).item()
     valid = net.history[-1, "valid_loss"]
-    halves = [
-        plain,
-        nn.functional.cross_entropy(model(torch.as_tensor(x[8:])), torch.as_tensor(y[8:])).item(),
-    ]
+    halves = [plain, nn.functional.cross_entropy(model(torch.as_tensor(x[8:])), torch.as_tensor(y[8:])).item()]
     assert min(abs(valid - half) for half in halves) < 1e-6
     assert net.history[-1, "train_loss"] == pytest.approx(net.fam_.last["total"], rel=1e-6)
     assert net.fam_.last["penalty"] > 0
@@ -116,9 +111,7 @@ def test_validation_loss_is_plain_and_training_loss_has_the_penalty() -> None:
 def test_regression() -> None:
     x, _ = data(torch.float32)
     y = x[:, :3].clone()
-    net = FAMRegressor(Net, fam__strength=0.1, train_split=None, verbose=0, max_epochs=1, batch_size=-1).fit(
-        x, y
-    )
+    net = FAMRegressor(Net, fam__strength=0.1, train_split=None, verbose=0, max_epochs=1, batch_size=-1).fit(x, y)
     assert net.fam_.last["method"] == "closed_form"
     model = copy.deepcopy(net.module_)
     fam = FAM(nn.MSELoss(), model, "head", strength=0.1)

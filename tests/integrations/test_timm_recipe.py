@@ -44,17 +44,7 @@ def penalised(model, x, y, strength=0.3):
 
 
 def epoch(
-    timm,
-    model,
-    criterion,
-    loader,
-    *,
-    ema=None,
-    scaler=None,
-    optimizer=None,
-    steps=1,
-    clip=None,
-    autocast=None,
+    timm, model, criterion, loader, *, ema=None, scaler=None, optimizer=None, steps=1, clip=None, autocast=None
 ):
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.2)
     scaler = scaler or timm["LossScaler"]("cpu")

@@ -120,9 +120,7 @@ def arguments(folder, accumulate: int = 1, **options) -> TrainingArguments:
     return TrainingArguments(**(settings | options))
 
 
-def trained(
-    head, folder, accumulate=1, dtype=torch.float64, trainer=FAMTrainer, *, attributes=None, **options
-):
+def trained(head, folder, accumulate=1, dtype=torch.float64, trainer=FAMTrainer, *, attributes=None, **options):
     """Train for one step; the trainer and its gradients."""
     extra = {} if trainer is Trainer else {"fam": options.pop("fam", {"layer": "output", "strength": 0.5})}
     extra |= {k: options.pop(k) for k in ["compute_loss_func"] if k in options}
@@ -153,9 +151,7 @@ def by_hand(head: str) -> list[torch.Tensor]:
     fam = FAM(None, model, "output", strength=0.5, curvature="hessian", method="exact")
     loss_fn, z, y = rows_and_targets(head, model(input_ids=inputs["input_ids"]).logits, inputs["labels"])
     loss = loss_fn(z, y) + 0.0 * z.sum()  # not recognised, so differentiated
-    if (
-        head == "language (GPT-2)"
-    ):  # the Trainer counts the first token too, for classes not called ...ForCausalLM
+    if head == "language (GPT-2)":  # the Trainer counts the first token too, for classes not called ...ForCausalLM
         loss = loss * (y != -100).sum() / (inputs["labels"] != -100).sum()
     (loss + fam.penalty(loss)).backward()
     return gradients(model)
@@ -166,9 +162,7 @@ def test_gradients_are_those_of_the_full_batch(head, tmp_path) -> None:
     run, found = trained(head, tmp_path)
     assert run.criterion.last["method"] == "closed_form"
     assert run.criterion.last["penalty"] > 0.01
-    inside = (
-        torch.float32 if head.startswith("language") or "Llama" in head else torch.float64
-    )  # of the models
+    inside = torch.float32 if head.startswith("language") or "Llama" in head else torch.float64  # of the models
     assert_same(found, by_hand(head), inside)
 
 
@@ -190,8 +184,7 @@ def test_accumulation_scales_as_the_trainers_own_loss_does(tmp_path) -> None:
     _, found = trained("sequence", tmp_path, 4)
     _, full = trained("sequence", tmp_path, 1)
     assert_same(
-        [a - b for a, b in zip(found, plain, strict=True)],
-        [4 * (a - b) for a, b in zip(full, whole, strict=True)],
+        [a - b for a, b in zip(found, plain, strict=True)], [4 * (a - b) for a, b in zip(full, whole, strict=True)]
     )
 
 

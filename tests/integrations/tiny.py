@@ -19,9 +19,7 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return x, torch.randint(3, (SAMPLES,), generator=generator)
 
 
-def plain_gradient(
-    layer: str = "output", strength: float = 0.5, dtype: torch.dtype = torch.float64
-) -> list[Tensor]:
+def plain_gradient(layer: str = "output", strength: float = 0.5, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """One process, all samples in one batch."""
     model, (x, y) = mlp(dtype), data(dtype)
     with FAM(nn.CrossEntropyLoss(), model, layer, strength=strength) as criterion:

@@ -21,9 +21,7 @@ COSTS = {
 }
 
 
-def trial(
-    arm: Arm, seed: int, accuracy: float, kappa: float, *, diverged: bool = False, **settings: Any
-) -> Trial:
+def trial(arm: Arm, seed: int, accuracy: float, kappa: float, *, diverged: bool = False, **settings: Any) -> Trial:
     """A trial with this accuracy on every split."""
     split = {
         "accuracy": accuracy,
@@ -66,11 +64,7 @@ def comparison(
         unsearched: all trials of the search diverged.
     """
     candidates = [
-        judge(
-            arm.name,
-            settings,
-            [trial(arm, 100, 0.8 + 0.1 * place, 5.0 + place, diverged=unsearched, **settings)],
-        )
+        judge(arm.name, settings, [trial(arm, 100, 0.8 + 0.1 * place, 5.0 + place, diverged=unsearched, **settings)])
         for arm in ARMS
         for place, settings in enumerate(arm.grid)
     ]

@@ -34,9 +34,7 @@ def linear() -> nn.Sequential:
 
 
 def gradient(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
-    return list(
-        torch.autograd.grad(nn.functional.cross_entropy(model(inputs), targets), list(model.parameters()))
-    )
+    return list(torch.autograd.grad(nn.functional.cross_entropy(model(inputs), targets), list(model.parameters())))
 
 
 def test_sam_step_is_the_papers():
@@ -51,8 +49,7 @@ def test_sam_step_is_the_papers():
         for parameter, g in zip(uphill.parameters(), first, strict=True):
             parameter += 0.3 * g / norm
         expected = [
-            w - 0.1 * g
-            for w, g in zip(by_hand.parameters(), gradient_at(uphill, inputs, targets), strict=True)
+            w - 0.1 * g for w, g in zip(by_hand.parameters(), gradient_at(uphill, inputs, targets), strict=True)
         ]
     for found, wanted in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(found, wanted)
@@ -182,9 +179,7 @@ def test_label_smoothing_spreads_the_targets():
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "settings"),
-    [("dropout", {"rate": 0.5}), ("noise", {"sigma": 0.5})],
-    ids=["dropout", "noise"],
+    ("algorithm", "settings"), [("dropout", {"rate": 0.5}), ("noise", {"sigma": 0.5})], ids=["dropout", "noise"]
 )
 def test_disturbance_acts_on_the_layers_inputs_while_training_only(algorithm, settings):
     inputs, _ = batch()

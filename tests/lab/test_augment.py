@@ -27,9 +27,7 @@ def test_flip_mirrors_left_and_right():
     assert torch.equal(crop_flip(pictures, draws(0.5, 0.5, 0.9, 0, 0)), pictures.flip(3))
 
 
-@pytest.mark.parametrize(
-    ("centre", "rows", "columns"), [((0.5, 0.5), (2, 4), (2, 4)), ((0.0, 0.99), (0, 1), (4, 6))]
-)
+@pytest.mark.parametrize(("centre", "rows", "columns"), [((0.5, 0.5), (2, 4), (2, 4)), ((0.0, 0.99), (0, 1), (4, 6))])
 def test_cutout_hides_a_square(centre, rows, columns):
     hidden = cutout(pictures, draws(0, 0, 0, *centre), side=2) == 0
     expected = torch.zeros(6, 6, dtype=torch.bool)

@@ -53,10 +53,7 @@ def test_plan_survives_a_round_trip_through_json(tmp_path):
 
 
 def test_best_validation_accuracy_is_chosen_and_loss_breaks_ties():
-    low, high = (
-        judge("sam", {"rho": 1}, [trial(SAM, 0, 0.8, 1)]),
-        judge("sam", {"rho": 2}, [trial(SAM, 0, 0.9, 1)]),
-    )
+    low, high = (judge("sam", {"rho": 1}, [trial(SAM, 0, 0.8, 1)]), judge("sam", {"rho": 2}, [trial(SAM, 0, 0.9, 1)]))
     assert choose([low, high], "sam") is high
     cheaper = replace(high, loss=high.loss / 2)
     assert choose([high, cheaper, low], "sam") is cheaper
@@ -120,9 +117,7 @@ def test_an_address_that_does_not_answer_is_given_up_soon(tmp_path):
     with socket.socket() as bound:  # bound but not listening: nobody else can listen there
         bound.bind(("127.0.0.1", 0))
         start = time.monotonic()
-        with pytest.raises(
-            ConfigError, match=r"No Ray cluster answers at 127\.0\.0\.1:\d+ \(Connection refused\)"
-        ):
+        with pytest.raises(ConfigError, match=r"No Ray cluster answers at 127\.0\.0\.1:\d+ \(Connection refused\)"):
             Engine(1, "ray", f"127.0.0.1:{bound.getsockname()[1]}").pool(tmp_path)
     assert time.monotonic() - start < 30
     assert list(tmp_path.iterdir()) == []

@@ -26,9 +26,7 @@ def test_flat_form_round_trips_through_json(algorithm):
 
 def test_digest_depends_on_every_value():
     base = make({"task": "digits"})
-    others = [
-        make({"task": "digits", key: value}) for key, value in (("seed", 1), ("lr", 0.1), ("epochs", 3))
-    ]
+    others = [make({"task": "digits", key: value}) for key, value in (("seed", 1), ("lr", 0.1), ("epochs", 3))]
     assert len({base.digest, *(other.digest for other in others)}) == 4
     assert make({"task": "digits", "seed": 0}).digest == base.digest
 
@@ -114,13 +112,9 @@ OLD |= {"weight_decay": 5e-4, "train_size": None, "label_noise": 0.0, "strength"
 
 def test_runs_of_schema_1_can_be_read_but_not_gone_on_with(tmp_path):
     store.write_json(tmp_path / store.CONFIG, {**OLD, "estimator": "probe"})
-    config = make(
-        {"task": "digits", "algorithm": "fam", "seed": 3, "epochs": 2, "strength": 0.2, "layer": "fc2"}
-    )
+    config = make({"task": "digits", "algorithm": "fam", "seed": 3, "epochs": 2, "strength": 0.2, "layer": "fc2"})
     assert store.config_of(tmp_path) == make({**config.flat(), "method": "probe"})
-    with pytest.raises(
-        ConfigError, match=r"has schema 1; runs of this version have 2\..*replace it with --fresh"
-    ):
+    with pytest.raises(ConfigError, match=r"has schema 1; runs of this version have 2\..*replace it with --fresh"):
         store.check_folder(tmp_path, config)
 
 

@@ -25,11 +25,7 @@ def run(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [
-        ('{"status": "fin', "Unterminated string"),
-        ("null", "it holds None"),
-        ("{}", "it has no status, epochs"),
-    ],
+    [('{"status": "fin', "Unterminated string"), ("null", "it holds None"), ("{}", "it has no status, epochs")],
 )
 def test_a_damaged_result_is_made_again_once_it_is_removed(run, text, why):
     job, folder = run
@@ -37,9 +33,7 @@ def test_a_damaged_result_is_made_again_once_it_is_removed(run, text, why):
     before = path.read_text()
     path.write_text(text)
     for reading in (read_trial, run_job):
-        with pytest.raises(
-            DataError, match=rf"result\.json is damaged \({why}.*Remove it and give the same command"
-        ):
+        with pytest.raises(DataError, match=rf"result\.json is damaged \({why}.*Remove it and give the same command"):
             reading(job)
     path.unlink()
     run_job(job)
@@ -66,9 +60,7 @@ def test_a_run_of_another_version_says_which(run):
     _, folder = run
     path = folder / store.CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), "momentum": 0.9}))
-    with pytest.raises(
-        DataError, match=r"config\.json does not fit here: Unknown config key 'momentum'"
-    ) as caught:
+    with pytest.raises(DataError, match=r"config\.json does not fit here: Unknown config key 'momentum'") as caught:
         store.config_of(folder)
     assert "written by" not in str(caught.value)
     place = folder / store.ENVIRONMENT

@@ -25,9 +25,7 @@ def test_padding_is_tensorflows(size, kernel, stride):
     wide = functional.pad(x, (before, kernel, before, kernel))[0, 0]
     expected = torch.stack(
         [
-            (
-                wide[i * stride : i * stride + kernel, j * stride : j * stride + kernel] * layer.weight[0, 0]
-            ).sum()
+            (wide[i * stride : i * stride + kernel, j * stride : j * stride + kernel] * layer.weight[0, 0]).sum()
             for i in range(sides)
             for j in range(sides)
         ]

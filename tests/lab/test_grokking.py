@@ -6,13 +6,7 @@ from relflat import relative_flatness
 from relflat.errors import ConfigError
 from relflat.lab.data.arrays import Arrays
 from relflat.lab.tasks import TASKS
-from relflat.papers.modular_addition import (
-    AdditionMLP,
-    AdditionTransformer,
-    additions,
-    learnt_at,
-    splits,
-)
+from relflat.papers.modular_addition import AdditionMLP, AdditionTransformer, additions, learnt_at, splits
 from relflat.reference import at_layer, kappa
 
 

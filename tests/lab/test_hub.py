@@ -71,10 +71,7 @@ def serve(monkeypatch, name: str, found, rows: dict[str, int]) -> list[tuple]:
 
 @pytest.mark.parametrize(
     ("name", "asked_for"),
-    [
-        ("cifar100", ("uoft-cs/cifar100", None)),
-        ("svhn", ("ufldl-stanford/svhn", "cropped_digits")),
-    ],
+    [("cifar100", ("uoft-cs/cifar100", None)), ("svhn", ("ufldl-stanford/svhn", "cropped_digits"))],
 )
 def test_pictures_are_fetched_and_read(monkeypatch, cache, name, asked_for):
     found = {"train": pictures(name, 6, 0), "test": pictures(name, 3, 1), "extra": pictures(name, 2, 2)}

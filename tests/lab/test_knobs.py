@@ -97,10 +97,7 @@ def test_temperature_and_unit_features_reach_the_criterion():
 
 @pytest.mark.parametrize(
     ("knob", "message"),
-    [
-        ({"remove_after": -1}, "remove_after=-1: give a number"),
-        ({"weight_cap": 0.0}, "weight_cap=0.0: the norm"),
-    ],
+    [({"remove_after": -1}, "remove_after=-1: give a number"), ({"weight_cap": 0.0}, "weight_cap=0.0: the norm")],
 )
 def test_knobs_that_do_not_fit_are_rejected(knob, message):
     with pytest.raises(ConfigError, match=message):

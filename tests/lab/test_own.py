@@ -72,11 +72,7 @@ def test_relative_paths_are_made_whole(copy, monkeypatch):
         ("x = 1\n", "task", r"defines no Task; write  task = Task\(...\)"),
         ("def f(:\n", "task", "SyntaxError"),
         ("def f():\n    return 1 / 0\n\n\nf()\n", "task", r"line 2, in f(.|\n)*ZeroDivisionError"),
-        (
-            "from relflat.lab.tasks import TASKS\n\nmine = TASKS['digits']\n",
-            "mien",
-            "did you mean 'mine'",
-        ),
+        ("from relflat.lab.tasks import TASKS\n\nmine = TASKS['digits']\n", "mien", "did you mean 'mine'"),
     ],
 )
 def test_files_that_do_not_work_are_explained(tmp_path, text, name, message):
@@ -92,10 +88,7 @@ def test_a_path_without_a_name_gets_the_names_in_the_file(copy, tmp_path):
     with pytest.raises(ConfigError, match=rf"Did you mean {copy}:task or {copy}:other\?"):
         make({"task": str(copy)})
     (tmp_path / "empty.py").write_text("x = 1\n")
-    for path, message in {
-        "empty.py": r"write  task = Task\(",
-        "none.py": "Cannot read the task file",
-    }.items():
+    for path, message in {"empty.py": r"write  task = Task\(", "none.py": "Cannot read the task file"}.items():
         with pytest.raises(ConfigError, match=message):
             make({"task": str(tmp_path / path)})
 

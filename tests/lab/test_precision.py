@@ -33,9 +33,7 @@ def test_bf16_trains_as_float32_does_and_differs(tmp_path, way):
     assert results["bf16"]["validation"]["loss"] != results["no"]["validation"]["loss"]
     for result in results.values():
         assert result["validation"]["accuracy"] > 0.5
-    assert results["bf16"]["validation"]["loss"] == pytest.approx(
-        results["no"]["validation"]["loss"], rel=0.2
-    )
+    assert results["bf16"]["validation"]["loss"] == pytest.approx(results["no"]["validation"]["loss"], rel=0.2)
     # measured again by other code, which knows no precision but float32
     measured = measure_run(tmp_path / "bf16")["output"]
     assert results["bf16"]["flatness"]["value"] == pytest.approx(measured.value, rel=1e-6)
@@ -45,9 +43,7 @@ def test_only_training_is_cast():
     session = build(short(precision="bf16"))
     inputs = session.splits.train.inputs[:4]
     seen = []
-    session.model.get_submodule("fc1").register_forward_hook(
-        lambda module, inputs, output: seen.append(output.dtype)
-    )
+    session.model.get_submodule("fc1").register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     session.learner.model(inputs)
     with session.full_precision():
         exact = session.model(inputs)

@@ -135,9 +135,7 @@ def test_a_node_lost_in_mid_trial(cluster, pool, tmp_path):
     with ThreadPoolExecutor(1) as beside:
         rest = beside.submit(run_all, pool, jobs, done.append)
         try:
-            until(
-                lambda: rest.done() or len(list(tmp_path.glob("waiting-*"))) == 2
-            )  # on two nodes of one CPU each
+            until(lambda: rest.done() or len(list(tmp_path.glob("waiting-*"))) == 2)  # on two nodes of one CPU each
             first_epochs = [metrics(job)[0] for job in jobs[1:]]
             (lost,) = cluster.worker_nodes
             cluster.remove_node(lost, allow_graceful=False)  # kill -9 of all its processes
@@ -169,9 +167,7 @@ def test_a_task_file_that_raises_on_a_worker(pool, tmp_path):
     good = jobs_in(tmp_path / "runs", PLAIN)[0]
     bad = jobs_in(tmp_path / "runs", PLAIN, task=f"{tmp_path / 'slow.py'}:broken")[0]
     run_all(pool, [good])
-    with pytest.raises(
-        ConfigError, match=r"slow\.py raises an error; mend it(.|\n)*ZeroDivisionError"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"slow\.py raises an error; mend it(.|\n)*ZeroDivisionError") as caught:
         run_all(pool, [good, bad])
     assert "ray" not in str(caught.value)
     assert (store.folder_of(good.config, good.runs) / store.RESULT).is_file()

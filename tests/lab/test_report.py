@@ -314,10 +314,7 @@ def test_a_report_of_diverged_runs_has_no_warning_and_no_nan():
     forms = all_forms(comparison(CLEAR, lost=EVERY, unsearched=True))
     assert [name for name, text in forms.items() if no_such_number(text)] == []
     assert "Nothing can be compared: on every seed some arm diverged." in forms["markdown"]
-    assert (
-        "of plain, SAM, FAM radius there was no setting without, and the first was tested"
-        in forms["markdown"]
-    )
+    assert "of plain, SAM, FAM radius there was no setting without, and the first was tested" in forms["markdown"]
     assert "| plain | – |  | 0 (+7 diverged) | – |" in forms["markdown"]
     assert forms["html"].count("nothing to show") == 7  # all figures but calibration, which is left out
 
@@ -377,10 +374,4 @@ def test_every_arm_looks_different():
 
 
 def test_numbers_beside_an_axis_are_short():
-    assert [drawing.short(value) for value in (0.5, 9999, 2e4, 5e5, 1e6)] == [
-        "0.5",
-        "9999",
-        "20k",
-        "500k",
-        "1e+06",
-    ]
+    assert [drawing.short(value) for value in (0.5, 9999, 2e4, 5e5, 1e6)] == ["0.5", "9999", "20k", "500k", "1e+06"]

@@ -100,9 +100,7 @@ def test_the_real_scan_is_a_head(scan):
     assert bone.sum() == 432_593
     fine = skulls.resampled(scan)
     assert fine.spacing == (2.0, 2.0, 2.0)
-    centre, after = (
-        ndimage.center_of_mass(each.hounsfield) * np.array(each.spacing) for each in (scan, fine)
-    )
+    centre, after = (ndimage.center_of_mass(each.hounsfield) * np.array(each.spacing) for each in (scan, fine))
     np.testing.assert_allclose(after, centre, atol=0.5)
 
 
@@ -294,9 +292,7 @@ def test_the_second_linear_layer_can_be_regularised(few):
     with torch.no_grad():
         for module in model.decoder.modules():
             if isinstance(module, nn.ConvTranspose3d):
-                module.weight.mul_(
-                    5
-                )  # else outputs hardly depend on the layer, and differences drown in rounding
+                module.weight.mul_(5)  # else outputs hardly depend on the layer, and differences drown in rounding
             elif isinstance(module, nn.PReLU):
                 module.weight.fill_(1)  # differences across a kink see a curvature that derivatives do not
     criterion = FAM(dice_loss(), model, "from_latent", strength=0.1, method="exact", curvature="hessian")

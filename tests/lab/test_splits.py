@@ -21,9 +21,7 @@ def test_digits_splits_are_disjoint_and_cover_everything():
     parts = [splits.train, splits.validation, splits.test()]
     assert [len(part) for part in parts] == [897, 400, 500]
     pool = read("digits").pool
-    assert (
-        len({row.numpy().tobytes() for row in pool.inputs.flatten(1)}) == 1797
-    )  # no duplicates to confuse us
+    assert len({row.numpy().tobytes() for row in pool.inputs.flatten(1)}) == 1797  # no duplicates to confuse us
     assert len(set.union(*map(rows, parts))) == 1797
 
 

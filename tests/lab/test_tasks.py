@@ -34,34 +34,24 @@ def test_reviews_train_and_are_tested_in_four_domains(tmp_path, minilm):
     films, other = sentences(3040)[:-10], sentences(3040)[-10:]
     lines = "\n".join(f"{place}\t{1 - 2 * (place % 2)}\t{text}" for place, text in enumerate(films))
     domains = {
-        name: f"1\t2\t{other[place]}\n2\t-2\t{other[-place]}"
-        for place, name in enumerate(("amazon", "news"), 1)
+        name: f"1\t2\t{other[place]}\n2\t-2\t{other[-place]}" for place, name in enumerate(("amazon", "news"), 1)
     }
     archive(
-        fetch.home(SOURCES["reviews"]) / SOURCES["reviews"].folder,
-        films=lines,
-        tweets=f"1\t2\t{other[5]}",
-        **domains,
+        fetch.home(SOURCES["reviews"]) / SOURCES["reviews"].folder, films=lines, tweets=f"1\t2\t{other[5]}", **domains
     )
     result = train(make({"task": "reviews", **FAM}), tmp_path / "run", tensorboard=False)
     assert result["status"] == "finished"
     assert result["flatness"]["method"] == "closed_form"
     assert list(result["shifts"]) == ["amazon", "news", "tweets"]
     assert result["shifts"]["amazon"]["accuracy"] in {0.0, 0.5, 1.0}
-    assert measure_run(tmp_path / "run")["output"].value == pytest.approx(
-        result["flatness"]["value"], rel=1e-4
-    )
+    assert measure_run(tmp_path / "run")["output"].value == pytest.approx(result["flatness"]["value"], rel=1e-4)
 
 
 def test_pairs_of_glue_are_cut_into_splits(minilm, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="extra 'hub' is not installed")
 
     def rows(first: list[str]):
-        columns = {
-            "sentence1": first,
-            "sentence2": first[::-1],
-            "label": [place % 2 for place in range(len(first))],
-        }
+        columns = {"sentence1": first, "sentence2": first[::-1], "label": [place % 2 for place in range(len(first))]}
         return datasets.Dataset.from_dict(columns)
 
     everything = sentences(450)

@@ -165,9 +165,7 @@ def test_the_published_reviews():
     """Counts from the README of the data set, and of the sentences clear of neutral that are there once."""
     have("reviews")
     folder = fetch.files("reviews")
-    lines = {
-        domain: reviews.read_lines(folder / reviews.ARCHIVE, file) for domain, file in reviews.FILES.items()
-    }
+    lines = {domain: reviews.read_lines(folder / reviews.ARCHIVE, file) for domain, file in reviews.FILES.items()}
     assert {d: len(rows) for d, rows in lines.items()} == {
         "films": 10_605,
         "amazon": 3_708,

@@ -65,9 +65,7 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(tmp_path, config, way)
     torch.manual_seed(999)  # whatever the new process has done before
     again = train(run, broken, tensorboard=False)
     assert without_times(again) == without_times(result)
-    assert list(map(without_times, store.metrics_of(broken))) == list(
-        map(without_times, store.metrics_of(whole))
-    )
+    assert list(map(without_times, store.metrics_of(broken))) == list(map(without_times, store.metrics_of(whole)))
     left, right = weights(whole), weights(broken)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
@@ -236,9 +234,7 @@ def test_batches_of_an_epoch_are_a_permutation(config):
 @pytest.mark.data
 def test_fashion_mnist_learns(tmp_path, config):
     fashion_mnist()
-    run = config(
-        task="fashion-mnist", train_size=1000, epochs=3, label_noise=0.0, algorithm="fam", strength=0.01
-    )
+    run = config(task="fashion-mnist", train_size=1000, epochs=3, label_noise=0.0, algorithm="fam", strength=0.01)
     result = train(run, tmp_path / "run", tensorboard=False)
     assert result["test"]["accuracy"] > 0.6
     assert result["flatness"]["value"] > 0

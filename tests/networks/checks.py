@@ -78,9 +78,7 @@ class EachArchitecture:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if {"case", "layer"} <= set(metafunc.fixturenames):
             pairs = [
-                pytest.param(a, layer, id=f"{a.name}-{layer}")
-                for a in self.family.members
-                for layer in a.layers
+                pytest.param(a, layer, id=f"{a.name}-{layer}") for a in self.family.members for layer in a.layers
             ]
             metafunc.parametrize(("case", "layer"), pairs)
 
@@ -131,9 +129,7 @@ class EachArchitecture:
             "forward": lambda model, batch: (case.call(model, stage.x), batch[1]),
         }
         for method in ("exact", "auto"):
-            flat = relative_flatness(
-                stage.model, case.loss, (stage.y, stage.y), method=method, probes=200, **options
-            )
+            flat = relative_flatness(stage.model, case.loss, (stage.y, stage.y), method=method, probes=200, **options)
             if flat.method.startswith(("exact", "closed_form")):
                 assert flat.value == stage.close_to(want, VALUE)
             else:

@@ -56,15 +56,11 @@ def refused(model: nn.Module, match: str, error: type[RelflatError], action: Cal
     assert state(model) == before, message
 
 
-def measure(
-    model: nn.Module, layer: Any, data: Any = None, loss: Any = CE, **options: Any
-) -> Callable[[], Any]:
+def measure(model: nn.Module, layer: Any, data: Any = None, loss: Any = CE, **options: Any) -> Callable[[], Any]:
     return lambda: relative_flatness(model, loss, batch() if data is None else data, layer=layer, **options)
 
 
-def train(
-    model: nn.Module, layer: Any, data: Any = None, loss: Any = CE, **options: Any
-) -> Callable[[], Any]:
+def train(model: nn.Module, layer: Any, data: Any = None, loss: Any = CE, **options: Any) -> Callable[[], Any]:
     x, y = batch() if data is None else data
 
     def step() -> None:
@@ -157,9 +153,7 @@ def test_complex_weights(layer: str) -> None:
 
 
 def test_sparse_gradients() -> None:
-    net = Net(
-        lambda m, x: m.head(m.embed(x).tanh()), embed=nn.Embedding(4, 2, sparse=True), head=nn.Linear(2, 3)
-    )
+    net = Net(lambda m, x: m.head(m.embed(x).tanh()), embed=nn.Embedding(4, 2, sparse=True), head=nn.Linear(2, 3))
     data = torch.tensor([0, 1, 3, 3]), torch.tensor([0, 1, 2, 0])
     action = measure(net, "embed.weight", data, method="exact")
     refused(net, r"'embed.weight' is sparse.*name the module", GraphError, action)
@@ -171,21 +165,13 @@ def test_sparse_gradients() -> None:
 def test_radius_on_integer_inputs() -> None:
     net = Net(lambda m, x: m.head(m.embed(x).tanh()), embed=nn.Embedding(4, 2), head=nn.Linear(2, 3))
     data = torch.tensor([0, 1, 3, 3]), torch.tensor([0, 1, 2, 0])
-    refused(
-        net,
-        r"Embedding.*torch.int64.*name the next layer",
-        ConfigError,
-        train(net, "embed", data, radius=0.1),
-    )
+    refused(net, r"Embedding.*torch.int64.*name the next layer", ConfigError, train(net, "embed", data, radius=0.1))
 
 
 def test_radius_on_a_parameter() -> None:
     model = mlp()
     refused(
-        model,
-        "radius=.*'0.weight' is a parameter; name a layer",
-        ConfigError,
-        train(model, "0.weight", radius=0.1),
+        model, "radius=.*'0.weight' is a parameter; name a layer", ConfigError, train(model, "0.weight", radius=0.1)
     )
 
 
@@ -198,16 +184,12 @@ def test_normalised_features_of_a_parameter(options: dict[str, Any]) -> None:
 
 
 def test_radius_under_checkpointing() -> None:
-    model = Net(
-        lambda m, x: m.head(checkpoint(m.body, x, use_reentrant=False)), body=mlp(), head=nn.Linear(3, 3)
-    )
+    model = Net(lambda m, x: m.head(checkpoint(m.body, x, use_reentrant=False)), body=mlp(), head=nn.Linear(3, 3))
     x, y = batch()
     for strength in (0.5, 1.0):
         with FAM(CE, model, "body.0", strength=strength, radius=0.1) as fam:
             loss = fam(model(x), y)
-            with pytest.raises(
-                GraphError, match=r"checkpointing recomputes layer 'body.0'.*leave that layer out"
-            ):
+            with pytest.raises(GraphError, match=r"checkpointing recomputes layer 'body.0'.*leave that layer out"):
                 loss.backward()
         model.zero_grad()
 
@@ -250,9 +232,7 @@ ONCE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "function of one's own beside a residual": (
         lambda: Net(
-            lambda m, x: m.head(m.fc(x).tanh() + Once.apply(m.fc(x))),
-            fc=nn.Linear(4, 5),
-            head=nn.Linear(5, 3),
+            lambda m, x: m.head(m.fc(x).tanh() + Once.apply(m.fc(x))), fc=nn.Linear(4, 5), head=nn.Linear(5, 3)
         ),
         "once_differentiable.*finite_difference",
     ),
@@ -326,9 +306,7 @@ def test_a_criterion_in_the_place_of_the_model() -> None:
     with pytest.raises(LayerError, match="a criterion: are the two swapped"):
         FAM(nn.Linear(2, 2), nn.CrossEntropyLoss(), "output", strength=0.1)
     with pytest.raises(LayerError, match="a criterion: are the two swapped"):
-        relative_flatness(
-            nn.CrossEntropyLoss(), nn.Linear(2, 2), (torch.ones(1, 2), torch.ones(1)), layer="output"
-        )
+        relative_flatness(nn.CrossEntropyLoss(), nn.Linear(2, 2), (torch.ones(1, 2), torch.ones(1)), layer="output")
 
 
 def test_an_rtol_far_out_of_reach_is_refused_after_the_first_probes() -> None:

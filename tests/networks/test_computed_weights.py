@@ -47,10 +47,7 @@ def weight_norm_by_hooks() -> nn.Module:
         warnings.simplefilter("ignore")
         fc, conv = nn.utils.weight_norm(nn.Linear(4, 3)), nn.utils.weight_norm(nn.Conv1d(1, 2, 2))
     return Net(
-        lambda m, x: m.head(m.fc(m.conv(x).tanh().flatten(1)).tanh()),
-        fc=fc,
-        conv=conv,
-        head=nn.Linear(3, CLASSES),
+        lambda m, x: m.head(m.fc(m.conv(x).tanh().flatten(1)).tanh()), fc=fc, conv=conv, head=nn.Linear(3, CLASSES)
     )
 
 
@@ -111,9 +108,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.base_layer = base.requires_grad_(False)
         self.lora_A = nn.ModuleDict({k: nn.Linear(base.in_features, r, bias=False) for k, r in ranks.items()})
-        self.lora_B = nn.ModuleDict(
-            {k: nn.Linear(r, base.out_features, bias=False) for k, r in ranks.items()}
-        )
+        self.lora_B = nn.ModuleDict({k: nn.Linear(r, base.out_features, bias=False) for k, r in ranks.items()})
         self.scaling = {k: 2.0 / r for k, r in ranks.items()}
         self.active_adapters = list(ranks)
         self.disable_adapters = self.merged = False

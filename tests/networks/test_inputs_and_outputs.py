@@ -24,9 +24,7 @@ def dict_outputs() -> nn.Module:
 @architecture("fc", "head", loss=lambda z, y: CE(z[1][0], y))
 def nested_tuple_outputs() -> nn.Module:
     return Net(
-        lambda m, x: (x, [m.head(m.fc(x).tanh()), None], "meta"),
-        fc=nn.Linear(IN, 3),
-        head=nn.Linear(3, CLASSES),
+        lambda m, x: (x, [m.head(m.fc(x).tanh()), None], "meta"), fc=nn.Linear(IN, 3), head=nn.Linear(3, CLASSES)
     )
 
 
@@ -45,9 +43,7 @@ def dataclass_outputs() -> nn.Module:
     return Net(run, fc=nn.Linear(IN, 3), head=nn.Linear(3, CLASSES))
 
 
-@architecture(
-    "fc", call=lambda m, x: m({"left": x, "right": x.flip(1)}, scale=torch.tensor(2.0), mask=None, power=2)
-)
+@architecture("fc", call=lambda m, x: m({"left": x, "right": x.flip(1)}, scale=torch.tensor(2.0), mask=None, power=2))
 def dict_inputs_and_keywords() -> nn.Module:
     def run(m: Any, batch: dict[str, Tensor], *, scale: Tensor, mask: None, power: int) -> Tensor:
         return m.head(m.fc(batch["left"] * batch["right"] ** power * scale).tanh())
@@ -68,9 +64,7 @@ def forward_takes_a_dataclass() -> nn.Module:
 
 @architecture("fc", "head")
 def layers_called_with_a_keyword() -> nn.Module:
-    return Net(
-        lambda m, x: m.head(input=m.fc(input=x).tanh()), fc=nn.Linear(IN, 3), head=nn.Linear(3, CLASSES)
-    )
+    return Net(lambda m, x: m.head(input=m.fc(input=x).tanh()), fc=nn.Linear(IN, 3), head=nn.Linear(3, CLASSES))
 
 
 @architecture("fc", "head", x=lambda: torch.randn(IN), y=lambda: torch.tensor(1))
@@ -80,9 +74,7 @@ def no_batch_dimension() -> nn.Module:
 
 @architecture("conv", x=lambda: torch.randn(1, 3, 3), y=lambda: torch.tensor(1))
 def convolution_without_batch() -> nn.Module:
-    return Net(
-        lambda m, x: m.head(m.conv(x).tanh().flatten()), conv=nn.Conv2d(1, 2, 2), head=nn.Linear(8, CLASSES)
-    )
+    return Net(lambda m, x: m.head(m.conv(x).tanh().flatten()), conv=nn.Conv2d(1, 2, 2), head=nn.Linear(8, CLASSES))
 
 
 class Classifier(nn.Sequential):
@@ -101,9 +93,7 @@ def sequential_subclass() -> nn.Module:
 
 @architecture("inner.body.0", "inner.tail")
 def model_inside_a_model() -> nn.Module:
-    inner = Net(
-        lambda m, x: m.tail(m.body(x)), body=nn.Sequential(nn.Linear(IN, 3), nn.Tanh()), tail=nn.Linear(3, 2)
-    )
+    inner = Net(lambda m, x: m.tail(m.body(x)), body=nn.Sequential(nn.Linear(IN, 3), nn.Tanh()), tail=nn.Linear(3, 2))
     outer = Net(lambda m, x: m.inner(x).tanh(), inner=inner)
     return Net(lambda m, x: m.head(m.outer(x)), outer=outer, inner=inner, head=nn.Linear(2, CLASSES))
 

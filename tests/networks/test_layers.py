@@ -58,9 +58,7 @@ def image(*shape: int) -> Callable[[], Tensor]:
 
 
 def transposed(groups: int = 1) -> Callable[[Tensor], Tensor]:
-    def matrix(
-        w: Tensor,
-    ) -> Tensor:  # (in, out / g, *k) -> (out, in / g * k), whatever the order of the features
+    def matrix(w: Tensor) -> Tensor:  # (in, out / g, *k) -> (out, in / g * k), whatever the order of the features
         w = w.reshape(groups, -1, *w.shape[1:]).transpose(1, 2)
         return w.reshape(w.shape[0] * w.shape[1], -1)
 
@@ -88,25 +86,15 @@ CASES = {
     "conv3d": Case(lambda: nn.Conv3d(1, 2, 2, padding=(0, 1, 0)), image(1, 2, 2, 3), 12),
     "conv transpose 1d": Case(lambda: nn.ConvTranspose1d(2, 3, 2, stride=2), image(2, 2), 12, transposed()),
     "conv transpose 2d": Case(
-        lambda: nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1, output_padding=1),
-        image(2, 2, 1),
-        16,
-        transposed(),
+        lambda: nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1, output_padding=1), image(2, 2, 1), 16, transposed()
     ),
     "conv transpose 2d groups dilation": Case(
         lambda: nn.ConvTranspose2d(4, 4, 2, groups=2, dilation=2), image(4, 1, 2), 48, transposed(2)
     ),
-    "conv transpose 3d": Case(
-        lambda: nn.ConvTranspose3d(1, 2, 2, stride=1), image(1, 1, 1, 2), 24, transposed()
-    ),
-    "embedding": Case(
-        lambda: nn.Embedding(5, 3), lambda: torch.tensor([[0, 3, 3], [1, 4, 0]]), 9, lambda w: w.mT
-    ),
+    "conv transpose 3d": Case(lambda: nn.ConvTranspose3d(1, 2, 2, stride=1), image(1, 1, 1, 2), 24, transposed()),
+    "embedding": Case(lambda: nn.Embedding(5, 3), lambda: torch.tensor([[0, 3, 3], [1, 4, 0]]), 9, lambda w: w.mT),
     "embedding with padding": Case(
-        lambda: nn.Embedding(5, 3, padding_idx=0),
-        lambda: torch.tensor([[0, 3, 3], [1, 4, 0]]),
-        9,
-        lambda w: w.mT,
+        lambda: nn.Embedding(5, 3, padding_idx=0), lambda: torch.tensor([[0, 3, 3], [1, 4, 0]]), 9, lambda w: w.mT
     ),
     "Conv1D of GPT-2": Case(lambda: conv1d_of_gpt2(3, 4), image(2, 4), 6, lambda w: w.mT),
 }
@@ -158,9 +146,7 @@ def test_gauss_newton(name: str) -> None:
     want = float(reference.kappa_ggn(outputs, lambda z: CE(z, y), W))
     flat = relative_flatness(model, CE, (x, y), layer="layer", method="exact", curvature="ggn")
     assert flat.value == pytest.approx(want, rel=1e-9)
-    probe = relative_flatness(
-        model, CE, (x, y), layer="layer", method="probe", curvature="ggn", probes=FEW_PROBES
-    )
+    probe = relative_flatness(model, CE, (x, y), layer="layer", method="probe", curvature="ggn", probes=FEW_PROBES)
     assert abs(probe.value - want) < 4.5 * probe.stderr
     assert abs(probe.trace - flat.trace) < 4.5 * probe.trace_stderr
 
@@ -173,8 +159,7 @@ def test_gradients(name: str, method: str) -> None:
     case = CASES[name]
     _, back = torch.func.vjp(case.matrix, model.layer.weight.detach())
     want = torch.autograd.grad(
-        reference.kappa(loss_with_graph(model, x, y, back), case.matrix(model.layer.weight)),
-        list(model.parameters()),
+        reference.kappa(loss_with_graph(model, x, y, back), case.matrix(model.layer.weight)), list(model.parameters())
     )
     n = 1 if method == "exact" else 1000
     fam = FAM(CE, model, "layer", strength=1.0, curvature="hessian", method=method, probes=n, seed=1)

@@ -55,9 +55,7 @@ def monai_dice(*, classes: bool = False, **options: Any) -> Callable[..., Tensor
     def loss() -> nn.Module:
         from monai.losses.dice import DiceLoss  # slow to import
 
-        return DiceLoss(
-            **({"softmax": True, "to_onehot_y": True} if classes else {"sigmoid": True}), **options
-        )
+        return DiceLoss(**({"softmax": True, "to_onehot_y": True} if classes else {"sigmoid": True}), **options)
 
     def of_maps(z: Tensor, mask: Tensor) -> Tensor:
         maps = z.unflatten(1, (2, 2)) if classes else z[:, None]
@@ -100,10 +98,7 @@ def neighbours(z: Tensor, y: Tensor) -> Tensor:
 
 def several_terms(z: Tensor, y: Tensor) -> Tensor:
     return (
-        F.cross_entropy(z, y)
-        + 0.3 * focal(z, y)
-        + 0.01 * z.square().mean()
-        - 0.1 * z.softmax(1).mean(0).log().sum()
+        F.cross_entropy(z, y) + 0.3 * focal(z, y) + 0.01 * z.square().mean() - 0.1 * z.softmax(1).mean(0).log().sum()
     )
 
 
@@ -210,9 +205,7 @@ def test_measured_and_sampled(name: str, layer: str) -> None:
     dense = Dense(network(case.width), layer, lambda m: m(x))
     want = dense.kappa(lambda z: case.fn(z, y)).item()
     options: dict[str, Any] = {"layer": layer, "method": "exact"}
-    assert relative_flatness(model, case.fn, (x, y), **options).value == pytest.approx(
-        want, rel=1e-9, abs=1e-9
-    )
+    assert relative_flatness(model, case.fn, (x, y), **options).value == pytest.approx(want, rel=1e-9, abs=1e-9)
     flat = relative_flatness(model, case.fn, (x, y), layer=layer, method="probe", probes=300)
     assert abs(flat.value - want) <= 4 * flat.stderr + 1e-9
     ggn = dense.kappa_ggn(lambda z: case.fn(z, y)).item()
@@ -232,9 +225,7 @@ def test_one_loss_a_sample(layer: str) -> None:
         z = model(x)
         shares = fam(z, y) - each(z, y)
     for i in range(N):
-        loss, W = reference.at_layer(
-            network(3), lambda z, t: each(z, t)[0], x[i : i + 1], y[i : i + 1], layer
-        )
+        loss, W = reference.at_layer(network(3), lambda z, t: each(z, t)[0], x[i : i + 1], y[i : i + 1], layer)
         assert float(shares[i]) == pytest.approx(float(reference.kappa(loss, W)), rel=1e-9, abs=1e-10)
 
 
@@ -326,9 +317,7 @@ class TestCTC:
             with pytest.raises(GraphError, match=r"_ctc_loss_backward.*finite_difference"):
                 fam(outputs, self.y)
         with pytest.raises(GraphError, match=r"_ctc_loss_backward.*finite_difference"):
-            relative_flatness(
-                model, self.loss, (self.x, self.y), layer="0", curvature=curvature, method=method
-            )
+            relative_flatness(model, self.loss, (self.x, self.y), layer="0", curvature=curvature, method=method)
 
     @pytest.mark.parametrize("layer", ["0", "2"])
     def test_finite_differences(self, layer: str) -> None:

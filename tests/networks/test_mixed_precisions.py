@@ -10,9 +10,7 @@ architecture = Family()
 
 @architecture("fc", "head", dtype=None, precision=1e-5, x=lambda: torch.randn(N, IN).double())
 def float64_trunk_and_float32_head() -> nn.Module:
-    return Net(
-        lambda m, x: m.head(m.fc(x).tanh().float()), fc=nn.Linear(IN, 3).double(), head=nn.Linear(3, CLASSES)
-    )
+    return Net(lambda m, x: m.head(m.fc(x).tanh().float()), fc=nn.Linear(IN, 3).double(), head=nn.Linear(3, CLASSES))
 
 
 @architecture("fc", "head", dtype=None, precision=1e-9, x=lambda: torch.randn(N, IN))

@@ -29,10 +29,7 @@ def batch_norm_after_the_layer_in_evaluation() -> nn.Module:
     norm = FrozenBatchNorm(3)
     norm.running_mean.uniform_(), norm.running_var.uniform_(0.5, 2)
     return Net(
-        lambda m, x: m.head(m.norm(m.fc(x)).tanh()),
-        fc=nn.Linear(IN, 3),
-        norm=norm,
-        head=nn.Linear(3, CLASSES),
+        lambda m, x: m.head(m.norm(m.fc(x)).tanh()), fc=nn.Linear(IN, 3), norm=norm, head=nn.Linear(3, CLASSES)
     )
 
 

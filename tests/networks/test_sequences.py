@@ -26,18 +26,14 @@ def rnn_cell_unrolled() -> nn.Module:
 @architecture("rnn.weight_hh_l0", "rnn.weight_ih_l0", "head", x=image(3, 2))
 def lstm() -> nn.Module:
     return Net(
-        lambda m, x: m.head(m.rnn(x)[0][:, -1]),
-        rnn=nn.LSTM(2, 2, batch_first=True),
-        head=nn.Linear(2, CLASSES),
+        lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=nn.LSTM(2, 2, batch_first=True), head=nn.Linear(2, CLASSES)
     )
 
 
 @architecture("rnn.weight_hh_l0_reverse", x=lambda: torch.randn(3, N, 2))
 def gru_time_first_both_ways() -> nn.Module:
     return Net(
-        lambda m, x: m.head(m.rnn(x)[0].mean(0)),
-        rnn=nn.GRU(2, 2, bidirectional=True),
-        head=nn.Linear(4, CLASSES),
+        lambda m, x: m.head(m.rnn(x)[0].mean(0)), rnn=nn.GRU(2, 2, bidirectional=True), head=nn.Linear(4, CLASSES)
     )
 
 
@@ -54,18 +50,14 @@ def multihead_attention() -> nn.Module:
 def attention_by_the_math_kernel() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            z = F.scaled_dot_product_attention(
-                m.q(x)[:, None], m.k(x)[:, None], m.v(x)[:, None], is_causal=True
-            )
+            z = F.scaled_dot_product_attention(m.q(x)[:, None], m.k(x)[:, None], m.v(x)[:, None], is_causal=True)
         return m.head(z[:, 0, -1])
 
     return Net(run, q=nn.Linear(2, 2), k=nn.Linear(2, 2), v=nn.Linear(2, 2), head=nn.Linear(2, CLASSES))
 
 
 def encoder(batch_first: bool) -> nn.Module:
-    block = lambda: nn.TransformerEncoderLayer(
-        2, 1, 3, dropout=0.0, batch_first=batch_first, activation=F.gelu
-    )
+    block = lambda: nn.TransformerEncoderLayer(2, 1, 3, dropout=0.0, batch_first=batch_first, activation=F.gelu)
 
     def run(m: Any, x: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):

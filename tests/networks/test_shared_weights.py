@@ -24,9 +24,7 @@ def tied_between_two_modules() -> nn.Module:
     return Net(lambda m, x: m.head(m.b(m.a(x).tanh()).tanh()), a=a, b=b, head=nn.Linear(IN, CLASSES))
 
 
-@architecture(
-    "decode", "embed", "embed.weight", x=lambda: torch.tensor([[0, 3], [1, 1], [2, 0], [3, 3], [1, 2]])
-)
+@architecture("decode", "embed", "embed.weight", x=lambda: torch.tensor([[0, 3], [1, 1], [2, 0], [3, 3], [1, 2]]))
 def embedding_tied_to_the_output() -> nn.Module:
     embed, decode = nn.Embedding(4, CLASSES), nn.Linear(CLASSES, 4, bias=False)
     decode.weight = embed.weight
@@ -35,9 +33,7 @@ def embedding_tied_to_the_output() -> nn.Module:
 
 @architecture("fc")
 def called_twice_in_a_chain() -> nn.Module:
-    return Net(
-        lambda m, x: m.head(m.fc(m.fc(x).tanh()).tanh()), fc=nn.Linear(IN, IN), head=nn.Linear(IN, CLASSES)
-    )
+    return Net(lambda m, x: m.head(m.fc(m.fc(x).tanh()).tanh()), fc=nn.Linear(IN, IN), head=nn.Linear(IN, CLASSES))
 
 
 @architecture("fc")
@@ -83,9 +79,7 @@ def two_heads_on_a_shared_trunk() -> nn.Module:
         h = m.trunk(x)
         return m.one(h), m.two(h).tanh()
 
-    return Net(
-        run, trunk=nn.Sequential(nn.Linear(IN, 3), nn.Tanh()), one=nn.Linear(3, CLASSES), two=nn.Linear(3, 2)
-    )
+    return Net(run, trunk=nn.Sequential(nn.Linear(IN, 3), nn.Tanh()), one=nn.Linear(3, CLASSES), two=nn.Linear(3, 2))
 
 
 @architecture(

@@ -66,9 +66,7 @@ def u_net_with_a_skip() -> nn.Module:
         low = m.down(x).tanh()
         return m.out(torch.cat([x, m.up(F.interpolate(low, scale_factor=2, mode="linear")).tanh()], 1))
 
-    return Net(
-        run, down=nn.Conv1d(1, 2, 2, stride=2), up=nn.Conv1d(2, 1, 3, padding=1), out=nn.Conv1d(2, 2, 1)
-    )
+    return Net(run, down=nn.Conv1d(1, 2, 2, stride=2), up=nn.Conv1d(2, 1, 3, padding=1), out=nn.Conv1d(2, 2, 1))
 
 
 @architecture("experts.0", "experts.1", "router")
@@ -86,19 +84,14 @@ def mixture_of_experts() -> nn.Module:
 
     router = nn.Linear(IN, 2)
     return Net(
-        run,
-        router=router,
-        experts=nn.ModuleList([nn.Linear(IN, 3) for _ in range(2)]),
-        head=nn.Linear(3, CLASSES),
+        run, router=router, experts=nn.ModuleList([nn.Linear(IN, 3) for _ in range(2)]), head=nn.Linear(3, CLASSES)
     )
 
 
 @architecture("fc.weight")
 def bilinear() -> nn.Module:
     return Net(
-        lambda m, x: m.head(m.fc(x[:, :2], x[:, 2:]).tanh()),
-        fc=nn.Bilinear(2, 2, 2),
-        head=nn.Linear(2, CLASSES),
+        lambda m, x: m.head(m.fc(x[:, :2], x[:, 2:]).tanh()), fc=nn.Bilinear(2, 2, 2), head=nn.Linear(2, CLASSES)
     )
 
 
@@ -116,8 +109,7 @@ def in_place_operations_everywhere() -> nn.Module:
 @architecture("table")
 def a_parameter_of_the_model_itself() -> nn.Module:
     net = Net(
-        lambda m, x: m.head(torch.einsum("nm,dm->nd", x, m.table).tanh() @ m.table),
-        head=nn.Linear(IN, CLASSES),
+        lambda m, x: m.head(torch.einsum("nm,dm->nd", x, m.table).tanh() @ m.table), head=nn.Linear(IN, CLASSES)
     )
     net.table = nn.Parameter(torch.randn(2, IN))
     return net

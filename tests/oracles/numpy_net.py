@@ -35,10 +35,7 @@ def second_derivatives(f: Callable[[np.ndarray], float], W: np.ndarray, h: float
             H[a + b] = sum(c * f(_moved(W, {a: k * h})) for k, c in second.items()) / h**2
         else:
             H[a + b] = (
-                sum(
-                    first[k] * first[k_] * f(_moved(W, {a: k * h, b: k_ * h}))
-                    for k, k_ in product(first, first)
-                )
+                sum(first[k] * first[k_] * f(_moved(W, {a: k * h, b: k_ * h})) for k, k_ in product(first, first))
                 / h**2
             )
     return H
@@ -60,8 +57,8 @@ def kappa_by_differences(f: Callable[[np.ndarray], object], W: np.ndarray, h: ob
             derivative = (f(_moved(W, {(s, t): h})) - 2 * f(W) + f(_moved(W, {(s, t): -h}))) / h**2
         else:
             corners = [(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)]
-            derivative = sum(
-                sign * f(_moved(W, {(s, t): k * h, (s_, t): k_ * h})) for k, k_, sign in corners
-            ) / (4 * h**2)
+            derivative = sum(sign * f(_moved(W, {(s, t): k * h, (s_, t): k_ * h})) for k, k_, sign in corners) / (
+                4 * h**2
+            )
         total = total + (W[s] @ W[s_]) * derivative
     return total

@@ -29,9 +29,7 @@ def torch_net(weights: Weights) -> nn.Module:
 
 def reference_at(weights: Weights, x: np.ndarray, layer: str) -> tuple:
     net = torch_net(weights)
-    loss, W = reference.at_layer(
-        net, nn.CrossEntropyLoss(), torch.from_numpy(x), torch.tensor(LABELS), NAMES[layer]
-    )
+    loss, W = reference.at_layer(net, nn.CrossEntropyLoss(), torch.from_numpy(x), torch.tensor(LABELS), NAMES[layer])
     return loss, W, net
 
 
@@ -40,9 +38,7 @@ def reference_at(weights: Weights, x: np.ndarray, layer: str) -> tuple:
 def test_hessian_kappa_and_measures_by_finite_differences(layer: str, seed: int) -> None:
     weights, x = numbers(seed)
     W = weights[layer]
-    H = second_derivatives(
-        lambda V: cross_entropy(weights | {layer: V}, x, LABELS, np.exp, np.log), W, h=1e-2
-    )
+    H = second_derivatives(lambda V: cross_entropy(weights | {layer: V}, x, LABELS, np.exp, np.log), W, h=1e-2)
     d, m = W.shape
     kappa = trace = largest = 0.0
     for s, s_, t in product(range(d), range(d), range(m)):
@@ -72,14 +68,11 @@ def test_adaptive_and_normalized_by_finite_differences(layer: str) -> None:
     in_r = second_derivatives(lambda r: f(W * (1 + r)), np.zeros((1, m)), h=1e-2)
     in_V = second_derivatives(lambda V: f(V / std), W * std, h=1e-2)
     normalized = sum(
-        (W[s] * std) @ (W[s_] * std) * np.trace(in_V[s, :, s_, :])
-        for s, s_ in product(range(len(W)), repeat=2)
+        (W[s] * std) @ (W[s_] * std) * np.trace(in_V[s, :, s_, :]) for s, s_ in product(range(len(W)), repeat=2)
     )
     loss, V, _ = reference_at(weights, x, layer)
     assert reference.kappa_adaptive(loss, V).item() == pytest.approx(np.trace(in_r.reshape(m, m)), abs=1e-6)
-    assert reference.kappa_normalized(loss, V, torch.from_numpy(std)).item() == pytest.approx(
-        normalized, abs=1e-6
-    )
+    assert reference.kappa_normalized(loss, V, torch.from_numpy(std)).item() == pytest.approx(normalized, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -83,9 +83,7 @@ def test_logistic_regression() -> None:
     loss, W = _dense(V, nn.BCEWithLogitsLoss(), phi, torch.from_numpy(y))
     p = 1 / (1 + np.exp(-phi @ V.T))
     kappa = sum(
-        p[i, s] * (1 - p[i, s]) * (V[s] @ V[s]) * (phi[i] @ phi[i]) / (2 * 5)
-        for i in range(5)
-        for s in range(2)
+        p[i, s] * (1 - p[i, s]) * (V[s] @ V[s]) * (phi[i] @ phi[i]) / (2 * 5) for i in range(5) for s in range(2)
     )
     assert reference.kappa(loss, W).item() == pytest.approx(kappa)
 

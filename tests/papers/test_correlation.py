@@ -12,13 +12,7 @@ from relflat.papers.trained import Source, grid, samples, trained
 
 DIGITS = Source("digits", 150, 300, held_out=500)
 TINY = grid(
-    DIGITS,
-    "mlp-8x8",
-    batch_sizes=(10, 30),
-    lrs=(0.01, 0.02),
-    weight_decays=(0.0, 1e-3),
-    seeds=(0,),
-    most_epochs=60,
+    DIGITS, "mlp-8x8", batch_sizes=(10, 30), lrs=(0.01, 0.02), weight_decays=(0.0, 1e-3), seeds=(0,), most_epochs=60
 )
 
 
@@ -113,23 +107,13 @@ def record(kappa, gap, rescaled):
     """A network whose kappa is invariant and whose other measures go with the gap until they are rescaled."""
     measures = {
         name: {
-            measure: kappa
-            if measure == "kappa"
-            else rescaled
-            if view.rescaled and not view.normalised
-            else gap
+            measure: kappa if measure == "kappa" else rescaled if view.rescaled and not view.normalised else gap
             for measure in (OF_LAYER if view.normalised else CHOSEN)
         }
         for name, view in VIEWS.items()
     }
     recipe = {"batch_size": 10, "lr": gap, "weight_decay": 0.0}
-    return {
-        "reached": True,
-        "gap": gap,
-        "recipe": recipe,
-        "train_loss": 0.05 + gap / 1000,
-        "measures": measures,
-    }
+    return {"reached": True, "gap": gap, "recipe": recipe, "train_loss": 0.05 + gap / 1000, "measures": measures}
 
 
 def outcome(kappas, gaps):

@@ -14,11 +14,7 @@ def history(generalises, epochs=20, memorised=4):
         {
             "epoch": epoch,
             "train_accuracy": 1.0 if epoch >= memorised else 0.2,
-            "validation_accuracy": 0.95
-            if epoch >= generalises
-            else 0.3
-            if epoch == generalises - 1
-            else 0.02,
+            "validation_accuracy": 0.95 if epoch >= generalises else 0.3 if epoch == generalises - 1 else 0.02,
             "train_loss": 0.1,
             "kappa": 100.0 if epoch < memorised else 10.0 if epoch < generalises else 1.0,
             "confidence": 0.9,

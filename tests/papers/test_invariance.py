@@ -54,9 +54,7 @@ def test_every_change_keeps_the_function(name):
     case = CASES[name]
     net = mlp(6, (5, 5, 5, 5), num_classes=3).double()
     changed = copy.deepcopy(net)
-    layer = CHANGES[case.change](
-        changed, "fc4" if case.hidden else "output", torch.Generator().manual_seed(0)
-    )
+    layer = CHANGES[case.change](changed, "fc4" if case.hidden else "output", torch.Generator().manual_seed(0))
     x = torch.randn(20, 6, dtype=torch.float64)
     assert torch.allclose(changed(x).softmax(1), net(x).softmax(1), atol=1e-12)
     before = net.get_submodule("fc4" if case.hidden else "output").weight

@@ -13,13 +13,7 @@ from relflat.papers.trained import Source, grid, samples, trained
 
 DIGITS = Source("digits", 60, 300, held_out=500)
 TINY = grid(
-    DIGITS,
-    "mlp-8x8",
-    batch_sizes=(10,),
-    lrs=(0.01, 0.02),
-    weight_decays=(0.0, 1e-3),
-    seeds=(0,),
-    most_epochs=80,
+    DIGITS, "mlp-8x8", batch_sizes=(10,), lrs=(0.01, 0.02), weight_decays=(0.0, 1e-3), seeds=(0,), most_epochs=80
 )
 
 
@@ -70,8 +64,7 @@ def test_findings_follow_the_numbers():
     noise = outcome(np.random.default_rng(1).normal(size=12))
     assert all("; reproduced: every hidden layer" in text for text in rising.findings[:2])
     assert (
-        "not reproduced: 0 of 4 hidden layers are shown to go with the gap, and 4 against it"
-        in falling.findings[0]
+        "not reproduced: 0 of 4 hidden layers are shown to go with the gap, and 4 against it" in falling.findings[0]
     )
     assert noise.findings[0].endswith("not reproduced: 0 of 4 hidden layers are shown to go with the gap.")
     with pytest.raises(DataError, match="0 of 1 networks"):
@@ -90,8 +83,4 @@ def test_the_paper_scale_has_four_hidden_layers_on_all_pictures():
 def layers_of(name):
     from relflat.papers.trained import NETWORKS
 
-    return [
-        (key, module)
-        for key, module in NETWORKS[name]().named_children()
-        if isinstance(module, torch.nn.Linear)
-    ]
+    return [(key, module) for key, module in NETWORKS[name]().named_children() if isinstance(module, torch.nn.Linear)]

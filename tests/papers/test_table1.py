@@ -24,11 +24,7 @@ def test_a_tiny_table(reproduced, tiny, tmp_path):
     values = reproduced("table1", "--out", "out")
     data = values["data"]["CIFAR-10"]
     assert [row[0] for row in values["tables"][0]["rows"]] == ["plain", "SAM", "FAM", "FAM radius", "dropout"]
-    assert [row[1] for row in values["tables"][0]["rows"]][:3] == [
-        "95.53 ± 0.0001",
-        "95.61 ± 0.001",
-        "95.62 ± 0.002",
-    ]
+    assert [row[1] for row in values["tables"][0]["rows"]][:3] == ["95.53 ± 0.0001", "95.61 ± 0.001", "95.62 ± 0.002"]
     assert all(len(runs) == 2 for runs in data["tested"].values())
     assert len(data["search"]) == 10
     for arm, settings in data["chosen"].items():
@@ -82,9 +78,7 @@ def test_the_papers_settings():
         assert config.train_size is None
     arm = plans["CIFAR-10"].arms[0]
     resnet = plans["CIFAR-10"].config(arm, arm.grid[0], 0)
-    expected = make(
-        {"task": "cifar10-resnet18", "lr": 0.03, "epochs": 250, "batch_size": 64, "weight_decay": 5e-4}
-    )
+    expected = make({"task": "cifar10-resnet18", "lr": 0.03, "epochs": 250, "batch_size": 64, "weight_decay": 5e-4})
     assert resnet == expected
     svhn = plans["SVHN"].config(arm, arm.grid[0], 0)
     assert (svhn.lr, svhn.epochs, svhn.batch_size) == (0.1, 100, 128)

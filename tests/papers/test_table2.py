@@ -38,11 +38,7 @@ def test_the_command_trains_every_arm_and_scores_both_sets(few, reproduced, monk
     monkeypatch.setattr(table2, "ARMS", (ARMS[0], ARMS[5], ARMS[10]))
     values = reproduced("table2")
     arms = values["data"]["arms"]
-    assert [(arm["strength"], arm["gradient"]) for arm in arms] == [
-        (None, None),
-        (0.7, "full"),
-        (0.7, "weights"),
-    ]
+    assert [(arm["strength"], arm["gradient"]) for arm in arms] == [(None, None), (0.7, "full"), (0.7, "weights")]
     for arm in arms:
         for part in ("first", "second"):
             assert set(arm["mean"][part]) == {"dice", "implant_dice", "hd", "hd95", "spread"}

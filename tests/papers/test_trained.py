@@ -76,13 +76,7 @@ def test_settings_are_held_against_gap_and_kappa():
 
 def test_settings_and_weights_are_told_apart_by_the_name_of_the_file(tmp_path):
     recipes = grid(
-        DIGITS,
-        "mlp-8x8",
-        batch_sizes=(10, 20),
-        lrs=(0.1, 0.2),
-        weight_decays=(0.0, 0.1),
-        seeds=(0, 1),
-        most_epochs=3,
+        DIGITS, "mlp-8x8", batch_sizes=(10, 20), lrs=(0.1, 0.2), weight_decays=(0.0, 0.1), seeds=(0, 1), most_epochs=3
     )
     assert len({each.digest for each in recipes}) == len(recipes) == 16
     trained(recipes[0], tmp_path)

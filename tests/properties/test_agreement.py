@@ -211,9 +211,7 @@ def test_a_batch_whose_targets_are_all_ignored_adds_nothing(method: str, positio
     )
     problem = net.build()
     problem.targets[: len(problem.targets) // 2] = -100
-    flat = relative_flatness(
-        problem.model, problem.loss_fn, problem.cut([2, 2]), layer=problem.layer, method=method
-    )
+    flat = relative_flatness(problem.model, problem.loss_fn, problem.cut([2, 2]), layer=problem.layer, method=method)
     assert relative_error(flat.value, problem.kappa()) < VALUE
     assert relative_error(flat.loss, problem.task_loss()) < VALUE
 
@@ -248,11 +246,9 @@ def test_probe_means_lie_within_four_standard_errors(curvature: str, form: str) 
     400 probes, for one probe is a product of two random numbers with heavy tails: where one sample makes up all
     of kappa, 100 are too few for four standard errors to mean what they mean for a Gaussian.
     """
-    options = {
-        "kappa": {},
-        "kappa_adaptive": {"adaptive": True},
-        "kappa_normalized": {"normalize_features": True},
-    }[form]
+    options = {"kappa": {}, "kappa_adaptive": {"adaptive": True}, "kappa_normalized": {"normalize_features": True}}[
+        form
+    ]
     deviations: list[float] = []
 
     @given(
@@ -328,11 +324,7 @@ def test_frozen_gradients(curvature: str, net: Net) -> None:
     problem = net.build()
     for method in exact_methods(problem):
         check_fam(
-            problem,
-            lambda: problem.kappa_frozen(curvature),
-            gradient="frozen",
-            curvature=curvature,
-            method=method,
+            problem, lambda: problem.kappa_frozen(curvature), gradient="frozen", curvature=curvature, method=method
         )
 
 
@@ -343,11 +335,7 @@ def test_weights_gradients(curvature: str, net: Net) -> None:
     problem = net.build()
     for method in exact_methods(problem):
         check_fam(
-            problem,
-            lambda: problem.kappa_weights(curvature),
-            gradient="weights",
-            curvature=curvature,
-            method=method,
+            problem, lambda: problem.kappa_weights(curvature), gradient="weights", curvature=curvature, method=method
         )
 
 
@@ -356,14 +344,7 @@ def test_weights_gradients(curvature: str, net: Net) -> None:
 def test_adaptive_gradients(net: Net) -> None:
     problem = net.build()
     for method in exact_methods(problem):
-        check_fam(
-            problem,
-            problem.kappa_adaptive,
-            gradient="full",
-            curvature="hessian",
-            method=method,
-            adaptive=True,
-        )
+        check_fam(problem, problem.kappa_adaptive, gradient="full", curvature="hessian", method=method, adaptive=True)
 
 
 @pytest.mark.parametrize("gradient", ["full", "frozen", "weights"])
@@ -404,12 +385,7 @@ def test_penalty_of_a_loss_made_elsewhere(net: Net, scale: float) -> None:
     expected = gradients(scale * (problem.task_loss() + STRENGTH * kappa), problem)
     problem.model.train()
     with FAM(
-        problem.loss_fn,
-        problem.model,
-        problem.layer,
-        strength=STRENGTH,
-        curvature="hessian",
-        method="exact",
+        problem.loss_fn, problem.model, problem.layer, strength=STRENGTH, curvature="hessian", method="exact"
     ) as fam:
         loss = scale * problem.task_loss()
         penalty = fam.penalty(loss)
@@ -421,9 +397,7 @@ def test_penalty_of_a_loss_made_elsewhere(net: Net, scale: float) -> None:
 
 @pytest.mark.parametrize("gradient", ["full", "frozen", "weights"])
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
-@pytest.mark.parametrize(
-    ("activation", "kind", "positions"), [("tanh", "cross_entropy", 0), ("gelu", "bce", 2)]
-)
+@pytest.mark.parametrize(("activation", "kind", "positions"), [("tanh", "cross_entropy", 0), ("gelu", "bce", 2)])
 def test_probe_gradients_are_unbiased(
     gradient: str, curvature: str, activation: str, kind: str, positions: int
 ) -> None:
@@ -439,11 +413,9 @@ def test_probe_gradients_are_unbiased(
         layer_index=1,
     )
     problem = net.build()
-    kappa = {
-        "full": problem.kappa,
-        "frozen": problem.kappa_frozen,
-        "weights": problem.kappa_weights,
-    }[gradient](curvature)
+    kappa = {"full": problem.kappa, "frozen": problem.kappa_frozen, "weights": problem.kappa_weights}[gradient](
+        curvature
+    )
     problem.model.train()
     task = gradients(problem.task_loss(), problem)
     expected = gradients(STRENGTH * kappa, problem)

@@ -29,9 +29,7 @@ def kappas(problem: Problem, model: nn.Module, layer: str, **options: object) ->
     ]
     if not options:
         name = str(len(model) - 1) if layer == "output" else layer
-        values.append(
-            reference.kappa(*reference.at_layer(model, problem.loss_fn, *problem.data, name)).item()
-        )
+        values.append(reference.kappa(*reference.at_layer(model, problem.loss_fn, *problem.data, name)).item())
     return values
 
 
@@ -105,13 +103,7 @@ def test_adding_one_vector_to_all_rows(net: Net, size: float) -> None:
 
 
 @given(
-    net=nets(
-        output_only=True,
-        max_positions=0,
-        min_batch=3,
-        activations=["tanh", "gelu"],
-        loss=losses(KNOWN_LOSSES),
-    )
+    net=nets(output_only=True, max_positions=0, min_batch=3, activations=["tanh", "gelu"], loss=losses(KNOWN_LOSSES))
 )
 @settings(max_examples=50)
 def test_rescaling_features_is_seen_unless_normalized_or_adaptive(net: Net) -> None:
@@ -127,8 +119,7 @@ def test_rescaling_features_is_seen_unless_normalized_or_adaptive(net: Net) -> N
         assert abs(rescaled - plain) > DIFFERENT * abs(plain)
     for options in ({"adaptive": True}, {"normalize_features": True}):
         assert_same(
-            kappas(problem, model, layer, **options),
-            kappas(problem, problem.model, problem.layer, **options),
+            kappas(problem, model, layer, **options), kappas(problem, problem.model, problem.layer, **options)
         )
 
 
@@ -178,8 +169,7 @@ def test_normalized_kappa_of_a_constant_feature_is_that_of_a_bias() -> None:
     far = 1e3 * problem.inputs
     torch.testing.assert_close(moved(far), model(far), rtol=1e-12, atol=1e-12)
     assert_same(
-        kappas(problem, moved, "3", normalize_features=True),
-        kappas(problem, model, "2", normalize_features=True),
+        kappas(problem, moved, "3", normalize_features=True), kappas(problem, model, "2", normalize_features=True)
     )
 
 
@@ -258,9 +248,7 @@ def test_a_feature_far_from_zero_varies_as_far_as_its_dtype_can_tell() -> None:
         for x in (far, without)
     )
     assert found > 1e3 * less  # the mean square of a feature counts
-    assert reparam.normalize_features(layer, far)[0](far).std(0, correction=0)[0] == pytest.approx(
-        1, rel=1e-6
-    )
+    assert reparam.normalize_features(layer, far)[0](far).std(0, correction=0)[0] == pytest.approx(1, rel=1e-6)
     wide = far.float() + torch.randn(30, 1) * torch.tensor([1.0, 0, 0, 0])  # rounded to whole numbers
     assert reparam.normalize_features(layer.float(), wide)[0].scale[0] == 1
 
@@ -301,21 +289,12 @@ def test_kappa_is_linear_in_the_loss(net: Net, scale: float) -> None:
     def scaled(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return scale * problem.loss_fn(outputs, targets)
 
-    flat = relative_flatness(
-        problem.model, problem.loss_fn, problem.data, layer=problem.layer, method="exact"
-    )
+    flat = relative_flatness(problem.model, problem.loss_fn, problem.data, layer=problem.layer, method="exact")
     found = relative_flatness(problem.model, scaled, problem.data, layer=problem.layer, method="exact")
     assert relative_error(found.value, scale * flat.value) < SAME
 
 
 def example(loss: Loss, activation: str = "tanh") -> Problem:
     return Net(
-        seed=1,
-        widths=(3, 4, 3),
-        activation=activation,
-        loss=loss,
-        batch=5,
-        positions=0,
-        flatten=False,
-        layer_index=1,
+        seed=1, widths=(3, 4, 3), activation=activation, loss=loss, batch=5, positions=0, flatten=False, layer_index=1
     ).build()

@@ -17,9 +17,7 @@ SMOOTH_LOSSES = (*KNOWN_LOSSES, "poisson", "focal")
 
 
 def library_kappa(problem: Problem) -> float:
-    return relative_flatness(
-        problem.model, problem.loss_fn, problem.data, layer=problem.layer, method="exact"
-    ).value
+    return relative_flatness(problem.model, problem.loss_fn, problem.data, layer=problem.layer, method="exact").value
 
 
 def signed_permutations(m: int) -> list[Tensor]:
@@ -35,9 +33,7 @@ def signed_permutations(m: int) -> list[Tensor]:
 def curvature_in_the_limit(loss: reference.LossOfWeight, W: Tensor, matrices: list[Tensor]) -> float:
     """2 m / delta^2 times the feature robustness, extrapolated twice to delta = 0 (Richardson)."""
     m = W.shape[1]
-    a, b, c = (
-        2 * m / delta**2 * reference.feature_robustness(loss, W, matrices, delta).item() for delta in DELTAS
-    )
+    a, b, c = (2 * m / delta**2 * reference.feature_robustness(loss, W, matrices, delta).item() for delta in DELTAS)
     ab, bc = (4 * b - a) / 3, (4 * c - b) / 3  # removes delta^2
     return (16 * bc - ab) / 15  # removes delta^4
 
@@ -66,9 +62,7 @@ def test_random_orthogonal_matrices_give_kappa_within_their_error(layer: int, ac
     ).build()
     loss, W = problem.at_layer()
     with torch.no_grad():
-        limits = torch.tensor(
-            [curvature_in_the_limit(loss, W, [A, -A]) for A in random_orthogonal(5, count=300)]
-        )
+        limits = torch.tensor([curvature_in_the_limit(loss, W, [A, -A]) for A in random_orthogonal(5, count=300)])
     error = (limits.std() / math.sqrt(len(limits))).item()
     kappa = library_kappa(problem)
     assert error < 0.1 * abs(kappa)
@@ -98,9 +92,7 @@ def test_the_remainder_is_of_fourth_order() -> None:
 @pytest.mark.parametrize("strength", [0.7, 1.0])
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_finite_radius_is_feature_robustness_before_the_limit(
-    strength: float, adaptive: bool, layer: int
-) -> None:
+def test_a_finite_radius_is_feature_robustness_before_the_limit(strength: float, adaptive: bool, layer: int) -> None:
     """Over many seeds FAM's loss and gradients have the mean of L + strength E[L(phi perturbed) - L]."""
     problem = Net(
         seed=6,

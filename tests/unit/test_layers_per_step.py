@@ -157,14 +157,7 @@ def test_a_penalty_for_a_loss_and_a_parameter() -> None:
 def test_finite_differences_take_the_drawn_layers_only() -> None:
     net, (x, y) = network(), batch()
     fam = FAM(
-        CE(),
-        net,
-        NAMES,
-        strength=0.7,
-        layers_per_step=1,
-        curvature="hessian",
-        method="finite_difference",
-        seed=0,
+        CE(), net, NAMES, strength=0.7, layers_per_step=1, curvature="hessian", method="finite_difference", seed=0
     )
     fam(net(x), y)
     assert len(fam.last["by_layer"]) == 1

@@ -215,9 +215,7 @@ def test_never_holds_all_logits():
             return out
 
     with Watch():
-        linear_cross_entropy_fam(
-            phi, weight, y, strength=1.0, chunk_tokens=8, chunk_classes=32
-        ).total.backward()
+        linear_cross_entropy_fam(phi, weight, y, strength=1.0, chunk_tokens=8, chunk_classes=32).total.backward()
     assert largest == 8 * 512
 
 

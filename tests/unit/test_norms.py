@@ -111,9 +111,7 @@ class TestPrecision:
 
         ours = derivatives(bn, x, gy, v, cheap=True)
         exact = derivatives(
-            copy.deepcopy(bn).double(),
-            *(t.detach().double().requires_grad_() for t in (x, gy, v)),
-            cheap=False,
+            copy.deepcopy(bn).double(), *(t.detach().double().requires_grad_() for t in (x, gy, v)), cheap=False
         )
         for a, b, t in zip(ours, exact, given, strict=True):
             assert a.dtype == t.dtype
@@ -153,9 +151,7 @@ def images() -> tuple[Tensor, Tensor]:
     return torch.randn(6, 1, 8, 8, generator=g, dtype=torch.float64), torch.randint(3, (6,), generator=g)
 
 
-def gradients(
-    net: nn.Module, call: Callable[[Tensor], Tensor] | None = None, **options: object
-) -> list[Tensor]:
+def gradients(net: nn.Module, call: Callable[[Tensor], Tensor] | None = None, **options: object) -> list[Tensor]:
     x, y = images()
     fam = FAM(nn.CrossEntropyLoss(), net, ["0", "3"], strength=0.5, seed=0, **options)
     loss = fam(net(x), y)

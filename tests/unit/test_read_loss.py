@@ -48,13 +48,9 @@ READ = {
     "shifted by slicing": lambda z, y: F.cross_entropy(z[:, :-1].reshape(-1, 3), y[:, 1:].reshape(-1)),
     "last token": lambda z, y: F.cross_entropy(z[torch.arange(4), torch.tensor([1, 0, 2, 4])], y[:, 0]),
     "first token": lambda z, y: F.cross_entropy(z[:, 0], y[:, 0]),
-    "other ignored index": lambda z, y: F.cross_entropy(
-        z.view(-1, 3), y.view(-1).clamp(min=0), ignore_index=2
-    ),
+    "other ignored index": lambda z, y: F.cross_entropy(z.view(-1, 3), y.view(-1).clamp(min=0), ignore_index=2),
     "own log_softmax": lambda z, y: F.nll_loss(F.log_softmax(z.view(-1, 3), -1), y.view(-1)),
-    "bce": lambda z, y: (
-        3 * F.binary_cross_entropy_with_logits(z, one_hot(y), pos_weight=torch.tensor([1.0, 2, 3]))
-    ),
+    "bce": lambda z, y: 3 * F.binary_cross_entropy_with_logits(z, one_hot(y), pos_weight=torch.tensor([1.0, 2, 3])),
     "mse": lambda z, y: F.mse_loss(z, one_hot(y), reduction="sum") / 9,
 }
 NOT_READ = {
@@ -64,9 +60,7 @@ NOT_READ = {
     "scaled by the model": lambda z, y: F.cross_entropy(z.view(-1, 3), y.view(-1)) * z.mean(),
     "logits changed": lambda z, y: F.cross_entropy(3 * z.reshape(-1, 3), y.reshape(-1)),
     "twice the same token": lambda z, y: F.cross_entropy(z[:, [0, 0]].reshape(-1, 3), y[:, 1:3].reshape(-1)),
-    "tokens in another order": lambda z, y: F.cross_entropy(
-        z[:, [1, 0]].reshape(-1, 3), y[:, :2].reshape(-1)
-    ),
+    "tokens in another order": lambda z, y: F.cross_entropy(z[:, [1, 0]].reshape(-1, 3), y[:, :2].reshape(-1)),
 }
 
 
@@ -77,11 +71,7 @@ def penalty_and_gradient(method: str, loss_of) -> tuple[float, list[Tensor], str
     curvature = "ggn" if method == "auto" else "hessian"
     fam = FAM(nn.CrossEntropyLoss(), model, "output", strength=0.5, method=method, curvature=curvature)
     penalty = fam.penalty(loss_of(model(x), y))
-    return (
-        penalty.item(),
-        list(torch.autograd.grad(penalty, list(model.parameters())[:3])),
-        fam.last["method"],
-    )
+    return (penalty.item(), list(torch.autograd.grad(penalty, list(model.parameters())[:3])), fam.last["method"])
 
 
 @pytest.mark.parametrize("name", READ)

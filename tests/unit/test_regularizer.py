@@ -8,16 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relflat import (
-    FAM,
-    ConfigError,
-    GraphError,
-    LayerError,
-    LossError,
-    RelflatWarning,
-    reference,
-    relative_flatness,
-)
+from relflat import FAM, ConfigError, GraphError, LayerError, LossError, RelflatWarning, reference, relative_flatness
 
 CE = nn.CrossEntropyLoss
 
@@ -89,9 +80,7 @@ class TestSchedule:
 class TestNeighbours:
     def test_dropout_stream_is_bitwise_the_same(self) -> None:
         x, y = batch()
-        net = nn.Sequential(
-            nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 16), nn.Dropout(0.5), nn.Linear(16, 3)
-        )
+        net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 16), nn.Dropout(0.5), nn.Linear(16, 3))
         net = net.double()
         runs = []
         for make in (
@@ -247,9 +236,7 @@ class TestLosses:
     def test_two_views_of_a_batch(self) -> None:
         """Two forward passes and one loss: kappa counts the layer's use in both."""
         net, (x, _) = mlp(), batch()
-        exact = FAM(
-            lambda a, b: (a - b).square().mean(), net, "2", strength=1.0, curvature="hessian", method="exact"
-        )
+        exact = FAM(lambda a, b: (a - b).square().mean(), net, "2", strength=1.0, curvature="hessian", method="exact")
         a, b = net(x), net(x + 0.3)
         exact(a, b)
 

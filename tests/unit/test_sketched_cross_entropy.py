@@ -52,12 +52,7 @@ def test_with_all_directions_it_is_exact(
     torch.manual_seed(seed)
     n, m, d = sizes
     phi, weight, b, y = problem(n, m, d, ignored=min(ignored, n - 1))
-    options = {
-        "strength": strength,
-        "gradient": gradient,
-        "reduction": reduction,
-        "label_smoothing": smoothing,
-    }
+    options = {"strength": strength, "gradient": gradient, "reduction": reduction, "label_smoothing": smoothing}
     options |= {"chunk_tokens": chunks[0], "chunk_classes": chunks[1]}
     along = torch.randn(n if reduction == "none" else (), dtype=torch.float64)
     given = (phi, weight, b if bias else None, y, along)
@@ -83,9 +78,7 @@ def test_equals_the_dense_formula_of_the_sketch(gradient, smoothing, k, seed):
     kappa = (norm2 * (p @ seen.square() - (p @ seen).square()).sum(1)).mean()
     total = F.cross_entropy(z, y[2:], label_smoothing=smoothing) + 0.3 * kappa
     d_phi, d_weight, d_bias = torch.autograd.grad(total, [phi, weight, b])
-    d_weight = d_weight + 0.3 * less_noise(
-        phi.detach()[2:], (weight - weight.mean(0)).detach(), p.detach(), g
-    )
+    d_weight = d_weight + 0.3 * less_noise(phi.detach()[2:], (weight - weight.mean(0)).detach(), p.detach(), g)
     options = {"strength": 0.3, "gradient": gradient, "label_smoothing": smoothing, "chunk_classes": 7}
     found = both(phi, weight, b, y, **options, probes=k, seed=seed, step=3, chunk_tokens=4)
     assert_same(found, [total, kappa, d_phi, d_weight, d_bias], 1e-10)
@@ -158,9 +151,7 @@ def test_directions_depend_on_seed_step_and_rank_alone(monkeypatch):
     phi, weight, b, y = problem()
 
     def kappa(**options):
-        return float(
-            linear_cross_entropy_fam(phi, weight, y, strength=0.3, bias=b, probes=2, **options).kappa
-        )
+        return float(linear_cross_entropy_fam(phi, weight, y, strength=0.3, bias=b, probes=2, **options).kappa)
 
     state = torch.get_rng_state()
     first = kappa(step=5)

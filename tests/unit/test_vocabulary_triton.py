@@ -15,9 +15,7 @@ from relflat.vocabulary import blocks as vocabulary_blocks
 
 GPU = torch.cuda.is_available()
 if importlib.util.find_spec("triton") is None:
-    pytest.skip(
-        "triton is not installed (the pip package, or a CUDA build of torch)", allow_module_level=True
-    )
+    pytest.skip("triton is not installed (the pip package, or a CUDA build of torch)", allow_module_level=True)
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
@@ -56,11 +54,7 @@ def test_exponentials(p, c):
     """With the most likely class in this block, before it, and behind it."""
     z = randn(p, c)
     top = z.amax(1, keepdim=True) + torch.rand(p, 1, device=DEVICE)
-    for k in (
-        z.argmax(1, keepdim=True),
-        torch.full((p, 1), -4, device=DEVICE),
-        torch.full((p, 1), c, device=DEVICE),
-    ):
+    for k in (z.argmax(1, keepdim=True), torch.full((p, 1), -4, device=DEVICE), torch.full((p, 1), c, device=DEVICE)):
         both("exponentials", z, top, k, randn(c).abs(), randn(p, 1).abs(), randn(p, 1).abs())
 
 
@@ -79,20 +73,12 @@ def test_the_whole_function(gradient, probes, smoothing, bias, monkeypatch):
     phi, weight, b = randn(11, 8), randn(37, 8), randn(37)
     y = torch.randint(37, (11,), device=DEVICE)
     y[2] = -100
-    options = {
-        "strength": 0.3,
-        "gradient": gradient,
-        "label_smoothing": smoothing,
-        "chunk_tokens": 4,
-        "step": 0,
-    }
+    options = {"strength": 0.3, "gradient": gradient, "label_smoothing": smoothing, "chunk_tokens": 4, "step": 0}
     calls = []
 
     def run(module, dtype):
         count = lambda *args: calls.append(module.__name__) or module.curve(*args)
-        kernels = type(
-            "Kernels", (), {n: staticmethod(getattr(module, n)) for n in ("raise_top", "exponentials")}
-        )
+        kernels = type("Kernels", (), {n: staticmethod(getattr(module, n)) for n in ("raise_top", "exponentials")})
         kernels.curve = staticmethod(count)
         monkeypatch.setattr(vocabulary_blocks, "kernels_for", lambda x: kernels)
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (phi, weight, *([b] if bias else []))]

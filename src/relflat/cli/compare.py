@@ -20,8 +20,7 @@ else:
     CommonValues = common_values()
 
 ARMS_HELP = (
-    "what to compare; the first is what the others are held against. "
-    f"Known (docs/compare.md): {', '.join(ARMS)}."
+    f"what to compare; the first is what the others are held against. Known (docs/compare.md): {', '.join(ARMS)}."
 )
 
 

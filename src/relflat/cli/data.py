@@ -29,9 +29,7 @@ def list_(json: bool = False) -> None:
         for source in SOURCES.values()
     ]
     print_table(
-        f"Data sets and weights (cache: {cache_folder()})",
-        ("name", "content", "licence", "get it with"),
-        rows,
+        f"Data sets and weights (cache: {cache_folder()})", ("name", "content", "licence", "get it with"), rows
     )
 
 
@@ -54,13 +52,9 @@ def get(
     if not names:
         raise ConfigError(f"Name at least one data set. Known: {', '.join(sorted(SOURCES))}.")
     sources = [look_up("data set", name, SOURCES) for name in names]
-    places = {
-        source.name: str(fetch(source.name, say)) for source in sources if source.registry != "embedded"
-    }
+    places = {source.name: str(fetch(source.name, say)) for source in sources if source.registry != "embedded"}
     if json:
-        print_json(
-            {source.name: {"here": is_here(source), "folder": places.get(source.name)} for source in sources}
-        )
+        print_json({source.name: {"here": is_here(source), "folder": places.get(source.name)} for source in sources})
         return
     for source in sources:
         place = places.get(source.name, f"inside {source.package}, nothing to fetch")

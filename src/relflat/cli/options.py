@@ -52,9 +52,7 @@ def option(record: type[Any], field: Field[Any], default: str) -> Any:
     hint = get_type_hints(record)[field.name]
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     kind = str if choices else (get_args(hint) or (hint,))[0]
-    metavar = "|".join(choices) or {bool: "True|False", str: field.name.upper()}.get(
-        kind, kind.__name__.upper()
-    )
+    metavar = "|".join(choices) or {bool: "True|False", str: field.name.upper()}.get(kind, kind.__name__.upper())
     text = next(text for text in map(text_in(field.name), record.__mro__) if text)
     if field.name == "algorithm":
         text = f"{text.rstrip('.')}: {', '.join(ALGORITHMS)}."

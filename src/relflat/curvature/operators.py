@@ -94,12 +94,7 @@ class GGNOperator:
 
 
 def pull(
-    of: Sequence[Tensor],
-    calls: Sequence[Call],
-    along: Direction | None,
-    *,
-    create_graph: bool,
-    required: bool = True,
+    of: Sequence[Tensor], calls: Sequence[Call], along: Direction | None, *, create_graph: bool, required: bool = True
 ) -> list[Tensor]:
     """Gradients with respect to the calls' outputs, zero where there is no dependence.
 
@@ -147,9 +142,7 @@ def differentiate(
         of, along = [f for f, _ in live], [v for _, v in live]
     try:
         with norms_mended(of, at) if create_graph else nullcontext():
-            return torch.autograd.grad(
-                of, at, along, create_graph=create_graph, retain_graph=True, allow_unused=True
-            )
+            return torch.autograd.grad(of, at, along, create_graph=create_graph, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise _explained(error) from error
 

@@ -44,12 +44,7 @@ class OutputSpace:
 
     @classmethod
     def of(
-        cls,
-        calls: Sequence[Call],
-        *,
-        scale: Tensor | None = None,
-        coupled: bool = False,
-        constant: bool = False,
+        cls, calls: Sequence[Call], *, scale: Tensor | None = None, coupled: bool = False, constant: bool = False
     ) -> "OutputSpace":
         """The space of one layer's calls.
 

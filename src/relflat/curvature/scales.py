@@ -17,9 +17,7 @@ def std_of_rows(phi: Float[Tensor, "n m"], whose: str) -> Float[Tensor, " m"]:
     return std_of(phi.var(0, correction=0), phi.mean(0), phi.dtype)
 
 
-def std_of(
-    variance: Float[Tensor, " m"], mean: Float[Tensor, " m"], dtype: torch.dtype
-) -> Float[Tensor, " m"]:
+def std_of(variance: Float[Tensor, " m"], mean: Float[Tensor, " m"], dtype: torch.dtype) -> Float[Tensor, " m"]:
     """Square root; 0 for a feature that never varies: less than ten roundings of its mean in the features' dtype."""
     rounding = 10 * torch.finfo(dtype).eps * mean
     return torch.where(variance > rounding.square(), variance, 0.0).sqrt()

@@ -75,9 +75,7 @@ class _Norm(Protocol):
     def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
         """G from elementary operations, differentiable as often as one likes."""
 
-    def once(
-        self, v: Tensor, found: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> Gradients:
+    def once(self, v: Tensor, found: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
         """The derivatives of ``<v, G>`` in what is given, without a graph of their own; ``found`` is G."""
 
 
@@ -103,9 +101,7 @@ class _Mended(torch.autograd.Function):
     """The value of G as it was found, with derivatives of our own."""
 
     @staticmethod
-    def forward(
-        ctx: Any, found: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, norm: _Norm
-    ) -> Tensor:
+    def forward(ctx: Any, found: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, norm: _Norm) -> Tensor:
         ctx.save_for_backward(found, grad, x, weight)
         ctx.norm = norm
         return found.view_as(found)
@@ -180,11 +176,7 @@ class _LayerNorm:
 
     def __init__(self, node: Any) -> None:
         self.x, self.weight, self.bias = node._saved_input, node._saved_weight, node._saved_bias
-        self.shape, self.mean, self.rstd = (
-            node._saved_normalized_shape,
-            node._saved_result1,
-            node._saved_result2,
-        )
+        self.shape, self.mean, self.rstd = (node._saved_normalized_shape, node._saved_result1, node._saved_result2)
 
     def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
         over, wide = tuple(range(-len(self.shape), 0)), self.rstd.dtype
@@ -223,16 +215,11 @@ def _gradients(
     """Those of ``<v, value>`` in what is given and needed, None elsewhere."""
     wanted = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
     pulled = iter(torch.autograd.grad(value, wanted, v, create_graph=further, allow_unused=True))
-    return tuple(
-        next(pulled) if need and t is not None else None for t, need in zip(given, needs, strict=True)
-    )
+    return tuple(next(pulled) if need and t is not None else None for t, need in zip(given, needs, strict=True))
 
 
 def _along_channels(x: Tensor) -> list[int]:
     return [1, -1, *[1] * (x.ndim - 2)]
 
 
-_MENDED: dict[str, type[_Norm]] = {
-    "NativeBatchNormBackward0": _BatchNorm,
-    "NativeLayerNormBackward0": _LayerNorm,
-}
+_MENDED: dict[str, type[_Norm]] = {"NativeBatchNormBackward0": _BatchNorm, "NativeLayerNormBackward0": _LayerNorm}

@@ -18,12 +18,7 @@ _STENCIL = ((-2, -1.0), (-1, 16.0), (1, 16.0), (2, -1.0))  # of 12 h^2 f'', with
 
 
 def finite_difference(
-    replay: Replay,
-    loss: Tensor,
-    matrix: Matrix,
-    scale: Float[Tensor, " m"] | None,
-    options: Options,
-    rng: Rng,
+    replay: Replay, loss: Tensor, matrix: Matrix, scale: Float[Tensor, " m"] | None, options: Options, rng: Rng
 ) -> Contributions:
     """Kappa by I4, the second derivative along ``W R`` taken from a five-point stencil in the loss.
 
@@ -35,9 +30,7 @@ def finite_difference(
     """
     base, weight = loss.double().sum(), matrix.weight()
     m, eps = weight.shape[1], torch.finfo(weight.dtype).eps
-    h = eps ** (1 / 4 if weight.dtype == torch.float64 else 1 / 6) / (
-        1.0 if options.adaptive else math.sqrt(m)
-    )
+    h = eps ** (1 / 4 if weight.dtype == torch.float64 else 1 / 6) / (1.0 if options.adaptive else math.sqrt(m))
     scale = weight.new_ones(()) if scale is None else scale.to(weight.dtype)
     values = []
     for _ in range(options.probes):

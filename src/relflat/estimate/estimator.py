@@ -41,9 +41,7 @@ class Estimator:
     def may_repeat(self) -> bool:
         """Whether finite differences stand in where an operation has no second derivative."""
         auto, options = self.options.method == "auto", self.options
-        return (
-            auto and options.curvature == "hessian" and options.gradient == "full" and options.radius is None
-        )
+        return auto and options.curvature == "hessian" and options.gradient == "full" and options.radius is None
 
     def __call__(self, scene: Scene, step: int, options: Options | None = None) -> dict[str, Contributions]:
         """The contributions to kappa of every layer of the scene, each with its method.

@@ -54,9 +54,7 @@ class Subject:
         self.memory, self.seed, self.together = memory, seed, together
         self.calls: list[Call] = scene.calls_of(layer)
         if options.normalize_features and not self.calls:
-            raise ConfigError(
-                f"normalize_features needs features, and {layer!r} is a parameter; name a layer"
-            )
+            raise ConfigError(f"normalize_features needs features, and {layer!r} is a parameter; name a layer")
 
     @property
     def target(self) -> nn.Module | nn.Parameter:

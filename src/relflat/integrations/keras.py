@@ -100,12 +100,7 @@ class FAMMixin(_Base):  # type: ignore[misc, valid-type]  # Keras is not typed
         return fam.forward(call, *args, **kwargs)
 
     def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
         """Return the model's own loss, plus the penalty while it trains."""
         loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
@@ -181,9 +176,7 @@ def _chosen(model: Any, layer: Any) -> dict[str, Any]:
             name = list(found)[-1]
         if name not in found:
             near = nearest(str(name), list(found))
-            raise LayerError(
-                f"no layer named {name!r}; {f'did you mean {near}? ' if near else ''}{candidates}"
-            )
+            raise LayerError(f"no layer named {name!r}; {f'did you mean {near}? ' if near else ''}{candidates}")
         chosen[name] = found[name]
     return chosen
 

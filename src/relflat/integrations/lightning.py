@@ -94,9 +94,7 @@ class FAMCallback(Callback):
             self.criterion.close()
         self.criterion = None
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to watch."""
         assert self.criterion is not None
         self._losses, self._step = 0, self.criterion.step

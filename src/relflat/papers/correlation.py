@@ -203,9 +203,7 @@ def table(found: Found, loss: Association, which: str) -> Table:
 
 def figure(done: Sequence[Record], name: str) -> Figure:
     """Gap against a measure before and after rescaling."""
-    values = {
-        view: [record["measures"][view][name] for record in done] for view in ("as trained", "rescaled")
-    }
+    values = {view: [record["measures"][view][name] for record in done] for view in ("as trained", "rescaled")}
     title = CHOSEN[name].title
     paint = partial(clouds, values, [record["gap"] for record in done], title, first=1)
     return SHEET.figure("measure", paint, measure=title, n=len(done))

@@ -120,9 +120,7 @@ def run(context: Context) -> Outcome:
     try:
         records = []
         for where, width in places:
-            records.append(
-                kept(folder / f"{where}-{width}.json", partial(measure, where, width, size, device))
-            )
+            records.append(kept(folder / f"{where}-{width}.json", partial(measure, where, width, size, device)))
             tell(records)
         steps = kept(folder / "steps.json", partial(measure_steps, size))
     finally:
@@ -158,9 +156,7 @@ def agreement(records: Sequence[Record]) -> str:
     """Whether all forms give one number."""
     found = [(record, name, ratio) for record in records for name, ratio in deviations(record).items()]
     lost = [
-        f"{FORMS[name].title}, {record['where']}, {record['width']}²"
-        for record, name, ratio in found
-        if ratio > 1
+        f"{FORMS[name].title}, {record['where']}, {record['width']}²" for record, name, ratio in found if ratio > 1
     ]
     checked = sum(bool(record["reference"]) for record in records)
     allowed = {"rtol": SHEET["rtol"], "sigmas": SHEET["sigmas"]}
@@ -209,12 +205,7 @@ def step_finding(steps: Record) -> str:
     sam, closed = steps["SAM"]["ratio"], steps["FAM, output, closed form"]
     above = {
         key: 100 * (value - 1)
-        for key, value in (
-            ("cost", closed["ratio"]),
-            ("low", closed["low"]),
-            ("high", closed["high"]),
-            ("sam", sam),
-        )
+        for key, value in (("cost", closed["ratio"]), ("low", closed["low"]), ("high", closed["high"]), ("sam", sam))
     }
     printed = [100 * (value - 1) for value in SHEET["step"]]
     return SHEET.say("step", **above, printed=printed, relative=closed["ratio"] / sam)
@@ -284,10 +275,7 @@ def bars(steps: Record, axes: Axes) -> None:
     """Paint the ratios of the steps with their quartiles, and the paper's range."""
     names, costs = list(steps)[::-1], list(steps.values())[::-1]
     ratios = [cost["ratio"] for cost in costs]
-    spread = [
-        [cost["ratio"] - cost["low"] for cost in costs],
-        [cost["high"] - cost["ratio"] for cost in costs],
-    ]
+    spread = [[cost["ratio"] - cost["low"] for cost in costs], [cost["high"] - cost["ratio"] for cost in costs]]
     axes.axvspan(*SHEET["step"], color=COLOURS[0], alpha=0.2, linewidth=0, label="the paper's FAM")
     axes.errorbar(ratios, range(len(names)), xerr=spread, fmt="o", color=COLOURS[1])
     axes.set_yticks(range(len(names)), [name.replace(", ", ",\n", 1) for name in names])

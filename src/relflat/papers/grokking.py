@@ -98,9 +98,7 @@ def conclude(size: Size, groups: Mapping[str, Sequence[Trial]], scale: Scale) ->
         findings=[*findings(onsets, config.epochs), placed([each for each in falls if each is not None])],
         tables=[SHEET.table("onsets", rows, seeds=seeds, **values, **levels)],
         figures=[SHEET.figure(key, curves(groups, key, label)) for key, label in FIGURES.items()],
-        scaled=SHEET.differs(
-            scale, epochs=config.epochs, batch_size=config.batch_size, seeds=len(size.seeds)
-        ),
+        scaled=SHEET.differs(scale, epochs=config.epochs, batch_size=config.batch_size, seeds=len(size.seeds)),
         data={
             "arms": {arm: [everything(trial) for trial in trials] for arm, trials in groups.items()},
             "falls_of_plain_runs": falls,

@@ -180,9 +180,7 @@ def changes(cases: Cases) -> Changes:
 
     return {
         name: {
-            measure: max(
-                relative(each[name]["before"][measure], each[name]["after"][measure]) for each in cases
-            )
+            measure: max(relative(each[name]["before"][measure], each[name]["after"][measure]) for each in cases)
             for measure in MEASURES
         }
         for name in CASES
@@ -217,10 +215,7 @@ def tables(found: Changes) -> list[Table]:
         for measure, each in MEASURES.items()
     ]
     sizes = [(each.title, *(f"{found[name][key]:.1e}" for name in CASES)) for key, each in MEASURES.items()]
-    return [
-        SHEET.table("answers", answers, [*titles, "from"], same=SAME),
-        SHEET.table("changes", sizes, titles),
-    ]
+    return [SHEET.table("answers", answers, [*titles, "from"], same=SAME), SHEET.table("changes", sizes, titles)]
 
 
 def seen(found: Changes, name: str, measure: str) -> str:

@@ -66,9 +66,7 @@ def study_one(folder: Path, measure: Measure, suffix: str, key: str, recipe: Rec
     return {**result, **({key: found} if key else found)}
 
 
-def each(
-    pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Callable[[B], object]
-) -> list[B]:
+def each(pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Callable[[B], object]) -> list[B]:
     """Do the work for every item and return the results in order; an error cancels what was not begun."""
     found = []
     for result in pool.map(work, items):
@@ -92,9 +90,7 @@ def those_that_reached(networks: Sequence[Recipe], records: Sequence[Record]) ->
     return done
 
 
-def associations(
-    done: Sequence[Record], views: Callable[[Record], Mapping[str, Mapping[str, float]]]
-) -> Found:
+def associations(done: Sequence[Record], views: Callable[[Record], Mapping[str, Mapping[str, float]]]) -> Found:
     """Every measure with the gap, by view and name; ``views`` gives a network's measures so."""
     gaps, measured = [record["gap"] for record in done], [views(record) for record in done]
     return {
@@ -136,8 +132,7 @@ def by_setting(records: Sequence[Mapping[str, Any]], kappas: Sequence[float]) ->
         kappas: of the same networks.
     """
     settings = {
-        title: np.array([float(record["recipe"][key]) for record in records])
-        for key, title in SETTINGS.items()
+        title: np.array([float(record["recipe"][key]) for record in records]) for key, title in SETTINGS.items()
     }
 
     def taus(values: Sequence[float]) -> str:

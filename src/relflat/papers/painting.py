@@ -9,18 +9,7 @@ from matplotlib.axes import Axes
 
 from relflat.lab.report.drawing import COLOURS, DASHES, MARKERS, cloud, curves, every_few, legend, log_if_wide
 
-__all__ = [
-    "COLOURS",
-    "DASHES",
-    "MARKERS",
-    "by_arm",
-    "clouds",
-    "curves",
-    "every_few",
-    "legend",
-    "line",
-    "log_if_wide",
-]
+__all__ = ["COLOURS", "DASHES", "MARKERS", "by_arm", "clouds", "curves", "every_few", "legend", "line", "log_if_wide"]
 
 
 def clouds(

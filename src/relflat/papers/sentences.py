@@ -62,9 +62,7 @@ class Bert(nn.Module):
         token_type_ids: Int[Tensor, "n tokens"],
     ) -> Float[Tensor, "n d"]:
         """Return the logits."""
-        hidden = self.encoder(
-            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
-        )
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         logits: Tensor = self.output(self.dropout(hidden.pooler_output))
         return logits
 

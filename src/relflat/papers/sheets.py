@@ -43,9 +43,7 @@ class Sheet:
         lines = self["differs"]
         return [line.format(**values) for line in (*lines.get("always", ()), *lines.get(scale, ()))]
 
-    def table(
-        self, key: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = (), **values: Any
-    ) -> Table:
+    def table(self, key: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = (), **values: Any) -> Table:
         """A table of ``[tables]`` with these rows, more columns after its own, and its texts with these values."""
         found = self["tables"][key]
         title, note = (found.get(part, "").format(**values) for part in ("title", "note"))

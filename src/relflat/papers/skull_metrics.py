@@ -55,9 +55,7 @@ def spread(predictions: Volumes, targets: Volumes) -> float:
     """
     wanted = _disagreement(targets)
     if not wanted > 0:
-        raise DataError(
-            f"spread compares different skulls, and these {len(targets)} are all the same; give more."
-        )
+        raise DataError(f"spread compares different skulls, and these {len(targets)} are all the same; give more.")
     return _disagreement(predictions) / wanted
 
 

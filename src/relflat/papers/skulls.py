@@ -180,9 +180,9 @@ def defect(complete: Mask, random: Generator, radii: tuple[float, float]) -> Mas
     vault = np.argwhere(complete)
     vault = vault[vault[:, 0] >= (height[0] + height[-1]) / 2]
     centre = vault[random.integers(len(vault))]
-    axes = rotation(random.uniform(0, np.pi, 3)) @ (
-        np.indices(complete.shape) - centre[:, None, None, None]
-    ).reshape(3, -1)
+    axes = rotation(random.uniform(0, np.pi, 3)) @ (np.indices(complete.shape) - centre[:, None, None, None]).reshape(
+        3, -1
+    )
     distance = np.sqrt(((axes / random.uniform(*radii, 3)[:, None]) ** 2).sum(0)).reshape(complete.shape)
     return complete & (distance < 1 + 0.15 * smooth_field(random, 8, SIDE))
 
@@ -248,9 +248,7 @@ def arrays(sizes: Sizes) -> tuple[Arrays, Arrays]:
     """All skulls as (defective, complete), float32 of shape (n, 1, 48, 48, 48), and the second evaluation set."""
     made = skulls(sizes)
     complete = _tensor(made.complete)
-    return Arrays(_tensor(made.defective), complete), Arrays(
-        _tensor(made.other), complete[-sizes.evaluation :]
-    )
+    return Arrays(_tensor(made.defective), complete), Arrays(_tensor(made.other), complete[-sizes.evaluation :])
 
 
 def _tensor(mask: Mask) -> Tensor:

@@ -149,9 +149,7 @@ def table(part: Part, comparison: Comparison) -> Table:
             )
         )
     seeds = ", ".join(map(str, comparison.plan.seeds))
-    return SHEET.table(
-        "scores", rows, part=part.title, metric=metric.title, network=part.network, seeds=seeds
-    )
+    return SHEET.table("scores", rows, part=part.title, metric=metric.title, network=part.network, seeds=seeds)
 
 
 def figures(part: Part, comparison: Comparison) -> list[Figure]:
@@ -159,8 +157,7 @@ def figures(part: Part, comparison: Comparison) -> list[Figure]:
     metric, words = metric_of(comparison), {"part": part.title, "metric": metric_of(comparison).title}
     plain, *others = comparison.plan.arms
     pairs = {
-        arm.title: zip(comparison.finals[plain.name], comparison.finals[arm.name], strict=True)
-        for arm in others
+        arm.title: zip(comparison.finals[plain.name], comparison.finals[arm.name], strict=True) for arm in others
     }
     gains = {
         title: [

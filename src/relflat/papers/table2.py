@@ -151,9 +151,7 @@ def collapse(gradient: str, rows: Rows) -> str:
 def gain(plain: Row, rows: Rows) -> str:
     """Whether any arm that still looks at its input does better than plain training."""
     better = {
-        arm: row.first["dice"]
-        for arm, row in rows.items()
-        if arm != PLAIN and row is not None and not row.collapsed
+        arm: row.first["dice"] for arm, row in rows.items() if arm != PLAIN and row is not None and not row.collapsed
     }
     if not better:
         return SHEET.say("none")

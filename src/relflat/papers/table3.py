@@ -72,17 +72,13 @@ def run(context: Context) -> Outcome:
     strength = choose(candidates, "fam").settings["strength"] if candidates else PRINTED_STRENGTH
     places = [(arm, config(size, arm, strength, seed)) for seed in size.seeds for arm in ("plain", "fam")]
     others = ("fam-printed", "fam-code") if size.strengths else ("fam-code",)
-    places += [
-        (arm, config(size, arm, PRINTED_STRENGTH, seed)) for seed in size.printed_seeds for arm in others
-    ]
+    places += [(arm, config(size, arm, PRINTED_STRENGTH, seed)) for seed in size.printed_seeds for arm in others]
     return conclude(context.scale, candidates, strength, train_all(context, places))
 
 
 def difference(runs: Runs) -> Difference | None:
     """FAM against plain training over the seeds on which both finished."""
-    both = [
-        pair for pair in zip(runs["plain"], runs["fam"], strict=True) if all(each.finished for each in pair)
-    ]
+    both = [pair for pair in zip(runs["plain"], runs["fam"], strict=True) if all(each.finished for each in pair)]
     if len(both) < 2:
         return None
     plain, fam = (numbers(trials, "test", METRIC) for trials in zip(*both, strict=True))
@@ -97,10 +93,7 @@ def conclude(scale: Scale, candidates: Sequence[Candidate], strength: float, run
     config = asdict(runs["plain"][0].config)
     at_the_end = strength in size.strengths[:1] + size.strengths[-1:]
     return Outcome(
-        findings=[
-            *findings(strength, runs, pair),
-            *([SHEET.say("edge", strength=strength)] if at_the_end else []),
-        ],
+        findings=[*findings(strength, runs, pair), *([SHEET.say("edge", strength=strength)] if at_the_end else [])],
         tables=[SHEET.table("scores", rows), *([searched(candidates)] if candidates else [])],
         figures=[SHEET.figure("scores", partial(by_arm, groups, "test accuracy"))],
         scaled=SHEET.differs(scale, **config, tokens=sentences.SHORT),
@@ -142,11 +135,7 @@ def printed(arm: str, trials: Sequence[Trial]) -> str:
     gradient = SHEET.say(ARMS[arm]["gradient"])
     if not finished(trials):
         return SHEET.say("diverges", gradient=gradient)
-    parts = {
-        "accuracy": ("test", METRIC),
-        "kappa": ("flatness", "value"),
-        "confidence": ("flatness", "confidence"),
-    }
+    parts = {"accuracy": ("test", METRIC), "kappa": ("flatness", "value"), "confidence": ("flatness", "confidence")}
     means = {name: mean_sd(numbers(trials, *place))[0] for name, place in parts.items()}
     said = SHEET.say("printed", gradient=gradient, **means)
     return SHEET.say("same" if means["confidence"] < 0.51 else "little", line=said)

@@ -98,9 +98,7 @@ class Recipe:
     @property
     def title(self) -> str:
         """How it is named in reports."""
-        return (
-            f"batch {self.batch_size}, lr {self.lr:g}, weight decay {self.weight_decay:g}, seed {self.seed}"
-        )
+        return f"batch {self.batch_size}, lr {self.lr:g}, weight decay {self.weight_decay:g}, seed {self.seed}"
 
     @property
     def digest(self) -> str:
@@ -129,12 +127,7 @@ def grid(
 def samples(source: Source) -> Halves:
     """Read the samples; training ones standardised by themselves, test ones the same way."""
     splits = classification(
-        source.data,
-        validation=0,
-        test=source.held_out,
-        train_size=source.train_size,
-        label_noise=0.0,
-        seed=0,
+        source.data, validation=0, test=source.held_out, train_size=source.train_size, label_noise=0.0, seed=0
     )
     part = splits.test().take(slice(source.test_size))
     assert isinstance(part.inputs, Tensor)
@@ -191,9 +184,7 @@ def he_initialised(network: nn.Sequential) -> nn.Sequential:
 
 def fit(network: nn.Sequential, recipe: Recipe, train: Arrays) -> tuple[int, float]:
     """Train until the level is reached, the epochs are over or the loss is no number; return epochs and loss."""
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.SGD(network.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
     size, loss, epoch = min(recipe.batch_size, len(train)), float("inf"), 0
     while epoch < recipe.most_epochs and not loss < recipe.level:
         order = torch.randperm(len(train))

@@ -64,9 +64,7 @@ def as_values(
     }
 
 
-def document(
-    experiment: Experiment, context: Context, outcome: Outcome, environment: Mapping[str, Any]
-) -> Document:
+def document(experiment: Experiment, context: Context, outcome: Outcome, environment: Mapping[str, Any]) -> Document:
     """The report of an experiment."""
     return Document(
         f"{experiment.name}: {experiment.summary} ({SCALES[context.scale]})",

@@ -52,9 +52,7 @@ def at_layer(
     return loss, W
 
 
-def outputs_at_layer(
-    model: nn.Module, inputs: Any, layer: str
-) -> tuple[OutputsOfWeight, Float[Tensor, "d m"]]:
+def outputs_at_layer(model: nn.Module, inputs: Any, layer: str) -> tuple[OutputsOfWeight, Float[Tensor, "d m"]]:
     """Return the model's outputs as a function of one layer's weight, and that weight.
 
     Arguments and errors are those of :func:`at_layer`.

@@ -103,9 +103,7 @@ def kappa_of_hessian(W: Float[Tensor, "d m"], H: Float[Tensor, "d m d m"]) -> Fl
     return total
 
 
-def kappa_ggn(
-    outputs: OutputsOfWeight, loss_of_outputs: LossOfWeight, W: Float[Tensor, "d m"]
-) -> Float[Tensor, ""]:
+def kappa_ggn(outputs: OutputsOfWeight, loss_of_outputs: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
     """Relative flatness with the Gauss-Newton matrix in the place of the Hessian.
 
     Arguments and cost are those of :func:`layer_ggn`.
@@ -138,9 +136,7 @@ def kappa_adaptive(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor,
     return torch.trace(hessian(lambda r: loss(W * (1 + r)))(W.new_zeros(W.shape[1])))
 
 
-def kappa_normalized(
-    loss: LossOfWeight, W: Float[Tensor, "d m"], std: Float[Tensor, " m"]
-) -> Float[Tensor, ""]:
+def kappa_normalized(loss: LossOfWeight, W: Float[Tensor, "d m"], std: Float[Tensor, " m"]) -> Float[Tensor, ""]:
     """Relative flatness of the same function, written in normalised features (theory paper, section 5).
 
     The features are divided by ``std`` and the columns of the weight are multiplied by it:

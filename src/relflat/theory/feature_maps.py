@@ -160,9 +160,7 @@ def shift_rows(layer: nn.Linear, vector: Float[Tensor, " m"], head: Any) -> None
         )
     W = _linear(layer).weight
     if vector.shape != W.shape[1:]:
-        raise ConfigError(
-            f"vector has shape {tuple(vector.shape)}: it needs {W.shape[1]} entries, one a feature"
-        )
+        raise ConfigError(f"vector has shape {tuple(vector.shape)}: it needs {W.shape[1]} entries, one a feature")
     W.add_(vector)  # (w_s + a) . phi = w_s . phi + a . phi, the same a . phi for every class s
 
 

@@ -12,10 +12,7 @@ from relflat.errors import GraphError
 
 @contextmanager
 def preserving(
-    model: nn.Module,
-    *inputs: Any,
-    output: Callable[[Any], Tensor] = lambda outputs: outputs,
-    rtol: float = 1e-5,
+    model: nn.Module, *inputs: Any, output: Callable[[Any], Tensor] = lambda outputs: outputs, rtol: float = 1e-5
 ) -> Iterator[None]:
     """Check on data that what is done inside ``with`` leaves the model's function as it was.
 

@@ -64,10 +64,7 @@ def rescale_layer(
 
 @torch.no_grad()
 def rescale_neurons(
-    first: nn.Module,
-    between: nn.Module | Sequence[nn.Module],
-    second: nn.Module,
-    factors: Float[Tensor, " d"],
+    first: nn.Module, between: nn.Module | Sequence[nn.Module], second: nn.Module, factors: Float[Tensor, " d"]
 ) -> None:
     """Multiply each neuron (or channel) of ``first`` by its own factor and undo it in ``second``, in place.
 
@@ -192,9 +189,7 @@ def _positions_per_neuron(first: Any, second: Any) -> int:
     if first.weight is second.weight:
         raise LayerError(f"{first} and {second} share one weight: choose two layers of their own")
     if getattr(second, "groups", 1) != 1:
-        raise LayerError(
-            f"{second} has groups={second.groups}: its columns cannot be told apart, choose groups=1"
-        )
+        raise LayerError(f"{second} has groups={second.groups}: its columns cannot be told apart, choose groups=1")
     neurons, columns = first.weight.shape[0], second.weight.shape[1]
     # Flattening a convolution's outputs puts the positions of one channel next to each other.
     flattened = isinstance(first, Convolution) and isinstance(second, nn.Linear)
@@ -214,18 +209,14 @@ def _along(factors: Float[Tensor, " k"], *, dim: int, like: Tensor) -> Tensor:
 
 def _positive(factor: float) -> float:
     if not 0 < factor < math.inf:
-        raise ConfigError(
-            f"factor={factor}: it must be positive and finite, for a negative one changes a ReLU"
-        )
+        raise ConfigError(f"factor={factor}: it must be positive and finite, for a negative one changes a ReLU")
     return factor
 
 
 def positive_vector(values: Float[Tensor, " k"], k: int, name: str, what: str) -> Float[Tensor, " k"]:
     """Return the values, detached, or refuse what is not ``k`` positive and finite numbers."""
     if values.shape != (k,):
-        raise ConfigError(
-            f"{name} has shape {tuple(values.shape)}: it needs {k} entries, one for each of the {what}"
-        )
+        raise ConfigError(f"{name} has shape {tuple(values.shape)}: it needs {k} entries, one for each of the {what}")
     if not bool(((values > 0) & (values < math.inf)).all()):
         raise ConfigError(f"{name}={values.tolist()}: all of them must be positive and finite")
     return values.detach()

@@ -25,11 +25,7 @@ def kernels_for(x: Tensor) -> ModuleType:
 
 
 def raise_top(
-    z: Float[Tensor, "p c"],
-    bias: Float[Tensor, " c"] | None,
-    first: int,
-    top: _Column,
-    k: Int[Tensor, "p 1"],
+    z: Float[Tensor, "p c"], bias: Float[Tensor, " c"] | None, first: int, top: _Column, k: Int[Tensor, "p 1"]
 ) -> None:
     """Add the bias, and bring the largest logit of each token and its class up to date. All in place.
 

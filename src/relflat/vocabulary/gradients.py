@@ -137,9 +137,7 @@ class Gradients:
         for c, e in x.blocks:
             dz = room[: e.numel()].view_as(e)
             if self.through_logits:
-                kernels.curve(
-                    e, -2 * slope * x.mu, self.rows.of_kappa(c), self.rows.norms[c], slope, level, dz
-                )
+                kernels.curve(e, -2 * slope * x.mu, self.rows.of_kappa(c), self.rows.norms[c], slope, level, dz)
             else:
                 torch.mul(e, level, out=dz)
             on_blocks.add(dz, x.k - c.start, at_k)

@@ -100,8 +100,7 @@ def softmax(rows: Rows, t: Tokens, smoothing: float, buffer: Float[Tensor, " ent
 def _blocks(rows: Rows, tokens: int, buffer: Float[Tensor, " entries"]) -> list[Block]:
     """One contiguous block for each chunk of classes: rows a power of two apart slow matrix products by a fifth."""
     return [
-        Block(c, buffer[tokens * c.start : tokens * c.stop].view(tokens, c.stop - c.start))
-        for c in rows.classes()
+        Block(c, buffer[tokens * c.start : tokens * c.stop].view(tokens, c.stop - c.start)) for c in rows.classes()
     ]
 
 

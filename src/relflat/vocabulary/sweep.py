@@ -124,8 +124,6 @@ def sweep(inputs: Inputs, fixed: Fixed, a: float | Float[Tensor, " n"], wanted: 
     return Swept(task, kappa, (gradients.phi, gradients.weight, gradients.bias))
 
 
-def _tokens(
-    phi: Float[Tensor, "p m"], y: Int[Tensor, "p 1"], a: Float[Tensor, "p 1"], strength: float
-) -> Tokens:
+def _tokens(phi: Float[Tensor, "p m"], y: Int[Tensor, "p 1"], a: Float[Tensor, "p 1"], strength: float) -> Tokens:
     norm2 = phi.square().sum(1, keepdim=True)
     return Tokens(phi, y, a, norm2, strength * a * norm2)  # beta = strength a ||phi||^2

@@ -15,11 +15,7 @@ _Column = Float[Tensor, "p 1"]
 
 
 def raise_top(
-    z: Float[Tensor, "p c"],
-    bias: Float[Tensor, " c"] | None,
-    first: int,
-    top: _Column,
-    k: Int[Tensor, "p 1"],
+    z: Float[Tensor, "p c"], bias: Float[Tensor, " c"] | None, first: int, top: _Column, k: Int[Tensor, "p 1"]
 ) -> None:
     """As :func:`relflat.vocabulary.blocks.raise_top`."""
     given = bias is not None

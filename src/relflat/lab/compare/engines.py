@@ -67,9 +67,7 @@ def require_answer(address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16 or "/" in host:
-        raise ConfigError(
-            f"address={address!r} is not of the form HOST:PORT, as in 10.0.0.1:6379; or give auto."
-        )
+        raise ConfigError(f"address={address!r} is not of the form HOST:PORT, as in 10.0.0.1:6379; or give auto.")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
     except OSError as error:

@@ -43,15 +43,11 @@ class Plan:
     def __post_init__(self) -> None:
         sizes = {arm.name: len(arm.values) for arm in self.arms}
         if len(sizes) < 2 or len(sizes) < len(self.arms):
-            raise ConfigError(
-                f"A comparison needs two arms or more of different names, but got {list(sizes)}."
-            )
+            raise ConfigError(f"A comparison needs two arms or more of different names, but got {list(sizes)}.")
         if len(set(sizes.values())) > 1:
             raise ConfigError(f"Every arm needs the same number of settings to try, but got {sizes}.")
         if not self.seeds or not self.search_seeds:
-            raise ConfigError(
-                "A comparison needs at least one seed to choose by and one to test; raise --seeds."
-            )
+            raise ConfigError("A comparison needs at least one seed to choose by and one to test; raise --seeds.")
         both = sorted(set(self.search_seeds) & set(self.seeds))
         if both:
             raise ConfigError(f"Seeds {both} are used for choosing and for testing; make them different.")

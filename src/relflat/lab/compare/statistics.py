@@ -86,11 +86,7 @@ def sign_flip(gaps: Sequence[float]) -> float:
     if len(gaps) < 2 or not any(gaps):
         return 1.0
     found = permutation_test(
-        (np.asarray(gaps),),
-        np.mean,
-        permutation_type="samples",
-        n_resamples=RESAMPLES,
-        rng=np.random.default_rng(0),
+        (np.asarray(gaps),), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
     )
     return float(found.pvalue)
 

@@ -82,9 +82,7 @@ def describe_plan(plan: Plan) -> str:
     """What is run, in a few sentences."""
     config = plan.config(plan.arms[0], plan.arms[0].grid[0], plan.seeds[0])
     size = "All training samples" if config.train_size is None else f"{config.train_size:,} training samples"
-    noise = (
-        f", each training label redrawn with probability {config.label_noise:g}" if config.label_noise else ""
-    )
+    noise = f", each training label redrawn with probability {config.label_noise:g}" if config.label_noise else ""
     return (
         f"{task_named(plan.task).summary}. {size}{noise}; {config.epochs} epochs, batches of {config.batch_size}. "
         "Settings were chosen on validation data, the same number for each arm, and tested once on fresh seeds."
@@ -97,12 +95,7 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
     Raises:
         ConfigError: it holds another comparison, or cannot be written.
     """
-    values = {
-        **plan.flat(),
-        "source": source_of(plan.task),
-        "notes": notes,
-        "runs": os.path.relpath(runs, folder),
-    }
+    values = {**plan.flat(), "source": source_of(plan.task), "notes": notes, "runs": os.path.relpath(runs, folder)}
     if (folder / PLAN).is_file():
         old = store.read_json(folder / PLAN)
         new = store.as_json(values)

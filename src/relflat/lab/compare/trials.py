@@ -88,10 +88,7 @@ def read_trial(job: Job) -> Trial | None:
 
 
 def each(
-    pool: Executor,
-    work: Callable[[A], B],
-    items: Iterable[A],
-    on_done: Callable[[B], None] = lambda result: None,
+    pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Callable[[B], None] = lambda result: None
 ) -> list[B]:
     """Do the work for every item, telling each result as it comes; the results in the order of the items.
 
@@ -156,6 +153,4 @@ def workers(count: int) -> Executor:
         raise ConfigError(f"workers={count} must be above 0.")
     if count == 1:
         return Here()
-    return ProcessPoolExecutor(
-        count, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
-    )
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)

@@ -46,15 +46,11 @@ def cutout(
     height, width = pictures.shape[-2:]
     row, column = (draws[:, 3:4] * height).floor(), (draws[:, 4:5] * width).floor()
     rows = (torch.arange(height) - row + side // 2).ge(0) & (torch.arange(height) - row < side - side // 2)
-    columns = (torch.arange(width) - column + side // 2).ge(0) & (
-        torch.arange(width) - column < side - side // 2
-    )
+    columns = (torch.arange(width) - column + side // 2).ge(0) & (torch.arange(width) - column < side - side // 2)
     hidden = rows[:, None, :, None] & columns[:, None, None, :]
     return pictures.masked_fill(hidden, 0.0)
 
 
-def crop_flip_cutout(
-    pictures: Float[Tensor, "n c h w"], draws: Float[Tensor, "n draws"]
-) -> Float[Tensor, "n c h w"]:
+def crop_flip_cutout(pictures: Float[Tensor, "n c h w"], draws: Float[Tensor, "n draws"]) -> Float[Tensor, "n c h w"]:
     """Both, as the FAM paper has them for SVHN without its AutoAugment."""
     return cutout(crop_flip(pictures, draws), draws)

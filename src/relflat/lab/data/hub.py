@@ -26,9 +26,7 @@ def client() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            "Data sets of the Hugging Face hub need its client: pip install 'relflat[hub]'"
-        ) from error
+        raise DataError("Data sets of the Hugging Face hub need its client: pip install 'relflat[hub]'") from error
     return datasets
 
 

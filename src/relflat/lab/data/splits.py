@@ -97,9 +97,7 @@ def subset(index: Tensor, size: int | None, generator: torch.Generator) -> Tenso
     if size is None:
         return index
     if not 1 < size <= len(index):
-        raise ConfigError(
-            f"train_size={size} is not between 2 and {len(index)}, the training samples there are."
-        )
+        raise ConfigError(f"train_size={size} is not between 2 and {len(index)}, the training samples there are.")
     return index[torch.randperm(len(index), generator=generator)[:size]]
 
 

@@ -81,9 +81,7 @@ def draw(paint: Paint, label: str) -> str:
             axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", va="center")
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return re.sub(
-        '<g id="[^"]*">', "<g>", text.getvalue()
-    )  # the other ids are hashes, different in each figure
+    return re.sub('<g id="[^"]*">', "<g>", text.getvalue())  # the other ids are hashes, different in each figure
 
 
 def inline(svg: str, label: str) -> Markup:
@@ -113,9 +111,7 @@ def marks(place: int) -> dict[str, Any]:
     return {"marker": MARKERS[(place + turn) % len(MARKERS)], **hollow, **look(place)}
 
 
-def cloud(
-    axes: Axes, across: Sequence[float], up: Sequence[float], place: int, label: str, line: str = ""
-) -> None:
+def cloud(axes: Axes, across: Sequence[float], up: Sequence[float], place: int, label: str, line: str = "") -> None:
     """Add a marker for each pair of numbers, in the look of the arm at this place, joined by this style of line."""
     axes.plot(across, up, linestyle=line, markersize=5.5, alpha=0.85, label=label, **marks(place))
 
@@ -170,9 +166,7 @@ def curves(
             # files keep a number that was not finite as null; float makes it nan
             values = np.array([[record[key] for record in run] for run in runs], float)
             values = error_of(values) if error else values
-            across = [
-                record["epoch"] if seconds is None else record["steps"] * seconds[title] for record in runs[0]
-            ]
+            across = [record["epoch"] if seconds is None else record["steps"] * seconds[title] for record in runs[0]]
             axes.plot(across, values.mean(0), label=title, linestyle=dashes(place), **look(place))
             axes.fill_between(across, values.min(0), values.max(0), alpha=0.15, linewidth=0, **look(place))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=seconds is None, steps=(1, 2, 5, 10)))

@@ -72,9 +72,7 @@ def training_by_epoch(summary: Summary) -> Figure:
     )
 
 
-def error_curves(
-    summary: Summary, split: str, title: str, seconds: Mapping[str, float] | None = None
-) -> Paint:
+def error_curves(summary: Summary, split: str, title: str, seconds: Mapping[str, float] | None = None) -> Paint:
     """The error on a split by epoch, or by time where a step's seconds are given."""
     key, label = f"{split}_{summary.metric.name}", f"{title} {summary.metric.error}, %"
     return curves(summary.tested, key, label, error=True, seconds=seconds)
@@ -107,8 +105,7 @@ def kappa_against_gap(summary: Summary) -> Figure:
     """Whether flatter trials of the search generalise better, and their rank correlation."""
     arms, candidates = summary.comparison.plan.arms, summary.comparison.candidates
     searched = {
-        arm.title: [trial for found in candidates if found.arm == arm.name for trial in found.trials]
-        for arm in arms
+        arm.title: [trial for found in candidates if found.arm == arm.name for trial in found.trials] for arm in arms
     }
     found = kappas(searched, lambda result: result["validation"]["loss"] - result["train"]["loss"])
     return Figure(
@@ -157,9 +154,7 @@ def calibration(summary: Summary) -> Figure | None:
     )
 
 
-def kappas(
-    groups: Mapping[str, Sequence[Trial]], other: Callable[[Mapping[str, Any]], float]
-) -> dict[str, Pairs]:
+def kappas(groups: Mapping[str, Sequence[Trial]], other: Callable[[Mapping[str, Any]], float]) -> dict[str, Pairs]:
     """Kappa and another number of each finished run's result, by title of the arm."""
     done = {title: [run.result for run in runs if run.finished] for title, runs in groups.items()}
     return {

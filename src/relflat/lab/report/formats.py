@@ -51,8 +51,7 @@ def certainty(pair: Difference) -> str:
 def settings_text(settings: Values) -> str:
     """Settings as people write them on the command line, without the dashes."""
     return ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in settings.items()
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
     )
 
 

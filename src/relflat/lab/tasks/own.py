@@ -78,9 +78,7 @@ def module_of(path: Path, digest: str) -> Any:
         raise
     except Exception as error:  # the user's code may raise anything
         del sys.modules[name]
-        raise ConfigError(
-            f"The task file {path} raises an error; mend it:\n{traceback_from(path, error)}"
-        ) from error
+        raise ConfigError(f"The task file {path} raises an error; mend it:\n{traceback_from(path, error)}") from error
     return module
 
 

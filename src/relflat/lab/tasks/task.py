@@ -60,9 +60,7 @@ def staircase(optimizer: optim.Optimizer, steps: int) -> LRScheduler:
 def linear(optimizer: optim.Optimizer, steps: int) -> LRScheduler:
     """Learning rate rises over a tenth of the steps and falls linearly to zero, as is usual for fine-tuning."""
     rise = max(1, steps // 10)
-    return LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, max(0.0, (steps - step) / max(1, steps - rise)))
-    )
+    return LambdaLR(optimizer, lambda step: min((step + 1) / rise, max(0.0, (steps - step) / max(1, steps - rise))))
 
 
 def cosine(optimizer: optim.Optimizer, steps: int) -> LRScheduler:

@@ -39,14 +39,10 @@ def library() -> Any:
     return transformers
 
 
-def encode(
-    texts: list[str], second: list[str] | None = None, *, tokens: int
-) -> dict[str, Int[Tensor, "n tokens"]]:
+def encode(texts: list[str], second: list[str] | None = None, *, tokens: int) -> dict[str, Int[Tensor, "n tokens"]]:
     """Texts, or pairs of texts, as MiniLM's token ids, cut or padded on the right to one length."""
     tokenizer = library().AutoTokenizer.from_pretrained(files("minilm"), local_files_only=True)
-    coded = tokenizer(
-        texts, second, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt"
-    )
+    coded = tokenizer(texts, second, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt")
     names = ["input_ids", "attention_mask"] + (["token_type_ids"] if second is not None else [])
     return {name: coded[name] for name in names}
 
@@ -149,9 +145,7 @@ def read_glue(name: str) -> RawData:
 
 def glue(name: str, validation: int) -> SplitFunction:
     """Splits of a GLUE task; the official validation set is the test set."""
-    return partial(
-        classification, partial(read_glue, name), validation=validation, test=None, standardise=False
-    )
+    return partial(classification, partial(read_glue, name), validation=validation, test=None, standardise=False)
 
 
 REVIEWS = Task(

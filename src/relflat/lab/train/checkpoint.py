@@ -62,9 +62,7 @@ def load(run: Path, session: Session) -> list[dict[str, Any]]:
         for name, part in _parts(session).items():
             part.load_state_dict(state[name])
     except Exception as error:  # torch.load and load_state_dict let through whatever damaged files raise
-        raise DataError(
-            f"The checkpoint {found[-1]} cannot be read ({error}). Run again with --fresh."
-        ) from error
+        raise DataError(f"The checkpoint {found[-1]} cannot be read ({error}). Run again with --fresh.") from error
     set_counter(session.learner.criterion, state["criterion_step"])
     set_rng_state(state["rng"])
     return list(state["history"])

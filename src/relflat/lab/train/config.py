@@ -48,9 +48,7 @@ def make(given: Mapping[str, Any]) -> RunConfig:
         if key not in common and key not in own:
             raise _misplaced(key, given.get("algorithm", "plain"), [*common, *own])
     hints = {**get_type_hints(RunConfig), **get_type_hints(algorithm)}
-    values = {
-        key: check(key, given.get(key, default), hints[key]) for key, default in {**common, **own}.items()
-    }
+    values = {key: check(key, given.get(key, default), hints[key]) for key, default in {**common, **own}.items()}
     if values["source"] is not None:
         require_unchanged(name, values["source"])
     values |= {"task": full_name(name), "source": source_of(name)}
@@ -64,9 +62,7 @@ def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in values.items()}
 
 
-def require_unchanged(
-    name: str, recorded: str | None, what: str = "this run was trained; train it again"
-) -> None:
+def require_unchanged(name: str, recorded: str | None, what: str = "this run was trained; train it again") -> None:
     """See that the task's code is what it was.
 
     Args:
@@ -102,9 +98,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
 
 def _misplaced(key: str, algorithm: str, known: list[str]) -> ConfigError:
     """The error for a key that does not belong here, or not to this algorithm."""
-    owners = [
-        name for name, other in all_algorithms().items() if key in {field.name for field in fields(other)}
-    ]
+    owners = [name for name, other in all_algorithms().items() if key in {field.name for field in fields(other)}]
     if owners:
         return ConfigError(
             f"{key!r} is a setting of algorithm {' and '.join(owners)}, not of {algorithm!r}. "

@@ -49,9 +49,7 @@ def train(
     """
     store.check_folder(folder, config, fresh=fresh)
     finished = None if fresh else store.result_of(folder)
-    if finished is not None and (
-        finished["test"] is not None or not test or finished["status"] != "finished"
-    ):
+    if finished is not None and (finished["test"] is not None or not test or finished["status"] != "finished"):
         return finished
     with own.blamed(config.task):
         session = build(config, folder if tensorboard else None)

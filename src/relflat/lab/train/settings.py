@@ -51,9 +51,7 @@ class RunConfig:
         if not self.weight_decay >= 0:
             raise ConfigError(f"weight_decay={self.weight_decay} must not be negative.")
         if not 0 <= self.label_noise <= 1:
-            raise ConfigError(
-                f"label_noise={self.label_noise} is not a probability; give a number from 0 to 1."
-            )
+            raise ConfigError(f"label_noise={self.label_noise} is not a probability; give a number from 0 to 1.")
         if self.precision == "fp16" and self.settings.two_passes:
             raise ConfigError(
                 f"precision='fp16' scales the loss, which algorithm {self.algorithm!r} with its two passes a step "

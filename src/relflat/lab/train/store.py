@@ -26,9 +26,7 @@ from relflat.lab.train.environment import describe
 from relflat.lab.train.settings import SCHEMA, RunConfig
 
 RESULT, CONFIG, METRICS, ENVIRONMENT = "result.json", "config.json", "metrics.jsonl", "environment.json"
-PATIENCE = (
-    120.0  # seconds: a network file system may take 90 to notice that the process that held a lock was killed
-)
+PATIENCE = 120.0  # seconds: a network file system may take 90 to notice that the process that held a lock was killed
 
 
 def folder_of(config: RunConfig, root: Path, name: str | None = None) -> Path:
@@ -143,9 +141,7 @@ def config_of(folder: Path) -> RunConfig:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise DataError(
-            f"{folder} is not a run: it has no {CONFIG}. Train one with: relflat train TASK --runs DIR"
-        )
+        raise DataError(f"{folder} is not a run: it has no {CONFIG}. Train one with: relflat train TASK --runs DIR")
     values = read_json(path)
     schema = values.pop("schema", 1)
     if schema not in (1, SCHEMA):
