@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 SIDES = ("lab", "papers", "cli", "integrations", "vocabulary", "theory")
-FLAT = {"linear_cross_entropy": "vocabulary", "reference": "theory", "reparam": "theory"}  # before the rooms
+FLAT = {"linear_cross_entropy": "vocabulary", "reference": "theory", "reparam": "theory", "landscape": "theory"}  # public paths
 GROUPS = {"core": ("core",), "lab + papers": ("lab", "papers"), "all": ("core", *SIDES)}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DOCUMENTED = (*DEFINITIONS, ast.ClassDef, ast.Module)

@@ -44,7 +44,7 @@ class OutputSpace:
 
     @classmethod
     def of(
-        cls, calls: Sequence[Call], *, scale: Tensor | None = None, coupled: bool = False, constant: bool = False
+        cls, calls: Sequence[Call], scale: Tensor | None = None, *, coupled: bool = False, constant: bool = False
     ) -> "OutputSpace":
         """The space of one layer's calls.
 
@@ -59,8 +59,6 @@ class OutputSpace:
             weight = weight * scale
         uneven = len({c.samples for c in calls}) > 1
         return cls(tuple(calls), weight, scale, coupled or uneven, constant)
-
-    # -- rows ------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
@@ -127,8 +125,6 @@ class OutputSpace:
         """``W phi``, each channel group with its own rows of W."""
         return torch.einsum("gtcm,com->gtco", phi, self._weight_by_channel).flatten(2)
 
-    # -- exact sums ------------------------------------------------------------------------------------------
-
     def products_for_exact(self, *, adaptive: bool, trace: bool) -> int:
         """One for each pair of position and output; each feature if adaptive."""
         basis = self.shape[1] * self.weight.shape[0]
@@ -153,8 +149,6 @@ class OutputSpace:
                 near = self._spread(torch.einsum("gscm,gm->gsc", self.features, phi_p))  # Phi Phi' e_p
                 yield Term(basis, near * gram[:, j], near.detach() * basis[:, p : p + 1])
 
-    # -- random directions -----------------------------------------------------------------------------------
-
     def probe(self, rng: Rng, *, adaptive: bool) -> Float[Tensor, "g t d"]:
         """I6: ``u = (W a)(b . phi)``, a and b Rademacher for each group; if adaptive ``u = W (b * phi)`` (I9)."""
         g, _, _, m = self.shape
@@ -169,8 +163,6 @@ class OutputSpace:
         g, _, _, m = self.shape
         s = self.project(rng.signs((g, 1, m), self.weight)).squeeze(-1).detach()
         return self._spread(s) * rng.signs((g, 1, self.weight.shape[0]), self.weight)
-
-    # -- products --------------------------------------------------------------------------------------------
 
     def product(self, operator: Operator, direction: Float[Tensor, "g t d"]) -> Float[Tensor, "g t d"]:
         """Cut the direction into one tensor a call, and join what comes back."""

@@ -33,10 +33,7 @@ def coupled_in_products(operator: Operator, calls: Sequence[Call], rng: Rng) -> 
 
 
 def coupled_in_outputs(outputs: Tensor, calls: Sequence[Call], rng: Rng) -> bool:
-    """Ask first derivatives: do outputs of some samples depend on features of others?
-
-    Cost: ``2 log2 n`` backward passes of what comes after the layer.
-    """
+    """Ask first derivatives of the outputs. Cost: ``2 log2 n`` backward passes of what comes after the layer."""
     if outputs.ndim == 0 or outputs.shape[0] != calls[0].samples:
         return True  # no telling which output belongs to which sample; one group is right in any case
 
@@ -56,7 +53,7 @@ def _leaks(calls: Sequence[Call], response: Sequence[Tensor], own: Bool[Tensor, 
 
 
 def _bipartitions(call: Call) -> Iterator[Bool[Tensor, " n"]]:
-    """Splits of the samples in two, by the binary digits of their numbers: any two are separated by one."""
+    """Splits of the samples in two, by the binary digits of their numbers."""
     numbers = torch.arange(call.samples, device=call.output.device)
     for digit in range((call.samples - 1).bit_length()):
         yield numbers.bitwise_right_shift(digit).bitwise_and(1).bool()

@@ -17,15 +17,7 @@ from relflat.rng import Rng
 
 
 class Estimator:
-    """Estimates kappa of layers in scenes, one after the other.
-
-    Args:
-        options: what is estimated and how.
-        seed: of the probes.
-
-    Raises:
-        ConfigError: if there is no such method.
-    """
+    """Estimates kappa of layers in scenes, one after the other; remembers what it found out about their model."""
 
     def __init__(self, options: Options, seed: int) -> None:
         self.options, self.seed, self.memory = options, seed, Memory()
@@ -34,14 +26,13 @@ class Estimator:
     @property
     def repeats(self) -> bool:
         """Whether forward passes are run once more, so that their random state is needed."""
-        differences = self._wanted is not None and self._wanted.name == "finite_difference"
-        return self.options.radius is not None or differences
+        return self.options.radius is not None or self._wanted is named("finite_difference")
 
     @property
     def may_repeat(self) -> bool:
         """Whether finite differences stand in where an operation has no second derivative."""
-        auto, options = self.options.method == "auto", self.options
-        return auto and options.curvature == "hessian" and options.gradient == "full" and options.radius is None
+        o = self.options
+        return (o.method, o.curvature, o.gradient, o.radius) == ("auto", "hessian", "full", None)
 
     def __call__(self, scene: Scene, step: int, options: Options | None = None) -> dict[str, Contributions]:
         """The contributions to kappa of every layer of the scene, each with its method.
@@ -78,12 +69,7 @@ class Estimator:
                 chosen.setdefault(method.name, (method, []))[1].append(subject)
             for method, subjects in chosen.values():
                 found |= method.run(subjects, rng)
-        if options.full:
-            self._must_have_gradients(found)
-        return {layer: found[layer] for layer in scene.layers}
-
-    def _must_have_gradients(self, found: dict[str, Contributions]) -> None:
-        """Look, once a layer, whether its kappa can be differentiated."""
-        for layer in found.keys() - self.memory.smooth:
+        for layer in found.keys() - self.memory.smooth if options.full else ():
             check_differentiable_again(found[layer].kappa)
-        self.memory.smooth |= found.keys()
+            self.memory.smooth.add(layer)
+        return {layer: found[layer] for layer in scene.layers}

@@ -1,4 +1,4 @@
-"""The methods by which kappa is computed: the README's table as code.
+"""The methods by which kappa is computed: the table of methods as code.
 
 Each says why it does not apply to a layer of a scene, or computes it. ``"auto"`` takes the first that applies; one
 asked for by name raises its reason. To add a method, write a :class:`Method` and :func:`register` it.
@@ -76,9 +76,6 @@ def choose(subject: Subject, wanted: Method | None) -> Method:
     return wanted
 
 
-# -- a closed form: output layer, known loss -----------------------------------------------------------------
-
-
 def _why_no_closed_form(subject: Subject) -> str | None:
     return closed_form.why_not(subject.calls, subject.scene.known)
 
@@ -90,9 +87,6 @@ def _closed_form(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributio
         hessian = closed_form.by_rows(s.calls[0], s.scene.known.hessian(constant=not s.options.full))
         found[s.layer] = closed_form.closed_form(s.output_space(), hessian, s.options)
     return found
-
-
-# -- a sum over a basis: few products -----------------------------------------------------------------------
 
 
 def _why_no_exact_sum(subject: Subject) -> str | None:
@@ -112,9 +106,6 @@ def _exact(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
     return {s.layer: products.exact(s.operator, s.space, s.options) for s in subjects}
 
 
-# -- random directions: everything that can be differentiated twice ------------------------------------------
-
-
 def _probe(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
     found = {}
     for s in [s for s in subjects if s.factors is None]:
@@ -127,9 +118,6 @@ def _probe(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
         parts = products.factored([s.space for s in together], known, options, rng)
         found |= {s.layer: part for s, part in zip(together, parts, strict=True)}
     return found
-
-
-# -- finite differences: everything that can be run once more ------------------------------------------------
 
 
 def _why_no_differences(subject: Subject) -> str | None:

@@ -37,11 +37,7 @@ class Scene:
 
     @classmethod
     def of(cls, forwards: Sequence[Forward], loss: Tensor, **known: Any) -> "Scene":
-        """The scene of passes that led to a loss; further attributes by name.
-
-        Raises:
-            GraphError: if they or the loss recorded no graph, or the loss does not depend on the layers.
-        """
+        """The scene of passes that led to a loss; further attributes by name."""
         calls, last = calls_behind(forwards, loss), forwards[-1]
         return cls(loss, calls, parameters=last.parameters, mode=last.mode, **known)
 

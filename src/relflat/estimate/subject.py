@@ -36,16 +36,7 @@ class Memory:
 
 
 class Subject:
-    """One layer of a scene.
-
-    Args:
-        scene: the pass and its loss.
-        layer: name of one of its layers.
-        options: what is estimated.
-        memory: of earlier steps.
-        seed: of the directions that coupling is asked with.
-        together: take all samples as one group, coupled or not.
-    """
+    """One layer of a scene; ``together`` takes all samples as one group, coupled or not."""
 
     def __init__(
         self, scene: Scene, layer: str, options: Options, memory: Memory, seed: int, *, together: bool = False
@@ -103,8 +94,7 @@ class Subject:
 
     def output_space(self, *, coupled: bool = False) -> OutputSpace:
         """The layer's outputs, for a layer with calls."""
-        constant = self.options.constant_features
-        return OutputSpace.of(self.calls, scale=self.scale, coupled=coupled, constant=constant)
+        return OutputSpace.of(self.calls, self.scale, coupled=coupled, constant=self.options.constant_features)
 
     @functools.cached_property
     def _weight_space(self) -> WeightSpace:
