@@ -18,7 +18,7 @@ _FEWEST_FOR_RTOL = 32  # with fewer products some errors by chance look small, a
 
 def by_probes(measurement: Measurement, rtol: float | None) -> Sums:
     """One sweep, and more with as many further probes as there were until no error exceeds ``rtol`` of its value."""
-    sums = measurement.sweep(functools.partial(measurement.estimate, 0), measurement.options.probes)
+    sums = measurement.sweep(functools.partial(measurement.estimate, 0), measurement.estimator.options.probes)
     while rtol is not None and (short := sums.short_of(rtol)):
         needed = sums.needed(rtol)
         if sums.probes * 2 > MOST or needed > 4 * MOST:  # the prediction is a rough one
@@ -38,9 +38,8 @@ def by_xtrace(measurement: Measurement, rtol: float | None) -> Sums:
     ``rtol`` there are 32 products or more, and layers whose error is larger, widened as Student's distribution of as
     many estimates is wider than the normal one, are measured anew with twice the products, until none is.
     """
-    products = (
-        measurement.options.probes if rtol is None else max(measurement.options.probes, _FEWEST_FOR_RTOL)
-    )
+    options = measurement.estimator.options
+    products = options.probes if rtol is None else max(options.probes, _FEWEST_FOR_RTOL)
     sketches: dict[str, Sketch] = {}
     sums = _sweep(measurement, sketches, products, None)
     while True:
@@ -49,7 +48,7 @@ def by_xtrace(measurement: Measurement, rtol: float | None) -> Sums:
         for name, s in sketches.items():
             x = sums.layers[name]
             x.kappa, x.trace, x.widening = Sum(s.value, s.variance), Sum(math.nan, math.nan), s.widening
-            x.method, x.exact = s.method(measurement.options.curvature), s.exact
+            x.method, x.exact = s.method(options.curvature), s.exact
         short = {} if rtol is None else sums.short_of(rtol)
         for name, value in short.items():
             products = sketches[name].products * 2
@@ -80,7 +79,7 @@ def _sweep(measurement: Measurement, sketches: dict[str, Sketch], products: int,
             name, w = subject.layer, subject.space.weight.detach()
             x = sums.layers[name]
             if name not in sketches:
-                x.coordinates = Coordinates(w, measurement.options.adaptive)
+                x.coordinates = Coordinates(w, measurement.estimator.options.adaptive)
                 sketches[name] = _sketch(measurement, name, x.coordinates, products)
             columns = sketches[name].pending
             assert columns is not None

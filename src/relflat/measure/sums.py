@@ -74,9 +74,9 @@ class LayerSums:
         )
 
     def _image_with(self, other: Tensor | None) -> Tensor | None:
-        if self.image is None or other is None:
-            return other if self.image is None else self.image
-        return self.image.add_(other.to(self.image.device))
+        if self.image is None:
+            return other
+        return self.image if other is None else self.image.add_(other.to(self.image.device))
 
 
 @dataclass(frozen=True)

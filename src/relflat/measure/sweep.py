@@ -84,11 +84,6 @@ class Measurement:
     _without_graph: bool = False  # whether later batches can run under no_grad
     _reduction: str | None = None  # how an unknown loss adds up over batches
 
-    @property
-    def options(self) -> Options:
-        """What is measured."""
-        return self.estimator.options
-
     def sweep(self, look: Look, probes: int) -> Sums:
         """Go over the data of all ranks once: the same sums, with what ``look`` added for each batch, on each."""
 
@@ -104,7 +99,7 @@ class Measurement:
 
     def estimate(self, drawn: int, i: int, scene: Scene, factor: float, sums: Sums) -> None:
         """Add a batch's contributions, of other probes than those drawn in earlier sweeps."""
-        parts = self.estimator(scene, (drawn << 32) + i, replace(self.options, probes=sums.probes))
+        parts = self.estimator(scene, (drawn << 32) + i, replace(self.estimator.options, probes=sums.probes))
         self._without_graph = _recognised(scene) and all(p.method == "closed_form" for p in parts.values())
         for name, p in parts.items():
             kappa, trace = Sum.of(p.kappa, exact=p.exact), Sum.of(p.trace, exact=p.exact)

@@ -29,13 +29,7 @@ from relflat.rng import Rng
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its standard error (or error bound, where the function says so).
-
-    Attributes:
-        value: the estimate.
-        stderr: its error.
-        method: how it was obtained.
-    """
+    """A number, its standard error (or error bound, where the function says so), and how it was obtained."""
 
     value: float
     stderr: float
@@ -135,9 +129,8 @@ def max_eigenvalue_flatness(
         measurement.batches.must_be_repeatable("Lanczos")
         if measurement.tap.searching:
             next(measurement.scenes())
-        layers = measurement.tap.layers
-        name = _one_of(layers, layer)
-        matrix, rng = Matrix.of(name, layers[name]), Rng(seed, 0)
+        name, rng = _one_of(measurement.tap.layers, layer), Rng(seed, 0)
+        matrix = Matrix.of(name, measurement.tap.layers[name])
         for row, w in enumerate(matrix.weight().detach()):
             product = functools.partial(_product, measurement, matrix, row)
             top, residual = _largest(product, rng.normal(w).double(), rtol, max_products)
