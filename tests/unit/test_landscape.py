@@ -12,7 +12,6 @@ from relflat import (
     per_sample_flatness,
     reference,
     relative_flatness,
-    representativeness,
 )
 
 CE = nn.CrossEntropyLoss
@@ -48,11 +47,7 @@ def test_max_eigenvalue_version(layer: str) -> None:
 def test_per_sample_values_are_those_of_each_sample_alone(layer: str, reduction: str) -> None:
     net, (x, y) = mlp(), data()
     each = per_sample_flatness(
-        net,
-        CE(reduction=reduction),
-        cut(x, y, [3, 7]),
-        layer=layer,
-        method="exact" if layer == "2" else "auto",
+        net, CE(reduction=reduction), cut(x, y, [3, 7]), layer=layer, method="exact" if layer == "2" else "auto"
     )
     alone = [
         relative_flatness(net, CE(), (a[None], b[None]), layer=layer, method="exact").value
@@ -76,16 +71,6 @@ def test_feature_robustness_tends_to_kappa(layer: str, m: int) -> None:
     scale = 2 * m / 0.02**2
     assert abs(rise.value * scale - want) < 4 * rise.stderr * scale + 1e-3 * abs(want)
     assert rise.stderr * scale < 0.2 * abs(want)
-
-
-def test_representativeness_without_blur_is_the_gap() -> None:
-    net, train, test = mlp(), data(20), data(30, seed=2)
-    gap = float((CE()(net(test[0]), test[1]) - CE()(net(train[0]), train[1])).detach())
-    rep = representativeness(net, CE(), cut(*train, [5, 15]), test, layer="2", bandwidth=1e-9)
-    assert rep.value == pytest.approx(gap, abs=1e-8)
-    blurred = representativeness(net, CE(), cut(*train, [5, 15]), test, layer="2", draws=4)
-    assert blurred.value != pytest.approx(gap, abs=1e-4)
-    assert blurred.stderr > 0
 
 
 def test_arguments() -> None:

@@ -1,9 +1,8 @@
 """Relative flatness of layers over a data set, with its error."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -12,13 +11,13 @@ from relflat.capture.resolve import Layer
 from relflat.errors import ConfigError, LayerError
 from relflat.measure.adaptive import by_probes, by_xtrace
 from relflat.measure.batches import Batch, ForwardFn
-from relflat.measure.sweep import measuring
+from relflat.measure.sweep import EXACT_UP_TO, measuring
 from relflat.options import Curvature, Options
 from relflat.result import Flatness
 
 _DEFAULT_PROBES, _DEFAULT_XTRACE = 16, 32
-_EXACT_UP_TO = 64
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def relative_flatness_by_layer(
@@ -54,20 +53,14 @@ def relative_flatness_by_layer(
     if rtol is not None and not rtol > 0:
         raise ConfigError(f"rtol={rtol}: a positive number is needed")
     xtrace = method == "xtrace"
-    count = (_DEFAULT_XTRACE if xtrace else _DEFAULT_PROBES) if probes is None else probes
+    if probes is None:
+        probes = _DEFAULT_XTRACE if xtrace else _DEFAULT_PROBES
+    elif probes == 1 and rtol is not None and not xtrace:
+        probes = 2  # one has no error
     options = Options(
-        curvature=curvature,
-        method=method,
-        probes=max(count, 2) if rtol is not None and count > 0 else count,  # one probe has no error
-        adaptive=adaptive,
-        normalize_features=normalize_features,
-        measuring=True,
-        trace=True,
-        exact_up_to=_EXACT_UP_TO,
+        curvature, method, probes, adaptive, normalize_features, measuring=True, trace=True, exact_up_to=EXACT_UP_TO
     )
-    with measuring(
-        model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed, group=process_group
-    ) as measurement:
+    with measuring(model, loss_fn, data, layer, options, forward, device, seed, process_group) as measurement:
         if rtol is not None or xtrace:
             measurement.batches.must_be_repeatable("method='xtrace'" if xtrace else "rtol")
         if normalize_features:
@@ -76,26 +69,20 @@ def relative_flatness_by_layer(
         return sums.results(curvature)
 
 
-def _arguments_of(
-    function: Callable[P, dict[str, Flatness]],
-) -> Callable[[Callable[[dict[str, Flatness]], Flatness]], Callable[P, Flatness]]:
-    """Let a function of another's result take that one's arguments, which are written once."""
+def _arguments_of(function: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """Give a function of ``(*args, **kwargs)`` the arguments of another, to readers and type checkers alike."""
 
-    def decorate(of_result: Callable[[dict[str, Flatness]], Flatness]) -> Callable[P, Flatness]:
-        @functools.wraps(of_result)
-        def wrapper(*args: P.args, **kwargs: P.kwargs) -> Flatness:
-            return of_result(function(*args, **kwargs))
-
-        signature = inspect.signature(function).replace(return_annotation=Flatness)
-        wrapper.__signature__ = signature  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {**function.__annotations__, "return": Flatness}
-        return wrapper
+    def decorate(of_those: Callable[..., T]) -> Callable[P, T]:
+        returned = inspect.signature(of_those).return_annotation
+        signature = inspect.signature(function).replace(return_annotation=returned)
+        of_those.__signature__ = signature  # type: ignore[attr-defined]
+        return of_those
 
     return decorate
 
 
 @_arguments_of(relative_flatness_by_layer)
-def relative_flatness(found: dict[str, Flatness]) -> Flatness:  # noqa: D417 its arguments are those above
+def relative_flatness(*args: Any, **kwargs: Any) -> Flatness:  # noqa: D417 they are those above
     """Relative flatness of one layer: Petzka et al. 2021, Def. 3, of the loss over all of the data.
 
     ``kappa(W) = sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'})``, of the scalar that ``loss_fn`` would give on the whole data
@@ -153,6 +140,7 @@ def relative_flatness(found: dict[str, Flatness]) -> Flatness:  # noqa: D417 its
     ``"xtrace"``: two passes over the data, for each doubling of ``rtol`` two more; memory of 18
     bytes for each product, feature and output (or feature again, if there are fewer features than outputs).
     """
+    found = relative_flatness_by_layer(*args, **kwargs)
     if len(found) > 1:
         raise LayerError(f"layer= matches {list(found)}; name one, or use relative_flatness_by_layer for all")
     return next(iter(found.values()))

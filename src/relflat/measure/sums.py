@@ -1,59 +1,113 @@
-"""Running sums of a measurement over batches and probes, and the results made of them."""
+"""Running sums of a measurement over batches, ranks and probes, and the results made of them."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from relflat.errors import DataError, NonFiniteError
+from relflat.estimate.contributions import Values
+from relflat.measure.xtrace import Coordinates
 from relflat.options import Curvature
 from relflat.result import Flatness
 
 
-def mean_and_variance(values: Tensor | None, exact: bool) -> tuple[float, float]:
-    """Sum over groups of the mean over probes, and the variance of that sum (probes independent)."""
-    if values is None:
-        return math.nan, math.nan
-    v = values.detach().double()
-    k = v.shape[0]
-    variance = 0.0 if exact else float(v.var(0).sum()) / k if k > 1 else math.nan
-    return float(v.mean(0).sum()), variance
+@dataclass(frozen=True)
+class Sum:
+    """A sum over the data with the variance of its error, as probes are independent; nan for what is not known."""
 
+    value: float = 0.0
+    variance: float = 0.0
 
-def joined(one: str, two: str) -> str:
-    """The methods of two parts of the data, each named once."""
-    return ", ".join(dict.fromkeys(m for m in (*one.split(", "), *two.split(", ")) if m))
+    @classmethod
+    def of(cls, values: Values | None, *, exact: bool) -> "Sum":
+        """The sum over groups of the mean over probes."""
+        if values is None:
+            return cls(math.nan, math.nan)
+        v = values.detach().double()
+        k = v.shape[0]
+        variance = 0.0 if exact else float(v.var(0).sum()) / k if k > 1 else math.nan
+        return cls(float(v.mean(0).sum()), variance)
 
+    @property
+    def error(self) -> float:
+        """The standard error."""
+        return math.sqrt(max(self.variance, 0.0))
 
-_ADDED_BY_LAYER = ("kappa", "kappa_var", "trace", "trace_var", "energy")
-_ADDED = ("loss", "confidence", "confident", "samples", "weight", "batches")
+    def __add__(self, other: "Sum") -> "Sum":
+        return Sum(self.value + other.value, self.variance + other.variance)
+
+    def __mul__(self, factor: float) -> "Sum":
+        return Sum(self.value * factor, self.variance * factor**2)
 
 
 @dataclass
 class LayerSums:
     """Running sums for one layer, in float64, each already weighted as the whole loss is."""
 
-    kappa: float = 0.0
-    kappa_var: float = 0.0
-    trace: float = 0.0
-    trace_var: float = 0.0
+    kappa: Sum = Sum()
+    trace: Sum = Sum()
     energy: float = 0.0
     weight_norm: float = 0.0
     method: str = ""
     exact: bool = True
-
-    def settle(self, kappa: float, variance: float, method: str) -> None:
-        """Kappa of all the data at once, without ``Tr H``."""
-        self.kappa, self.kappa_var, self.method, self.exact = kappa, variance, method, method == "exact"
-        self.trace = self.trace_var = math.nan
+    widening: float = 1.0  # what the error of kappa is multiplied with before it is called small enough
+    image: Tensor | None = None  # of the columns that a sketch asks for
+    coordinates: Coordinates | None = None  # of the image, the first time
 
     def __add__(self, other: "LayerSums") -> "LayerSums":
-        """The sums over both parts of the data."""
-        added = {name: getattr(self, name) + getattr(other, name) for name in _ADDED_BY_LAYER}
-        norm, exact = self.weight_norm or other.weight_norm, self.exact and other.exact
-        return LayerSums(**added, weight_norm=norm, method=joined(self.method, other.method), exact=exact)
+        """The sums over both parts of the data, each of their methods named once."""
+        methods = (*self.method.split(", "), *other.method.split(", "))
+        return LayerSums(
+            self.kappa + other.kappa,
+            self.trace + other.trace,
+            self.energy + other.energy,
+            self.weight_norm or other.weight_norm,
+            ", ".join(dict.fromkeys(filter(None, methods))),
+            self.exact and other.exact,
+            image=self._image_with(other.image),
+            coordinates=self.coordinates or other.coordinates,
+        )
+
+    def _image_with(self, other: Tensor | None) -> Tensor | None:
+        if self.image is None:
+            return other
+        return self.image if other is None else self.image.add_(other.to(self.image.device))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """How many rows of features there were, their mean, summed squared deviations from it, and their dtype."""
+
+    count: int
+    mean: Float[Tensor, " m"]
+    squares: Float[Tensor, " m"]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, features: Float[Tensor, "n m"]) -> "Moments":
+        """Those of some rows, in float64."""
+        phi = features.double()
+        return cls(phi.shape[0], phi.mean(0), phi.var(0, correction=0) * phi.shape[0], features.dtype)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Moments of both parts together (Chan et al. 1983), where those of the first are."""
+        count, delta = self.count + other.count, other.mean.to(self.mean.device) - self.mean
+        between = delta.square() * self.count * other.count / count
+        squares = self.squares + other.squares.to(self.squares.device) + between
+        return Moments(count, self.mean + delta * other.count / count, squares, self.dtype)
+
+
+ByLayer = TypeVar("ByLayer", LayerSums, Moments)
+
+
+def added(one: Mapping[str, ByLayer], two: Mapping[str, ByLayer]) -> dict[str, ByLayer]:
+    """What either has by layer, and the sum of what both have."""
+    return {**one, **two, **{name: one[name] + two[name] for name in one if name in two}}
 
 
 @dataclass
@@ -70,6 +124,20 @@ class Sums:
     batches: int = 0
     rounding: float = 0.0  # relative, of the coarsest numbers that went in
 
+    def __add__(self, other: "Sums") -> "Sums":
+        """The sums over both parts of the data, of the same number of probes."""
+        return Sums(
+            added(self.layers, other.layers),
+            self.probes,
+            self.loss + other.loss,
+            self.confidence + other.confidence,
+            self.confident + other.confident,
+            self.samples + other.samples,
+            self.weight + other.weight,
+            self.batches + other.batches,
+            max(self.rounding, other.rounding),
+        )
+
     def add_loss(self, loss: Tensor, factor: float, divisor: float) -> None:
         """Count a batch, with what its loss is multiplied by and what it adds to the divisor of the sum."""
         self.loss += factor * float(loss.detach().sum())
@@ -80,60 +148,44 @@ class Sums:
         """Take note that numbers of this precision went in."""
         self.rounding = max(self.rounding, torch.finfo(dtype).eps)
 
-    def short_of(self, rtol: float, *, widened: Mapping[str, float] | None = None) -> dict[str, str]:
-        """The layers whose error is too large, each with its value and error in words.
+    def _over_all(self, total: Sum) -> Sum:
+        weight = self.weight or 1.0
+        return Sum(total.value / weight, total.variance / weight**2)
 
-        Args:
-            rtol: the largest share of the value that the error may be.
-            widened: by layer, what to multiply its error with first.
-        """
-        short = {}
-        for name, x in self.layers.items():
-            value, error = self._scaled(x.kappa), self._error(x.kappa_var)
-            if not x.exact and not error * (widened or {}).get(name, 1.0) <= rtol * abs(value):
-                short[name] = f"kappa({name}) = {value:.4g} ± {error:.2g}"
-        return short
+    # -- errors ----------------------------------------------------------------------------------------------
+
+    def short_of(self, rtol: float) -> dict[str, str]:
+        """The layers whose error exceeds ``rtol`` of the value, each with its value and error in words."""
+        kappas = {name: self._over_all(x.kappa) for name, x in self.layers.items() if not x.exact}
+        return {
+            name: f"kappa({name}) = {kappa.value:.4g} ± {kappa.error:.2g}"
+            for name, kappa in kappas.items()
+            if not kappa.error * self.layers[name].widening <= rtol * abs(kappa.value)
+        }
 
     def needed(self, rtol: float) -> float:
         """How many probes ``rtol`` asks for at least, as the error falls with their root.
 
         A value may be larger than it was found by two errors, and is taken to be.
         """
-        shares = [
-            self._error(x.kappa_var) / (abs(self._scaled(x.kappa)) + 2 * self._error(x.kappa_var))
-            for x in self.layers.values()
-            if not x.exact and x.kappa_var > 0
-        ]
-        return self.probes * (max(shares, default=0.0) / rtol) ** 2
+        kappas = [x.kappa for x in self.layers.values() if not x.exact and x.kappa.variance > 0]
+        share = max((k.error / (abs(k.value) + 2 * k.error) for k in kappas), default=0.0)
+        return self.probes * (share / rtol) ** 2
 
-    def _scaled(self, total: float) -> float:
-        return total / self.weight if self.weight else total
+    def merge(self, other: "Sums") -> None:
+        """Average with a sweep that used other probes, by number of probes."""
+        self.must_be_of_as_many(other, "rtol")
+        probes = self.probes + other.probes
+        for name, x in self.layers.items():
+            y, a, b = other.layers[name], self.probes / probes, other.probes / probes
+            x.kappa, x.trace = x.kappa * a + y.kappa * b, x.trace * a + y.trace * b
+            x.method = x.method.replace(f"{self.probes})", f"{probes})")
+        self.probes = probes
 
-    def _error(self, variance: float) -> float:
-        return self._scaled(math.sqrt(max(variance, 0.0)))
-
-    def __add__(self, other: "Sums") -> "Sums":
-        """The sums over both parts of the data, of the same layers and probes."""
-        layers = {name: x + other.layers.get(name, LayerSums()) for name, x in self.layers.items()}
-        layers |= {name: x for name, x in other.layers.items() if name not in layers}
-        added = {name: getattr(self, name) + getattr(other, name) for name in _ADDED}
-        return Sums(layers, self.probes, **added, rounding=max(self.rounding, other.rounding))
-
-    def check(self) -> None:
-        """Refuse data that hold nothing to measure on."""
-        if self.batches == 0:
-            raise DataError(
-                "the data holds no target that counts: every one is ignored (ignore_index)"
-                if self.samples
-                else "the data is empty: no batch to measure on"
-            )
+    # -- refusals --------------------------------------------------------------------------------------------
 
     def must_be_of_as_many(self, other: "Sums", why: str) -> None:
-        """Refuse a later sweep over another number of samples: a source that is used up.
-
-        Raises:
-            DataError: saying how many there were.
-        """
+        """Refuse a later sweep over another number of samples: a source that is used up."""
         if other.samples != self.samples:
             raise DataError(
                 f"{why} goes over the data more than once, and they held {self.samples} samples at first, then "
@@ -141,24 +193,17 @@ class Sums:
             )
 
     def must_be_of_the_same(self, other: "Sums", why: str) -> None:
-        """Refuse a later sweep in which the loss, or the features of a layer, differ by more than rounding.
-
-        The order and the cut into batches may differ.
-
-        Raises:
-            DataError: naming what differs.
-        """
+        """Refuse a later sweep over other data, in whatever order or cut, by loss and features up to rounding."""
         self.must_be_of_as_many(other, why)
-        share = min(max(1000 * max(self.rounding, other.rounding), 1e-9), 0.01)
-        pairs = [
-            ("the number of targets that count", self.weight, other.weight, 0.0),
-            ("the loss", self.loss, other.loss, max(self.rounding, other.rounding) * self.samples),
-        ]
+        rounding = max(self.rounding, other.rounding)
+        share = min(max(1000 * rounding, 1e-9), 0.01)
+        pairs = {"the number of targets that count": (self.weight, other.weight), "the loss": (self.loss, other.loss)}
         for name in [name for name in self.layers if name in other.layers]:
-            one, two = self.layers[name].energy, other.layers[name].energy
-            pairs.append((f"the sum of squares of the features of layer {name!r}", one, two, 0.0))
-        for what, one, two, tiny in pairs:
+            energies = self.layers[name].energy, other.layers[name].energy
+            pairs[f"the sum of squares of the features of layer {name!r}"] = energies
+        for what, (one, two) in pairs.items():
             unknown = math.isnan(one) and math.isnan(two)
+            tiny = rounding * self.samples if what == "the loss" else 0.0
             if not unknown and not math.isclose(one, two, rel_tol=share, abs_tol=tiny):
                 raise DataError(
                     f"the data changed between two sweeps: {what} was {one:.6g}, then {two:.6g}; {why} needs the "
@@ -166,44 +211,34 @@ class Sums:
                     "evaluation mode), or use method='probe', which sees each batch once"
                 )
 
-    def merge(self, other: "Sums") -> None:
-        """Average with a sweep that used other probes, by number of probes.
-
-        Raises:
-            DataError: the sweep was over another number of samples.
-        """
-        self.must_be_of_as_many(other, "rtol")
-        a = self.probes / (self.probes + other.probes)
-        for name, x in self.layers.items():
-            y = other.layers[name]
-            x.kappa, x.trace = a * x.kappa + (1 - a) * y.kappa, a * x.trace + (1 - a) * y.trace
-            x.kappa_var = a**2 * x.kappa_var + (1 - a) ** 2 * y.kappa_var
-            x.trace_var = a**2 * x.trace_var + (1 - a) ** 2 * y.trace_var
-            x.method = x.method.replace(f"{self.probes})", f"{self.probes + other.probes})")
-        self.probes += other.probes
-
     def results(self, curvature: Curvature) -> dict[str, Flatness]:
-        """Divide by what the loss divides by, and check."""
+        """Divide by what the loss divides by; refuse data with nothing to measure on, and a kappa not finite."""
+        if self.batches == 0:
+            raise DataError(
+                "the data holds no target that counts: every one is ignored (ignore_index)"
+                if self.samples
+                else "the data is empty: no batch to measure on"
+            )
         found = {}
         for name, x in self.layers.items():
-            trace = self._scaled(x.trace)
+            kappa, trace = self._over_all(x.kappa), self._over_all(x.trace)
+            if not math.isfinite(kappa.value):
+                raise NonFiniteError(
+                    f"kappa of layer {name!r} is {kappa.value}: check the model's weights and the inputs"
+                )
             found[name] = Flatness(
-                value=self._scaled(x.kappa),
-                stderr=0.0 if x.exact else self._error(x.kappa_var),
+                value=kappa.value,
+                stderr=kappa.error,
                 method=x.method,
                 layer=name,
                 curvature=curvature,
-                trace=trace,
-                trace_stderr=0.0 if x.exact else self._error(x.trace_var),
-                layerwise=x.weight_norm**2 * trace,
+                trace=trace.value,
+                trace_stderr=0.0 if x.exact else trace.error,
+                layerwise=x.weight_norm**2 * trace.value,
                 weight_norm=x.weight_norm,
                 feature_norm2=x.energy / self.samples,
-                loss=self._scaled(self.loss),
+                loss=self._over_all(Sum(self.loss)).value,
                 confidence=self.confidence / self.confident if self.confident else None,
                 samples=self.samples,
             )
-            if not math.isfinite(found[name].value):
-                raise NonFiniteError(
-                    f"kappa of layer {name!r} is {found[name].value}: check the model's weights and the inputs"
-                )
         return found

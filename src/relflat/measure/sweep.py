@@ -3,7 +3,7 @@
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,16 +21,18 @@ from relflat.curvature.scales import std_of
 from relflat.distributed import gathered, kept_whole, reshard, several
 from relflat.errors import DataError, GraphError, LossError, NonFiniteError
 from relflat.estimate.closed_form import seen_without_graph
-from relflat.estimate.contributions import Contributions
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.replay import Replay
 from relflat.estimate.scene import Scene
 from relflat.loss.criterion import Criterion
-from relflat.measure.additivity import Weight, kind_of_unknown, weight_of_known, weight_of_unknown
-from relflat.measure.batches import Batch, Batches, ForwardFn, device_of, samples_in, undisturbed
-from relflat.measure.moments import Moments
-from relflat.measure.sums import LayerSums, Sums, joined, mean_and_variance
+from relflat.measure.batches import Batch, Batches, ForwardFn, Weight, mean_or_sum, samples_in, weight_of
+from relflat.measure.sums import LayerSums, Moments, Sum, Sums, added
 from relflat.options import Options
+from relflat.rng import rng_preserved
+
+EXACT_UP_TO = 64  # products that "auto" spends in measuring to be exact
+Look = Callable[[int, Scene, float, Sums], None]
+"""What to do with a batch: its number, the pass, what its loss is multiplied by, and where to add things up."""
 
 _REMEDY = "pass forward=lambda model, batch: (outputs, targets) that picks the tensor"
 
@@ -42,7 +44,6 @@ def measuring(
     data: Iterable[Batch] | Batch,
     layer: Layer,
     options: Options,
-    *,
     forward: ForwardFn | None,
     device: torch.device | str | None,
     seed: int,
@@ -52,65 +53,57 @@ def measuring(
     if torch.is_inference_mode_enabled():
         raise GraphError("torch.inference_mode() is on, and curvature needs gradients; leave it out")
     estimator = Estimator(options, seed)
-    recording = [False]
-    tap = Tap(model, layer, when=lambda: recording[0])
-    place = device_of(model) if device is None else torch.device(device)
+    tap = Tap(model, layer, when=lambda: True)
+    modes = [(m, m.training) for m in model.modules()]
     try:
         if options.normalize_features:
             tap.must_have_features("normalize_features")
+        place = getattr(next(model.parameters(), None), "device", None) if device is None else device
         batches = Batches(data, forward, place)
-        with undisturbed(model):
-            recording[0] = True
+        with rng_preserved(), torch.enable_grad():
+            model.eval()
             yield Measurement(model, loss_fn, tap, batches, estimator, group)
     finally:
+        for module, training in modes:
+            module.training = training
         tap.close()
         reshard(model)
 
 
 @dataclass
 class Measurement:
-    """A model, a loss and data under measurement, one sweep at a time.
-
-    Attributes:
-        group: ranks that measure other shares of the data, or None.
-        scales: standard deviation of features by layer, for ``normalize_features``.
-    """
+    """A model, a loss and data under measurement, one sweep at a time."""
 
     model: nn.Module
     loss_fn: Callable[..., Any]
     tap: Tap
     batches: Batches
     estimator: Estimator
-    group: Any = None
-    scales: dict[str, Tensor] = field(default_factory=dict)
+    group: Any  # ranks that measure other shares of the data, or None
+    _scales: dict[str, Tensor] = field(default_factory=dict)  # of features by layer, for normalize_features
     _without_graph: bool = False  # whether later batches can run under no_grad
-    _kind: str | None = None  # how an unknown loss adds up over batches
+    _reduction: str | None = None  # how an unknown loss adds up over batches
 
-    @property
-    def options(self) -> Options:
-        """What is measured."""
-        return self.estimator.options
+    def sweep(self, look: Look, probes: int) -> Sums:
+        """Go over the data of all ranks once: the same sums, with what ``look`` added for each batch, on each."""
 
-    def sweep(self, first_probe: int = 0, probes: int | None = None) -> Sums:
-        """Go over the data of all ranks once: the same sums on each.
+        def share() -> Sums:
+            sums = Sums({}, probes)
+            for i, (scene, weight) in enumerate(self.scenes(sums)):
+                with kept_whole(self.model), torch.autocast(scene.loss.device.type, enabled=False):
+                    look(i, scene, weight[0], sums)
+                sums.add_loss(scene.loss, *weight)
+            return sums
 
-        Args:
-            first_probe: how many probes were drawn in earlier sweeps.
-            probes: how many to draw; by default as the options say.
-        """
-        parts = gathered(lambda: self._share(first_probe, probes or self.options.probes), self.group)
-        return functools.reduce(operator.add, parts)
+        return functools.reduce(operator.add, gathered(share, self.group))
 
-    def _share(self, first_probe: int, probes: int) -> Sums:
-        """This rank's data."""
-        options, sums = replace(self.options, probes=probes), Sums({}, probes)
-        for i, (scene, weight) in enumerate(self.scenes(sums)):
-            with kept_whole(self.model):
-                parts = self.estimator(scene, (first_probe << 32) + i, options)
-            closed = all(p.method == "closed_form" for p in parts.values())
-            self._without_graph = closed and _recognised(scene)
-            _add(sums, scene, parts, weight)
-        return sums
+    def estimate(self, drawn: int, i: int, scene: Scene, factor: float, sums: Sums) -> None:
+        """Add a batch's contributions, of other probes than those drawn in earlier sweeps."""
+        parts = self.estimator(scene, (drawn << 32) + i, replace(self.estimator.options, probes=sums.probes))
+        self._without_graph = _recognised(scene) and all(p.method == "closed_form" for p in parts.values())
+        for name, p in parts.items():
+            kappa, trace = Sum.of(p.kappa, exact=p.exact), Sum.of(p.trace, exact=p.exact)
+            sums.layers[name] += LayerSums(kappa * factor, trace * factor, method=p.method, exact=p.exact)
 
     def scenes(self, sums: Sums | None = None) -> Iterator[tuple[Scene, Weight]]:
         """Run the model over the data.
@@ -120,21 +113,22 @@ class Measurement:
             it adds to the divisor of the sum. Batches whose every target is ignored only go into ``sums``.
         """
         self._without_graph = False
-        for i, (batch, other) in enumerate(self.batches):
+        for batch, other in self.batches:
             with torch.set_grad_enabled(not self._without_graph):
                 scene = self._scene(batch)
             if self._without_graph and not _recognised(scene):
                 scene = self._scene(batch)
             if sums is not None:
-                self._observe(sums, scene, samples_in(batch))
-            if scene.known is not None and scene.known.reduction == "mean" and weight_of_known(scene)[1] == 0:
+                self._observe(sums, scene)
+                sums.samples += samples_in(batch)
+            if scene.known and scene.known.reduction == "mean" and weight_of(scene, "mean")[1] == 0:
                 continue  # every target is ignored, and the mean over none is not a number
             if not bool(torch.isfinite(scene.loss.detach()).all()):
                 raise NonFiniteError(
                     f"the loss is {float(scene.loss.detach().sum())} on a batch: check the model's weights, inputs, "
                     "targets"
                 )
-            yield scene, self._weight(scene, other, first=i == 0)
+            yield scene, weight_of(scene, self._reduction_of(scene, other))
 
     def _scene(self, batch: Batch) -> Scene:
         outputs, targets = self.batches.forward(self.model, batch)
@@ -148,32 +142,31 @@ class Measurement:
             known=known,
             parameters=last.parameters,
             mode=last.mode,
-            scales=self.scales,
+            scales=self._scales,
             replay=Replay(self.tap, forwards, outputs, criterion),
         )
 
-    def _weight(self, scene: Scene, other: Batch | None, *, first: bool) -> Weight:
+    def _reduction_of(self, scene: Scene, other: Batch | None) -> str:
+        """``"mean"``, ``"sum"`` or ``"none"``; an unknown loss is tried on the first two batches."""
         if scene.known is not None:
-            return weight_of_known(scene)
-        if scene.loss.ndim > 0 or not first:
-            return weight_of_unknown(scene, self._kind or "sum")
-        if other is None:
-            if several(self.group):
-                raise LossError(
-                    "whether this loss is a mean or a sum over samples cannot be told from one batch a rank; give "
-                    "each rank two batches or more, or use a known loss"
-                )
-            self._kind = "only"
-        elif self._kind is None:
+            return scene.known.reduction
+        if scene.loss.ndim > 0:
+            return "none"
+        if self._reduction is None and other is not None:
             with torch.no_grad():
-                self._kind = kind_of_unknown(scene, self._scene(other))
-        return weight_of_unknown(scene, self._kind or "sum")
+                self._reduction = mean_or_sum(scene, self._scene(other))
+        elif self._reduction is None and several(self.group):
+            raise LossError(
+                "whether this loss is a mean or a sum over samples cannot be told from one batch a rank; give "
+                "each rank two batches or more, or use a known loss"
+            )
+        return self._reduction or "sum"  # of one batch they are the same
 
-    def _observe(self, sums: Sums, scene: Scene, samples: int) -> None:
+    def _observe(self, sums: Sums, scene: Scene) -> None:
         """What does not depend on the curvature."""
         for name in scene.layers:
             x, calls = sums.layers.setdefault(name, LayerSums()), scene.calls_of(name)
-            space = OutputSpace.of(calls, scale=self.scales.get(name), constant=True) if calls else None
+            space = OutputSpace.of(calls, scale=self._scales.get(name), constant=True) if calls else None
             x.energy += math.nan if space is None else space.energy()
             weight = Matrix.of(name, scene.parameters[name]).weight() if space is None else space.weight
             x.weight_norm = x.weight_norm or float(torch.linalg.vector_norm(weight.detach().double()))
@@ -181,28 +174,20 @@ class Measurement:
             each = scene.known.confidence()
             sums.confidence += float(each.sum(dtype=torch.float64))
             sums.confident += each.numel()
-        sums.samples += samples
 
     # -- features --------------------------------------------------------------------------------------------
 
     def measure_scales(self) -> None:
-        """Standard deviation of each layer's features over the data, by one extra pass; 0 for those that never vary.
-
-        Raises:
-            DataError: if the data hold fewer than two rows of a layer's features.
-        """
+        """Standard deviation of features over the data, by one extra pass; 0 for those that never vary."""
         self.batches.must_be_repeatable("normalize_features")
-        total: dict[str, Moments] = {}
-        for part in gathered(self._moments, self.group):
-            for name, x in part.items():
-                total[name] = total[name] + x if name in total else x
+        total = functools.reduce(added, gathered(self._moments, self.group))
         for name, x in total.items():
             if x.count < 2:
                 raise DataError(
                     f"the data hold {x.count} row of features of layer {name!r}: a standard deviation needs at least "
                     "two; give more samples, or leave normalize_features out"
                 )
-        self.scales = {name: std_of(x.squares / x.count, x.mean, x.dtype) for name, x in total.items()}
+        self._scales = {name: std_of(x.squares / x.count, x.mean, x.dtype) for name, x in total.items()}
 
     def _moments(self) -> dict[str, Moments]:
         found: dict[str, Moments] = {}
@@ -210,8 +195,8 @@ class Measurement:
             with torch.no_grad():
                 self.batches.forward(self.model, batch)
             for call in [c for record in self.tap.take() for c in record.calls]:
-                seen = Moments.of(OutputSpace.of([call], constant=True).features.flatten(0, 2))
-                found[call.layer] = found[call.layer] + seen if call.layer in found else seen
+                features = OutputSpace.of([call], constant=True).features
+                found = added(found, {call.layer: Moments.of(features.flatten(0, 2))})
         return found
 
 
@@ -219,15 +204,3 @@ def _recognised(scene: Scene) -> bool:
     """Whether closed forms are seen to apply without a graph, so that later batches need none."""
     one_pass = scene.replay is not None and len(scene.replay.forwards) == 1
     return one_pass and all(seen_without_graph(c, scene.known) for c in scene.calls)
-
-
-def _add(sums: Sums, scene: Scene, parts: Mapping[str, Contributions], weight: Weight) -> None:
-    factor, divisor = weight
-    for name, part in parts.items():
-        x = sums.layers[name]
-        kappa, kappa_var = mean_and_variance(part.kappa, part.exact)
-        trace, trace_var = mean_and_variance(part.trace, part.exact)
-        x.kappa, x.kappa_var = x.kappa + factor * kappa, x.kappa_var + factor**2 * kappa_var
-        x.trace, x.trace_var = x.trace + factor * trace, x.trace_var + factor**2 * trace_var
-        x.method, x.exact = joined(x.method, part.method), x.exact and part.exact
-    sums.add_loss(scene.loss, factor, divisor)

@@ -27,13 +27,9 @@ class Coordinates:
     ``kappa = Tr((F (x) I)' H (F (x) I))`` for any F with ``F F' = W W'``: by the definition with F = W, n = m m (I4).
     F from a QR decomposition of W' has min(d, m) columns, so that ``n = min(d, m) m``. If adaptive, x is the
     diagonal of R, and n = m (I9).
-
-    Attributes:
-        weight: W, with feature scales if there are any.
-        adaptive: whether the adaptive form is meant.
     """
 
-    weight: Float[Tensor, "d m"]
+    weight: Float[Tensor, "d m"]  # with feature scales if there are any
     adaptive: bool
 
     @functools.cached_property
@@ -58,23 +54,18 @@ class Coordinates:
         return found.flatten().double()
 
     def add_images(
-        self, product: Product, x: Float[Tensor, "n k"], onto: Float[Tensor, "n k"], factor: float = 1.0
-    ) -> Float[Tensor, "n k"]:
+        self, product: Product, x: Float[Tensor, "n k"], onto: Float[Tensor, "n k"], factor: float
+    ) -> None:
         """Add, in place, a factor times the operator's image of each column: one product in the weight a column."""
         for column, total in zip(x.mT, onto.mT, strict=True):
             total.add_(self.seen(product(self.change(column))), alpha=factor)
-        return onto
 
 
 class Sketch:
     """What is known of a symmetric operator on R^n from products with it, and its trace by XTrace.
 
-    The products to be made next are those with the columns of ``pending``; :meth:`receive` takes them in.
-
-    Args:
-        coordinates: those of the layer.
-        seed: of the test vectors, the same on all ranks.
-        products: how many to spend; the trace is exact if there are as many as dimensions.
+    The products to be made next are those with the columns of ``pending``; :meth:`receive` takes them in. The trace
+    is exact if there are as many as dimensions. The seed of the test vectors is the same on all ranks.
 
     Memory: ``Omega``, ``Q`` with the range of ``Y = A Omega`` and ``Z = A Q`` in float64, n by products / 2 each.
     """
@@ -83,11 +74,11 @@ class Sketch:
         self.coordinates, self.products = coordinates, products
         n, device = coordinates.size, coordinates.weight.device
         self.exact = products >= n
-        none = torch.zeros((), dtype=torch.float64, device=device)
         if self.exact:
             self.omega = torch.eye(n, dtype=torch.float64, device=device)
         else:
-            self.omega = Rng(seed, 0, shared=True).normal(none.expand(n, products // 2))
+            like = torch.empty(n, products // 2, dtype=torch.float64, device=device)
+            self.omega = Rng(seed, 0, shared=True).normal(like)
         self.pending: Tensor | None = self.omega
         self._q: Tensor | None = None
 
@@ -130,11 +121,9 @@ class Sketch:
 
     @property
     def variance(self) -> float:
-        """XTrace's own estimate of its squared error: that of the mean if the estimates were independent.
-
-        They are not quite. On small networks its root mean square was 10 to 25 % below that of the true error, and
-        with 8 to 16 products one run in ten was off by more than four times what it reported.
-        """
+        """XTrace's own estimate of its squared error: that of the mean if the estimates were independent."""
+        # They are not quite. On small networks its root mean square was 10 to 25 % below that of the true error, and
+        # with 8 to 16 products one run in ten was off by more than four times what it reported.
         return 0.0 if self.exact else float(self._estimates.var()) / len(self._estimates)
 
     @property

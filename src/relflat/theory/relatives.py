@@ -1,6 +1,7 @@
 """Relatives of kappa: sample by sample, by largest eigenvalues, and the feature robustness it comes from.
 
-All of them leave the model as they found it and take data as :func:`relflat.relative_flatness` does.
+All of them leave the model as they found it, and take ``model``, ``loss_fn``, ``data`` (of a loss that is a mean or a
+sum over samples), ``forward``, ``device`` and ``seed`` as :func:`relflat.relative_flatness` does.
 """
 
 import functools
@@ -20,22 +21,15 @@ from relflat.curvature.operators import HessianOperator
 from relflat.errors import ConfigError, LayerError, LossError
 from relflat.estimate.radius import Noise
 from relflat.estimate.scene import Scene
-from relflat.measure.additivity import is_mean
-from relflat.measure.batches import Batch, ForwardFn
-from relflat.measure.sweep import Measurement, measuring
+from relflat.measure.batches import Batch, ForwardFn, is_mean
+from relflat.measure.sweep import EXACT_UP_TO, Measurement, measuring
 from relflat.options import Curvature, Options
 from relflat.rng import Rng
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its standard error (or error bound, where the function says so).
-
-    Attributes:
-        value: the estimate.
-        stderr: its error.
-        method: how it was obtained.
-    """
+    """A number, its standard error (or error bound, where the function says so), and how it was obtained."""
 
     value: float
     stderr: float
@@ -61,19 +55,8 @@ def per_sample_flatness(
     For a mean reduction without class weights and ignored targets their mean is kappa of the whole. Confident
     samples are flat, right or wrong, so a small value says nothing about correctness.
 
-    Args:
-        model: the network.
-        loss_fn: a loss that is a mean or a sum over samples.
-        data: batches, as for :func:`relflat.relative_flatness`; the rest likewise.
-        layer: exactly one layer.
-        curvature: ``"hessian"`` or ``"ggn"``.
-        method: as for :func:`relflat.relative_flatness`, but not ``"finite_difference"`` or ``"xtrace"``, which
-            take all samples together.
-        probes: random directions for each sample, where the method is stochastic.
-        adaptive: the adaptive form.
-        forward: ``forward(model, batch) -> (outputs, targets)``.
-        device: where to move batches.
-        seed: of the probes.
+    Arguments are those of :func:`relflat.relative_flatness`; ``probes`` are directions for each sample, and the
+    methods ``"finite_difference"`` and ``"xtrace"`` are not for this, as they take all samples together.
 
     Returns:
         One value a sample, float64, on the CPU. Positions of a sample (tokens, pixels) are added.
@@ -93,16 +76,12 @@ def per_sample_flatness(
             f"method={method!r} takes all samples together, and each is wanted by itself; use 'auto', 'exact' or "
             "'probe'"
         )
-    options = Options(curvature, method, probes, adaptive, measuring=True, exact_up_to=64)
+    options = Options(curvature, method, probes, adaptive, measuring=True, exact_up_to=EXACT_UP_TO)
     found = []
-    with measuring(
-        model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed
-    ) as measurement:
+    with measuring(model, loss_fn, data, layer, options, forward, device, seed) as measurement:
         for i, (scene, _) in enumerate(measurement.scenes()):
             parts = measurement.estimator(scene, i)
-            if len(parts) != 1:
-                raise LayerError(f"layer={layer!r} matches {list(parts)}; name one")
-            (part,) = parts.values()
+            part = parts[_one_of(parts, layer)]
             n = scene.loss.numel() if scene.loss.ndim else _samples(scene)
             shares = part.kappa.detach().double().mean(0).cpu()
             if shares.numel() % n:
@@ -129,24 +108,12 @@ def max_eigenvalue_flatness(
     """``sum_s ||w_s||^2 lambda_max(H_{s,s})`` (Petzka et al. 2021, the maximum-eigenvalue version), matrix-free.
 
     Lanczos with full reorthogonalisation on each of the d diagonal blocks, from products with the Hessian of
-    the loss over all of the data.
-
-    Args:
-        model: the network.
-        loss_fn: a loss that is a mean or a sum over samples.
-        data: batches, gone over once a product; the rest as for :func:`relflat.relative_flatness`.
-        layer: exactly one layer.
-        rtol: a block is done when the residual of its eigenvalue is below this share of it.
-        max_products: most products for one block.
-        forward: ``forward(model, batch) -> (outputs, targets)``.
-        device: where to move batches.
-        seed: of the starting vectors.
+    the loss over all of the data: at most ``max_products`` a block, until the residual of its eigenvalue is below
+    the share ``rtol`` of it. Each product is a forward and two backward passes over the data.
 
     Returns:
         The value; ``stderr`` holds ``sum_s ||w_s||^2 r_s``, r_s the residual norms: that near to each value used
         there is an eigenvalue of its block, almost surely the largest from a random start.
-
-    Cost: d times the number of Lanczos steps, each a forward and two backward passes over the data.
 
     Example:
         >>> import torch
@@ -157,30 +124,17 @@ def max_eigenvalue_flatness(
         True
     """
     options = Options("hessian", measuring=True)
-    with measuring(
-        model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed
-    ) as measurement:
+    value = error = 0.0
+    with measuring(model, loss_fn, data, layer, options, forward, device, seed) as measurement:
         measurement.batches.must_be_repeatable("Lanczos")
-        matrix = _the_matrix(measurement, layer)
-        weight = matrix.weight().detach()
-        call = matrix.as_call()
-        rng = Rng(seed, 0)
-
-        def product(row: int, v: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-            direction = torch.zeros_like(weight)
-            direction[row] = v.to(weight.dtype)
-            total, divisor = torch.zeros_like(weight), 0.0
-            for scene, (factor, part) in measurement.scenes():
-                operator = HessianOperator(scene.loss.sum(), [call], create_graph=False)
-                total = total + factor * matrix.view(operator([matrix.back(direction)])[0])
-                divisor += part
-            return (total[row] / divisor if divisor else total[row]).double()
-
-        value = error = 0.0
-        for row in range(weight.shape[0]):
-            start = rng.normal(weight[row]).double()
-            top, residual = _largest(functools.partial(product, row), start, rtol, max_products)
-            norm2 = float(weight[row].double().square().sum())
+        if measurement.tap.searching:
+            next(measurement.scenes())
+        name, rng = _one_of(measurement.tap.layers, layer), Rng(seed, 0)
+        matrix = Matrix.of(name, measurement.tap.layers[name])
+        for row, w in enumerate(matrix.weight().detach()):
+            product = functools.partial(_product, measurement, matrix, row)
+            top, residual = _largest(product, rng.normal(w).double(), rtol, max_products)
+            norm2 = float(w.double().square().sum())
             value, error = value + norm2 * top, error + norm2 * residual
     return Estimate(value, error, "lanczos")
 
@@ -200,19 +154,9 @@ def feature_robustness(
     """``E_A[L(phi + radius A phi) - L(phi)]``, A random orthogonal (Petzka et al. 2021, Def. 2, at finite radius).
 
     ``A phi`` is uniform on the sphere of radius ``||phi||``; it is drawn for each sample and position, together
-    with its negative. For small radius and one position a sample the value is ``radius^2 / (2 m) kappa +
-    O(radius^4)`` (I8); with tokens or pixels, which move independently, what couples them is not in it.
-
-    Args:
-        model: the network.
-        loss_fn: a loss that is a mean or a sum over samples.
-        data: batches; the rest as for :func:`relflat.relative_flatness`.
-        layer: exactly one layer with real inputs.
-        radius: size of the change relative to the features.
-        draws: pairs of changes for each batch, at least two for an error.
-        forward: ``forward(model, batch) -> (outputs, targets)``.
-        device: where to move batches.
-        seed: of the noise.
+    with its negative: ``draws`` pairs a batch, two or more for an error. For small radius and one position a sample
+    the value is ``radius^2 / (2 m) kappa + O(radius^4)`` (I8); with tokens or pixels, which move independently, what
+    couples them is not in it.
 
     Returns:
         The value and its standard error. Cost: ``1 + 2 draws`` forward passes over the data.
@@ -226,24 +170,19 @@ def feature_robustness(
         True
     """
     if not radius > 0 or draws < 1:
-        raise ConfigError(
-            f"radius={radius}, draws={draws}: a positive radius and at least one draw are needed"
-        )
+        raise ConfigError(f"radius={radius}, draws={draws}: give a positive radius and at least one draw")
     options = Options("hessian", measuring=True)
-    totals = torch.zeros(draws, dtype=torch.float64)
-    divisor = 0.0
-    with measuring(
-        model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed
-    ) as measurement:
+    totals, divisor = torch.zeros(draws, dtype=torch.float64), 0.0
+    with measuring(model, loss_fn, data, layer, options, forward, device, seed) as measurement:
         for i, (scene, (factor, part)) in enumerate(measurement.scenes()):
+            assert scene.replay is not None
             divisor += part
             for k in range(draws):
                 for sign in (1.0, -1.0):
-                    assert scene.replay is not None
                     with torch.no_grad():
                         moved = scene.replay.loss(inject=Noise(sign * radius, Rng(seed, i * draws + k)))
                     totals[k] += factor * float((moved - scene.loss).sum()) / 2
-    totals = totals / divisor if divisor else totals
+    totals = totals / (divisor or 1.0)
     stderr = float(totals.std()) / math.sqrt(draws) if draws > 1 else math.nan
     return Estimate(float(totals.mean()), stderr, f"sphere(radius={radius:g}, {draws} pairs)")
 
@@ -251,42 +190,47 @@ def feature_robustness(
 # -- how ---------------------------------------------------------------------------------------------------
 
 
+def _one_of(names: Iterable[str], layer: Layer) -> str:
+    found = list(names)
+    if len(found) != 1:
+        raise LayerError(f"layer={layer!r} matches {found}; name one")
+    return found[0]
+
+
 def _samples(scene: Scene) -> int:
     tensor = scene.outputs if scene.outputs is not None else output_tensor(scene.calls[0].output)
     return tensor.shape[0] if tensor is not None and tensor.ndim > 1 else 1
 
 
-def _the_matrix(measurement: Measurement, layer: Layer) -> Matrix:
-    if measurement.tap.searching:
-        next(iter(measurement.scenes()))
-    if len(measurement.tap.layers) != 1:
-        raise LayerError(f"layer={layer!r} matches {list(measurement.tap.layers)}; name one")
-    (item,) = measurement.tap.layers.items()
-    return Matrix.of(*item)
+def _product(measurement: Measurement, matrix: Matrix, row: int, v: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """``H_{s,s} v`` of the loss over all of the data, s the row."""
+    total = torch.zeros_like(matrix.weight())
+    direction, divisor = torch.zeros_like(total), 0.0
+    direction[row] = v.to(total.dtype)
+    for scene, (factor, part) in measurement.scenes():
+        operator = HessianOperator(scene.loss.sum(), [matrix.as_call()], create_graph=False)
+        total += factor * matrix.view(operator([matrix.back(direction)])[0])
+        divisor += part
+    return total[row].double() / (divisor or 1.0)
 
 
 def _largest(
     product: Callable[[Tensor], Tensor], start: Float[Tensor, " m"], rtol: float, most: int
 ) -> tuple[float, float]:
     """Largest eigenvalue of a symmetric operator and the norm of its residual, by Lanczos."""
+    size = min(most, start.numel())
     basis = [start / start.norm()]
-    alphas: list[Tensor] = []
-    betas: list[Tensor] = []
+    tridiagonal = start.new_zeros(size + 1, size + 1)  # its lower half
     top = residual = 0.0
-    for _ in range(min(most, start.numel())):
-        w = product(basis[-1])
-        alphas.append(w @ basis[-1])
+    for k in range(size):
+        w = product(basis[k])
+        tridiagonal[k, k] = w @ basis[k]
         for q in basis * 2:  # twice, so that the basis stays orthogonal
             w = w - (w @ q) * q
-        tridiagonal = torch.diag(torch.stack(alphas))
-        if betas:
-            off = torch.diag(torch.stack(betas), 1)
-            tridiagonal = tridiagonal + off + off.mT
-        values, vectors = torch.linalg.eigh(tridiagonal)
-        beta = w.norm()
+        values, vectors = torch.linalg.eigh(tridiagonal[: k + 1, : k + 1])
+        tridiagonal[k + 1, k] = beta = w.norm()
         top, residual = float(values[-1]), float(beta * vectors[-1, -1].abs())
         if residual <= rtol * abs(top) or float(beta) <= 1e-14 * float(values.abs().max()):
             break
-        betas.append(beta)
         basis.append(w / beta)
     return top, residual
