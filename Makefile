@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lint types format bench results hooks clean
+.PHONY: help demo quick test lint types format bench house results hooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,18 +21,21 @@ test: $(READY)  ## every test, doctest and document
 	$(PYTEST)
 
 lint: $(READY)  ## ruff: rules and format
-	$(BIN)/ruff check src tests benchmarks docs
-	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs tools
+	$(BIN)/ruff format --check src tests benchmarks docs tools
 
 types: $(READY)  ## mypy --strict on src
 	$(BIN)/mypy
 
 format: $(READY)  ## write what ruff can mend
-	$(BIN)/ruff check --fix src tests benchmarks docs
-	$(BIN)/ruff format src tests benchmarks docs
+	$(BIN)/ruff check --fix src tests benchmarks docs tools
+	$(BIN)/ruff format src tests benchmarks docs tools
 
 bench: $(READY)  ## cost of a training step
 	$(BIN)/python benchmarks/step_cost.py
+
+house: $(READY)  ## sizes, arrows between modules and rooms, and what is over the limits
+	$(BIN)/python tools/house.py
 
 results: $(READY)  ## take the numbers of new reports under docs/study over into docs/study/results.json
 	$(BIN)/python docs/study/collect.py
