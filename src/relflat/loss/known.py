@@ -23,25 +23,17 @@ from relflat.loss.hessians import DiagonalHessian, LogitHessian, SoftmaxHessian
 
 @dataclass(frozen=True, eq=False)
 class KnownLoss:
-    """A loss of given logits and targets, whose Hessian with respect to the logits is known in closed form.
+    """A loss of given logits and targets, whose Hessian with respect to the logits is known in closed form."""
 
-    Attributes:
-        outputs: the logits, or what it is the same function of; with their graph.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        class_dim: the dimension of the logits that holds one row: 1 for cross-entropy, -1 for elementwise.
-        hessian_at: ``logits -> LogitHessian`` of the loss as reduced ("none" counts as "sum").
-        divisor: what a mean reduction divides by: samples, class weights or tokens not ignored.
-        confidence: the probability of the most likely class at each row that counts.
-        elementwise: whether a row may be cut anywhere, as each output stands alone.
-    """
-
-    outputs: Float[Tensor, "..."]
-    reduction: str
-    class_dim: int
-    hessian_at: Callable[[Tensor], LogitHessian]
-    divisor: Callable[[], Tensor]
-    confidence: Callable[[], Tensor] | None
-    elementwise: bool
+    outputs: Float[Tensor, "..."]  # the logits, or what it is the same function of; with their graph
+    reduction: str  # "mean", "sum" or "none"
+    class_dim: int  # the dimension of the logits that holds one row: 1 for cross-entropy, -1 for elementwise
+    hessian_at: Callable[[Tensor], LogitHessian]  # of the loss as reduced; "none" counts as "sum"
+    divisor: Callable[[], Tensor]  # of a mean reduction: samples, class weights or tokens not ignored
+    confidence: (
+        Callable[[], Tensor] | None
+    )  # the probability of the most likely class, at each row that counts
+    elementwise: bool  # whether a row may be cut anywhere, as each output stands alone
 
     def hessian(self, *, constant: bool) -> LogitHessian:
         """The Hessian, without a graph if it counts as constant."""
@@ -80,21 +72,13 @@ def register(module: type[nn.Module], function: Callable[..., Tensor], describe:
 def known_loss(
     loss_fn: Callable[..., Any], outputs: Any, targets: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> KnownLoss | None:
-    """Describe the loss ``loss_fn(outputs, *targets, **kwargs)``, or return None if it is not known exactly.
-
-    Recognised: ``CrossEntropyLoss``, ``BCEWithLogitsLoss``, ``MSELoss``, their functional forms,
-    ``functools.partial`` of those, and what was registered.
-    """
+    """What is known of ``loss_fn(outputs, *targets, **kwargs)``, a registered loss or a ``partial``; or None."""
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or len(targets) != 1:
         return None
     if not isinstance(targets[0], Tensor) or targets[0].requires_grad:
         return None
-    if isinstance(loss_fn, functools.partial):
-        return (
-            None
-            if loss_fn.args
-            else known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
-        )
+    while isinstance(loss_fn, functools.partial) and not loss_fn.args:
+        loss_fn, kwargs = loss_fn.func, {**loss_fn.keywords, **kwargs}
     for module, function, describe in _KNOWN:
         if isinstance(loss_fn, nn.Module) and type(loss_fn).forward is module.forward and not kwargs:
             accepted = _parameters(function)
@@ -151,8 +135,7 @@ def _softmax_cross_entropy(
         top = outputs.detach().to(wide).softmax(dim).amax(dim)
         return top if probabilities else top[target != ignore_index]
 
-    divisor = lambda: masses()[1]  # noqa: E731
-    return KnownLoss(outputs, reduction, dim, hessian_at, divisor, confidence, elementwise=False)
+    return KnownLoss(outputs, reduction, dim, hessian_at, lambda: masses()[1], confidence, elementwise=False)
 
 
 def _elementwise(
@@ -172,12 +155,7 @@ def _elementwise(
 
 
 def _bce_with_logits(
-    outputs: Tensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    pos_weight: Tensor | None = None,
+    outputs: Tensor, target: Tensor, *, weight: Any = None, reduction: str = "mean", pos_weight: Any = None
 ) -> KnownLoss | None:
     def second(z: Tensor, y: Tensor) -> Tensor:
         scale = torch.ones_like(z) if weight is None else weight
@@ -188,9 +166,7 @@ def _bce_with_logits(
     return loss and replace(loss, confidence=lambda: outputs.detach().to(_wide(outputs)).abs().sigmoid())
 
 
-def _mse(
-    outputs: Tensor, target: Tensor, *, reduction: str = "mean", weight: Tensor | None = None
-) -> KnownLoss | None:
+def _mse(outputs: Tensor, target: Tensor, *, reduction: str = "mean", weight: Any = None) -> KnownLoss | None:
     if weight is not None:
         return None  # the weighted mean of F.mse_loss is left to autograd
     return _elementwise(lambda z, y: torch.full_like(z, 2.0), outputs, target, reduction)
