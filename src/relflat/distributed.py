@@ -39,9 +39,6 @@ def several(group: Any) -> bool:
     return group is not None and dist.get_world_size(group) > 1
 
 
-# -- FSDP2 (``fully_shard``), without importing it ---------------------------------------------------------
-
-
 def freed_after_forward(model: nn.Module, name: str) -> bool:
     """Whether the whole weight of a layer may be freed once the layer has run: a part around it is sharded."""
     sharded = _class()
@@ -81,5 +78,5 @@ def _parts(model: nn.Module) -> list[Any]:
 
 
 def _class() -> type | None:
-    """The class that ``fully_shard`` mixes in, if anything in this process can have used it."""
+    """The class that ``fully_shard`` (FSDP2) mixes in, if anything in this process can have used it."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)

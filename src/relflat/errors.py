@@ -1,12 +1,16 @@
 """Errors and warnings: each message names the thing, the value and the remedy."""
 
+import functools
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 
-_NOT_THE_USERS = tuple(f"{Path(file).parent}/" for file in (__file__, str(torch.__file__)))
+_NOT_THE_USERS = (
+    *(f"{Path(str(m.__file__)).parent}/" for m in (sys.modules[__name__], torch)),
+    functools.__file__,
+)
 
 
 class RelflatError(Exception):

@@ -8,20 +8,15 @@ from torch import Tensor
 
 from relflat.errors import warn
 
-_EVERY = 10
-_SPREAD = 1e-3
-_PATIENCE = 5
+_EVERY, _SPREAD, _PATIENCE = 10, 1e-3, 5
 
 
 class Guards:
-    """Checks of each step; every kind of trouble is said once, as a :class:`RelflatWarning`.
-
-    ``skipped`` counts the penalties left out as something was not finite; ``collapsed`` names what did not vary over
-    the samples of a batch when last looked at.
-    """
+    """Checks of each step; every kind of trouble is said once, as a :class:`RelflatWarning`."""
 
     def __init__(self) -> None:
-        self.skipped, self.collapsed = 0, list[str]()
+        self.skipped = 0  # penalties left out as something was not finite
+        self.collapsed: list[str] = []  # what did not vary over the samples of a batch when last looked at
         self._in_a_row: Counter[str] = Counter()
         self._said: set[str] = set()
 
@@ -63,9 +58,8 @@ class Guards:
         """
         if step % _EVERY:
             return
-        self.collapsed = [
-            n for n, t in tensors.items() if t.ndim > 1 and t.shape[0] > 1 and spread(t) < _SPREAD
-        ]
+        several = {n: t for n, t in tensors.items() if t.ndim > 1 and t.shape[0] > 1}
+        self.collapsed = [name for name, t in several.items() if spread(t) < _SPREAD]
         for name in tensors:
             self._in_a_row[name] = self._in_a_row[name] + 1 if name in self.collapsed else 0
             if self._in_a_row[name] == _PATIENCE:

@@ -62,20 +62,13 @@ class RngState:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         return cls(torch.get_rng_state(), cuda)
 
-    def restore(self) -> None:
-        """Put the state back."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-
 
 @contextmanager
 def rng_preserved(start: RngState | None = None) -> Iterator[None]:
     """Run a block, from ``start`` if given, and leave the global generators as they were found."""
-    before = RngState.now()
-    if start is not None:
-        start.restore()
-    try:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices, device_type="cuda"):
+        if start is not None:
+            torch.set_rng_state(start.cpu)
+            torch.cuda.set_rng_state_all(start.cuda)
         yield
-    finally:
-        before.restore()

@@ -146,23 +146,20 @@ class Tap:
         if self._open is None:
             return None
         try:
-            phi = args[0] if args else next(iter(kwargs.values()))
-            return None if output is None else self._record(self._open, name, module, phi, output)
+            if output is None:
+                return None
+            replaced, phi = _with_graph(output), args[0] if args else next(iter(kwargs.values()))
+            output = output if replaced is None else replaced
+            edge = get_gradient_edge(output) if output.requires_grad else None
+            kind, whole = self._kinds[name], self._whole.pop(name, None)
+            weight = kind.matrix(module, weight_of(module)) if whole is None else whole
+            versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
+            tied = name in self._tied
+            self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions, tied))
+            return replaced
         finally:
             if self._caches and parametrize.is_parametrized(module):
                 self._caches.pop().__exit__(None, None, None)
-
-    def _record(
-        self, record: Forward, name: str, module: nn.Module, phi: Tensor, output: Tensor
-    ) -> Tensor | None:
-        replaced = _with_graph(output)
-        output = output if replaced is None else replaced
-        edge = get_gradient_edge(output) if output.requires_grad else None
-        kind, whole = self._kinds[name], self._whole.pop(name, None)
-        weight = kind.matrix(module, weight_of(module)) if whole is None else whole
-        versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
-        record.calls.append(Call(name, module, kind, phi, weight, output, edge, versions, name in self._tied))
-        return replaced
 
     def _keep(self, keep: str, calls: Sequence[Call]) -> list[Call]:
         """Remove the hooks of all layers but one and those asked for by name, and their calls."""

@@ -43,7 +43,7 @@ class SoftmaxHessian:
         self.missing = self.others.sum(-1)
 
     def _moments(self, weight: Float[Tensor, "d m"]) -> tuple[Tensor, Tensor, Tensor]:
-        """``q``; W without its mean row, which kappa does not see, but rounding does; what q takes off ``q w^2``."""
+        """``q``, W without its mean row (which kappa does not see, but rounding does), what ``q W^2`` exceeds by."""
         q = self.others.scatter(-1, self.k, -self.missing[:, None])
         w = weight - weight.detach().mean(0)
         mean = q @ w

@@ -30,17 +30,12 @@ _Found = tuple[Callable[..., Tensor], Tensor, Tensor, dict[str, Any], Call | Non
 class Reading:
     """What a loss was computed from."""
 
-    known: (
-        KnownLoss  # of the logits, or log-probabilities of which it is the same function; constants included
-    )
+    known: KnownLoss  # of the logits, or of log-probabilities, whose loss it is too; constants included
     call: Call | None  # which gave the logits, if it is one of those asked about
 
 
 def read_loss(loss: Tensor, calls: Sequence[Call]) -> Reading | None:
-    """Read the graph of a scalar loss, before it is freed; None if the loss is not understood.
-
-    The calls recorded may hold that of the output layer.
-    """
+    """Read the graph of a scalar loss, before it is freed, by calls recorded; None if it is not understood."""
     if loss.numel() != 1 or not bool(torch.isfinite(loss.detach()).all()):
         return None
     node, constant = _without_constants(loss.grad_fn)
@@ -56,28 +51,24 @@ def read_loss(loss: Tensor, calls: Sequence[Call]) -> Reading | None:
         return None
     function, outputs, targets, options, call = found
     known = known_loss(function, outputs, (targets,), options)
-    return known and Reading(known.times(constant), call)
+    return None if known is None else Reading(known.times(constant), call)
 
 
 def _without_constants(node: Node | None) -> tuple[Any, float]:
     """The operation that made the loss, if it is clear, and the product of the constants that multiply it."""
     constant = 1.0
-    while node is not None:
-        kind = operation(node)
-        if kind in ("Mul", "Div"):
-            parents = [parent for parent, _ in node.next_functions]
-            side = 1 if parents[0] is None else 0
-            if (len(parents) > 1 and None not in parents) or (side == 1 and kind == "Div"):
+    while node is not None and (kind := operation(node)) in (*KEEPING, "Mul", "Div"):
+        side = 0
+        if kind not in KEEPING:
+            live = [i for i, (parent, _) in enumerate(node.next_functions) if parent is not None]
+            if live not in ([0], [1]) or (kind, live) == ("Div", [1]):
                 return None, constant
-            factor = getattr(node, "_saved_self" if side else "_saved_other", None)
+            (side,) = live
+            factor = getattr(node, ("_saved_other", "_saved_self")[side], None)
             if factor is None or (isinstance(factor, Tensor) and factor.numel() != 1):
                 return None, constant
             constant = constant * float(factor) if kind == "Mul" else constant / float(factor)
-            node = parents[side]
-        elif kind in KEEPING:
-            node = node.next_functions[0][0]
-        else:
-            break
+        node = node.next_functions[side][0]
     return node, constant
 
 
