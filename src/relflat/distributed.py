@@ -16,29 +16,18 @@ T = TypeVar("T")
 def gathered(make: Callable[[], T], group: Any) -> list[T]:
     """What ``make()`` gives on every rank of a process group, in the order of ranks; a list of one without a group.
 
-    All ranks get the same list. An error on one of them ends all: it is raised there as it is, and reported here.
-
-    Args:
-        make: called once; its result must be picklable.
-        group: a ``torch.distributed`` process group, or None.
-
-    Raises:
-        DataError: ``make()`` failed on another rank.
-        RuntimeError: a rank died, or did not come within the timeout of the group (from ``torch.distributed``).
+    An error on one rank ends all: it is raised there as it is, and reported by the others. Where a rank died, or does
+    not come within the timeout of the group, ``torch.distributed`` raises.
     """
     if group is None:
         return [make()]
-    mine: T | None = None
-    failure: Exception | None = None
+    found: list[Any] = [None] * dist.get_world_size(group)
     try:
         mine = make()
     except Exception as error:
-        failure = error
-    found: list[Any] = [None] * dist.get_world_size(group)
-    said = None if failure is None else f"{type(failure).__name__}: {failure}"
-    dist.all_gather_object(found, (said, mine), group=group)
-    if failure is not None:
-        raise failure
+        dist.all_gather_object(found, (f"{type(error).__name__}: {error}", None), group=group)
+        raise
+    dist.all_gather_object(found, (None, mine), group=group)
     for rank, (said, _) in enumerate(found):
         if said is not None:
             raise DataError(f"rank {rank} of {len(found)} could not measure its share of the data: {said}")
@@ -50,16 +39,8 @@ def several(group: Any) -> bool:
     return group is not None and dist.get_world_size(group) > 1
 
 
-# -- FSDP2 (``fully_shard``), without importing it ---------------------------------------------------------
-
-
 def freed_after_forward(model: nn.Module, name: str) -> bool:
-    """Whether the whole weight of a layer may be freed once the layer has run: a part around it is sharded.
-
-    Args:
-        model: the network.
-        name: qualified name of the layer.
-    """
+    """Whether the whole weight of a layer may be freed once the layer has run: a part around it is sharded."""
     sharded = _class()
     if sharded is None:
         return False
@@ -97,5 +78,5 @@ def _parts(model: nn.Module) -> list[Any]:
 
 
 def _class() -> type | None:
-    """The class that ``fully_shard`` mixes in, if anything in this process can have used it."""
+    """The class that ``fully_shard`` (FSDP2) mixes in, if anything in this process can have used it."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)

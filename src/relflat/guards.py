@@ -1,5 +1,6 @@
 """What can go wrong while training with a penalty, watched for and said once: not a number, negative, collapsed."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -7,32 +8,25 @@ from torch import Tensor
 
 from relflat.errors import warn
 
-_EVERY = 10
-_SPREAD = 1e-3
-_PATIENCE = 5
+_EVERY, _SPREAD, _PATIENCE = 10, 1e-3, 5
 
 
 class Guards:
-    """Checks of each step; every kind of trouble is said once, as a :class:`RelflatWarning`.
-
-    Attributes:
-        skipped: how often a penalty was left out as something was not finite.
-        collapsed: names of what did not vary over the samples of a batch when last looked at.
-    """
+    """Checks of each step; every kind of trouble is said once, as a :class:`RelflatWarning`."""
 
     def __init__(self) -> None:
-        self.skipped = 0
-        self.collapsed: list[str] = []
-        self._in_a_row: dict[str, int] = {}
+        self.skipped = 0  # penalties left out as something was not finite
+        self.collapsed: list[str] = []  # what did not vary over the samples of a batch when last looked at
+        self._in_a_row: Counter[str] = Counter()
         self._said: set[str] = set()
 
     def finite(self, what: str, value: Tensor, step: int) -> bool:
         """Whether all of a tensor is finite; counts where it is not."""
-        value = value.detach()
-        if bool(torch.isfinite(value).all()):
+        finite = torch.isfinite(value.detach())
+        if bool(finite.all()):
             return True
         self.skipped += 1
-        bad = float(value[~torch.isfinite(value)].reshape(-1)[0])
+        bad = float(value.detach()[~finite][0])
         self._say(
             "finite",
             f"{what} is {bad} at step {step}: the penalty is left out of this step and of any like it (counted in "
@@ -64,11 +58,10 @@ class Guards:
         """
         if step % _EVERY:
             return
-        self.collapsed = [
-            n for n, t in tensors.items() if t.ndim > 1 and t.shape[0] > 1 and spread(t) < _SPREAD
-        ]
+        several = {n: t for n, t in tensors.items() if t.ndim > 1 and t.shape[0] > 1}
+        self.collapsed = [name for name, t in several.items() if spread(t) < _SPREAD]
         for name in tensors:
-            self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if name in self.collapsed else 0
+            self._in_a_row[name] = self._in_a_row[name] + 1 if name in self.collapsed else 0
             if self._in_a_row[name] == _PATIENCE:
                 self._say(
                     f"collapse {name}",

@@ -18,9 +18,8 @@ class Rng:
     """
 
     def __init__(self, seed: int, step: int, *, shared: bool = False) -> None:
-        # A hash, since generators on the CPU look at the lower 32 bits of a seed only.
-        name = f"{seed},{step},{0 if shared else _rank()}".encode()
-        self._seed = int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+        distributed = not shared and dist.is_available() and dist.is_initialized()
+        self._seed = _hashed(f"{seed},{step},{dist.get_rank() if distributed else 0}")
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def on(self, device: torch.device) -> torch.Generator:
@@ -41,13 +40,13 @@ class Rng:
 
 def subset(seed: int, step: int, count: int, size: int) -> list[int]:
     """``size`` of the numbers below ``count``, uniform without replacement, in order; the same on all ranks."""
-    digest = hashlib.blake2b(f"{seed},{step},subset".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    generator = torch.Generator().manual_seed(_hashed(f"{seed},{step},subset"))
     return sorted(torch.randperm(count, generator=generator)[:size].tolist())
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def _hashed(name: str) -> int:
+    """A seed; hashed, since generators on the CPU look at the lower 32 bits only."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,13 @@ class RngState:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         return cls(torch.get_rng_state(), cuda)
 
-    def restore(self) -> None:
-        """Put the state back."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-
 
 @contextmanager
 def rng_preserved(start: RngState | None = None) -> Iterator[None]:
     """Run a block, from ``start`` if given, and leave the global generators as they were found."""
-    before = RngState.now()
-    if start is not None:
-        start.restore()
-    try:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices, device_type="cuda"):
+        if start is not None:
+            torch.set_rng_state(start.cpu)
+            torch.cuda.set_rng_state_all(start.cuda)
         yield
-    finally:
-        before.restore()

@@ -10,32 +10,26 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from relflat.capture.graph import KEEPING, MOVING, ancestors, follow, same_memory
-from relflat.capture.kinds import Kind
+from relflat.capture.kinds import Kind, as_rows
 from relflat.errors import GraphError
 from relflat.rng import RngState
+
+_MOST = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One call of a tapped layer within a forward pass: input, output and weight as they were at that moment.
-
-    Attributes:
-        weight: as ``(d, m)``.
-        output: the tensor it returned; may have been overwritten in place since.
-        edge: where gradients in the output are taken, valid also after in-place operations; None under ``no_grad``.
-        versions: of input and output at that moment.
-        tied: whether another module has the same weight.
-    """
+    """One call of a tapped layer within a forward pass: input, output and weight as they were at that moment."""
 
     layer: str
     module: nn.Module
     kind: Kind
     phi: Tensor
-    weight: Tensor
-    output: Tensor
-    edge: GradientEdge | None
-    versions: tuple[int, int]
-    tied: bool = False
+    weight: Float[Tensor, "d m"]
+    output: Tensor  # what it returned; may have been overwritten in place since
+    edge: GradientEdge | None  # where to take gradients in the output, overwritten or not; None under no_grad
+    versions: tuple[int, int]  # of input and output at that moment
+    tied: bool = False  # whether another module has the same weight
 
     @property
     def samples(self) -> int:
@@ -53,8 +47,7 @@ class Call:
 
     def rows(self, z: Tensor) -> Float[Tensor, "n t d"]:
         """A tensor like the output as (samples, positions, outputs)."""
-        last = self.kind.outputs_last(self.module, z)
-        return last[None, None] if last.ndim == 1 else last.flatten(1, -2) if last.ndim > 2 else last[:, None]
+        return as_rows(self.kind.outputs_last(self.module, z))
 
     def from_rows(self, rows: Float[Tensor, "..."]) -> Tensor:
         """Undo :meth:`rows`: shaped and typed as the output."""
@@ -74,28 +67,68 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Forward:
-    """What one forward pass of the model left: calls of tapped layers, tapped parameters, inputs, outputs.
-
-    ``mode`` stands for which modules were in training mode.
-    """
+    """What one forward pass of the model left."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rng: RngState | None = None
     calls: list[Call] = field(default_factory=list)
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
-    mode: int = 0
+    mode: int = 0  # stands for which modules were in training mode
     outputs: Any = None
     grad: bool = True
+
+
+class Pending:
+    """A queue of recorded passes: each call of the criterion takes all of them."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def clear(self) -> None:
+        """Forget all, and that there were any."""
+        self._records: list[Forward] = []
+        self._overflow = self._used = False
+
+    def put(self, record: Forward) -> None:
+        """Add a pass; when too many wait they are dropped, and the next :meth:`take` says so."""
+        if len(self._records) == _MOST:
+            self._records, self._overflow = [], True
+        self._records.append(record)
+        self._used = False
+
+    def take(self, model: str) -> list[Forward]:
+        """Hand over the passes since the last call, oldest first; ``model`` is its class, for the error."""
+        records, overflow, used = self._records, self._overflow, self._used
+        self._records, self._overflow, self._used = [], False, used or bool(records)
+        if overflow:
+            raise GraphError(
+                f"more than {_MOST} training forward passes since the criterion was last called, so the older ones "
+                "were dropped; call it once after each, run unused ones under torch.no_grad() with model.eval(), or "
+                "call its reset() first"
+            )
+        if not records:
+            raise GraphError(
+                "no training forward pass to go with this criterion call: "
+                + (
+                    "an earlier call used the last one; run the model again before each call, or add the losses and "
+                    "call the criterion once"
+                    if used
+                    else f"call the model ({model}, as given to FAM, in training mode and not one of its parts) "
+                    "first, and the criterion once after it"
+                )
+            )
+        return records
 
 
 def same_values(call: Call, tensor: Float[Tensor, "..."], output: Float[Tensor, "..."]) -> bool:
     """Whether ``tensor`` is ``output``, reshaped, cast or copied but not computed upon.
 
-    ``output`` is the output of the call, or a view of it with its dimensions in another order.
-
-    Exact, not a comparison of numbers alone: either both share memory that nothing overwrote, or the
-    autograd graph between them consists of copies only and the numbers stand in the same order.
+    ``output`` is that of the call, or a view of it with its dimensions in another order. Not a comparison of numbers
+    alone: either both share memory that nothing overwrote, or the graph between them consists of copies only.
     """
     if not call.untouched():
         return False
@@ -111,9 +144,9 @@ def same_values(call: Call, tensor: Float[Tensor, "..."], output: Float[Tensor, 
 
 def depends_on(tensor: Tensor, calls: Sequence[Call]) -> list[Call]:
     """The calls whose outputs the tensor was computed from; one walk over its graph."""
-    wanted = {c.edge.node: c for c in calls if c.edge is not None}
-    found = [wanted[node] for node in ancestors(tensor.grad_fn) if node in wanted]
-    return [c for c in calls if c in found]
+    wanted = {c.edge.node for c in calls if c.edge is not None}
+    found = wanted.intersection(ancestors(tensor.grad_fn))
+    return [c for c in calls if c.edge is not None and c.edge.node in found]
 
 
 def is_recurrent(calls: Sequence[Call]) -> bool:

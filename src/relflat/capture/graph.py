@@ -7,17 +7,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 # Operations that keep row-major order, that move dimensions, and that leave rows out; none computes a new value.
-KEEPING = (
-    "_DDPSink",
-    "Alias",
-    "Clone",
-    "ReshapeAlias",
-    "Squeeze",
-    "ToCopy",
-    "UnsafeView",
-    "Unsqueeze",
-    "View",
-)
+_VIEWS = ("ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View")
+KEEPING = ("_DDPSink", "Alias", "Clone", "ToCopy", *_VIEWS)
 MOVING = ("Permute", "T", "Transpose")
 SELECTING = ("Index", "IndexSelect", "Select", "Slice")
 

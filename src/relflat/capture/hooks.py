@@ -8,7 +8,7 @@ class WeakHook:
     """A hook that knows its owner weakly, and is inert in copies of the module it sits on."""
 
     def __init__(self, owner: Any, method: str, *args: Any) -> None:
-        self._owner = weakref.ref(owner) if owner is not None else nothing
+        self._owner = weakref.ref(owner) if owner is not None else lambda: None
         self._method, self._args = method, args
 
     def __call__(self, *args: Any) -> Any:
@@ -16,21 +16,12 @@ class WeakHook:
         owner = self._owner()
         return getattr(owner, self._method)(*self._args, *args) if owner is not None else None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "WeakHook":
-        return WeakHook(None, self._method, *self._args)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return (WeakHook, (None, self._method, *self._args))
-
-
-def nothing() -> None:
-    """What a weak reference to nothing gives."""
-    return
+        return WeakHook, (None, self._method, *self._args)
 
 
 def remove(handles: dict[str, list[Any]]) -> None:
     """Remove hooks by their handles, and forget those."""
-    for group in handles.values():
-        for handle in group:
+    while handles:
+        for handle in handles.popitem()[1]:
             handle.remove()
-    handles.clear()

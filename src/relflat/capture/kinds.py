@@ -15,14 +15,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+def as_rows(x: Float[Tensor, "... m"]) -> Float[Tensor, "n t m"]:
+    """As (samples, positions, features); one sample if it has no batch dimension."""
+    x = x[None] if x.ndim == 1 else x
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
 def _dense_features(module: nn.Module, x: Float[Tensor, "... m"]) -> Float[Tensor, "n t 1 m"]:
-    if x.ndim == 1:
-        return x[None, None, None]
-    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), 1, x.shape[-1])
+    return as_rows(x).unsqueeze(2)
 
 
 def _dense_project(module: nn.Module, x: Tensor, b: Float[Tensor, "n q m"]) -> Float[Tensor, "n t 1 q"]:
-    return (_dense_features(module, x).squeeze(2) @ b.mT).unsqueeze(2)
+    return (as_rows(x) @ b.mT).unsqueeze(2)
 
 
 def _same(module: nn.Module, z: Tensor) -> Tensor:
@@ -95,17 +99,12 @@ def _runs(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
     return lambda module: any(isinstance(module, c) and type(module).forward is c.forward for c in classes)
 
 
-# -- dense layers ------------------------------------------------------------------------------------------
-
 _LINEAR = Kind(_runs(nn.Linear), lambda module, w: w)
 
 # Conv1D of GPT-2 (transformers), a dense layer whose weight is stored as (m, d).
 _TRANSPOSED_LINEAR = Kind(
     lambda module: type(module).__name__ == "Conv1D" and hasattr(module, "nf"), lambda module, w: w.mT
 )
-
-
-# -- low-rank adaptation -------------------------------------------------------------------------------------
 
 
 def _adapters(module: Any) -> list[str]:
@@ -145,9 +144,6 @@ _LORA = Kind(
 )
 
 
-# -- lookup tables -------------------------------------------------------------------------------------------
-
-
 def _embedding_features(module: nn.Embedding, ids: Tensor) -> Float[Tensor, "n t 1 m"]:
     """One-hot rows; zero at the padding index, which the layer treats as a constant."""
     hot = F.one_hot(ids, module.num_embeddings).to(module.weight.dtype)
@@ -171,75 +167,19 @@ _EMBEDDING = Kind(
 )
 
 
-# -- convolutions ----------------------------------------------------------------------------------------------
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
 def _batched(module: Any, x: Tensor) -> Tensor:
     return x[None] if x.ndim == len(module.kernel_size) + 1 else x
 
 
-def _padded(module: Any, x: Tensor) -> Tensor:
-    pad = module._reversed_padding_repeated_twice
+def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What the kernel of a convolution slides over, and its steps."""
+    x, pad = _batched(module, x), module._reversed_padding_repeated_twice
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(_batched(module, x), pad, mode=mode) if any(pad) else _batched(module, x)
+    return F.pad(x, pad, mode=mode) if any(pad) else x, module.stride
 
 
-def _windows(module: Any, x: Tensor, stride: tuple[int, ...]) -> Float[Tensor, "n t c m"]:
-    """Every window of a padded input, flattened as a kernel of the module is."""
-    spatial = len(module.kernel_size)
-    for i, (k, step, gap) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True)):
-        x = x.unfold(2 + i, (k - 1) * gap + 1, step)[..., ::gap]
-    n, channels = x.shape[:2]
-    t = math.prod(x.shape[2 : 2 + spatial])
-    x = x.reshape(n, module.groups, channels // module.groups, t, *module.kernel_size)
-    return x.movedim(3, 1).flatten(3)
-
-
-def _convolved(
-    module: Any, x: Tensor, b: Float[Tensor, "n q m"], stride: tuple[int, ...]
-) -> Float[Tensor, "n t c q"]:
-    """``b`` times the windows of a padded input: one grouped convolution, each sample with its own q kernels."""
-    n, channels, c, q, kernel = x.shape[0], x.shape[1], module.groups, b.shape[1], module.kernel_size
-    kernels = b.reshape(n, 1, q, channels // c, *kernel).expand(-1, c, *[-1] * (2 + len(kernel)))
-    s = _CONV[len(kernel)](
-        x.reshape(1, n * channels, *x.shape[2:]),
-        kernels.reshape(n * c * q, channels // c, *kernel),
-        stride=stride,
-        dilation=module.dilation,
-        groups=n * c,
-    )
-    return s.reshape(n, c, q, -1).permute(0, 3, 1, 2)
-
-
-def _channels_last(module: Any, z: Tensor) -> Tensor:
-    return _batched(module, z).movedim(1, -1)
-
-
-def _channels_back(module: Any, z: Tensor) -> Tensor:
-    return z.movedim(-1, 1)
-
-
-_CONVOLUTION = Kind(
-    _runs(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    lambda module, w: w.flatten(1),
-    lambda module, x: _windows(module, _padded(module, x), module.stride),
-    lambda module, x, b: _convolved(module, _padded(module, x), b, module.stride),
-    _channels_last,
-    _channels_back,
-)
-
-
-def _transpose_matrix(module: Any, w: Tensor) -> Float[Tensor, "d m"]:
-    """From (in, out / c, *k) to (out, in / c * k): a window of the stretched input sees the kernel flipped."""
-    c = module.groups
-    w = w.reshape(c, w.shape[0] // c, *w.shape[1:]).transpose(1, 2).flip(tuple(range(3, 2 + w.ndim - 1)))
-    return w.flatten(0, 1).flatten(1)
-
-
-def _stretched(module: Any, x: Tensor) -> Tensor:
-    """The input with zeros between its pixels and around: a transposed convolution is a convolution of that."""
+def _stretched(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """As :func:`_padded`: a transposed convolution is a convolution of the input with zeros between its pixels."""
     x = _batched(module, x)
     sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], module.stride, strict=True)]
     wide = x.new_zeros(*x.shape[:2], *sizes)
@@ -249,20 +189,55 @@ def _stretched(module: Any, x: Tensor) -> Tensor:
     for i in reversed(range(len(sizes))):
         reach = module.dilation[i] * (module.kernel_size[i] - 1) - module.padding[i]
         pad += [reach, reach + module.output_padding[i]]
-    return F.pad(wide, pad)
+    return F.pad(wide, pad), (1,) * len(sizes)
 
 
-def _ones(module: Any) -> tuple[int, ...]:
-    return (1,) * len(module.kernel_size)
+def _windows(module: Any, x: Tensor, stride: tuple[int, ...]) -> Float[Tensor, "n t c m"]:
+    """Every window of a padded input, flattened as a kernel of the module is."""
+    spatial = len(module.kernel_size)
+    for i, (k, step, gap) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True)):
+        x = x.unfold(2 + i, (k - 1) * gap + 1, step)[..., ::gap]
+    (n, channels), c = x.shape[:2], module.groups
+    x = x.reshape(n, c, channels // c, math.prod(x.shape[2 : 2 + spatial]), *module.kernel_size)
+    return x.movedim(3, 1).flatten(3)
 
 
-_TRANSPOSED_CONVOLUTION = Kind(
-    _runs(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    _transpose_matrix,
-    lambda module, x: _windows(module, _stretched(module, x), _ones(module)),
-    lambda module, x, b: _convolved(module, _stretched(module, x), b, _ones(module)),
-    _channels_last,
-    _channels_back,
+def _convolved(
+    module: Any, b: Float[Tensor, "n q m"], x: Tensor, stride: tuple[int, ...]
+) -> Float[Tensor, "n t c q"]:
+    """``b`` times the windows of a padded input: one grouped convolution, each sample with its own q kernels."""
+    (n, channels), c, q, kernel = x.shape[:2], module.groups, b.shape[1], module.kernel_size
+    kernels = b.reshape(n, 1, q, channels // c, *kernel).expand(-1, c, *[-1] * (2 + len(kernel)))
+    kernels = kernels.reshape(n * c * q, channels // c, *kernel)
+    x, convolve = x.reshape(1, n * channels, *x.shape[2:]), getattr(F, f"conv{len(kernel)}d")
+    s = convolve(x, kernels, stride=stride, dilation=module.dilation, groups=n * c)
+    return s.reshape(n, c, q, -1).permute(0, 3, 1, 2)
+
+
+def _transpose_matrix(module: Any, w: Tensor) -> Float[Tensor, "d m"]:
+    """From (in, out / c, *k) to (out, in / c * k): a window of the stretched input sees the kernel flipped."""
+    w = w.reshape(module.groups, -1, *w.shape[1:]).transpose(1, 2).flip(tuple(range(3, w.ndim + 1)))
+    return w.flatten(0, 1).flatten(1)
+
+
+def _convolution(
+    classes: tuple[type[nn.Module], ...],
+    matrix: Callable[[Any, Tensor], Tensor],
+    over: Callable[[Any, Tensor], tuple[Tensor, tuple[int, ...]]],
+) -> Kind:
+    return Kind(
+        _runs(*classes),
+        matrix,
+        lambda module, x: _windows(module, *over(module, x)),
+        lambda module, x, b: _convolved(module, b, *over(module, x)),
+        lambda module, z: _batched(module, z).movedim(1, -1),
+        lambda module, z: z.movedim(-1, 1),
+    )
+
+
+_CONVOLUTION = _convolution((nn.Conv1d, nn.Conv2d, nn.Conv3d), lambda module, w: w.flatten(1), _padded)
+_TRANSPOSED_CONVOLUTION = _convolution(
+    (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transpose_matrix, _stretched
 )
 
 for _kind in (_TRANSPOSED_CONVOLUTION, _LORA, _TRANSPOSED_LINEAR, _EMBEDDING, _CONVOLUTION, _LINEAR):

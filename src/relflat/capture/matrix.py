@@ -16,13 +16,7 @@ from relflat.errors import LayerError
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A parameter seen as W of shape (d, m).
-
-    Attributes:
-        layer: name of the layer, for messages.
-        parameter: the leaf tensor.
-        view: from the parameter's shape to (d, m); moves entries only.
-    """
+    """A parameter seen as W of shape (d, m) by ``view``, which moves entries only."""
 
     layer: str
     parameter: Tensor
@@ -30,11 +24,7 @@ class Matrix:
 
     @classmethod
     def of(cls, layer: str, target: nn.Module | nn.Parameter) -> "Matrix":
-        """The matrix of a tapped module or parameter.
-
-        Raises:
-            LayerError: if the module's weight is computed from other parameters.
-        """
+        """The matrix of a tapped module or parameter."""
         if isinstance(target, nn.Parameter):
             return cls(layer, target, lambda w: w.flatten(1))
         kind, weight = kind_of(target), weight_of(target)
@@ -52,24 +42,23 @@ class Matrix:
 
     def back(self, direction: Float[Tensor, "d m"]) -> Tensor:
         """A direction in the shape and type of the parameter: the inverse of ``view``, which is its transpose."""
-        blank = torch.zeros_like(self.parameter, requires_grad=True)
+        blank, graph = torch.zeros_like(self.parameter, requires_grad=True), direction.requires_grad
         with torch.enable_grad():
-            (moved,) = torch.autograd.grad(
-                self.view(blank), blank, direction.to(blank.dtype), create_graph=direction.requires_grad
-            )
+            view = self.view(blank)
+            (moved,) = torch.autograd.grad(view, blank, direction.to(blank.dtype), create_graph=graph)
         return moved
 
     def as_call(self) -> Call:
         """The parameter in the place of a layer's output, as an endpoint of differentiation."""
+        problem = None
         if hasattr(self.parameter, "full_tensor"):
-            raise LayerError(
-                f"the curvature of layer {self.layer!r} is taken in its weight, and that is sharded (FSDP); name a "
-                "dense or convolutional layer that the network calls, whose curvature is taken in its output"
+            problem = (
+                "sharded (FSDP); name a dense or convolutional layer that the network calls, whose curvature is "
+                "taken in its output"
             )
-        if not self.parameter.requires_grad:
-            raise LayerError(
-                f"the curvature of layer {self.layer!r} is taken in its weight, and that is frozen "
-                "(requires_grad=False); unfreeze it while FAM or the measurement runs"
-            )
+        elif not self.parameter.requires_grad:
+            problem = "frozen (requires_grad=False); unfreeze it while FAM or the measurement runs"
+        if problem:
+            raise LayerError(f"the curvature of layer {self.layer!r} is taken in its weight, and that is {problem}")
         p: Any = self.parameter
         return Call(self.layer, None, None, p, p, p, get_gradient_edge(p), (0, 0))  # type: ignore[arg-type]

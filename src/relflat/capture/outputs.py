@@ -22,15 +22,10 @@ def output_tensor(outputs: Any) -> Tensor | None:
 
 
 def output_layer(record: Forward, names: Iterable[str]) -> str:
-    """The layer among the recorded calls whose output the model returned; the last one called if none was.
-
-    Raises:
-        LayerError: if several feed the outputs, or none was called.
-    """
+    """The layer among the recorded calls whose output the model returned; the last one called if none was."""
     tensors = [t for t in tree_leaves(record.outputs) if isinstance(t, Tensor)]
     ends = {c.layer for c in record.calls if any(_ends_in(c, t) for t in tensors)}
-    if not ends and record.calls:
-        ends = {record.calls[-1].layer}
+    ends = ends or {c.layer for c in record.calls[-1:]}
     if len(ends) != 1:
         raise LayerError(
             f"'output' is ambiguous: {sorted(ends) or list(names)} "
@@ -39,12 +34,15 @@ def output_layer(record: Forward, names: Iterable[str]) -> str:
     return ends.pop()
 
 
-def same_part(recorded: Any, given: Any, replayed: Any) -> Any:
-    """The part of a replayed output that ``given`` was of the recorded one.
+def _ends_in(call: Call, tensor: Tensor) -> bool:
+    """Whether the tensor is the output of the call, perhaps with the classes moved."""
+    moved = tensor.movedim(1, -1) if tensor.ndim > 2 else tensor
+    pairs = ((tensor, call.output), (moved, call.output), (moved, call.outputs_last()))
+    return any(same_values(call, mine, other) for mine, other in pairs)
 
-    Raises:
-        GraphError: if ``given`` is no part of it, but computed from it.
-    """
+
+def same_part(recorded: Any, given: Any, replayed: Any) -> Any:
+    """The part of a replayed output that ``given`` was of the recorded one."""
     if given is recorded:
         return replayed
     for leaf, replacement in zip(tree_leaves(recorded), tree_leaves(replayed), strict=True):
@@ -54,11 +52,3 @@ def same_part(recorded: Any, given: Any, replayed: Any) -> Any:
         "the criterion was given something computed from the model's outputs, which a perturbed forward pass "
         "cannot repeat; move that computation into the model or the loss function"
     )
-
-
-def _ends_in(call: Call, tensor: Tensor) -> bool:
-    """Whether the tensor is the output of the call, perhaps with the classes moved."""
-    if same_values(call, tensor, call.output):
-        return True
-    moved = tensor.movedim(1, -1) if tensor.ndim > 2 else tensor
-    return same_values(call, moved, call.output) or same_values(call, moved, call.outputs_last())

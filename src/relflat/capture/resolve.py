@@ -32,53 +32,50 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
     if isinstance(layer, str):
         return _by_name(model, layer)
     if isinstance(layer, nn.Module | nn.Parameter):
-        named = model.named_modules if isinstance(layer, nn.Module) else model.named_parameters
-        name = next((n for n, m in named(remove_duplicate=False) if m is layer), None)
+        name = next((n for n, part in _parts(model).items() if part is layer), None)
         if name is None:
-            raise LayerError(
-                f"the given {type(layer).__name__} is not part of this model; {_candidates(model)}"
-            )
+            raise LayerError(f"the given {type(layer).__name__} is not part of this model; {_candidates(model)}")
         return {name: _target(model, name, layer)}
     if not layer:
         raise LayerError(f"the list of layers is empty; {_candidates(model)}")
-    found: dict[str, Target] = {}
-    for one in layer:
-        found |= resolve(model, one)
-    return found
+    return {name: target for one in layer for name, target in resolve(model, one).items()}
+
+
+def _parts(model: nn.Module) -> dict[str, Target]:
+    """All modules and parameters, under every name they have."""
+    return {
+        **dict(model.named_modules(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
 
 
 def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if name in modules and (name or kind_of(model)):
-        return {name: _target(model, name, modules[name])}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if name in parameters:
-        return {name: _target(model, name, parameters[name])}
+    parts, supported, others = _parts(model), supported_layers(model), matrices(model)
+    if name in parts and (name or kind_of(model)):
+        return {name: _target(model, name, parts[name])}
     if name == "output":
-        return _possible_outputs(model)
-    supported = supported_layers(model)
+        return _possible_outputs(model, supported)
     if any(c in name for c in "*?["):
-        for choices in (supported, matrices(model)):
-            matches: dict[str, Target] = {n: m for n, m in choices.items() if fnmatchcase(n, name)}
-            if matches:
-                return {n: _target(model, n, m) for n, m in matches.items()}
-    near = nearest(name, [*supported, *matrices(model)])
+        matches = [n for n in supported if fnmatchcase(n, name)] or [n for n in others if fnmatchcase(n, name)]
+        if matches:
+            return {n: _target(model, n, parts[n]) for n in matches}
+    near = nearest(name, [*supported, *others])
     hint = f"did you mean {near}? " if near else ""
     raise LayerError(f"no layer named {name!r}; {hint}{_candidates(model)}")
 
 
-def _possible_outputs(model: nn.Module) -> dict[str, Target]:
+def _possible_outputs(model: nn.Module, supported: dict[str, nn.Module]) -> dict[str, Target]:
     if isinstance(model, _Loss):
         raise LayerError(
             f"the model is a {type(model).__name__}, a criterion: are the two swapped? FAM takes the criterion "
             "first, relative_flatness the model"
         )
-    supported = supported_layers(model)
     if not supported:
         raise LayerError(f"{type(model).__name__} has no supported layer; {_candidates(model)}")
-    usable: dict[str, Target] = {n: m for n, m in supported.items() if _unusable(n, m) is None}
+    problems = {name: _unusable(name, module) for name, module in supported.items()}
+    usable: dict[str, Target] = {n: m for n, m in supported.items() if problems[n] is None}
     if not usable:
-        raise LayerError(_unusable(*next(iter(supported.items()))))
+        raise LayerError(next(iter(problems.values())))
     return usable
 
 
@@ -107,16 +104,15 @@ def _target(model: nn.Module, name: str, found: Target) -> Target:
 
 def _unusable(name: str, found: Target) -> str | None:
     """Why a layer's weight cannot be differentiated, and what to do; None if it can."""
-    if isinstance(found, nn.Parameter):
-        problems = [_problem(found)]
-    elif ".quantized." in type(found).__module__:
-        return (
-            f"layer {name!r} is quantised ({type(found).__module__}): take the model before it is quantised"
-        )
+    origin = type(found).__module__
+    if ".quantized." in origin:
+        return f"layer {name!r} is quantised ({origin}): take the model before it is quantised"
+    own: list[Tensor] = []
+    if isinstance(found, nn.Module):
+        own += [p for p in getattr(found, "base_layer", found).parameters(recurse=False) if p.ndim >= 2]
     else:
-        own = getattr(found, "base_layer", found).parameters(recurse=False)
-        problems = [_problem(p) for p in own if p.ndim >= 2]
-    return next((f"the weight of {name!r} is {problem}" for problem in problems if problem), None)
+        own.append(found)
+    return next((f"the weight of {name!r} is {problem}" for problem in map(_problem, own) if problem), None)
 
 
 def _problem(w: Tensor) -> str | None:
@@ -154,5 +150,4 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 def nearest(name: str, candidates: list[str]) -> str:
     """The candidates spelled most like ``name``, for error messages; none if nothing is like it."""
     ending = [c for c in candidates if c.endswith(f".{name}")]
-    close = ending or get_close_matches(name, candidates, n=3, cutoff=0.4)
-    return " or ".join(map(repr, close))
+    return " or ".join(map(repr, ending or get_close_matches(name, candidates, n=3, cutoff=0.4)))

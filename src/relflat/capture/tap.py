@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
 
-from relflat.capture.calls import Call, Forward
-from relflat.capture.hooks import WeakHook, nothing, remove
-from relflat.capture.kinds import kind_of, own_weights, weight_of
+from relflat.capture.calls import Call, Forward, Pending
+from relflat.capture.hooks import WeakHook, remove
+from relflat.capture.kinds import Kind, kind_of, own_weights, weight_of
 from relflat.capture.outputs import output_layer
-from relflat.capture.pending import Pending
 from relflat.capture.resolve import Layer, Target, resolve, supported_layers
 from relflat.distributed import freed_after_forward
 from relflat.errors import ConfigError, GraphError, LayerError
@@ -31,29 +30,21 @@ Inject = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Tap:
-    """Hooks on a model that record the calls of some layers during each training forward.
-
-    Args:
-        model: the module the user calls.
-        layer: see :func:`relflat.capture.resolve.resolve`.
-        when: whether a forward that begins now is recorded; by default while ``model.training``.
-
-    Attributes:
-        layers: the tapped layers, by qualified name.
-        injector: if set, called at the start of each recorded forward; the change of the inputs of tapped layers.
-        searching: whether the output layer is yet to be found by the first forward pass.
-        keep_rng: whether each record keeps the state of the random number generators at its start.
-        copied: whether this is a copy (deepcopy, pickle), which watches no model.
+    """Hooks on a model that record the calls of some layers during each forward, by default while it trains.
 
     The hooks hold no reference to the tap, so dropping the tap removes them. A deep copy or an unpickled
     copy of the model carries inert hooks.
     """
 
-    searching = keep_rng = copied = False
+    searching = False  # whether the output layer is yet to be found by the first forward pass
+    keep_rng = False  # whether each record keeps the state of the random number generators at its start
+    copied = False  # whether this is a copy (deepcopy, pickle), which watches no model
+    injector: Callable[[], Inject | None] | None = None  # called as each record starts: how inputs change
     _depth = 0
     _open: Forward | None = None
     _watched: Forward | None = None
-    injector: Callable[[], Inject | None] | None = None
+    _replaying = _changed = False  # changed: a layer's input or parameter, in a pass with a graph
+    _inject: Inject | None = None
 
     def __init__(self, model: nn.Module, layer: Layer, when: Callable[[], bool] | None = None) -> None:
         self.layers: dict[str, Target] = resolve(model, layer)
@@ -65,18 +56,15 @@ class Tap:
             and len(set(self.layers) - self._asked_for) > 1
             and "output" not in dict(model.named_modules())
         )
-        self._model = weakref.ref(model)
-        self._when = when
+        self._model, self._when = weakref.ref(model), when
+        self._parameters = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
         self._called: set[str] = set()
         self._pending = Pending()
-        self._replaying = False
-        self._changed = False  # whether a layer's input or parameter was changed in a pass with a graph
-        self._inject: Inject | None = None
         self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
         self._caches: list[Any] = []
         self._handles: dict[str, list[Any]] = {}
         self._attach(model)
-        self._finalizer = weakref.finalize(self, remove, self._handles)
+        weakref.finalize(self, remove, self._handles)
 
     # -- hooks ---------------------------------------------------------------------------------------
 
@@ -84,14 +72,14 @@ class Tap:
         uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         modules = {n: m for n, m in self.layers.items() if isinstance(m, nn.Module)}
         self._tied = {n for n, m in modules.items() if any(uses[id(w)] > 1 for w in own_weights(m))}
+        self._kinds: dict[str, Kind] = {n: kind for n, m in modules.items() if (kind := kind_of(m))}
         for name, module in modules.items():
-            before = module.register_forward_pre_hook(WeakHook(self, "_before_layer", name), with_kwargs=True)
-            after = module.register_forward_hook(
-                WeakHook(self, "_after_layer", name),
-                with_kwargs=True,
-                always_call=parametrize.is_parametrized(module),
-            )
-            self._handles[name] = [before, after]
+            before, after = WeakHook(self, "_before_layer", name), WeakHook(self, "_after_layer", name)
+            always = parametrize.is_parametrized(module)
+            self._handles[name] = [
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after, with_kwargs=True, always_call=always),
+            ]
         begin = model.register_forward_pre_hook(WeakHook(self, "_begin"), with_kwargs=True, prepend=True)
         end = model.register_forward_hook(WeakHook(self, "_end"), always_call=True)
         self._handles["<model>"] = [begin, end]
@@ -118,16 +106,19 @@ class Tap:
         if output is None:  # the forward raised: nothing of it is kept
             return
         record.outputs = output
-        record.parameters = self._parameters()
+        record.parameters = self._parameters
         if self.searching:
             record.calls = self._keep(output_layer(record, self.layers), record.calls)
         self._pending.put(record)
 
-    def _before_layer(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _before_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if _recomputing():
-            self._refuse_to_recompute(name)
+            if self._changed:
+                raise GraphError(
+                    f"gradient checkpointing recomputes layer {name!r} without the change that radius= or "
+                    "method='finite_difference' made to it; leave that layer out of the checkpointed part, or use "
+                    "another method"
+                )
             return None
         if self._open is not None:
             self._prepare(name, module)
@@ -145,58 +136,37 @@ class Tap:
             self._caches.append(parametrize.cached())  # power iteration, for one, counts evaluations
             self._caches[-1].__enter__()
         if freed_after_forward(self.model, name):
-            kind = kind_of(module)
-            assert kind is not None
-            self._whole[name] = kind.matrix(module, weight_of(module)).clone()
+            self._whole[name] = self._kinds[name].matrix(module, weight_of(module)).clone()
 
-    def _after_layer(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor | None:
+    def _after_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         if _recomputing():
             return None if output is None else _with_graph(output)
         if self._open is None:
             return None
         try:
-            phi = args[0] if args else next(iter(kwargs.values()))
-            return None if output is None else self._record(name, module, phi, output)
+            if output is None:
+                return None
+            replaced, phi = _with_graph(output), args[0] if args else next(iter(kwargs.values()))
+            output = output if replaced is None else replaced
+            edge = get_gradient_edge(output) if output.requires_grad else None
+            kind, whole = self._kinds[name], self._whole.pop(name, None)
+            weight = kind.matrix(module, weight_of(module)) if whole is None else whole
+            versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
+            tied = name in self._tied
+            self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions, tied))
+            return replaced
         finally:
             if self._caches and parametrize.is_parametrized(module):
                 self._caches.pop().__exit__(None, None, None)
 
-    def _record(self, name: str, module: nn.Module, phi: Tensor, output: Tensor) -> Tensor | None:
-        assert self._open is not None
-        replaced = _with_graph(output)
-        output = output if replaced is None else replaced
-        edge = get_gradient_edge(output) if output.requires_grad else None
-        kind = kind_of(module)
-        assert kind is not None
-        whole = self._whole.pop(name, None)
-        weight = kind.matrix(module, weight_of(module)) if whole is None else whole
-        versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
-        tied = name in self._tied
-        self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions, tied))
-        return replaced
-
-    def _refuse_to_recompute(self, name: str) -> None:
-        if self._changed:
-            raise GraphError(
-                f"gradient checkpointing recomputes layer {name!r} without the change that radius= or "
-                "method='finite_difference' made to it; leave that layer out of the checkpointed part, or use "
-                "another method"
-            )
-
     def _keep(self, keep: str, calls: Sequence[Call]) -> list[Call]:
         """Remove the hooks of all layers but one and those asked for by name, and their calls."""
         wanted = {keep} | self._asked_for
-        for name in [n for n in self.layers if n not in wanted]:
-            for handle in self._handles.pop(name):
-                handle.remove()
+        for name in set(self.layers) - wanted:
+            remove({name: self._handles.pop(name)})
             del self.layers[name]
         self.searching = False
         return [c for c in calls if c.layer in wanted]
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
 
     # -- use -----------------------------------------------------------------------------------------
 
@@ -210,11 +180,7 @@ class Tap:
 
     @property
     def training(self) -> bool:
-        """Whether the model is alive, tapped and in training mode.
-
-        Raises:
-            GraphError: if this is a copy, which watches no model.
-        """
+        """Whether the model is alive, tapped and in training mode; refused for a copy, which watches no model."""
         if self.copied:
             raise GraphError(
                 "this criterion is a copy (deepcopy or pickle), and its hooks stayed with the original model; "
@@ -229,12 +195,7 @@ class Tap:
         return len(self._pending)
 
     def take(self) -> list[Forward]:
-        """Hand over the records since the last call, oldest first, and forget them.
-
-        Raises:
-            GraphError: if there is none, or too many were left unused.
-            LayerError: if a tapped layer was never called.
-        """
+        """Hand over the records since the last call, oldest first, and forget them; there must be one."""
         model = self.model
         if self._watched is not None:
             return [self._watched]
@@ -251,12 +212,8 @@ class Tap:
         return records
 
     def must_have_features(self, option: str) -> None:
-        """Refuse tapped parameters.
-
-        Raises:
-            ConfigError: naming the option and the parameter.
-        """
-        for name in self._parameters():
+        """Refuse tapped parameters."""
+        for name in self._parameters:
             raise ConfigError(f"{option} needs features, and {name!r} is a parameter; name a layer")
 
     @contextmanager
@@ -270,12 +227,9 @@ class Tap:
             self._inject, self._replaying = None, False
 
     def watch(self) -> None:
-        """Record whatever calls the layers as one forward pass, whoever runs it, until :meth:`reset`.
-
-        :meth:`take` then hands over all of it each time.
-        """
+        """Until :meth:`reset`, record whatever calls the layers as one pass, which :meth:`take` gives each time."""
         self.reset()
-        self._depth, self._open = 1, Forward((), {}, parameters=self._parameters())
+        self._depth, self._open = 1, Forward((), {}, parameters=self._parameters)
         self._watched = self._open
 
     @property
@@ -298,12 +252,9 @@ class Tap:
         self.reset()
         remove(self._handles)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
-        """Return a closed tap: hooks belong to one model, and a copy of that is another."""
-        return _closed_tap()
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_closed_tap, ())
+        """Copy as a closed tap: hooks belong to one model, and a copy of that is another."""
+        return _closed_tap, ()
 
 
 def _recomputing() -> bool:
@@ -320,7 +271,6 @@ def _with_graph(output: Tensor) -> Tensor | None:
 
 def _closed_tap() -> Tap:
     tap = object.__new__(Tap)
-    tap.layers, tap._handles, tap._model, tap._pending = {}, {}, nothing, Pending()  # type: ignore[assignment]
-    tap.copied = True
-    tap.reset()
+    tap.layers, tap._parameters, tap._handles, tap._pending, tap.copied = {}, {}, {}, Pending(), True
+    tap._model = lambda: None  # type: ignore[assignment]
     return tap

@@ -12,27 +12,15 @@ from relflat.loss.known import KnownLoss, known_loss
 
 @dataclass(frozen=True, eq=False)
 class Criterion:
-    """A loss function with the targets of a batch: a function of the outputs alone.
-
-    Attributes:
-        loss_fn: called as ``loss_fn(outputs, *targets, **kwargs)``.
-        targets: positional arguments after the outputs.
-        kwargs: keyword arguments.
-        remedy: what to do where it cannot take the outputs, for the error; None raises the error as it is.
-    """
+    """A loss function with the targets of a batch: a function of the outputs alone."""
 
     loss_fn: Callable[..., Any]
     targets: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    remedy: str | None = None
+    remedy: str | None = None  # what to do where it cannot take the outputs; None raises the error as it is
 
     def __call__(self, outputs: Any) -> Tensor:
-        """The loss of the outputs.
-
-        Raises:
-            LossError: a target lies outside the classes, or the loss is no tensor.
-            DataError: the loss cannot take such outputs.
-        """
+        """The loss of the outputs."""
         try:
             loss = self.loss_fn(outputs, *self.targets, **self.kwargs)
         except IndexError as error:
@@ -49,9 +37,7 @@ class Criterion:
                 f"the loss cannot take the model's outputs ({type(outputs).__name__}): {error}; {self.remedy}"
             ) from error
         if not isinstance(loss, Tensor):
-            raise LossError(
-                f"the criterion returned {type(loss).__name__}, not a tensor; wrap it to return its loss"
-            )
+            raise LossError(f"the criterion returned {type(loss).__name__}, not a tensor; wrap it to return its loss")
         return loss
 
     def known(self, outputs: Any) -> KnownLoss | None:

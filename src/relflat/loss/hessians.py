@@ -37,27 +37,27 @@ class SoftmaxHessian:
     """
 
     def __init__(self, logits: Float[Tensor, "p d"], mass: Float[Tensor, " p"]) -> None:
-        self.mass = mass
-        self.log_p = F.log_softmax(logits, dim=-1)
+        self.mass, self.log_p = mass, F.log_softmax(logits, dim=-1)
         self.k = self.log_p.argmax(-1, keepdim=True)
         self.others = self.log_p.exp().scatter(-1, self.k, 0.0)
         self.missing = self.others.sum(-1)
 
+    def _moments(self, weight: Float[Tensor, "d m"]) -> tuple[Tensor, Tensor, Tensor]:
+        """``q``, W without its mean row (which kappa does not see, but rounding does), what ``q W^2`` exceeds by."""
+        q = self.others.scatter(-1, self.k, -self.missing[:, None])
+        w = weight - weight.detach().mean(0)
+        mean = q @ w
+        return q, w, mean * (2 * w[self.k[:, 0]] + mean)
+
     def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
         """``E_p w^2 - (E_p w)^2`` feature by feature, times the mass."""
-        q, w, mean = self._deviations(weight)
-        return self.mass[:, None] * (q @ w.square() - mean * (2 * w[self.k[:, 0]] + mean))
+        q, w, less = self._moments(weight)
+        return self.mass[:, None] * (q @ w.square() - less)
 
     def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
         """``E_p ||w||^2 - ||E_p w||^2``, times the mass."""
-        q, w, mean = self._deviations(weight)
-        return self.mass * (q @ w.square().sum(-1) - (mean * (2 * w[self.k[:, 0]] + mean)).sum(-1))
-
-    def _deviations(self, weight: Float[Tensor, "d m"]) -> tuple[Tensor, Tensor, Tensor]:
-        """``q``, the weight without its mean row (which kappa does not see, but rounding does), ``q W``."""
-        q = self.others.scatter(-1, self.k, -self.missing[:, None])
-        centred = weight - weight.detach().mean(0)
-        return q, centred, q @ centred
+        q, w, less = self._moments(weight)
+        return self.mass * (q @ w.square().sum(-1) - less.sum(-1))
 
     def trace(self) -> Float[Tensor, " p"]:
         """``1 - ||p||^2`` times the mass."""

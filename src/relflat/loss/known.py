@@ -23,25 +23,15 @@ from relflat.loss.hessians import DiagonalHessian, LogitHessian, SoftmaxHessian
 
 @dataclass(frozen=True, eq=False)
 class KnownLoss:
-    """A loss of given logits and targets, whose Hessian with respect to the logits is known in closed form.
+    """A loss of given logits and targets, whose Hessian with respect to the logits is known in closed form."""
 
-    Attributes:
-        outputs: the logits, or what it is the same function of; with their graph.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        class_dim: the dimension of the logits that holds one row: 1 for cross-entropy, -1 for elementwise.
-        hessian_at: ``logits -> LogitHessian`` of the loss as reduced ("none" counts as "sum").
-        divisor: what a mean reduction divides by: samples, class weights or tokens not ignored.
-        confidence: the probability of the most likely class at each row that counts.
-        elementwise: whether a row may be cut anywhere, as each output stands alone.
-    """
-
-    outputs: Float[Tensor, "..."]
-    reduction: str
-    class_dim: int
-    hessian_at: Callable[[Tensor], LogitHessian]
-    divisor: Callable[[], Tensor]
-    confidence: Callable[[], Tensor] | None
-    elementwise: bool
+    outputs: Float[Tensor, "..."]  # the logits, or what it is the same function of; with their graph
+    reduction: str  # "mean", "sum" or "none"
+    class_dim: int  # the dimension of the logits that holds one row: 1 for cross-entropy, -1 for elementwise
+    hessian_at: Callable[[Tensor], LogitHessian]  # of the loss as reduced; "none" counts as "sum"
+    divisor: Callable[[], Tensor]  # of a mean reduction: samples, class weights or tokens not ignored
+    confidence: Callable[[], Tensor] | None  # of the most likely class, at each row that counts
+    elementwise: bool  # whether a row may be cut anywhere, as each output stands alone
 
     def hessian(self, *, constant: bool) -> LogitHessian:
         """The Hessian, without a graph if it counts as constant."""
@@ -62,6 +52,7 @@ class KnownLoss:
 
 
 Describe = Callable[..., KnownLoss | None]
+Weight = Tensor | None
 _KNOWN: list[tuple[type[nn.Module], Callable[..., Tensor], Describe]] = []
 
 
@@ -80,27 +71,17 @@ def register(module: type[nn.Module], function: Callable[..., Tensor], describe:
 def known_loss(
     loss_fn: Callable[..., Any], outputs: Any, targets: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> KnownLoss | None:
-    """Describe the loss ``loss_fn(outputs, *targets, **kwargs)``, or return None if it is not known exactly.
-
-    Recognised: ``CrossEntropyLoss``, ``BCEWithLogitsLoss``, ``MSELoss``, their functional forms,
-    ``functools.partial`` of those, and what was registered.
-    """
-    if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or len(targets) != 1:
+    """What is known of ``loss_fn(outputs, *targets, **kwargs)``, a registered loss or a ``partial``; or None."""
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         return None
-    if not isinstance(targets[0], Tensor) or targets[0].requires_grad:
+    if len(targets) != 1 or not isinstance(targets[0], Tensor) or targets[0].requires_grad:
         return None
-    if isinstance(loss_fn, functools.partial):
-        return (
-            None
-            if loss_fn.args
-            else known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
-        )
+    if isinstance(loss_fn, functools.partial) and not loss_fn.args:
+        return known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
     for module, function, describe in _KNOWN:
         if isinstance(loss_fn, nn.Module) and type(loss_fn).forward is module.forward and not kwargs:
-            accepted = _parameters(function)
-            options = {k: v for k, v in vars(loss_fn).items() if k in accepted}
-            options |= {k: v for k, v in loss_fn.named_buffers() if k in accepted}
-            return describe(outputs, targets[0], **options)
+            attributes, accepted = vars(loss_fn) | dict(loss_fn.named_buffers()), _parameters(function)
+            return describe(outputs, targets[0], **{k: v for k, v in attributes.items() if k in accepted})
         if loss_fn is function and not {"size_average", "reduce"} & set(kwargs):
             return describe(outputs, targets[0], **kwargs)
     return None
@@ -115,7 +96,7 @@ def _softmax_cross_entropy(
     outputs: Tensor,
     target: Tensor,
     *,
-    weight: Tensor | None = None,
+    weight: Weight = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -151,8 +132,7 @@ def _softmax_cross_entropy(
         top = outputs.detach().to(wide).softmax(dim).amax(dim)
         return top if probabilities else top[target != ignore_index]
 
-    divisor = lambda: masses()[1]  # noqa: E731
-    return KnownLoss(outputs, reduction, dim, hessian_at, divisor, confidence, elementwise=False)
+    return KnownLoss(outputs, reduction, dim, hessian_at, lambda: masses()[1], confidence, elementwise=False)
 
 
 def _elementwise(
@@ -162,22 +142,19 @@ def _elementwise(
     if outputs.shape != target.shape:
         return None  # broadcasting couples what the reduction divides by; leave it to autograd
 
-    def hessian_at(outputs: Tensor) -> LogitHessian:
-        a = second(outputs.to(_wide(outputs)), target.to(_wide(outputs))).expand(outputs.shape)
+    def hessian_at(logits: Tensor) -> LogitHessian:
+        a = second(logits.to(_wide(logits)), target.to(_wide(logits))).expand(logits.shape)
         a = a / a.numel() if reduction == "mean" else a
         return DiagonalHessian(a.reshape(-1, a.shape[-1] if a.ndim else 1))
 
-    divisor = lambda: outputs.new_tensor(float(outputs.numel()))  # noqa: E731
+    def divisor() -> Tensor:
+        return outputs.new_tensor(float(outputs.numel()))
+
     return KnownLoss(outputs, reduction, -1, hessian_at, divisor, None, elementwise=True)
 
 
 def _bce_with_logits(
-    outputs: Tensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    pos_weight: Tensor | None = None,
+    outputs: Tensor, target: Tensor, *, weight: Weight = None, reduction: str = "mean", pos_weight: Weight = None
 ) -> KnownLoss | None:
     def second(z: Tensor, y: Tensor) -> Tensor:
         scale = torch.ones_like(z) if weight is None else weight
@@ -188,9 +165,7 @@ def _bce_with_logits(
     return loss and replace(loss, confidence=lambda: outputs.detach().to(_wide(outputs)).abs().sigmoid())
 
 
-def _mse(
-    outputs: Tensor, target: Tensor, *, reduction: str = "mean", weight: Tensor | None = None
-) -> KnownLoss | None:
+def _mse(outputs: Tensor, target: Tensor, *, reduction: str = "mean", weight: Weight = None) -> KnownLoss | None:
     if weight is not None:
         return None  # the weighted mean of F.mse_loss is left to autograd
     return _elementwise(lambda z, y: torch.full_like(z, 2.0), outputs, target, reduction)

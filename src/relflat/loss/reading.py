@@ -22,28 +22,20 @@ from relflat.capture.graph import KEEPING, MOVING, SELECTING, follow, operation
 from relflat.loss.known import KnownLoss, known_loss
 
 _REDUCTION = {1: "mean", 2: "sum"}
+_Found = tuple[Callable[..., Tensor], Tensor, Tensor, dict[str, Any], Call | None]
+"""Function, outputs, targets and options of a loss; the call that gave the outputs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a loss was computed from.
+    """What a loss was computed from."""
 
-    Attributes:
-        known: the loss of the logits, or of log-probabilities of which it is the same function, constants included.
-        call: the call of an output layer that gave the logits, if it is one of those asked about.
-    """
-
-    known: KnownLoss
-    call: Call | None
+    known: KnownLoss  # of the logits, or of log-probabilities, whose loss it is too; constants included
+    call: Call | None  # which gave the logits, if it is one of those asked about
 
 
 def read_loss(loss: Tensor, calls: Sequence[Call]) -> Reading | None:
-    """Read the graph of a scalar loss, before it is freed; None if the loss is not understood.
-
-    Args:
-        loss: the loss.
-        calls: recorded calls, among them perhaps that of the output layer.
-    """
+    """Read the graph of a scalar loss, before it is freed, by calls recorded; None if it is not understood."""
     if loss.numel() != 1 or not bool(torch.isfinite(loss.detach()).all()):
         return None
     node, constant = _without_constants(loss.grad_fn)
@@ -52,38 +44,35 @@ def read_loss(loss: Tensor, calls: Sequence[Call]) -> Reading | None:
         return None
     name = operation(node)
     if name in ("NllLoss", "NllLoss2D"):
-        reading = _cross_entropy(node, reduction, calls, float(loss.detach()) / constant)
+        found = _cross_entropy(node, reduction, calls, float(loss.detach()) / constant)
     else:
-        reading = _elementwise(node, reduction) if name in _ELEMENTWISE else None
-    return reading and Reading(reading.known.times(constant), reading.call)
+        found = _elementwise(node, reduction) if name in _ELEMENTWISE else None
+    if found is None:
+        return None
+    function, outputs, targets, options, call = found
+    known = known_loss(function, outputs, (targets,), options)
+    return None if known is None else Reading(known.times(constant), call)
 
 
 def _without_constants(node: Node | None) -> tuple[Any, float]:
     """The operation that made the loss, if it is clear, and the product of the constants that multiply it."""
     constant = 1.0
-    while node is not None:
-        kind = operation(node)
-        if kind in ("Mul", "Div"):
-            parents = [parent for parent, _ in node.next_functions]
-            side = 1 if parents[0] is None else 0
-            if (len(parents) > 1 and None not in parents) or (side == 1 and kind == "Div"):
+    while node is not None and (kind := operation(node)) in (*KEEPING, "Mul", "Div"):
+        side = 0
+        if kind not in KEEPING:
+            live = [i for i, (parent, _) in enumerate(node.next_functions) if parent is not None]
+            if live not in ([0], [1]) or (kind, live) == ("Div", [1]):
                 return None, constant
-            factor = getattr(node, "_saved_self" if side else "_saved_other", None)
+            (side,) = live
+            factor = getattr(node, ("_saved_other", "_saved_self")[side], None)
             if factor is None or (isinstance(factor, Tensor) and factor.numel() != 1):
                 return None, constant
             constant = constant * float(factor) if kind == "Mul" else constant / float(factor)
-            node = parents[side]
-        elif kind in KEEPING:
-            node = node.next_functions[0][0]
-        else:
-            break
+        node = node.next_functions[side][0]
     return node, constant
 
 
-# -- cross-entropy -------------------------------------------------------------------------------------------
-
-
-def _cross_entropy(node: Any, reduction: str, calls: Sequence[Call], value: float) -> Reading | None:
+def _cross_entropy(node: Any, reduction: str, calls: Sequence[Call], value: float) -> _Found | None:
     above = follow(node.next_functions[0][0], KEEPING)
     if above is None or operation(above) != "LogSoftmax":
         return None
@@ -98,18 +87,17 @@ def _cross_entropy(node: Any, reduction: str, calls: Sequence[Call], value: floa
     if not math.isclose(float(seen), value, rel_tol=1e-2 if seen.dtype.itemsize < 4 else 1e-4, abs_tol=1e-6):
         return None
     for call in calls:
-        last = dim in (-1, saved.ndim - 1)
-        rows = _rows_taken(call, above, log_p.detach(), classes_last=last)
+        rows = _rows_taken(call, above, log_p.detach(), classes_last=dim in (-1, saved.ndim - 1))
         if rows is not None:
             z = call.outputs_last()
             y = torch.full(z.shape[:-1], ignored, dtype=targets.dtype, device=targets.device)
             y.view(-1)[rows] = targets
-            return _reading(F.cross_entropy, z.movedim(-1, 1) if z.ndim > 1 else z, y, options, call)
+            return F.cross_entropy, z.movedim(-1, 1) if z.ndim > 1 else z, y, options, call
     outputs, y = log_p, targets  # log-probabilities are logits too, of the same probabilities
     samples = calls[0].samples if calls else 1
     if len(y) != samples and len(y) % samples == 0:
         outputs, y = log_p.unflatten(0, (samples, -1)).movedim(-1, 1), y.reshape(samples, -1)
-    return _reading(F.cross_entropy, outputs, y, options, None)
+    return F.cross_entropy, outputs, y, options, None
 
 
 def _rows_taken(
@@ -127,9 +115,8 @@ def _rows_taken(
         if follow(above, KEEPING + MOVING + SELECTING, until=end) is not end:
             return None
         ones = torch.ones_like(log_softmax._saved_result)
-        (marked,) = torch.autograd.grad(
-            (GradientEdge(above, index),), (call.edge,), (ones,), retain_graph=True
-        )
+        start = GradientEdge(above, index)
+        (marked,) = torch.autograd.grad((start,), (call.edge,), (ones,), retain_graph=True)
         mark = call.kind.outputs_last(call.module, marked).reshape(-1, log_p.shape[1])[:, 0]
         if bool((mark > 1).any()):
             return None
@@ -140,30 +127,17 @@ def _rows_taken(
     return rows if same else None
 
 
-# -- losses of one output each -------------------------------------------------------------------------------
-
 _ELEMENTWISE: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "BinaryCrossEntropyWithLogits": (F.binary_cross_entropy_with_logits, ("weight", "pos_weight")),
     "MseLoss": (F.mse_loss, ()),
 }
 
 
-def _elementwise(node: Any, reduction: str) -> Reading | None:
+def _elementwise(node: Any, reduction: str) -> _Found | None:
     function, names = _ELEMENTWISE[operation(node)]
     options = {"reduction": reduction} | {name: getattr(node, f"_saved_{name}") for name in names}
     outputs = node._saved_self
-    return _reading(function, outputs, node._saved_target, options, None) if outputs.requires_grad else None
-
-
-def _reading(
-    function: Callable[..., Tensor],
-    outputs: Tensor,
-    targets: Tensor,
-    options: dict[str, Any],
-    call: Call | None,
-) -> Reading | None:
-    known = known_loss(function, outputs, (targets,), options)
-    return None if known is None else Reading(known, call)
+    return (function, outputs, node._saved_target, options, None) if outputs.requires_grad else None
 
 
 def _signed(number: int) -> int:
