@@ -7,10 +7,8 @@ from pathlib import Path
 
 import torch
 
-_NOT_THE_USERS = (
-    *(f"{Path(str(m.__file__)).parent}/" for m in (sys.modules[__name__], torch)),
-    functools.__file__,
-)
+_FOLDERS = [f"{Path(str(file)).parent}/" for file in (__file__, torch.__file__)]
+_NOT_THE_USERS = (*_FOLDERS, functools.__file__)  # where a cached property is in between
 
 
 class RelflatError(Exception):
@@ -50,7 +48,7 @@ class RelflatWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Give a :class:`RelflatWarning` at the line of the user: the nearest not in this library or torch."""
+    """Give a :class:`RelflatWarning` at the line of the user: the nearest outside this library and torch."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         level, frame = level + 1, frame.f_back
