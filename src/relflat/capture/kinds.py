@@ -21,18 +21,6 @@ def as_rows(x: Float[Tensor, "... m"]) -> Float[Tensor, "n t m"]:
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
-def _dense_features(module: nn.Module, x: Float[Tensor, "... m"]) -> Float[Tensor, "n t 1 m"]:
-    return as_rows(x).unsqueeze(2)
-
-
-def _dense_project(module: nn.Module, x: Tensor, b: Float[Tensor, "n q m"]) -> Float[Tensor, "n t 1 q"]:
-    return (as_rows(x) @ b.mT).unsqueeze(2)
-
-
-def _same(module: nn.Module, z: Tensor) -> Tensor:
-    return z
-
-
 @dataclass(frozen=True)
 class Kind:
     """How a class of layer acts linearly; by default features and outputs are in the last dimension.
@@ -53,10 +41,10 @@ class Kind:
 
     matches: Callable[[nn.Module], bool]
     matrix: Callable[[Any, Tensor], Tensor]
-    features: Callable[[Any, Tensor], Tensor] = _dense_features
-    project: Callable[[Any, Tensor, Tensor], Tensor] = _dense_project
-    outputs_last: Callable[[Any, Tensor], Tensor] = _same
-    outputs_back: Callable[[Any, Tensor], Tensor] = _same
+    features: Callable[[Any, Tensor], Tensor] = lambda module, x: as_rows(x).unsqueeze(2)
+    project: Callable[[Any, Tensor, Tensor], Tensor] = lambda module, x, b: (as_rows(x) @ b.mT).unsqueeze(2)
+    outputs_last: Callable[[Any, Tensor], Tensor] = lambda module, z: z
+    outputs_back: Callable[[Any, Tensor], Tensor] = lambda module, z: z
     problem: Callable[[Any], str | None] = lambda module: None
 
 
@@ -70,7 +58,7 @@ def register(kind: Kind) -> Kind:
         >>> from torch import nn
         >>> class Transposed(nn.Module):
         ...     "A dense layer whose weight is stored as (m, d)."
-        >>> kind = Kind(lambda module: isinstance(module, Transposed), lambda module, weight: weight.mT)
+        >>> kind = Kind(lambda module: type(module).__name__ == "Transposed", lambda module, weight: weight.mT)
         >>> register(kind) is kind_of(Transposed())
         True
     """
@@ -148,7 +136,7 @@ def _embedding_features(module: nn.Embedding, ids: Tensor) -> Float[Tensor, "n t
     """One-hot rows; zero at the padding index, which the layer treats as a constant."""
     hot = F.one_hot(ids, module.num_embeddings).to(module.weight.dtype)
     hot = hot if module.padding_idx is None else hot * (ids != module.padding_idx)[..., None]
-    return _dense_features(module, hot)
+    return as_rows(hot).unsqueeze(2)
 
 
 def _embedding_project(module: nn.Embedding, ids: Tensor, b: Tensor) -> Float[Tensor, "n t 1 q"]:
