@@ -170,9 +170,7 @@ def feature_robustness(
         True
     """
     if not radius > 0 or draws < 1:
-        raise ConfigError(
-            f"radius={radius}, draws={draws}: a positive radius and at least one draw are needed"
-        )
+        raise ConfigError(f"radius={radius}, draws={draws}: a positive radius and at least one draw are needed")
     options = Options("hessian", measuring=True)
     totals, divisor = torch.zeros(draws, dtype=torch.float64), 0.0
     with measuring(model, loss_fn, data, layer, options, forward, device, seed) as measurement:
