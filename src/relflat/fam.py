@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -106,17 +106,8 @@ class FAM(nn.Module):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        self.options = Options(
-            curvature=curvature,
-            method=method,
-            probes=probes,
-            adaptive=adaptive,
-            normalize_features=normalize_features,
-            gradient=gradient,
-            radius=radius,
-            every=every,
-            layers_per_step=layers_per_step,
-        )
+        given = curvature, method, probes, adaptive, normalize_features, gradient, radius, every, layers_per_step
+        self.options = Options(*given)
         strength_at(strength, 0)
         self.loss_fn, self.step = loss_fn, 0
         self.strength = warmed_up(strength, warmup_steps) if warmup_steps else strength
@@ -146,13 +137,17 @@ class FAM(nn.Module):
             return
         if options.normalize_features or options.radius is not None:
             self._tap.must_have_features("normalize_features" if options.normalize_features else "radius=")
-        for name, target in self._tap.layers.items() if options.gradient == "weights" else ():
+        for name in self._frozen() if options.gradient == "weights" else ():
+            raise LayerError(
+                f"gradient='weights' reaches the weight of layer {name!r} only, and that is frozen "
+                "(requires_grad=False); unfreeze it or use gradient='full'"
+            )
+
+    def _frozen(self) -> Iterator[str]:
+        for name, target in self._tap.layers.items():
             parameters = [target] if isinstance(target, nn.Parameter) else list(target.parameters())
             if not any(p.requires_grad for p in parameters if p.ndim > 1):
-                raise LayerError(
-                    f"gradient='weights' reaches the weight of layer {name!r} only, and that is frozen "
-                    "(requires_grad=False); unfreeze it or use gradient='full'"
-                )
+                yield name
 
     def forward(self, outputs: Any, *targets: Any, **kwargs: Any) -> Tensor:
         """Task loss of ``outputs``, plus the penalty while the model trains.

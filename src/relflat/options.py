@@ -84,7 +84,11 @@ class Options:
             yield f"gradient={self.gradient!r}: finite differences have the full gradient only"
         if self.method == "finite_difference" and self.curvature != "hessian":
             yield "method='finite_difference' estimates the Hessian: add curvature='hessian'"
-        for name in ("gradient", "method", "layers_per_step") if self.radius is not None else ():
+        if self.radius is not None:
+            yield from self._wrong_with_radius()
+
+    def _wrong_with_radius(self) -> Iterator[str]:
+        for name in ("gradient", "method", "layers_per_step"):
             if getattr(self, name) != Options.__dataclass_fields__[name].default:
                 yield (
                     f"{name} has no meaning with radius={self.radius}, which moves all layers at once and needs no "

@@ -1,6 +1,6 @@
 """What the user may call a layer, and the modules or parameters it means."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -55,13 +55,17 @@ def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
         return {name: _target(model, name, parts[name])}
     if name == "output":
         return _possible_outputs(model, supported)
-    if any(c in name for c in "*?["):
-        matches = [n for n in supported if fnmatchcase(n, name)] or [n for n in others if fnmatchcase(n, name)]
+    if set(name) & set("*?["):
+        matches = _matching(name, supported) or _matching(name, others)
         if matches:
             return {n: _target(model, n, parts[n]) for n in matches}
     near = nearest(name, [*supported, *others])
     hint = f"did you mean {near}? " if near else ""
     raise LayerError(f"no layer named {name!r}; {hint}{_candidates(model)}")
+
+
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    return [n for n in names if fnmatchcase(n, pattern)]
 
 
 def _possible_outputs(model: nn.Module, supported: dict[str, nn.Module]) -> dict[str, Target]:

@@ -72,19 +72,27 @@ def known_loss(
     loss_fn: Callable[..., Any], outputs: Any, targets: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> KnownLoss | None:
     """What is known of ``loss_fn(outputs, *targets, **kwargs)``, a registered loss or a ``partial``; or None."""
-    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-        return None
-    if len(targets) != 1 or not isinstance(targets[0], Tensor) or targets[0].requires_grad:
+    if len(targets) != 1 or not _real(outputs) or not _constant(targets[0]):
         return None
     if isinstance(loss_fn, functools.partial) and not loss_fn.args:
         return known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
     for module, function, describe in _KNOWN:
         if isinstance(loss_fn, nn.Module) and type(loss_fn).forward is module.forward and not kwargs:
-            attributes, accepted = vars(loss_fn) | dict(loss_fn.named_buffers()), _parameters(function)
-            return describe(outputs, targets[0], **{k: v for k, v in attributes.items() if k in accepted})
+            attributes = vars(loss_fn) | dict(loss_fn.named_buffers())
+            return describe(
+                outputs, targets[0], **{k: attributes[k] for k in attributes.keys() & _parameters(function)}
+            )
         if loss_fn is function and not {"size_average", "reduce"} & set(kwargs):
             return describe(outputs, targets[0], **kwargs)
     return None
+
+
+def _real(outputs: Any) -> bool:
+    return isinstance(outputs, Tensor) and outputs.is_floating_point()
+
+
+def _constant(target: Any) -> bool:
+    return isinstance(target, Tensor) and not target.requires_grad
 
 
 @functools.cache

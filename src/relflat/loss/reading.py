@@ -106,25 +106,30 @@ def _rows_taken(
     """Which rows of the call's output the logits are, in order; None if they are not rows of it."""
     if call.edge is None or not call.untouched() or call.weight.shape[0] != log_p.shape[1]:
         return None
-    rows: Tensor | slice = slice(None)
-    (above, index), z, end = log_softmax.next_functions[0], call.outputs_last(), call.edge.node
+    rows: Tensor | slice | None = slice(None)
+    (above, _), z, end = log_softmax.next_functions[0], call.outputs_last(), call.edge.node
     if follow(above, KEEPING, until=end) is end:
         if classes_last and z is call.output and z.numel() == log_p.numel():
             return rows  # nothing but views in between: no need to compare
     elif follow(above, KEEPING + MOVING, until=end) is not end:
-        if follow(above, KEEPING + MOVING + SELECTING, until=end) is not end:
-            return None
-        ones = torch.ones_like(log_softmax._saved_result)
-        start = GradientEdge(above, index)
-        (marked,) = torch.autograd.grad((start,), (call.edge,), (ones,), retain_graph=True)
-        mark = call.kind.outputs_last(call.module, marked).reshape(-1, log_p.shape[1])[:, 0]
-        if bool((mark > 1).any()):
-            return None
-        rows = mark.nonzero()[:, 0]
+        selected = follow(above, KEEPING + MOVING + SELECTING, until=end) is end
+        rows = _rows_marked(call, log_softmax) if selected else None
+    return rows if rows is not None and _same_probabilities(z, rows, log_p) else None
+
+
+def _same_probabilities(z: Tensor, rows: Tensor | slice, log_p: Tensor) -> bool:
     with torch.no_grad():
         chosen = z.reshape(-1, z.shape[-1])[rows].to(log_p.dtype)
-        same = chosen.shape == log_p.shape and torch.allclose(chosen.log_softmax(-1), log_p, atol=1e-5)
-    return rows if same else None
+        return chosen.shape == log_p.shape and torch.allclose(chosen.log_softmax(-1), log_p, atol=1e-5)
+
+
+def _rows_marked(call: Call, log_softmax: Any) -> Tensor | None:
+    """Rows of the call's output that reach the softmax, as a gradient of ones comes back to them; None if twice."""
+    start, ones = GradientEdge(*log_softmax.next_functions[0]), torch.ones_like(log_softmax._saved_result)
+    assert call.edge is not None
+    (marked,) = torch.autograd.grad((start,), (call.edge,), (ones,), retain_graph=True)
+    mark = call.kind.outputs_last(call.module, marked).reshape(-1, call.weight.shape[0])[:, 0]
+    return None if bool((mark > 1).any()) else mark.nonzero()[:, 0]
 
 
 _ELEMENTWISE: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {

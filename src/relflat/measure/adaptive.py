@@ -3,11 +3,13 @@
 import functools
 import hashlib
 import math
+from collections.abc import Set as AbstractSet
 
 import torch
 
 from relflat.errors import ConfigError, DataError, NonFiniteError
 from relflat.estimate.scene import Scene
+from relflat.estimate.subject import Subject
 from relflat.measure.sums import Sum, Sums
 from relflat.measure.sweep import Measurement
 from relflat.measure.xtrace import Coordinates, Sketch
@@ -70,39 +72,22 @@ def _sketch(measurement: Measurement, name: str, coordinates: Coordinates, produ
 
 def _sweep(measurement: Measurement, sketches: dict[str, Sketch], products: int, first: Sums | None) -> Sums:
     """Make the products that the sketches ask for on the data of all ranks; the first sweep makes the sketches."""
-    settled = {name for name, s in sketches.items() if s.pending is None}
-    wanted = sketches.keys() - settled
+    wanted = {name for name, s in sketches.items() if s.pending is not None}
 
     def look(i: int, scene: Scene, factor: float, sums: Sums) -> None:
         for subject in measurement.estimator.subjects(scene, together=True):
-            if subject.layer in settled:
-                continue
-            product = functools.partial(subject.space.weight_product, subject.operator)
-            name, w = subject.layer, subject.space.weight.detach()
-            x = sums.layers[name]
+            name = subject.layer
             if name not in sketches:
-                x.coordinates = Coordinates(w, measurement.estimator.options.adaptive)
-                sketches[name] = _sketch(measurement, name, x.coordinates, products)
-            columns = sketches[name].pending
-            assert columns is not None
-            x.image = torch.zeros_like(columns) if x.image is None else x.image
-            sketches[name].coordinates.add_images(product, columns, x.image, factor)
-            sums.round_to(w.dtype)
-            if not bool(torch.isfinite(x.image).all()):
-                raise NonFiniteError(
-                    f"the curvature of layer {name!r} is not finite on a batch, though the loss is: check the "
-                    "weights and inputs, and the loss for what has no second derivative (a root or norm at 0)"
-                )
+                c = Coordinates(subject.space.weight.detach(), measurement.estimator.options.adaptive)
+                sums.layers[name].coordinates, sketches[name] = c, _sketch(measurement, name, c, products)
+            if sketches[name].pending is not None:
+                _add_images(sketches[name], subject, factor, sums)
 
     sums = measurement.sweep(look, products)
     images = {name: x.image for name, x in sums.layers.items() if x.image is not None}
     if first is not None:
         first.must_be_of_the_same(sums, "method='xtrace'")
-        for name in wanted ^ images.keys():
-            raise DataError(
-                f"layer {name!r} took part in one sweep over the data and not in another; give data and a model that "
-                "are the same every time, or use method='probe'"
-            )
+        _must_be_of(wanted, images.keys())
     for name in list(images):
         x = sums.layers[name]
         if name not in sketches:  # it took part on another rank only
@@ -111,3 +96,26 @@ def _sweep(measurement: Measurement, sketches: dict[str, Sketch], products: int,
         x.image = x.coordinates = None
         sketches[name].receive(images.pop(name).to(sketches[name].omega.device))
     return sums
+
+
+def _must_be_of(wanted: AbstractSet[str], found: AbstractSet[str]) -> None:
+    for name in wanted ^ found:
+        raise DataError(
+            f"layer {name!r} took part in one sweep over the data and not in another; give data and a model that "
+            "are the same every time, or use method='probe'"
+        )
+
+
+def _add_images(sketch: Sketch, subject: Subject, factor: float, sums: Sums) -> None:
+    """Add a batch's share of the images of all pending columns."""
+    x, columns = sums.layers[subject.layer], sketch.pending
+    assert columns is not None
+    x.image = torch.zeros_like(columns) if x.image is None else x.image
+    product = functools.partial(subject.space.weight_product, subject.operator)
+    sketch.coordinates.add_images(product, columns, x.image, factor)
+    sums.round_to(subject.space.weight.dtype)
+    if not bool(torch.isfinite(x.image).all()):
+        raise NonFiniteError(
+            f"the curvature of layer {subject.layer!r} is not finite on a batch, though the loss is: check the "
+            "weights and inputs, and the loss for what has no second derivative (a root or norm at 0)"
+        )

@@ -50,23 +50,20 @@ def relative_flatness_by_layer(
         >>> list(relative_flatness_by_layer(model, nn.CrossEntropyLoss(), data, layer=["0", "2"]))
         ['0', '2']
     """
+    xtrace = method == "xtrace"
     if rtol is not None and not rtol > 0:
         raise ConfigError(f"rtol={rtol}: a positive number is needed")
-    xtrace = method == "xtrace"
     if probes is None:
         probes = _DEFAULT_XTRACE if xtrace else _DEFAULT_PROBES
-    elif probes == 1 and rtol is not None and not xtrace:
-        probes = 2  # one has no error
+    if rtol is not None and not xtrace:
+        probes = 2 if probes == 1 else probes  # one has no error
+    repeated = "method='xtrace'" if xtrace else "rtol" if rtol is not None else None
     options = Options(
         curvature, method, probes, adaptive, normalize_features, measuring=True, trace=True, exact_up_to=EXACT_UP_TO
     )
     with measuring(model, loss_fn, data, layer, options, forward, device, seed, process_group) as measurement:
-        if rtol is not None or xtrace:
-            measurement.batches.must_be_repeatable("method='xtrace'" if xtrace else "rtol")
-        if normalize_features:
-            measurement.measure_scales()
-        sums = (by_xtrace if xtrace else by_probes)(measurement, rtol)
-        return sums.results(curvature)
+        measurement.prepare(repeated)
+        return (by_xtrace if xtrace else by_probes)(measurement, rtol).results(curvature)
 
 
 def _arguments_of(function: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:

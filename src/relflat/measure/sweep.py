@@ -177,6 +177,13 @@ class Measurement:
 
     # -- features --------------------------------------------------------------------------------------------
 
+    def prepare(self, repeated: str | None) -> None:
+        """Refuse data that can be gone over only once where something needs more; measure feature scales."""
+        if repeated is not None:
+            self.batches.must_be_repeatable(repeated)
+        if self.estimator.options.normalize_features:
+            self.measure_scales()
+
     def measure_scales(self) -> None:
         """Standard deviation of features over the data, by one extra pass; 0 for those that never vary."""
         self.batches.must_be_repeatable("normalize_features")
