@@ -79,11 +79,8 @@ def error_curves(summary: Summary, split: str, title: str, seconds: Mapping[str,
 @register
 def kappa_by_epoch(summary: Summary) -> Figure:
     """How flatness develops."""
-    return Figure(
-        "Kappa by epoch",
-        curves(summary.tested, "kappa", "kappa"),
-        "Relative flatness of the task's layer on the training data.",
-    )
+    caption = "Relative flatness of the task's layer on the training data."
+    return Figure("Kappa by epoch", curves(summary.tested, "kappa", "kappa"), caption)
 
 
 @register
@@ -128,11 +125,8 @@ def validation_by_setting(summary: Summary) -> Figure:
         points(groups, ("place in the arm's grid", f"validation {error}, %"), joined=True)(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return Figure(
-        f"Validation {error} by setting",
-        paint,
-        "Mean over the search seeds, from the first value of each arm's grid to the last.",
-    )
+    caption = "Mean over the search seeds, from the first value of each arm's grid to the last."
+    return Figure(f"Validation {error} by setting", paint, caption)
 
 
 @register
@@ -147,11 +141,8 @@ def calibration(summary: Summary) -> Figure | None:
         axes.plot([0, 1], [0, 1], color=PALETTE["lines"][0], linewidth=1)
         points(groups, ("confidence", "share that is right, test"), joined=True)(axes)
 
-    return Figure(
-        "Calibration on test data",
-        paint,
-        "Above the line: right more often than the network believes. All tested runs together.",
-    )
+    caption = "Above the line: right more often than the network believes. All tested runs together."
+    return Figure("Calibration on test data", paint, caption)
 
 
 def kappas(groups: Mapping[str, Sequence[Trial]], other: Callable[[Mapping[str, Any]], float]) -> dict[str, Pairs]:

@@ -72,13 +72,12 @@ def tried(summary: Summary) -> Table:
     titles = {arm.name: named(arm.title, arm.name) for arm in comparison.plan.arms}
     rows = [
         (
-            titles[candidate.arm],
-            f"{candidate.diverged} diverged" if candidate.diverged else f"{100 * candidate.score:.2f}",
-            finite(candidate.loss, ".3f"),
-            settings_text(candidate.settings)
-            + (" ← chosen" if candidate is comparison.chosen[candidate.arm] else ""),
+            titles[each.arm],
+            f"{each.diverged} diverged" if each.diverged else f"{100 * each.score:.2f}",
+            finite(each.loss, ".3f"),
+            settings_text(each.settings) + (" ← chosen" if each is comparison.chosen[each.arm] else ""),
         )
-        for candidate in comparison.candidates
+        for each in comparison.candidates
     ]
     headings = ("arm", f"validation {summary.metric.title}, %", "validation loss", "settings")
     return Table("What was tried", headings, rows)
