@@ -82,7 +82,7 @@ def serve() -> None:
     """Fork for each request."""
     import relflat.cli.main
     import relflat.lab.compare.study
-    import relflat.lab.report.terminal  # noqa: F401
+    import relflat.lab.report.report  # noqa: F401
 
     print("ready", flush=True)
     for line in sys.stdin:

@@ -21,10 +21,9 @@ from relflat.lab.compare.statistics import Difference
 from relflat.lab.report import document, drawing, figures
 from relflat.lab.report.figures import merged_bins
 from relflat.lab.report.formats import named, number, percent
-from relflat.lab.report.report import files
+from relflat.lab.report.report import files, show
 from relflat.lab.report.summary import Summary
 from relflat.lab.report.summary import score_differences as compared
-from relflat.lab.report.terminal import show
 from relflat.lab.report.verdict import at_the_edge, findings, verdict
 from relflat.lab.train import store
 from relflat.lab.train.environment import describe
@@ -239,7 +238,7 @@ def test_the_page_escapes_whatever_it_shows():
     figure = document.Figure(text, lambda axes: axes.set_title(text), text)
     section = document.Section(text, text, [text], table, [figure])
     environment = describe() | {"processor": text}
-    found = document.page(document.Document(text, text, [section, section], environment, text))
+    found = document.Document(text, text, [section, section], environment, text).files()["report.html"]
     assert "<b>" not in found
     assert found.count("&lt;b&gt;&amp;") == 5 + 2 * 10  # of the page, and of each section
 

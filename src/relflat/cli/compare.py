@@ -57,8 +57,8 @@ def compare(
         json: print one JSON object.
     """
     from relflat.lab.compare import study
+    from relflat.lab.report.report import show
     from relflat.lab.report.summary import Summary
-    from relflat.lab.report.terminal import show
     from relflat.lab.train import store
 
     plan = study.plan_for(task, arms, budget, **common)
@@ -91,8 +91,8 @@ def report(
         json: print one JSON object.
     """
     from relflat.lab.compare import study
+    from relflat.lab.report.report import show
     from relflat.lab.report.summary import Summary
-    from relflat.lab.report.terminal import show
     from relflat.lab.train import store
 
     comparison = study.rebuild(folder)

@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from relflat.lab.report.drawing import PALETTE, Paint, draw, inline
+
+TEMPLATES = Environment(
+    loader=PackageLoader("relflat.lab.report"),
+    autoescape=select_autoescape(),  # whatever a page shows; Markdown stays as it is
+    trim_blocks=True,
+    undefined=StrictUndefined,
+)
+TEMPLATES.filters["inline"] = inline
 
 
 @dataclass(frozen=True)
@@ -75,37 +83,7 @@ class Document:
         )
 
     def files(self) -> dict[str, str]:
-        """The text of each of its files, by name."""
-        figures = [figure for section in self.sections for figure in section.figures]
-        texts = {"report.html": page(self), "report.md": markdown(self)}
-        return texts | {figure.file: figure.svg for figure in figures}
-
-
-LOADER = PackageLoader("relflat.lab.report")
-TEMPLATES = Environment(loader=LOADER, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-TEMPLATES.filters["inline"] = inline
-
-
-def page(document: Document) -> str:
-    """The report as one HTML file that needs no network; the template escapes whatever it shows."""
-    return TEMPLATES.get_template("report.html").render(document=document, palette=PALETTE)
-
-
-def markdown(document: Document) -> str:
-    """The report in Markdown; its figures are files beside it."""
-    parts = [f"# {document.title}", document.lead]
-    for section in document.sections:
-        parts += [f"## {section.heading}", section.text, "\n".join(f"- {item}" for item in section.items)]
-        if section.table:
-            parts += [markdown_table(section.table), section.table.note]
-        for figure in section.figures:
-            parts += [f"![{figure.title}]({figure.file})", f"**{figure.title}.** {figure.caption}"]
-    command = f"`{document.command}`. " if document.command else ""
-    parts += ["## Where", command + document.where]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def markdown_table(table: Table) -> str:
-    """A table in Markdown; bars inside cells are escaped."""
-    lines = [table.headings, ["---"] * len(table.headings), *table.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+        """The text of each of its files, by name; none needs a network."""
+        forms = {name: TEMPLATES.get_template(name) for name in ("report.html", "report.md")}
+        texts = {name: form.render(document=self, palette=PALETTE) for name, form in forms.items()}
+        return texts | {figure.file: figure.svg for section in self.sections for figure in section.figures}

@@ -8,7 +8,9 @@ figures are small on purpose: a phone shows them at full size.
 import io
 import math
 import re
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import matplotlib
@@ -25,54 +27,20 @@ if TYPE_CHECKING:  # else a circle: trials import tasks, those import papers, an
 T = TypeVar("T")
 Paint = Callable[[Axes], None]
 
-# Colours in light and in dark mode. c0 to c5, the arms', start from the palette of Okabe and Ito (2008),
-# https://jfly.uni-koeln.de/color/: under each kind of colour blindness (as simulated by Machado et al., 2009) any two
-# are at least 17 apart in CIELAB, and each has a contrast of 3:1 or more with the page.
-PALETTE = {
-    "paper": ("#ffffff", "#15171a"),
-    "ink": ("#1c1e21", "#e6e8eb"),
-    "lines": ("#c9ced4", "#454b53"),
-    "quiet": ("#5b626b", "#a2a9b2"),
-    "box": ("#f3f5f7", "#1f2327"),
-    "c0": ("#4d5661", "#e0e4e8"),
-    "c1": ("#d55e00", "#f0803c"),
-    "c2": ("#0072b2", "#3f9be8"),
-    "c3": ("#009e73", "#2fc79a"),
-    "c4": ("#d070a8", "#e078b8"),
-    "c5": ("#7a4a00", "#f0e442"),
-}
-PAPER, INK, LINES, _, _, *COLOURS = (light for light, dark in PALETTE.values())
+SHEET: dict[str, Any] = tomllib.loads(Path(__file__).with_name("style.toml").read_text())
+PALETTE: Mapping[str, tuple[str, str]] = SHEET["palette"]
+STYLE = SHEET["matplotlib"] | {key: PALETTE[name][0] for key, name in SHEET["colours"].items()}
+COLOURS = [PALETTE[f"c{place}"][0] for place in range(6)]
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":")
-TEXT = 9.5  # points
+TEXT = STYLE["font.size"]  # points
 WIDTH, HEIGHT, ROW = 4.7, 3.4, 0.19  # of a figure, and of a further row of its legend; inches
 LEGEND = 290  # width for the legend, points: what the numbers beside the axes leave
-
-STYLE = {
-    "svg.fonttype": "none",
-    "font.size": TEXT,
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
-    "figure.facecolor": PAPER,
-    "axes.facecolor": "none",
-    "axes.edgecolor": LINES,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": LINES,
-    "grid.linewidth": 0.5,
-    "grid.alpha": 0.6,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("xtick.minor.size", "ytick.minor.size"), 0),
-    "legend.frameon": False,
-    "legend.fontsize": TEXT,
-}
 
 
 def draw(paint: Paint, label: str) -> str:
     """Let ``paint`` fill one pair of axes, and return the SVG file; the same drawing and label give the same text."""
-    style: Any = STYLE | {"svg.hashsalt": label}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": label}):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         paint(axes)
@@ -94,11 +62,6 @@ def inline(svg: str, label: str) -> Markup:
     return Markup('<svg role="img" aria-label="{}"').format(label) + Markup(f"{start[4:]}>{rest}")
 
 
-def look(place: int) -> dict[str, Any]:
-    """Colour of the arm at this place, as a keyword argument of matplotlib."""
-    return {"color": COLOURS[place % len(COLOURS)]}
-
-
 def dashes(place: int) -> str:
     """Line style of the arm at this place: arms of the same colour differ in it."""
     return DASHES[place // len(COLOURS) % len(DASHES)]
@@ -106,9 +69,9 @@ def dashes(place: int) -> str:
 
 def marks(place: int) -> dict[str, Any]:
     """Marker of the arm at this place, as arguments of ``plot``: arms of one colour differ in shape and filling."""
-    turn = place // len(COLOURS)
+    turn, colour = divmod(place, len(COLOURS))
     hollow = {"markerfacecolor": "none"} if turn % 2 else {"markeredgewidth": 0}
-    return {"marker": MARKERS[(place + turn) % len(MARKERS)], **hollow, **look(place)}
+    return {"marker": MARKERS[(place + turn) % len(MARKERS)], **hollow, "color": COLOURS[colour]}
 
 
 def cloud(axes: Axes, across: Sequence[float], up: Sequence[float], place: int, label: str, line: str = "") -> None:
@@ -129,7 +92,11 @@ def points(
         for place, (title, (across, up)) in enumerate(groups.items()):
             if len(across):
                 cloud(axes, across, up, place, title, dashes(place) if joined else "")
-        finish(axes, labels, ("x", "y") if log else ())
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        if log:
+            log_if_wide(axes, "x")
+            log_if_wide(axes, "y")
+        legend(axes)
 
     return paint
 
@@ -148,14 +115,9 @@ def curves(
     error: bool = False,
     seconds: Mapping[str, float] | None = None,
 ) -> Paint:
-    """Paint one number of the metrics by epoch or by time: mean over the seeds, band from lowest to highest.
+    """Paint one number of the metrics by epoch: mean over the seeds, band from lowest to highest.
 
-    Args:
-        groups: the tested runs of each arm, by title.
-        key: name in the metrics.
-        label: of the axis.
-        error: show ``1 - value`` in percent.
-        seconds: of a step of each arm; if given, the horizontal axis is training time.
+    With ``error`` it is ``1 - value`` in percent; with the seconds of a step of each arm it is by training time.
     """
 
     def paint(axes: Axes) -> None:
@@ -165,27 +127,17 @@ def curves(
                 continue
             # files keep a number that was not finite as null; float makes it nan
             values = np.array([[record[key] for record in run] for run in runs], float)
-            values = error_of(values) if error else values
+            values = 100 * (1 - values) if error else values
             across = [record["epoch"] if seconds is None else record["steps"] * seconds[title] for record in runs[0]]
-            axes.plot(across, values.mean(0), label=title, linestyle=dashes(place), **look(place))
-            axes.fill_between(across, values.min(0), values.max(0), alpha=0.15, linewidth=0, **look(place))
+            colour = COLOURS[place % len(COLOURS)]
+            axes.plot(across, values.mean(0), label=title, linestyle=dashes(place), color=colour)
+            axes.fill_between(across, values.min(0), values.max(0), alpha=0.15, linewidth=0, color=colour)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=seconds is None, steps=(1, 2, 5, 10)))
-        finish(axes, ("epoch" if seconds is None else "training time, s", label), ("y",))
+        axes.set(xlabel="epoch" if seconds is None else "training time, s", ylabel=label)
+        log_if_wide(axes, "y")
+        legend(axes)
 
     return paint
-
-
-def error_of(score: Any) -> Any:
-    """What a score, or an array of them, is short of 1, in percent."""
-    return 100 * (1 - score)
-
-
-def finish(axes: Axes, labels: tuple[str, str], log: Sequence[Literal["x", "y"]] = ()) -> None:
-    """Name both axes, add the legend, and make the axes named in ``log`` logarithmic where that helps."""
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    for which in log:
-        log_if_wide(axes, which)
-    legend(axes)
 
 
 def legend(axes: Axes) -> None:
@@ -193,7 +145,10 @@ def legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         return
-    columns = columns_for(labels)
+    widths = [TextPath((0, 0), label, size=TEXT).get_extents().width + 3.2 * TEXT for label in labels]
+    columns = len(labels)
+    while columns > 1 and sum(max(widths[column::columns]) for column in range(columns)) > LEGEND:
+        columns -= 1
     # matplotlib fills a legend column by column
     by_column = [place for column in range(columns) for place in range(column, len(labels), columns)]
     axes.legend(
@@ -210,17 +165,6 @@ def legend(axes: Axes) -> None:
     figure = axes.figure
     assert isinstance(figure, Figure)
     figure.set_figheight(HEIGHT + ROW * (math.ceil(len(labels) / columns) - 1))
-
-
-def columns_for(labels: Sequence[str]) -> int:
-    """How many columns of a legend fit beside each other; one at the least."""
-    widths = [TextPath((0, 0), label, size=TEXT).get_extents().width + 3.2 * TEXT for label in labels]
-    fitting = (
-        columns
-        for columns in range(len(labels), 1, -1)
-        if sum(max(widths[column::columns]) for column in range(columns)) <= LEGEND
-    )
-    return next(fitting, 1)
 
 
 def log_if_wide(axes: Axes, which: Literal["x", "y"]) -> None:

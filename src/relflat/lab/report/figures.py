@@ -6,7 +6,6 @@ where there is nothing to draw. The report shows the figures in the order of thi
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,9 @@ from scipy.stats import kendalltau
 
 from relflat.lab.compare.trials import Trial
 from relflat.lab.report.document import Figure
-from relflat.lab.report.drawing import LINES, Paint, curves, error_of, points
+from relflat.lab.report.drawing import PALETTE, Paint, curves, points
 from relflat.lab.report.summary import Summary
 
-Bin = tuple[float, float, float]  # share of the samples, confidence, accuracy
 Pairs = tuple[list[float], list[float]]
 Make = Callable[[Summary], Figure | None]
 FIGURES: list[Make] = []
@@ -81,18 +79,15 @@ def error_curves(summary: Summary, split: str, title: str, seconds: Mapping[str,
 @register
 def kappa_by_epoch(summary: Summary) -> Figure:
     """How flatness develops."""
-    return Figure(
-        "Kappa by epoch",
-        curves(summary.tested, "kappa", "kappa"),
-        "Relative flatness of the task's layer on the training data.",
-    )
+    caption = "Relative flatness of the task's layer on the training data."
+    return Figure("Kappa by epoch", curves(summary.tested, "kappa", "kappa"), caption)
 
 
 @register
 def kappa_against_test(summary: Summary) -> Figure:
     """Whether flatter runs are better."""
     error, metric = summary.metric.error, summary.metric.name
-    found = kappas(summary.tested, lambda result: error_of(result["test"][metric]))
+    found = kappas(summary.tested, lambda result: 100 * (1 - result["test"][metric]))
     return Figure(
         f"Kappa against test {error}",
         points(found, ("kappa, training data", f"test {error}, %"), log=True),
@@ -103,15 +98,18 @@ def kappa_against_test(summary: Summary) -> Figure:
 @register
 def kappa_against_gap(summary: Summary) -> Figure:
     """Whether flatter trials of the search generalise better, and their rank correlation."""
-    arms, candidates = summary.comparison.plan.arms, summary.comparison.candidates
-    searched = {
-        arm.title: [trial for found in candidates if found.arm == arm.name for trial in found.trials] for arm in arms
-    }
+    searched = {title: [trial for each in tried for trial in each.trials] for title, tried in summary.tried.items()}
     found = kappas(searched, lambda result: result["validation"]["loss"] - result["train"]["loss"])
+    one, other = ([value for pairs in found.values() for value in pairs[k]] for k in (0, 1))
+    # Ranks, as Jiang et al. (2020, https://arxiv.org/abs/1912.02178) compare measures with the gap: kappa spans
+    # orders of magnitude, and nothing says that the gap grows linearly with it.
+    tau = kendalltau(one, other).statistic if len(one) > 2 else math.nan
+    known = math.isfinite(tau)  # not where all values of one are the same
+    correlation = f" Rank correlation (Kendall's tau) {tau:+.2f} over {len(one)} trials." if known else ""
     return Figure(
         "Kappa against generalisation gap",
         points(found, ("kappa, training data", "validation loss − training loss"), log=True),
-        f"Each point is one trial of the search.{rank_correlation(found)}",
+        f"Each point is one trial of the search.{correlation}",
     )
 
 
@@ -119,20 +117,16 @@ def kappa_against_gap(summary: Summary) -> Figure:
 def validation_by_setting(summary: Summary) -> Figure:
     """What the search saw."""
     error, groups = summary.metric.error, {}
-    for arm in summary.comparison.plan.arms:
-        tried = [found for found in summary.comparison.candidates if found.arm == arm.name]
-        errors = [math.nan if found.diverged else error_of(found.score) for found in tried]
-        groups[arm.title] = ([] if all(map(math.isnan, errors)) else range(1, len(errors) + 1), errors)
+    for title, tried in summary.tried.items():
+        errors = [math.nan if each.diverged else 100 * (1 - each.score) for each in tried]
+        groups[title] = ([] if all(map(math.isnan, errors)) else range(1, len(errors) + 1), errors)
 
     def paint(axes: Axes) -> None:
         points(groups, ("place in the arm's grid", f"validation {error}, %"), joined=True)(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return Figure(
-        f"Validation {error} by setting",
-        paint,
-        "Mean over the search seeds, from the first value of each arm's grid to the last.",
-    )
+    caption = "Mean over the search seeds, from the first value of each arm's grid to the last."
+    return Figure(f"Validation {error} by setting", paint, caption)
 
 
 @register
@@ -144,14 +138,11 @@ def calibration(summary: Summary) -> Figure | None:
     groups = {title: ([x for _, x, _ in own], [y for _, _, y in own]) for title, own in bins.items()}
 
     def paint(axes: Axes) -> None:
-        axes.plot([0, 1], [0, 1], color=LINES, linewidth=1)
+        axes.plot([0, 1], [0, 1], color=PALETTE["lines"][0], linewidth=1)
         points(groups, ("confidence", "share that is right, test"), joined=True)(axes)
 
-    return Figure(
-        "Calibration on test data",
-        paint,
-        "Above the line: right more often than the network believes. All tested runs together.",
-    )
+    caption = "Above the line: right more often than the network believes. All tested runs together."
+    return Figure("Calibration on test data", paint, caption)
 
 
 def kappas(groups: Mapping[str, Sequence[Trial]], other: Callable[[Mapping[str, Any]], float]) -> dict[str, Pairs]:
@@ -163,29 +154,10 @@ def kappas(groups: Mapping[str, Sequence[Trial]], other: Callable[[Mapping[str, 
     }
 
 
-def rank_correlation(groups: Mapping[str, Pairs]) -> str:
-    """Kendall's tau of two numbers over all arms together; nothing where there is none.
-
-    Ranks, as Jiang et al. (2020, https://arxiv.org/abs/1912.02178) compare measures with the gap: kappa spans orders
-    of magnitude, and nothing says that the gap grows linearly with it.
-    """
-    one, other = ([value for pairs in groups.values() for value in pairs[k]] for k in (0, 1))
-    tau = kendalltau(one, other).statistic if len(one) > 2 else math.nan
-    if not math.isfinite(tau):  # all values of one are the same
-        return ""
-    return f" Rank correlation (Kendall's tau) {tau:+.2f} over {len(one)} trials."
-
-
-def merged_bins(trials: Sequence[Trial]) -> list[Bin]:
-    """Calibration bins of several runs' test splits as one: by tenths of confidence."""
-
-    def tenth(one: Bin) -> int:
-        return min(9, int(10 * one[1]))
-
-    bins = [one for trial in trials if trial.finished for one in trial.result["test"].get("bins", ())]
-    merged = []
-    for _, group in groupby(sorted(bins, key=tenth), tenth):
-        shares, confidences, rights = np.array(list(group)).T
-        confidence, right = (np.average(values, weights=shares) for values in (confidences, rights))
-        merged.append((shares.sum(), confidence, right))
-    return merged
+def merged_bins(trials: Sequence[Trial]) -> list[tuple[float, float, float]]:
+    """Share of the samples, confidence and accuracy of several runs' test splits, by tenths of confidence."""
+    found = [one for trial in trials if trial.finished for one in trial.result["test"].get("bins", ())]
+    bins = np.reshape(found, (-1, 3))
+    tenths = np.minimum(9, np.floor(10 * bins[:, 1]))
+    groups = [bins[tenths == tenth] for tenth in np.unique(tenths)]
+    return [(own[:, 0].sum(), *np.average(own[:, 1:], axis=0, weights=own[:, 0])) for own in groups]

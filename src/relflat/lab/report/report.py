@@ -1,26 +1,30 @@
-"""The report of a comparison: verdict, table, figures, and what was tried on what."""
+"""The report of a comparison, as files and on a terminal: verdict, table, figures, and what was tried on what."""
 
+import csv
+import io
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import rich.table
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+
+from relflat.lab import jsonable
 from relflat.lab.report.document import Document, Section, Table
-from relflat.lab.report.export import comma_separated, latex
 from relflat.lab.report.figures import figures
 from relflat.lab.report.formats import finite, named, settings_text
 from relflat.lab.report.summary import Summary, table
 from relflat.lab.report.verdict import findings
 from relflat.lab.tasks.catalogue import title_of
 
+PAIRS = ("score", "loss", "ece", "equal_time", "kappa", "kappa_before", "confidence", "weight_norm")
+SPECIAL = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "–": "--", "kappa": r"$\kappa$"}
+
 
 def files(summary: Summary, environment: Mapping[str, Any], notes: str) -> dict[str, str]:
-    """The text of each file of the report, by name."""
-    tables = {"report.csv": comma_separated(summary), "report.tex": latex(table(summary, "p"))}
-    return document(summary, environment, notes).files() | tables
-
-
-def document(summary: Summary, environment: Mapping[str, Any], notes: str) -> Document:
-    """The report as data; ``notes`` say in a sentence or two what was run."""
+    """The text of each file of the report, by name; ``notes`` say in a sentence or two what was run."""
     sections = [
         Section("Verdict", items=findings(summary)),
         Section("Results", table=replace(table(summary), note=reading(summary))),
@@ -28,7 +32,8 @@ def document(summary: Summary, environment: Mapping[str, Any], notes: str) -> Do
         Section("What was tried", protocol(summary), table=tried(summary)),
     ]
     title = f"Does flatness-aware training help on {title_of(summary.comparison.plan.task)}?"
-    return Document(title, notes, sections, environment)
+    tables = {"report.csv": comma_separated(summary), "report.tex": latex(table(summary, "p"))}
+    return Document(title, notes, sections, environment).files() | tables
 
 
 def reading(summary: Summary) -> str:
@@ -67,13 +72,60 @@ def tried(summary: Summary) -> Table:
     titles = {arm.name: named(arm.title, arm.name) for arm in comparison.plan.arms}
     rows = [
         (
-            titles[candidate.arm],
-            f"{candidate.diverged} diverged" if candidate.diverged else f"{100 * candidate.score:.2f}",
-            finite(candidate.loss, ".3f"),
-            settings_text(candidate.settings)
-            + (" ← chosen" if candidate is comparison.chosen[candidate.arm] else ""),
+            titles[each.arm],
+            f"{each.diverged} diverged" if each.diverged else f"{100 * each.score:.2f}",
+            finite(each.loss, ".3f"),
+            settings_text(each.settings) + (" ← chosen" if each is comparison.chosen[each.arm] else ""),
         )
-        for candidate in comparison.candidates
+        for each in comparison.candidates
     ]
     headings = ("arm", f"validation {summary.metric.title}, %", "validation loss", "settings")
     return Table("What was tried", headings, rows)
+
+
+def comma_separated(summary: Summary) -> str:
+    """The table as CSV with all digits: a mean and a deviation of each number, nothing where there is none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [summary.metric.name if name == "score" else name for name in PAIRS]
+    titles = [f"{name}_{part}" for name in names for part in ("mean", "sd")]
+    writer.writerow(["arm", "n", "diverged", *titles, "seconds_per_step", "step_ratio", "settings"])
+    for line in summary.rows:
+        numbers = jsonable.finite([value for name in PAIRS for value in getattr(line, name)])
+        settings = " ".join(f"{key}={value}" for key, value in line.settings.items())
+        cost = (line.cost.seconds, line.cost.ratio)
+        writer.writerow([line.arm, line.n, line.diverged, *numbers, *cost, settings])
+    return text.getvalue()
+
+
+def latex(table: Table) -> str:
+    """A table for a paper; needs the package booktabs."""
+    head, *body = [" & ".join(map(latex_text, line)) + r" \\" for line in (table.headings, *table.rows)]
+    start = rf"\begin{{tabular}}{{l{'r' * (len(table.headings) - 1)}}}"
+    return "\n".join([start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def latex_text(text: str) -> str:
+    """Escape what LaTeX reads as a command."""
+    for plain, command in SPECIAL.items():
+        text = text.replace(plain, command)
+    return text
+
+
+def show(summary: Summary, console: Console) -> None:
+    """Print the table, the chosen settings and the verdict, for 80 columns."""
+    plan, shown = summary.comparison.plan, table(summary, "t")
+    noise = plan.common.get("label_noise")
+    what = escape(title_of(plan.task)) + (f", {100 * noise:g} % label noise" if noise else "")
+    what += ": mean ± sd over n seeds" + ("; n = 1: no spread" if len(plan.seeds) == 1 else "")
+    grid = rich.table.Table(*shown.headings, title=what, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for cells in shown.rows:
+        grid.add_row(*cells)
+    console.print(grid)
+    names = [named(line.title, line.arm) for line in summary.rows]
+    width = max(map(len, names))
+    console.print("chosen on validation data:")
+    for name, line in zip(names, summary.rows, strict=True):
+        console.print(f"  {name:<{width}}  {settings_text(line.settings)}", highlight=False)
+    for text in findings(summary):
+        console.print(f"- {text}", highlight=False)

@@ -1,13 +1,13 @@
 """The numbers of a comparison that its report shows: a row for each arm, and the differences between them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from relflat.lab.compare.arms import Arm, Values
-from relflat.lab.compare.search import Comparison
+from relflat.lab.compare.search import Candidate, Comparison
 from relflat.lab.compare.statistics import Difference, differences, mean_sd
 from relflat.lab.compare.trials import Trial
 from relflat.lab.report.document import Table
@@ -70,6 +70,12 @@ class Summary:
         """Of all tested runs that finished."""
         return [trial.result for trials in self.tested.values() for trial in trials if trial.finished]
 
+    @property
+    def tried(self) -> dict[str, list[Candidate]]:
+        """The settings that were tried for each arm, by title."""
+        arms, candidates = self.comparison.plan.arms, self.comparison.candidates
+        return {arm.title: [each for each in candidates if each.arm == arm.name] for arm in arms}
+
 
 def metric_of(comparison: Comparison) -> Metric:
     """What the comparison's task is judged by."""
@@ -117,10 +123,9 @@ def at_equal_time(trial: Trial, cost: StepCost, metric: str) -> float:
 
     A ratio within the noise of timing, below 1.1, counts as 1.
     """
-    history = trial.history
     share = 1.0 if cost.ratio < 1.1 else 1 / cost.ratio
-    last = max(1, int(share * len(history) + 1e-9))
-    return float(history[last - 1][f"validation_{metric}"])
+    last = max(1, int(share * len(trial.history) + 1e-9))
+    return float(trial.history[last - 1][f"validation_{metric}"])
 
 
 def score_differences(comparison: Comparison) -> list[Difference]:
@@ -134,51 +139,38 @@ def score_differences(comparison: Comparison) -> list[Difference]:
     return differences({arm.title: own for arm, own in zip(comparison.plan.arms, scores, strict=True)})
 
 
-# Heading; the narrower tables that have the column too: "t" the terminal's, "p" a paper's; an arm's text in it.
-Column = tuple[str, str, Callable[[Row], str]]
-
-
 def table(summary: Summary, where: str = "") -> Table:
-    """The arms' table: all of its columns, or those of a narrower one."""
-    shown = [column for column in columns(summary) if where in column[1]]
-    cells = [[text(line) for _, _, text in shown] for line in summary.rows]
-    return Table("Results", [heading for heading, _, _ in shown], cells)
-
-
-def columns(summary: Summary) -> list[Column]:
-    """All columns of the table but those of numbers that the task does not have."""
-    title = summary.metric.title
+    """The arms' table: all columns or those of a narrower one, without numbers that the task does not have."""
     done = summary.results
-    shifts = dict.fromkeys(name for line in summary.rows for name in line.shifts)
-    against = {pair.second: pair for pair in summary.differences}
     absent = {"ECE, %", "confidence"} if done and "ece" not in done[0]["test"] else set()
     if not any("kappa_before" in result for result in done):
         absent.add("kappa before")
-
-    found: list[Column] = [
-        ("arm", "tp", lambda line: line.title),
-        (f"test {title}, %", "tp", lambda line: percent(line.score)),
-        ("difference, points", "p", lambda line: points(against.get(line.title))),
-        ("n", "tp", runs),
-        ("test loss", "p", lambda line: number(line.loss)),
-        *((f"on {name}, %", "p", partial(shifted, name)) for name in shifts),
-        ("ECE, %", "p", lambda line: percent(line.ece)),
-        ("validation at equal time, %", "", lambda line: percent(line.equal_time)),
-        ("kappa", "tp", lambda line: number(line.kappa)),
-        ("kappa before", "", lambda line: number(line.kappa_before)),
-        ("confidence", "t", lambda line: number(line.confidence)),
-        ("||W||", "t", lambda line: number(line.weight_norm)),
-        ("step", "tp", lambda line: f"{line.cost.ratio:.2f}x"),
-        ("chosen on validation", "", lambda line: settings_text(line.settings)),
+    lines = [
+        [cell for cell in cells(summary, line) if where in cell[1] and cell[0] not in absent] for line in summary.rows
     ]
-    return [column for column in found if column[0] not in absent]
+    headings, _, _ = zip(*lines[0], strict=True)
+    return Table("Results", headings, [[text for _, _, text in line] for line in lines])
 
 
-def runs(line: Row) -> str:
-    """How many tested runs finished, and how many did not."""
-    return str(line.n) + (f" (+{line.diverged} diverged)" if line.diverged else "")
-
-
-def shifted(name: str, line: Row) -> str:
-    """The metric on a further test set."""
-    return percent(line.shifts[name]) if name in line.shifts else ""
+def cells(summary: Summary, line: Row) -> list[tuple[str, str, str]]:
+    """A row of the table: heading, "t" and "p" where the terminal's and a paper's table have it too, and the text."""
+    title = summary.metric.title
+    shifts = dict.fromkeys(name for row in summary.rows for name in row.shifts)
+    against = {pair.second: points(pair) for pair in summary.differences}
+    lost = f" (+{line.diverged} diverged)" if line.diverged else ""
+    return [
+        ("arm", "tp", line.title),
+        (f"test {title}, %", "tp", percent(line.score)),
+        ("difference, points", "p", against.get(line.title, "")),
+        ("n", "tp", f"{line.n}{lost}"),
+        ("test loss", "p", number(line.loss)),
+        *((f"on {name}, %", "p", percent(line.shifts[name]) if name in line.shifts else "") for name in shifts),
+        ("ECE, %", "p", percent(line.ece)),
+        ("validation at equal time, %", "", percent(line.equal_time)),
+        ("kappa", "tp", number(line.kappa)),
+        ("kappa before", "", number(line.kappa_before)),
+        ("confidence", "t", number(line.confidence)),
+        ("||W||", "t", number(line.weight_norm)),
+        ("step", "tp", f"{line.cost.ratio:.2f}x"),
+        ("chosen on validation", "", settings_text(line.settings)),
+    ]

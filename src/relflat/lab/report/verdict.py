@@ -41,16 +41,10 @@ def sentence(pair: Difference, metric: Metric, cost: StepCost | None) -> str:
         detail += f", at {cost.ratio:.2f}x the step"
     if pair.shown:
         return f"{pair.second} is {'better' if pair.mean > 0 else 'worse'} than {pair.first}: {detail}."
-    return f"{pair.second} against {pair.first}: no difference shown, {detail}{disagreement(pair)}."
-
-
-def disagreement(pair: Difference) -> str:
-    """Why no difference is shown although the interval leaves out 0; nothing where it holds it."""
-    if pair.low <= 0 <= pair.high:
-        return ""
-    if pair.n < 10:
-        return "; BCa intervals are too narrow with few seeds, so p decides"
-    return "; the interval leaves out 0, but p decides"
+    if not pair.low <= 0 <= pair.high:
+        why = "BCa intervals are too narrow with few seeds, so" if pair.n < 10 else "the interval leaves out 0, but"
+        detail += f"; {why} p decides"
+    return f"{pair.second} against {pair.first}: no difference shown, {detail}."
 
 
 def remarks(summary: Summary) -> Iterator[str]:
