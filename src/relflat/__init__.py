@@ -14,12 +14,7 @@ from relflat.errors import (
 from relflat.fam import FAM
 from relflat.measure.api import relative_flatness, relative_flatness_by_layer
 from relflat.result import Flatness
-from relflat.theory.relatives import (
-    Estimate,
-    feature_robustness,
-    max_eigenvalue_flatness,
-    per_sample_flatness,
-)
+from relflat.theory.relatives import Estimate, feature_robustness, max_eigenvalue_flatness, per_sample_flatness
 from relflat.vocabulary.function import LinearCrossEntropy, linear_cross_entropy_fam
 
 __version__ = "0.1.0"

@@ -64,9 +64,7 @@ class Guards:
         """
         if step % _EVERY:
             return
-        self.collapsed = [
-            n for n, t in tensors.items() if t.ndim > 1 and t.shape[0] > 1 and spread(t) < _SPREAD
-        ]
+        self.collapsed = [n for n, t in tensors.items() if t.ndim > 1 and t.shape[0] > 1 and spread(t) < _SPREAD]
         for name in tensors:
             self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if name in self.collapsed else 0
             if self._in_a_row[name] == _PATIENCE:

@@ -10,19 +10,9 @@ changed in place: assign it where the layer was. Each refuses layers between whi
 :func:`preserving` checks a model on data.
 """
 
-from relflat.theory.feature_maps import (
-    Scale,
-    normalize_features,
-    rescale_features,
-    rotate_features,
-    shift_rows,
-)
+from relflat.theory.feature_maps import Scale, normalize_features, rescale_features, rotate_features, shift_rows
 from relflat.theory.preserving import preserving
-from relflat.theory.rescalings import (
-    random_rescaling,
-    rescale_layer,
-    rescale_neurons,
-)
+from relflat.theory.rescalings import random_rescaling, rescale_layer, rescale_neurons
 
 __all__ = [
     "Scale",

@@ -41,9 +41,7 @@ def subject(request):
 
 
 def test_those_of_the_layers_hessian(subject):
-    loss, W = reference.at_layer(
-        subject.model, nn.CrossEntropyLoss(), subject.inputs, subject.targets, subject.layer
-    )
+    loss, W = reference.at_layer(subject.model, nn.CrossEntropyLoss(), subject.inputs, subject.targets, subject.layer)
     H = reference.layer_hessian(loss, W).detach()
     square = H.reshape(W.numel(), W.numel())
     assert kappa(subject) == pytest.approx(float(reference.kappa(loss, W)), rel=1e-8)
@@ -58,9 +56,7 @@ def test_fisher_rao_is_the_second_moment_of_theta_grad(subject):
     parameters = list(subject.model.parameters())
     moments = []
     for x, y in zip(subject.inputs, subject.targets, strict=True):
-        gradients = torch.autograd.grad(
-            nn.functional.cross_entropy(subject.model(x[None]), y[None]), parameters
-        )
+        gradients = torch.autograd.grad(nn.functional.cross_entropy(subject.model(x[None]), y[None]), parameters)
         moments.append(sum(float((g * p).sum()) for g, p in zip(gradients, parameters, strict=True)) ** 2)
     assert fisher_rao(subject) == pytest.approx(math.sqrt(sum(moments) / len(moments)), rel=1e-10)
 
@@ -131,9 +127,7 @@ def test_a_feature_that_never_varies_does_not_count(subject):
     other = Subject(model, inputs, subject.targets, subject.layer)
     expected = kappa_normalized(subject)
     assert kappa_normalized(other) == pytest.approx(expected, rel=1e-9)
-    loss, W = reference.at_layer(
-        subject.model, nn.CrossEntropyLoss(), subject.inputs, subject.targets, subject.layer
-    )
+    loss, W = reference.at_layer(subject.model, nn.CrossEntropyLoss(), subject.inputs, subject.targets, subject.layer)
     features = subject.inputs if subject.layer == "0" else subject.model[:2](subject.inputs).detach()
     normalized = reference.kappa_normalized(loss, W, features.std(0, correction=0))
     assert expected == pytest.approx(float(normalized.detach()), rel=1e-8)

@@ -48,11 +48,7 @@ def test_max_eigenvalue_version(layer: str) -> None:
 def test_per_sample_values_are_those_of_each_sample_alone(layer: str, reduction: str) -> None:
     net, (x, y) = mlp(), data()
     each = per_sample_flatness(
-        net,
-        CE(reduction=reduction),
-        cut(x, y, [3, 7]),
-        layer=layer,
-        method="exact" if layer == "2" else "auto",
+        net, CE(reduction=reduction), cut(x, y, [3, 7]), layer=layer, method="exact" if layer == "2" else "auto"
     )
     alone = [
         relative_flatness(net, CE(), (a[None], b[None]), layer=layer, method="exact").value

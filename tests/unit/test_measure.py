@@ -23,13 +23,7 @@ CE = nn.CrossEntropyLoss
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(4, 6),
-        nn.BatchNorm1d(6),
-        nn.Tanh(),
-        nn.Dropout(0.5),
-        nn.Linear(6, 5),
-        nn.ReLU(),
-        nn.Linear(5, 3),
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)
     ).double()
 
 
@@ -85,11 +79,7 @@ class TestTakes:
             relative_flatness(net, CE(), loader, layer="output"),
             relative_flatness(net, CE(), iter(cut(x, y, [5, 5])), layer="output"),
             relative_flatness(
-                Named(net),
-                CE(),
-                named,
-                layer="output",
-                forward=lambda m, b: (m(b["pixels"])["logits"], b["labels"]),
+                Named(net), CE(), named, layer="output", forward=lambda m, b: (m(b["pixels"])["logits"], b["labels"])
             ),
         ):
             assert flat.value == pytest.approx(want.value, rel=1e-12)

@@ -36,9 +36,7 @@ def test_exact_and_sampled_batches_together_keep_their_error(order: tuple[int, i
 
 def test_rtol_is_met_from_a_single_probe_on() -> None:
     net, (x, y) = mlp(nn.Tanh()), data(40)
-    flat = relative_flatness(
-        net, CE(), (x, y), layer="0", method="probe", probes=1, rtol=0.2, curvature="ggn"
-    )
+    flat = relative_flatness(net, CE(), (x, y), layer="0", method="probe", probes=1, rtol=0.2, curvature="ggn")
     assert 0 < flat.stderr <= 0.2 * flat.value
 
 

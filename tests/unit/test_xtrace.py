@@ -33,9 +33,7 @@ def mlp() -> nn.Sequential:
 
 def wide() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 20), nn.Softplus(), nn.Linear(20, 3)
-    ).double()
+    return nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 20), nn.Softplus(), nn.Linear(20, 3)).double()
 
 
 def cnn() -> nn.Sequential:
@@ -239,10 +237,7 @@ class TestError:
         assert relative_flatness(net, CE(), (x, y), probes=4, **options).method == "xtrace(ggn, 4)"
         exact = relative_flatness(net, CE(), (x, y), layer="2", curvature="ggn", method="exact").value
         off = [
-            abs(
-                relative_flatness(net, CE(), (x, y), probes=4, rtol=0.02, seed=seed, **options).value / exact
-                - 1
-            )
+            abs(relative_flatness(net, CE(), (x, y), probes=4, rtol=0.02, seed=seed, **options).value / exact - 1)
             for seed in range(60)
         ]
         assert sum(o > 2 * 0.02 for o in off) <= 1
@@ -254,9 +249,7 @@ class TestError:
         assert exact["one"].value == pytest.approx(exact["two"].value, rel=1e-12)
         off: dict[str, list[float]] = {"one": [], "two": []}
         for seed in range(30):
-            found = relative_flatness_by_layer(
-                net, CE(), (x, y), method="xtrace", probes=8, seed=seed, **options
-            )
+            found = relative_flatness_by_layer(net, CE(), (x, y), method="xtrace", probes=8, seed=seed, **options)
             for name, flat in found.items():
                 off[name].append(flat.value - exact[name].value)
         assert abs(float(torch.corrcoef(torch.tensor([off["one"], off["two"]]))[0, 1])) < 0.5

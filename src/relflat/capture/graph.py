@@ -7,17 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 # Operations that keep row-major order, that move dimensions, and that leave rows out; none computes a new value.
-KEEPING = (
-    "_DDPSink",
-    "Alias",
-    "Clone",
-    "ReshapeAlias",
-    "Squeeze",
-    "ToCopy",
-    "UnsafeView",
-    "Unsqueeze",
-    "View",
-)
+KEEPING = ("_DDPSink", "Alias", "Clone", "ReshapeAlias", "Squeeze", "ToCopy", "UnsafeView", "Unsqueeze", "View")
 MOVING = ("Permute", "T", "Transpose")
 SELECTING = ("Index", "IndexSelect", "Select", "Slice")
 

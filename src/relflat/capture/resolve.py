@@ -35,9 +35,7 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
         named = model.named_modules if isinstance(layer, nn.Module) else model.named_parameters
         name = next((n for n, m in named(remove_duplicate=False) if m is layer), None)
         if name is None:
-            raise LayerError(
-                f"the given {type(layer).__name__} is not part of this model; {_candidates(model)}"
-            )
+            raise LayerError(f"the given {type(layer).__name__} is not part of this model; {_candidates(model)}")
         return {name: _target(model, name, layer)}
     if not layer:
         raise LayerError(f"the list of layers is empty; {_candidates(model)}")
@@ -110,9 +108,7 @@ def _unusable(name: str, found: Target) -> str | None:
     if isinstance(found, nn.Parameter):
         problems = [_problem(found)]
     elif ".quantized." in type(found).__module__:
-        return (
-            f"layer {name!r} is quantised ({type(found).__module__}): take the model before it is quantised"
-        )
+        return f"layer {name!r} is quantised ({type(found).__module__}): take the model before it is quantised"
     else:
         own = getattr(found, "base_layer", found).parameters(recurse=False)
         problems = [_problem(p) for p in own if p.ndim >= 2]

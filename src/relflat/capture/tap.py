@@ -123,9 +123,7 @@ class Tap:
             record.calls = self._keep(output_layer(record, self.layers), record.calls)
         self._pending.put(record)
 
-    def _before_layer(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _recomputing():
             self._refuse_to_recompute(name)
             return None

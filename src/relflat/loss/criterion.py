@@ -49,9 +49,7 @@ class Criterion:
                 f"the loss cannot take the model's outputs ({type(outputs).__name__}): {error}; {self.remedy}"
             ) from error
         if not isinstance(loss, Tensor):
-            raise LossError(
-                f"the criterion returned {type(loss).__name__}, not a tensor; wrap it to return its loss"
-            )
+            raise LossError(f"the criterion returned {type(loss).__name__}, not a tensor; wrap it to return its loss")
         return loss
 
     def known(self, outputs: Any) -> KnownLoss | None:

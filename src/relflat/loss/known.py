@@ -90,11 +90,7 @@ def known_loss(
     if not isinstance(targets[0], Tensor) or targets[0].requires_grad:
         return None
     if isinstance(loss_fn, functools.partial):
-        return (
-            None
-            if loss_fn.args
-            else known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
-        )
+        return None if loss_fn.args else known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
     for module, function, describe in _KNOWN:
         if isinstance(loss_fn, nn.Module) and type(loss_fn).forward is module.forward and not kwargs:
             accepted = _parameters(function)

@@ -127,9 +127,7 @@ def _rows_taken(
         if follow(above, KEEPING + MOVING + SELECTING, until=end) is not end:
             return None
         ones = torch.ones_like(log_softmax._saved_result)
-        (marked,) = torch.autograd.grad(
-            (GradientEdge(above, index),), (call.edge,), (ones,), retain_graph=True
-        )
+        (marked,) = torch.autograd.grad((GradientEdge(above, index),), (call.edge,), (ones,), retain_graph=True)
         mark = call.kind.outputs_last(call.module, marked).reshape(-1, log_p.shape[1])[:, 0]
         if bool((mark > 1).any()):
             return None
@@ -156,11 +154,7 @@ def _elementwise(node: Any, reduction: str) -> Reading | None:
 
 
 def _reading(
-    function: Callable[..., Tensor],
-    outputs: Tensor,
-    targets: Tensor,
-    options: dict[str, Any],
-    call: Call | None,
+    function: Callable[..., Tensor], outputs: Tensor, targets: Tensor, options: dict[str, Any], call: Call | None
 ) -> Reading | None:
     known = known_loss(function, outputs, (targets,), options)
     return None if known is None else Reading(known, call)

@@ -51,9 +51,7 @@ class Batches:
     def must_be_repeatable(self, why: str) -> None:
         """Refuse one-shot iterators."""
         if isinstance(self.data, Iterator):
-            raise DataError(
-                f"{why} goes over the data more than once, and it is an iterator; give a list or loader"
-            )
+            raise DataError(f"{why} goes over the data more than once, and it is an iterator; give a list or loader")
 
     def __iter__(self) -> Iterator[tuple[Batch, Batch | None]]:
         """Yield every batch, the first together with the second, if there is one."""
@@ -97,9 +95,7 @@ def samples_in(batch: Batch) -> int:
     """Number of samples of a batch: the length of its first tensor of two dimensions, else of its last."""
     tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
     if not tensors:
-        raise DataError(
-            f"the batch ({type(batch).__name__}) holds no tensor, so its samples cannot be counted"
-        )
+        raise DataError(f"the batch ({type(batch).__name__}) holds no tensor, so its samples cannot be counted")
     batched = next((t for t in tensors if t.ndim > 1), tensors[-1])
     return batched.shape[0] if batched.ndim else 1
 

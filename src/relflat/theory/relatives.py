@@ -95,9 +95,7 @@ def per_sample_flatness(
         )
     options = Options(curvature, method, probes, adaptive, measuring=True, exact_up_to=64)
     found = []
-    with measuring(
-        model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed
-    ) as measurement:
+    with measuring(model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed) as measurement:
         for i, (scene, _) in enumerate(measurement.scenes()):
             parts = measurement.estimator(scene, i)
             if len(parts) != 1:
@@ -157,9 +155,7 @@ def max_eigenvalue_flatness(
         True
     """
     options = Options("hessian", measuring=True)
-    with measuring(
-        model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed
-    ) as measurement:
+    with measuring(model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed) as measurement:
         measurement.batches.must_be_repeatable("Lanczos")
         matrix = _the_matrix(measurement, layer)
         weight = matrix.weight().detach()
@@ -226,15 +222,11 @@ def feature_robustness(
         True
     """
     if not radius > 0 or draws < 1:
-        raise ConfigError(
-            f"radius={radius}, draws={draws}: a positive radius and at least one draw are needed"
-        )
+        raise ConfigError(f"radius={radius}, draws={draws}: a positive radius and at least one draw are needed")
     options = Options("hessian", measuring=True)
     totals = torch.zeros(draws, dtype=torch.float64)
     divisor = 0.0
-    with measuring(
-        model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed
-    ) as measurement:
+    with measuring(model, loss_fn, data, layer, options, forward=forward, device=device, seed=seed) as measurement:
         for i, (scene, (factor, part)) in enumerate(measurement.scenes()):
             divisor += part
             for k in range(draws):
