@@ -9,45 +9,29 @@ from typing import Any, Literal
 from relflat.lab.report.document import Figure as Figure
 from relflat.lab.report.document import Table as Table
 
-Scale = Literal["small", "paper"]
+Scale = Literal["small", "paper"]  # two cores in minutes, or the paper's numbers
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out.
+    """What came out."""
 
-    Attributes:
-        findings: plain sentences; "not reproduced" is one of the things they may say.
-        tables: the numbers that matter.
-        figures: the same to look at.
-        scaled: what differs from the paper, and why.
-        data: all numbers, as JSON can hold them.
-    """
-
-    findings: list[str]
+    findings: list[str]  # plain sentences; "not reproduced" is one of the things they may say
     tables: list[Table]
     figures: list[Figure]
-    scaled: list[str]
-    data: Mapping[str, Any]
+    scaled: list[str]  # what differs from the paper, and why
+    data: Mapping[str, Any]  # all numbers, as JSON can hold them
 
 
 @dataclass(frozen=True)
 class Context:
-    """What an experiment runs with.
-
-    Attributes:
-        scale: ``"small"`` fits two cores in minutes; ``"paper"`` uses the paper's numbers.
-        out: folder of the report.
-        runs: folder that keeps trainings and other results worth keeping.
-        workers: processes, one thread each.
-        on_progress: told in a line what has been done.
-    """
+    """What an experiment runs with."""
 
     scale: Scale
-    out: Path
-    runs: Path
-    workers: int = 1
-    on_progress: Callable[[str], None] = lambda line: None
+    out: Path  # folder of the report
+    runs: Path  # folder that keeps trainings and other results worth keeping
+    workers: int = 1  # processes, one thread each
+    on_progress: Callable[[str], None] = lambda line: None  # told in a line what has been done
 
     def counter(self, what: str, total: int) -> Callable[[object], None]:
         """A function to call after each one is done; it tells how many are, out of how many."""
@@ -57,16 +41,9 @@ class Context:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One table or figure of a paper, as code.
-
-    Attributes:
-        name: on the command line.
-        summary: one line for lists.
-        paper: what the paper reports, with its numbers and the place.
-        run: does it; what is kept in ``Context.runs`` is not done twice.
-    """
+    """One table or figure of a paper, as code."""
 
     name: str
     summary: str
-    paper: str
-    run: Callable[[Context], Outcome]
+    paper: str  # what the paper reports, with its numbers and the place
+    run: Callable[[Context], Outcome]  # what is kept in ``Context.runs`` is not done twice

@@ -14,11 +14,7 @@ SCALES = {"small": "small scale", "paper": "the paper's scale"}
 
 
 def open_folders(context: Context) -> None:
-    """Make the folders of the report and of the runs.
-
-    Raises:
-        ConfigError: one cannot be made.
-    """
+    """Make the folders of the report and of the runs."""
     for option, folder in (("--out", context.out), ("--runs", context.runs)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -29,29 +25,9 @@ def open_folders(context: Context) -> None:
 
 
 def write(experiment: Experiment, context: Context, outcome: Outcome) -> dict[str, Any]:
-    """Write the report in all its forms.
-
-    Args:
-        experiment: what was run.
-        context: what it ran with.
-        outcome: what came out.
-
-    Returns:
-        The content of ``report.json``.
-    """
+    """Write the report in all its forms; return the content of ``report.json``."""
     environment = describe()
-    values = as_values(experiment, context, outcome, environment)
-    for name, text in document(experiment, context, outcome, environment).files().items():
-        store.write_text(context.out / name, text)
-    store.write_json(context.out / "report.json", values)
-    return store.as_json(values)
-
-
-def as_values(
-    experiment: Experiment, context: Context, outcome: Outcome, environment: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Everything but the figures as plain values."""
-    return {
+    values = {
         "experiment": experiment.name,
         "summary": experiment.summary,
         "scale": context.scale,
@@ -62,6 +38,10 @@ def as_values(
         "data": outcome.data,
         "environment": environment,
     }
+    for name, text in document(experiment, context, outcome, environment).files().items():
+        store.write_text(context.out / name, text)
+    store.write_json(context.out / "report.json", values)
+    return store.as_json(values)
 
 
 def document(experiment: Experiment, context: Context, outcome: Outcome, environment: Mapping[str, Any]) -> Document:
