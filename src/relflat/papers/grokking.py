@@ -126,9 +126,8 @@ def findings(onsets: Mapping[str, Onsets], epochs: int) -> list[str]:
     plain = onsets[PLAIN]
     found = [SHEET.say("plain", when=when(plain, epochs))]
     for arm in (TOWARDS, AWAY, REMOVED):
-        counts = dict(zip(("earlier", "later", "same"), order(plain, onsets[arm], epochs), strict=True))
-        said = SHEET.say("arm", arm=arm.capitalize(), when=when(onsets[arm], epochs), n=len(plain), **counts)
-        found.append(said)
+        counts = {"n": len(plain), **order(plain, onsets[arm], epochs)}
+        found.append(SHEET.say("arm", arm=arm.capitalize(), when=when(onsets[arm], epochs), **counts))
     return [*found, restored(plain, onsets[AWAY], onsets[REMOVED], epochs)]
 
 
@@ -138,16 +137,16 @@ def when(onsets: Onsets, epochs: int) -> str:
     return ", ".join(map(str, known))
 
 
-def order(plain: Onsets, other: Onsets, epochs: int) -> tuple[int, int, int]:
+def order(plain: Onsets, other: Onsets, epochs: int) -> dict[str, int]:
     """On how many seeds the other generalises earlier, later, or cannot be told; never is later than any epoch."""
     at, against = ([(found and found.generalised) or epochs + 1 for found in onsets] for onsets in (plain, other))
     earlier, later = sum(map(gt, at, against)), sum(map(lt, at, against))
-    return earlier, later, len(at) - earlier - later
+    return {"earlier": earlier, "later": later, "same": len(at) - earlier - later}
 
 
 def restored(plain: Onsets, away: Onsets, removed: Onsets, epochs: int) -> str:
     """Whether a negative strength delays generalisation and taking it away brings it back."""
-    n, delayed, back = len(plain), order(plain, away, epochs)[1], order(away, removed, epochs)[0]
+    n, delayed, back = len(plain), order(plain, away, epochs)["later"], order(away, removed, epochs)["earlier"]
     key = "not_reproduced" if delayed < n else "in_part" if back < n else "reproduced"
     return SHEET.say(key, n=n, delayed=delayed, back=back)
 
