@@ -21,7 +21,7 @@ from relflat.lab.tasks import TASKS
 from relflat.lab.train.config import make
 from relflat.lab.train.loop import train
 from relflat.papers import skull_metrics, skulls
-from relflat.papers.skull_models import Autoencoder, Completion, dice_cross_entropy, dice_loss
+from relflat.papers.skull_tasks import Autoencoder, Completion, dice_cross_entropy, dice_loss
 from relflat.papers.skulls import LARGE, SIDE, SMALL, Sizes
 
 FEW = Sizes(train=4, validation=2, evaluation=2)

@@ -11,7 +11,7 @@ from relflat.lab.data.fetch import files
 from relflat.lab.tasks import TASKS
 from relflat.papers import skulls, table2
 from relflat.papers.experiment import Context
-from relflat.papers.skull_models import Autoencoder
+from relflat.papers.skull_tasks import Autoencoder
 from relflat.papers.table2 import ARMS, SIZES, STRENGTHS, Arm, conclude, configuration
 
 FEW = skulls.Sizes(train=4, validation=2, evaluation=2)

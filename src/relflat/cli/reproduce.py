@@ -32,8 +32,7 @@ def reproduce(
         json: print one JSON object.
     """
     from relflat.papers.catalogue import EXPERIMENTS, experiment_named
-    from relflat.papers.experiment import Context
-    from relflat.papers.write import open_folders, write
+    from relflat.papers.experiment import Context, open_folders, write
 
     if name is None:
         summaries = {known: EXPERIMENTS[known].summary for known in EXPERIMENTS}

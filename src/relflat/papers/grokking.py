@@ -6,6 +6,7 @@ Modular addition, after Han et al. (2025). All arms start from the same networks
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log10
+from operator import gt, lt
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -32,13 +33,9 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Size(training_study.Size):
-    """What is run at a scale.
+    """What is run at a scale."""
 
-    Attributes:
-        remove_after: steps after which the last arm's penalty is taken away.
-    """
-
-    remove_after: int
+    remove_after: int  # steps after which the last arm's penalty is taken away
 
     def of_arm(self, arm: str, seed: int) -> RunConfig:
         """The run of an arm and seed."""
@@ -57,19 +54,12 @@ def run(context: Context) -> Outcome:
 
 
 class Onset(NamedTuple):
-    """When one run learnt.
+    """When one run learnt."""
 
-    Attributes:
-        memorised: first epoch from which on training accuracy stays at .99 or more; None if it does not.
-        generalised: the same for validation accuracy and .9.
-        validation: validation accuracy after the last epoch.
-        kappa: kappa after the last epoch.
-    """
-
-    memorised: int | None
-    generalised: int | None
-    validation: float
-    kappa: float
+    memorised: int | None  # first epoch from which on training accuracy stays at .99 or more; None if it does not
+    generalised: int | None  # the same for validation accuracy and .9
+    validation: float  # validation accuracy after the last epoch
+    kappa: float  # and kappa
 
 
 Onsets = Sequence[Onset | None]
@@ -92,11 +82,11 @@ def conclude(size: Size, groups: Mapping[str, Sequence[Trial]], scale: Scale) ->
     falls = [fall(trial.history) for trial in groups[PLAIN] if trial.finished]
     seeds = ", ".join(map(str, size.seeds))
     values = {**KNOBS, **ARMS[AWAY], "strength": ARMS[TOWARDS]["strength"], "remove_after": size.remove_after}
-    levels = {key: SHEET[key] for key in ("memorised", "generalised")}
+    values |= {key: SHEET[key] for key in ("memorised", "generalised")}
     rows = [cells(arm, each, config.epochs) for arm, each in onsets.items()]
     return Outcome(
         findings=[*findings(onsets, config.epochs), placed([each for each in falls if each is not None])],
-        tables=[SHEET.table("onsets", rows, seeds=seeds, **values, **levels)],
+        tables=[SHEET.table("onsets", rows, seeds=seeds, **values)],
         figures=[SHEET.figure(key, curves(groups, key, label)) for key, label in FIGURES.items()],
         scaled=SHEET.differs(scale, epochs=config.epochs, batch_size=config.batch_size, seeds=len(size.seeds)),
         data={
@@ -116,15 +106,13 @@ def everything(trial: Trial) -> dict[str, Any]:
 def fall(history: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     """By how many powers of ten kappa falls before and while generalisation sets in; None if it does not.
 
-    Returns:
-        ``before``: from its highest value to the epoch where validation accuracy first passes .1;
-        ``during``: from there to where it stays above .9; ``confidence``: at the first of these epochs.
+    ``before``: from its highest value to the epoch where validation accuracy first passes .1; ``during``: from there
+    to where it stays above .9; ``confidence``: at the first of these epochs.
     """
     end = learnt_at(history, "validation", SHEET["generalised"])
     if end is None:
         return None
-    accuracies = [record["validation_accuracy"] for record in history]
-    begin = next(place for place, accuracy in enumerate(accuracies) if accuracy > SHEET["begins"])
+    begin = next(at for at, record in enumerate(history) if record["validation_accuracy"] > SHEET["begins"])
     kappas = [record["kappa"] for record in history]
     return {
         "before": log10(max(kappas[: begin + 1]) / kappas[begin]),
@@ -136,12 +124,10 @@ def fall(history: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
 def findings(onsets: Mapping[str, Onsets], epochs: int) -> list[str]:
     """When each arm generalises, against plain training on the same seeds."""
     plain = onsets[PLAIN]
-    found = [SHEET.say("plain", when=f"epoch {when(plain, epochs)}")]
+    found = [SHEET.say("plain", when=when(plain, epochs))]
     for arm in (TOWARDS, AWAY, REMOVED):
-        earlier, later, same = order(plain, onsets[arm], epochs)
-        counts = {"earlier": earlier, "later": later, "same": same, "n": len(plain)}
-        at = f"epoch {when(onsets[arm], epochs)}"
-        found.append(SHEET.say("arm", arm=arm.capitalize(), when=at, **counts))
+        counts = {"n": len(plain), **order(plain, onsets[arm], epochs)}
+        found.append(SHEET.say("arm", arm=arm.capitalize(), when=when(onsets[arm], epochs), **counts))
     return [*found, restored(plain, onsets[AWAY], onsets[REMOVED], epochs)]
 
 
@@ -151,20 +137,16 @@ def when(onsets: Onsets, epochs: int) -> str:
     return ", ".join(map(str, known))
 
 
-def order(plain: Onsets, other: Onsets, epochs: int) -> tuple[int, int, int]:
+def order(plain: Onsets, other: Onsets, epochs: int) -> dict[str, int]:
     """On how many seeds the other generalises earlier, later, or cannot be told; never is later than any epoch."""
-
-    def at(found: Onset | None) -> int:
-        return epochs + 1 if found is None or found.generalised is None else found.generalised
-
-    pairs = [(at(a), at(b)) for a, b in zip(plain, other, strict=True)]
-    earlier, later = (sum((b - a) * sign > 0 for a, b in pairs) for sign in (-1, 1))
-    return earlier, later, len(pairs) - earlier - later
+    at, against = ([(found and found.generalised) or epochs + 1 for found in onsets] for onsets in (plain, other))
+    earlier, later = sum(map(gt, at, against)), sum(map(lt, at, against))
+    return {"earlier": earlier, "later": later, "same": len(at) - earlier - later}
 
 
 def restored(plain: Onsets, away: Onsets, removed: Onsets, epochs: int) -> str:
     """Whether a negative strength delays generalisation and taking it away brings it back."""
-    n, delayed, back = len(plain), order(plain, away, epochs)[1], order(away, removed, epochs)[0]
+    n, delayed, back = len(plain), order(plain, away, epochs)["later"], order(away, removed, epochs)["earlier"]
     key = "not_reproduced" if delayed < n else "in_part" if back < n else "reproduced"
     return SHEET.say(key, n=n, delayed=delayed, back=back)
 

@@ -23,11 +23,7 @@ from relflat.rng import Rng
 
 
 def closed_form_of(temperature: float, unit_features: bool) -> Method:
-    """Kappa in closed form with the softmax of ``logits / temperature``, and with features of norm 1 if so wanted.
-
-    Raises:
-        ConfigError: a temperature that is not positive.
-    """
+    """Kappa in closed form with the softmax of ``logits / temperature``, and with features of norm 1 if so wanted."""
     if not temperature > 0:
         raise ConfigError(f"temperature={temperature}: a positive number is needed")
     name = f"closed_form(temperature={temperature:g}, unit_features={unit_features})"
@@ -61,9 +57,6 @@ class KnobbedFAM(FAM):
 
     A negative strength rewards growing weights, which says nothing about flatness; the cap closes that road, as long
     as the penalty is there. Both are functions of the step and the weights, so a resumed run needs nothing more.
-
-    Raises:
-        ConfigError: a negative number of steps, a cap that is not positive, or another method than the closed form.
     """
 
     def __init__(self, loss: nn.Module, model: nn.Module, settings: "FamGrokking", seed: int) -> None:

@@ -21,8 +21,6 @@ from relflat.lab.data.arrays import Arrays, RawData
 from relflat.lab.data.splits import Splits, classification
 from relflat.lab.tasks import AdamW, Task, constant
 
-LEARNT = 0.99  # accuracy from which a split counts as learnt
-
 
 def additions(modulus: int) -> RawData:
     """All pairs of residues with their sum as the class; inputs int64 of shape (modulus^2, 2)."""
@@ -33,32 +31,14 @@ def additions(modulus: int) -> RawData:
 def splits(
     *, train_size: int | None, label_noise: float, seed: int, modulus: int = 97, fraction: float = 0.4
 ) -> Splits:
-    """Cut the table of sums.
-
-    Args:
-        train_size: how many of the training pairs to use; None for all.
-        label_noise: probability with which a training sum is redrawn.
-        seed: of the subset and the noise.
-        modulus: the p of ``(a + b) mod p``.
-        fraction: share of all pairs to train on.
-
-    Raises:
-        ConfigError: the modulus is below 2 or the fraction not between 0 and 1.
-    """
+    """Cut the table of sums; a ``fraction`` of all pairs is there to train on."""
     if modulus < 2:
         raise ConfigError(f"modulus={modulus}: there are no sums to learn; give a prime such as 97.")
     if not 0 < fraction < 1:
         raise ConfigError(f"fraction={fraction} of the pairs must lie between 0 and 1.")
     rest = modulus**2 - round(fraction * modulus**2)
-    return classification(
-        partial(additions, modulus),
-        validation=rest // 2,
-        test=rest - rest // 2,
-        train_size=train_size,
-        label_noise=label_noise,
-        seed=seed,
-        standardise=False,
-    )
+    cut = partial(classification, validation=rest // 2, test=rest - rest // 2, standardise=False)
+    return cut(partial(additions, modulus), train_size=train_size, label_noise=label_noise, seed=seed)
 
 
 class AdditionMLP(nn.Module):
@@ -136,14 +116,8 @@ ADDITION_TRANSFORMER = replace(
 )
 
 
-def learnt_at(history: Sequence[Mapping[str, Any]], split: str, level: float = LEARNT) -> int | None:
-    """The first epoch from which on accuracy never falls below ``level`` again, or None.
-
-    Args:
-        history: the records of a run's epochs, in order.
-        split: ``"train"`` or ``"validation"``.
-        level: the accuracy.
-    """
+def learnt_at(history: Sequence[Mapping[str, Any]], split: str, level: float = 0.99) -> int | None:
+    """The first epoch from which on accuracy on a split never falls below ``level`` again, or None."""
     found = None
     for record in history:
         if record[f"{split}_accuracy"] < level:

@@ -15,15 +15,7 @@ __all__ = ["COLOURS", "DASHES", "MARKERS", "by_arm", "clouds", "curves", "every_
 def clouds(
     groups: Mapping[str, Sequence[float]], gaps: Sequence[float], label: str, axes: Axes, *, first: int = 0
 ) -> None:
-    """Paint the generalisation gap against one number of the same networks, a colour a group.
-
-    Args:
-        groups: the number of each network.
-        gaps: of the networks.
-        label: of the number.
-        axes: to paint on.
-        first: place of the first group among the colours.
-    """
+    """Paint the generalisation gap against one number of the same networks, a colour a group from ``first`` on."""
     for place, (name, values) in enumerate(groups.items(), first):
         cloud(axes, values, gaps, place, name)
     axes.set_xlabel(label)
@@ -48,12 +40,7 @@ def by_arm(
 ) -> None:
     """Paint a mark a seed, seeds from left to right, by arm; a bar for the mean and a cross for the paper's.
 
-    Args:
-        groups: one number a seed of each arm.
-        label: of the number.
-        axes: to paint on.
-        printed: what the paper has, of the arms that it has.
-        first: place of the first arm among the colours.
+    Colours are the arms' from ``first`` on; ``printed`` is the paper's number of the arms that it has.
     """
     for at, values in enumerate(groups.values()):
         if values:

@@ -26,8 +26,7 @@ def read_short() -> RawData:
     """The film sentences of at most ``SHORT`` tokens, without the test sets from elsewhere."""
     pool = text.read_reviews().pool
     assert isinstance(pool.inputs, dict)
-    short = pool.take(pool.inputs["attention_mask"].sum(1) <= SHORT)
-    return RawData(short, None, 2)
+    return RawData(pool.take(pool.inputs["attention_mask"].sum(1) <= SHORT), None, 2)
 
 
 few: Task = replace(
@@ -39,19 +38,14 @@ few: Task = replace(
 
 
 class Bert(nn.Module):
-    """BERT with its pooler, dropout and a new output layer, as it is fine-tuned on GLUE (Devlin et al. 2019).
+    """BERT with its pooler, dropout and a new output layer, as it is fine-tuned on GLUE (Devlin et al. 2019)."""
 
-    Args:
-        encoder: of `transformers`; gives ``pooler_output``.
-        num_classes: outputs.
-    """
-
-    def __init__(self, encoder: nn.Module, num_classes: int = 2) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         config: Any = encoder.config
         self.encoder = encoder
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.output = nn.Linear(config.hidden_size, num_classes)
+        self.output = nn.Linear(config.hidden_size, 2)
         nn.init.normal_(self.output.weight, std=config.initializer_range)
         nn.init.zeros_(self.output.bias)
 
@@ -63,8 +57,7 @@ class Bert(nn.Module):
     ) -> Float[Tensor, "n d"]:
         """Return the logits."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        logits: Tensor = self.output(self.dropout(hidden.pooler_output))
-        return logits
+        return self.output(self.dropout(hidden.pooler_output))
 
 
 def bert_folder() -> Path:
@@ -73,11 +66,7 @@ def bert_folder() -> Path:
 
 
 def require_bert() -> None:
-    """See that it is there.
-
-    Raises:
-        DataError: it is not; what is needed, and where, is said.
-    """
+    """See that it is there; else say what is needed, and where."""
     missing = [name for name in ("config.json", "model.safetensors") if not (bert_folder() / name).is_file()]
     if missing:
         raise DataError(
@@ -88,11 +77,7 @@ def require_bert() -> None:
 
 
 def bert() -> Bert:
-    """The pretrained BERT-base under a new output layer.
-
-    Raises:
-        DataError: it is not in the cache, or transformers is not installed.
-    """
+    """The pretrained BERT-base under a new output layer."""
     require_bert()
     return Bert(text.library().AutoModel.from_pretrained(bert_folder(), local_files_only=True).float())
 

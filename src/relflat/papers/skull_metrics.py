@@ -49,9 +49,6 @@ def spread(predictions: Volumes, targets: Volumes) -> float:
 
     The mean number of voxels in which two predictions disagree, over all pairs, divided by the same of the
     targets: 0 if all predictions are the same (collapse), 1 if they are as diverse as they should be.
-
-    Raises:
-        DataError: a single sample, or all targets are the same.
     """
     wanted = _disagreement(targets)
     if not wanted > 0:
@@ -69,15 +66,9 @@ def _disagreement(volumes: Volumes) -> float:
 def scores(predictions: Volumes, defective: Volumes, complete: Volumes) -> dict[str, float]:
     """The figures of completed skulls, means over samples. Cost: .05 s a sample, the surfaces.
 
-    Args:
-        predictions: completed skulls.
-        defective: what they were completed from.
-        complete: what they should be.
-
-    Returns:
-        ``dice`` of the whole; ``implant_dice`` of what was added (prediction minus defective) with what was
-        missing; ``implant_piece_dice`` of the largest connected piece of what was added, which is what a surgeon
-        would print; ``hd`` and ``hd95``, surface distances of the whole in mm; ``spread``.
+    ``dice`` of the whole; ``implant_dice`` of what was added (prediction minus defective) with what was missing;
+    ``implant_piece_dice`` of the largest connected piece of what was added, which is what a surgeon would print;
+    ``hd`` and ``hd95``, surface distances of the whole in mm; ``spread``.
     """
     added, missing = predictions & ~defective, complete & ~defective
     pieces = torch.stack([torch.from_numpy(largest_piece(volume[0].numpy()))[None] for volume in added.cpu()])
@@ -92,16 +83,7 @@ def scores(predictions: Volumes, defective: Volumes, complete: Volumes) -> dict[
 
 
 def evaluate(model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Evaluate a network that completes skulls.
-
-    Args:
-        model: gives logits; a voxel is bone where its logit is positive.
-        loss: mean over samples.
-        batches: of the split.
-
-    Returns:
-        ``loss`` and what ``scores`` returns.
-    """
+    """The loss and the scores of a network that completes skulls; a voxel is bone where its logit is positive."""
     total, seen = 0.0, []
     for inputs, targets in batches:
         logits = run(model, inputs)
@@ -116,16 +98,10 @@ DICE = Metric("dice", "Dice", "1 - Dice", evaluate)
 
 
 def mean_shape(splits: Splits, score: Literal["dice", "implant_dice"] = "implant_dice") -> Volumes:
-    """The baseline that learns one shape and looks at no input: the mean training skull, cut.
+    """The baseline that learns one shape and looks at no input: the mean training skull, shape (1, 1, z, y, x).
 
-    A voxel is bone where at least a share of the training skulls have bone.
-
-    Args:
-        splits: of the skull task; training and validation are used.
-        score: what the share, among .05, .10, ... .95, is best for on the validation skulls.
-
-    Returns:
-        The one skull, of shape (1, 1, z, y, x).
+    A voxel is bone where at least a share of the training skulls have bone; of the shares .05, .10, ... .95, the one
+    that is best on the validation skulls.
     """
     samples = splits.validation
     assert isinstance(samples.inputs, Tensor)

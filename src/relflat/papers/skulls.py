@@ -7,8 +7,8 @@ about learning shapes; it says nothing about the variety of real skulls.
 """
 
 import hashlib
+import io
 import json
-import os
 import plistlib
 import tarfile
 import zipfile
@@ -30,6 +30,7 @@ from relflat.lab.data.arrays import Arrays
 from relflat.lab.data.fetch import cache_folder, files
 from relflat.lab.data.sources import SOURCES
 from relflat.lab.data.splits import Splits, subset
+from relflat.lab.train.store import put_in_place
 
 PROJECT = "Cranium.inv3"
 SIDE = 48  # voxels
@@ -38,6 +39,7 @@ BONE = 226  # Hounsfield units: the threshold of the project's own bone mask
 FINE = 2.0  # mm: what the CT is resampled to
 SEED = 20261124  # of the skulls; the seed of a run never changes one
 VERSION = 1  # of the recipe: raised whenever the same numbers would give other skulls
+SMALL, LARGE = (4.0, 8.0), (7.0, 11.0)  # least and greatest half-axis of a defect, voxels
 
 Mask = np.ndarray
 
@@ -50,56 +52,31 @@ class Sizes:
     validation: int = 40
     evaluation: int = 50
 
-    @property
-    def total(self) -> int:
-        """Different skulls."""
-        return self.train + self.validation + self.evaluation
-
 
 class Scan(NamedTuple):
-    """A skull cut free from a CT.
+    """A skull cut free from a CT."""
 
-    Attributes:
-        hounsfield: int16 (z, y, x), z upwards and y to the face; 0 away from the skull.
-        spacing: mm from voxel to voxel along each axis.
-        centre: middle of the skull's bounding box, in voxels.
-    """
-
-    hounsfield: np.ndarray
-    spacing: tuple[float, float, float]
-    centre: np.ndarray
+    hounsfield: np.ndarray  # int16 (z, y, x), z upwards and y to the face; 0 away from the skull
+    spacing: tuple[float, float, float]  # mm from voxel to voxel along each axis
+    centre: np.ndarray  # of the skull's bounding box, in voxels
 
 
 class Skulls(NamedTuple):
-    """What is kept of the whole set; masks of shape (n, 48, 48, 48).
-
-    Attributes:
-        complete: the skulls.
-        defective: the same skulls, each with a defect.
-        other: the last ``Sizes.evaluation`` of them once more, with larger defects.
-    """
+    """What is kept of the whole set; masks of shape (n, 48, 48, 48)."""
 
     complete: Mask
-    defective: Mask
-    other: Mask
+    defective: Mask  # the same skulls, each with a defect
+    other: Mask  # the last ``Sizes.evaluation`` of them once more, with larger defects
 
 
 def read_project(path: Path) -> Scan:
-    """Read an InVesalius project and cut its skull free.
-
-    Args:
-        path: a gzipped tar file with ``main.plist`` and the raw volume it names.
-
-    Raises:
-        DataError: it is not such a file.
-    """
+    """Cut free the skull of an InVesalius project, a gzipped tar file of ``main.plist`` and the volume it names."""
     try:
         with tarfile.open(path, "r:gz") as archive:
-            members = {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
-            description = plistlib.loads(_content(archive, members["main.plist"]))
-            matrix = description["matrix"]
-            raw = np.frombuffer(_content(archive, members[matrix["filename"]]), dtype=matrix["dtype"])
-            volume = raw.reshape(matrix["shape"])
+            contents = {Path(each.name).name: file.read() for each in archive if (file := archive.extractfile(each))}
+        description = plistlib.loads(contents["main.plist"])
+        matrix = description["matrix"]
+        volume = np.frombuffer(contents[matrix["filename"]], dtype=matrix["dtype"]).reshape(matrix["shape"])
     except (OSError, EOFError, KeyError, TypeError, ValueError, tarfile.TarError) as error:
         raise DataError(
             f"{path} is not an InVesalius project with a volume ({error}). Delete its folder and get it again "
@@ -107,12 +84,6 @@ def read_project(path: Path) -> Scan:
         ) from error
     x, y, z = description["spacing"]
     return cut_free(volume, (z, y, x))
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None, "only regular files are asked for"
-    return file.read()
 
 
 def cut_free(volume: np.ndarray, spacing: tuple[float, float, float]) -> Scan:
@@ -169,36 +140,27 @@ def deformed(scan: Scan, random: Generator) -> Mask:
 
 
 def defect(complete: Mask, random: Generator, radii: tuple[float, float]) -> Mask:
-    """What is removed of a skull: its voxels inside a rough ellipsoid around one in the upper half.
-
-    Args:
-        complete: the skull.
-        random: of place, half-axes and roughness.
-        radii: the least and greatest half-axis, voxels.
-    """
+    """What is removed of a skull: its voxels inside a rough ellipsoid around one in the upper half."""
     height = np.flatnonzero(complete.any((1, 2)))
     vault = np.argwhere(complete)
     vault = vault[vault[:, 0] >= (height[0] + height[-1]) / 2]
     centre = vault[random.integers(len(vault))]
-    axes = rotation(random.uniform(0, np.pi, 3)) @ (np.indices(complete.shape) - centre[:, None, None, None]).reshape(
-        3, -1
-    )
+    place = (np.indices(complete.shape) - centre[:, None, None, None]).reshape(3, -1)
+    axes = rotation(random.uniform(0, np.pi, 3)) @ place
     distance = np.sqrt(((axes / random.uniform(*radii, 3)[:, None]) ** 2).sum(0)).reshape(complete.shape)
     return complete & (distance < 1 + 0.15 * smooth_field(random, 8, SIDE))
-
-
-SMALL, LARGE = (4.0, 8.0), (7.0, 11.0)  # half-axes of a defect, voxels
 
 
 def make(scan: Scan, sizes: Sizes, seed: int = SEED) -> Skulls:
     """Make the whole set; sample ``i`` is a function of the scan, the seed and ``i`` alone. Cost: .1 s a skull."""
     fine = resampled(scan)
+    first = sizes.train + sizes.validation
     complete, defective, other = [], [], []
-    for number in range(sizes.total):
+    for number in range(first + sizes.evaluation):
         skull = deformed(fine, default_rng([seed, number]))
         complete.append(skull)
         defective.append(skull & ~defect(skull, default_rng([seed, number, 1]), SMALL))
-        if number >= sizes.train + sizes.validation:
+        if number >= first:
             other.append(skull & ~defect(skull, default_rng([seed, number, 2]), LARGE))
     return Skulls(np.stack(complete), np.stack(defective), np.stack(other))
 
@@ -211,11 +173,7 @@ def kept(sizes: Sizes) -> Path:
 
 
 def skulls(sizes: Sizes) -> Skulls:
-    """The set of these sizes: made once, then read from the cache.
-
-    Raises:
-        DataError: the CT was not fetched, or a file is damaged.
-    """
+    """The set of these sizes: made once, then read from the cache; an error where the CT was not fetched."""
     path = kept(sizes)
     if not path.is_file():
         write(path, make(read_project(files("skulls") / PROJECT), sizes))
@@ -224,13 +182,10 @@ def skulls(sizes: Sizes) -> Skulls:
 
 def write(path: Path, made: Skulls) -> None:
     """Write the set, one bit a voxel, so that the file is there whole or not at all."""
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}.npz")
-    try:
-        complete, defective, other = (np.packbits(mask) for mask in made)
-        np.savez_compressed(temporary, complete=complete, defective=defective, other=other)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    bits = io.BytesIO()
+    complete, defective, other = map(np.packbits, made)
+    np.savez_compressed(bits, complete=complete, defective=defective, other=other)
+    put_in_place(path, lambda temporary: temporary.write_bytes(bits.getvalue()))
 
 
 def read(path: Path) -> Skulls:
@@ -256,23 +211,11 @@ def _tensor(mask: Mask) -> Tensor:
 
 
 def splits(*, train_size: int | None, label_noise: float, seed: int, sizes: Sizes = Sizes()) -> Splits:
-    """Training, validation and the two evaluation sets: the same skulls with small and with large defects.
-
-    Args:
-        train_size: how many of the training skulls to use; None for all.
-        label_noise: must be 0: a shape has no label.
-        seed: of the subset.
-        sizes: of the set.
-
-    Raises:
-        ConfigError: noise was asked for, or more skulls than there are.
-        DataError: the CT was not fetched.
-    """
+    """Training, validation and the two evaluation sets: the same skulls with small and with large defects."""
     if label_noise != 0:
         raise ConfigError(f"label_noise={label_noise}: the targets are shapes, not labels; leave it out.")
     everything, other = arrays(sizes)
-    generator = torch.Generator().manual_seed(seed)
-    train = subset(torch.arange(sizes.train), train_size, generator)
+    train = subset(torch.arange(sizes.train), train_size, torch.Generator().manual_seed(seed))
     first = sizes.train + sizes.validation
     return Splits(
         train=everything.take(train),

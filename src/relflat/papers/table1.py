@@ -31,29 +31,21 @@ GRIDS: Mapping[str, tuple[float, ...]] = SHEET["grids"]
 
 
 class Part(NamedTuple):
-    """One data set of the table: its names in the paper, to fetch and of the task, and what is trained on it.
-
-    ``strength`` is the paper's, used where settings are not searched for.
-    """
+    """One data set of the table: its names in the paper, to fetch and of the task, and what is trained on it."""
 
     title: str
     data: str
     task: str
-    strength: float
+    strength: float  # the paper's, used where settings are not searched for
     network: str
 
 
 @dataclass(frozen=True)
 class Size(training_study.Size):
-    """What is run at one scale.
-
-    Attributes:
-        parts: the data sets.
-        search: settings are chosen on validation data from ``GRIDS``; else they are the paper's.
-    """
+    """What is run at one scale."""
 
     parts: tuple[Part, ...]
-    search: bool
+    search: bool  # settings are chosen on validation data from ``GRIDS``; else they are the paper's
 
 
 SIZES = SHEET.sizes(lambda parts, **rest: Size(parts=tuple(Part(**part) for part in parts), **rest))
@@ -82,11 +74,7 @@ def carry_out(part: Part, size: Size, context: Context) -> Comparison:
 
 
 def run(context: Context) -> Outcome:
-    """Train every arm on every data set.
-
-    Raises:
-        DataError: a data set was not fetched; the command that does it is named.
-    """
+    """Train every arm on every data set."""
     size = SIZES[context.scale]
     fetch.require(*(part.data for part in size.parts))
     found = [(part, carry_out(part, size, context)) for part in size.parts]
@@ -94,10 +82,8 @@ def run(context: Context) -> Outcome:
         findings=[line for part, comparison in found for line in findings(part, comparison)],
         tables=[table(part, comparison) for part, comparison in found],
         figures=[figure for part, comparison in found for figure in figures(part, comparison)],
-        scaled=[
-            *(f"{part.title}: {part.network}." for part in size.parts),
-            *SHEET.differs(context.scale, **size.common),
-        ],
+        scaled=[f"{each.title}: {each.network}." for each in size.parts]
+        + SHEET.differs(context.scale, **size.common),
         data={part.title: everything(part, comparison) for part, comparison in found},
     )
 
@@ -131,23 +117,21 @@ def table(part: Part, comparison: Comparison) -> Table:
     """One data set: the paper's numbers and ours."""
     metric = metric_of(comparison)
     against = {pair.second: pair for pair in score_differences(comparison)}
+    places = (("test", "loss"), ("flatness", "value"), ("flatness", "confidence"))
     rows = []
     for arm in comparison.plan.arms:
         trials = comparison.finals[arm.name]
         printed = PAPER[part.title].get(arm.name)
-        rows.append(
-            (
-                arm.title,
-                "" if printed is None else f"{printed[0]:.2f} ± {printed[1]:g}",
-                percent(spread(numbers(trials, "test", metric.name))),
-                points(against.get(arm.title)),
-                f"{len(finished(trials))} of {len(trials)}",
-                number(spread(numbers(trials, "test", "loss"))),
-                number(spread(numbers(trials, "flatness", "value"))),
-                number(spread(numbers(trials, "flatness", "confidence"))),
-                settings_text(comparison.chosen[arm.name].settings),
-            )
+        row = (
+            arm.title,
+            "" if printed is None else f"{printed[0]:.2f} ± {printed[1]:g}",
+            percent(spread(numbers(trials, "test", metric.name))),
+            points(against.get(arm.title)),
+            f"{len(finished(trials))} of {len(trials)}",
+            *(number(spread(numbers(trials, *place))) for place in places),
+            settings_text(comparison.chosen[arm.name].settings),
         )
+        rows.append(row)
     seeds = ", ".join(map(str, comparison.plan.seeds))
     return SHEET.table("scores", rows, part=part.title, metric=metric.title, network=part.network, seeds=seeds)
 
@@ -155,21 +139,18 @@ def table(part: Part, comparison: Comparison) -> Table:
 def figures(part: Part, comparison: Comparison) -> list[Figure]:
     """One data set: the arms seed by seed, and over the epochs."""
     metric, words = metric_of(comparison), {"part": part.title, "metric": metric_of(comparison).title}
-    plain, *others = comparison.plan.arms
-    pairs = {
-        arm.title: zip(comparison.finals[plain.name], comparison.finals[arm.name], strict=True) for arm in others
-    }
+    runs = {arm.title: comparison.finals[arm.name] for arm in comparison.plan.arms}
+    plain, *others = runs
     gains = {
         title: [
             100 * (own.result["test"][metric.name] - base.result["test"][metric.name])
-            for base, own in each
+            for base, own in zip(runs[plain], runs[title], strict=True)
             if base.finished and own.finished
         ]
-        for title, each in pairs.items()
+        for title in others
     }
     printed = {ARMS[name].title: printed_gain(part.title, name) for name in ("sam", "fam")}
     label = "test accuracy − plain, points"
-    runs = {arm.title: comparison.finals[arm.name] for arm in comparison.plan.arms}
     error = curves(runs, f"validation_{metric.name}", "validation error, %", error=True)
     return [
         SHEET.figure("differences", partial(by_arm, gains, label, printed=printed, first=1), **words),
@@ -185,8 +166,7 @@ def everything(part: Part, comparison: Comparison) -> dict[str, Any]:
         "paper": {arm: {"mean": mean, "sd": sd} for arm, (mean, sd) in PAPER[part.title].items()},
         "chosen": {name: dict(candidate.settings) for name, candidate in comparison.chosen.items()},
         "search": [
-            {"arm": candidate.arm, "settings": dict(candidate.settings), "score": candidate.score}
-            for candidate in comparison.candidates
+            {"arm": each.arm, "settings": dict(each.settings), "score": each.score} for each in comparison.candidates
         ],
         "tested": {name: [trial.tested for trial in trials] for name, trials in comparison.finals.items()},
         "differences": [asdict(pair) for pair in score_differences(comparison)],

@@ -18,7 +18,7 @@ from relflat.lab.train.config import RunConfig
 from relflat.papers.experiment import Context, Outcome, Scale
 from relflat.papers.painting import COLOURS, MARKERS, legend, line
 from relflat.papers.sheets import Sheet
-from relflat.papers.training_study import Size, train_all
+from relflat.papers.training_study import Size, numbers, train_all
 
 SHEET = Sheet("table2")
 SIZES = SHEET.sizes(Size)
@@ -26,7 +26,6 @@ TITLES: Mapping[str, str] = SHEET["gradients"]
 PAPER: Mapping[float | None, tuple[float, float]] = {None: SHEET["plain"], **dict(SHEET["printed"])}
 STRENGTHS = tuple(strength for strength, _ in SHEET["printed"])
 SCORES = ("dice", "implant_dice", "hd", "hd95", "spread")
-OTHER = "larger-defects"
 
 
 class Arm(NamedTuple):
@@ -53,30 +52,19 @@ def configuration(arm: Arm, seed: int, size: Size) -> RunConfig:
 
 
 def run(context: Context) -> Outcome:
-    """Train every arm and compare the completions on both evaluation sets.
-
-    Raises:
-        DataError: the head CT was not fetched.
-    """
+    """Train every arm and compare the completions on both evaluation sets."""
     size = SIZES[context.scale]
     places = [(arm, configuration(arm, seed, size)) for seed in size.seeds for arm in ARMS]
     return conclude(train_all(context, places), context.scale)
 
 
 class Row(NamedTuple):
-    """Means over the seeds of one arm.
+    """Means over the seeds of one arm."""
 
-    Attributes:
-        first: scores on the first evaluation set.
-        second: scores on the second.
-        kappa: of the layer on the training data.
-        weight_norm: of the layer.
-    """
-
-    first: Mapping[str, float]
-    second: Mapping[str, float]
-    kappa: float
-    weight_norm: float
+    first: Mapping[str, float]  # scores on the first evaluation set
+    second: Mapping[str, float]  # and on the second
+    kappa: float  # of the layer on the training data
+    weight_norm: float  # of the layer
 
     @property
     def collapsed(self) -> bool:
@@ -91,25 +79,23 @@ def row(trials: Sequence[Trial]) -> Row | None:
     """What an arm came to; None where a training diverged."""
     if not all(trial.finished for trial in trials):
         return None
-    results = [trial.result for trial in trials]
-
-    def means(parts: Sequence[Mapping[str, float]], keys: Sequence[str] = SCORES) -> dict[str, float]:
-        return {key: fmean(part[key] for part in parts) for key in keys}
-
-    flat = means([result["flatness"] for result in results], ("value", "weight_norm"))
-    first = means([result["test"] for result in results])
-    return Row(first, means([result["shifts"][OTHER] for result in results]), *flat.values())
+    shifts = [trial.result["shifts"]["larger-defects"] for trial in trials]
+    return Row(
+        {score: fmean(numbers(trials, "test", score)) for score in SCORES},
+        {score: fmean(shift[score] for shift in shifts) for score in SCORES},
+        *(fmean(numbers(trials, "flatness", key)) for key in ("value", "weight_norm")),
+    )
 
 
 def conclude(by_arm: Mapping[Arm, Sequence[Trial]], scale: Scale) -> Outcome:
     """What the trainings show."""
     rows = {arm: row(trials) for arm, trials in by_arm.items()}
     size = SIZES[scale]
-    seeds, collapsed = ", ".join(map(str, size.seeds)), SHEET["collapsed"]
+    words = {"seeds": ", ".join(map(str, size.seeds)), "collapsed": SHEET["collapsed"]}
     titles = {"spread": "spread", "implant_dice": "implant Dice"}
     return Outcome(
         findings=findings(rows),
-        tables=[SHEET.table("scores", map(cells, rows.items()), seeds=seeds, collapsed=collapsed)],
+        tables=[SHEET.table("scores", [cells(arm, found) for arm, found in rows.items()], **words)],
         figures=[
             SHEET.figure(score, partial(by_strength, rows, score, f"{title}, first evaluation set"))
             for score, title in titles.items()
@@ -125,8 +111,7 @@ def conclude(by_arm: Mapping[Arm, Sequence[Trial]], scale: Scale) -> Outcome:
 def everything(arm: Arm, found: Row | None, trials: Sequence[Trial]) -> dict[str, Any]:
     """All numbers of one arm."""
     runs = [{**trial.tested, "shifts": trial.result.get("shifts")} for trial in trials]
-    collapsed = None if found is None else found.collapsed
-    return {**arm._asdict(), "mean": found and found._asdict(), "collapsed": collapsed, "runs": runs}
+    return {**arm._asdict(), "mean": found and found._asdict(), "collapsed": found and found.collapsed, "runs": runs}
 
 
 def findings(rows: Rows) -> list[str]:
@@ -150,19 +135,16 @@ def collapse(gradient: str, rows: Rows) -> str:
 
 def gain(plain: Row, rows: Rows) -> str:
     """Whether any arm that still looks at its input does better than plain training."""
-    better = {
-        arm: row.first["dice"] for arm, row in rows.items() if arm != PLAIN and row is not None and not row.collapsed
-    }
-    if not better:
+    others = {arm.title: row for arm, row in rows.items() if arm != PLAIN and row is not None and not row.collapsed}
+    if not others:
         return SHEET.say("none")
-    best = max(better, key=lambda arm: better[arm])
+    best, row = max(others.items(), key=lambda pair: pair[1].first["dice"])
     printed = PAPER[STRENGTHS[-1]][0] - PAPER[None][0]
-    return SHEET.say("best", arm=best.title, gain=better[best] - plain.first["dice"], printed=printed)
+    return SHEET.say("best", arm=best, gain=row.first["dice"] - plain.first["dice"], printed=printed)
 
 
-def cells(pair: tuple[Arm, Row | None]) -> tuple[str, ...]:
+def cells(arm: Arm, found: Row | None) -> tuple[str, ...]:
     """All scores of one arm."""
-    arm, found = pair
     paper = " / ".join(f"{dice:.4f}" for dice in PAPER[arm.strength])
     if found is None:
         return (arm.title, paper, *["diverged"] * (len(SCORES) + 3))
@@ -182,7 +164,6 @@ def by_strength(rows: Rows, score: str, label: str, axes: Axes) -> None:
         ]
         line(axes, points, marker=MARKERS[place], color=COLOURS[1 + place], label=title)
     axes.set_xticks(range(len(STRENGTHS) + 1), ["plain", *(f"{value:g}" for value in STRENGTHS)])
-    axes.set_xlabel("strength")
-    axes.set_ylabel(label)
+    axes.set(xlabel="strength", ylabel=label)
     axes.set_ylim(bottom=0)
     legend(axes)

@@ -28,40 +28,24 @@ Runs = Mapping[str, Sequence[Trial]]
 
 @dataclass(frozen=True)
 class Size(training_study.Size):
-    """What is run at one scale.
+    """What is run at one scale."""
 
-    Attributes:
-        strengths: from which FAM's is chosen on validation data; none: the paper's is used.
-        printed_seeds: of the tested runs at the paper's strength, where another is chosen.
-    """
-
-    strengths: tuple[float, ...]
-    printed_seeds: tuple[int, ...]
+    strengths: tuple[float, ...]  # from which FAM's is chosen on validation data; none: the paper's is used
+    printed_seeds: tuple[int, ...]  # of the tested runs at the paper's strength, where another is chosen
 
 
 SIZES = SHEET.sizes(Size)
 
 
 def config(size: Size, arm: str, strength: float, seed: int) -> RunConfig:
-    """One run.
-
-    Args:
-        size: task and budget.
-        arm: its name.
-        strength: FAM's; plain training has none.
-        seed: of the run.
-    """
+    """One run; plain training has no strength."""
     if arm == "plain":
         return size.config(seed, algorithm="plain")
     return size.config(seed, algorithm="fam", strength=strength, gradient=ARMS[arm]["gradient"])
 
 
 def run(context: Context) -> Outcome:
-    """Fine-tune with and without FAM over the seeds.
-
-    Raises:
-        DataError: the sentences or the pretrained encoder are not there; how to get them is said.
-    """
+    """Fine-tune with and without FAM over the seeds."""
     size = SIZES[context.scale]
     if context.scale == "paper":
         sentences.require_bert()
@@ -99,10 +83,7 @@ def conclude(scale: Scale, candidates: Sequence[Candidate], strength: float, run
         scaled=SHEET.differs(scale, **config, tokens=sentences.SHORT),
         data={
             "strength": strength,
-            "search": [
-                {"strength": each.settings["strength"], "validation": each.score, "loss": each.loss}
-                for each in candidates
-            ],
+            "search": [{**each.settings, "validation": each.score, "loss": each.loss} for each in candidates],
             "runs": {arm: [trial.tested for trial in trials] for arm, trials in runs.items()},
             "paper": {arm: dict(zip(("mean", "sd", "max"), row, strict=True)) for arm, row in PAPER.items()},
             "difference": None if pair is None else asdict(pair),
@@ -157,12 +138,8 @@ def cells(arm: str, strength: float, trials: Sequence[Trial]) -> tuple[str, ...]
 def searched(candidates: Sequence[Candidate]) -> Table:
     """How the strength was chosen."""
     best = choose(candidates, "fam")
-    rows = [
-        (
-            f"{each.settings['strength']:g}" + (" ← chosen" if each is best else ""),
-            "diverged" if each.diverged else f"{each.score:.4f}",
-            f"{each.loss:.4f}",
-        )
-        for each in candidates
-    ]
+    rows = []
+    for each in candidates:
+        strength = f"{each.settings['strength']:g}" + (" ← chosen" if each is best else "")
+        rows.append((strength, "diverged" if each.diverged else f"{each.score:.4f}", f"{each.loss:.4f}"))
     return SHEET.table("search", rows, seed=SEARCH_SEED)

@@ -14,21 +14,16 @@ Arm = TypeVar("Arm", bound=Hashable)
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained at one scale.
+    """What is trained at one scale."""
 
-    Attributes:
-        seeds: of the runs that are reported.
-        common: values that all runs share; a task with ``.py:`` is one of a file beside this one.
-    """
-
-    seeds: tuple[int, ...]
-    common: Mapping[str, Any]
+    seeds: tuple[int, ...]  # of the runs that are reported
+    common: Mapping[str, Any]  # values that all runs share; a task with ``.py:`` is one of a file beside this one
 
     def config(self, seed: int, **own: Any) -> RunConfig:
         """The run of a seed with values of its own."""
         task = self.common["task"]
         if ".py:" in task:
-            task = f"{Path(__file__).resolve().parent / task}"
+            task = str(Path(__file__).resolve().parent / task)
         return make({**self.common, "task": task, "seed": seed, **own})
 
 
@@ -37,11 +32,8 @@ def train_all(
 ) -> dict[Arm, list[Trial]]:
     """Do the runs that were not done before; all of them by arm, in the order given.
 
-    Args:
-        context: folders, workers, who is told.
-        places: arm and configuration of each run; seed by seed, so that an interrupted study has whole seeds.
-        test: they may see the test split.
-        what: they are, for those who are told.
+    Places are to be given seed by seed, so that an interrupted study has whole seeds; ``test``: runs may see the test
+    split.
     """
     jobs = [Job(config, context.runs, test) for _, config in places]
     with workers(context.workers) as pool:
