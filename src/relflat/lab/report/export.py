@@ -3,7 +3,7 @@
 import csv
 import io
 
-from relflat.lab.jsonable import finite
+from relflat.lab.common.jsonable import finite
 from relflat.lab.report.document import Table
 from relflat.lab.report.summary import Summary
 
