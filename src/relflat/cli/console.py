@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from relflat.lab.jsonable import finite
+from relflat.lab.common.jsonable import finite
 
 out = Console()
 err = Console(stderr=True)

@@ -44,10 +44,10 @@ def get(
         names: data sets or weights as named by 'relflat data list'.
         json: print one JSON object.
     """
+    from relflat.lab.common.names import look_up
     from relflat.lab.data.fetch import get as fetch
     from relflat.lab.data.fetch import is_here
     from relflat.lab.data.sources import SOURCES
-    from relflat.lab.names import look_up
 
     if not names:
         raise ConfigError(f"Name at least one data set. Known: {', '.join(sorted(SOURCES))}.")

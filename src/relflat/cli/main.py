@@ -19,7 +19,7 @@ from relflat.cli.measure import measure
 from relflat.cli.reproduce import reproduce
 from relflat.cli.train import train
 from relflat.errors import ConfigError, RelflatError
-from relflat.lab.names import unknown
+from relflat.lab.common.names import unknown
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,

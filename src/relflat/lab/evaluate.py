@@ -1,5 +1,5 @@
-"""What a task is judged by, by its documented path; it is in `relflat.lab.train.evaluate`."""
+"""What a task is judged by, by its documented path; it is in `relflat.lab.tasks.metrics`."""
 
-from relflat.lab.train.evaluate import ACCURACY, Metric
+from relflat.lab.tasks.metrics import ACCURACY, Metric
 
 __all__ = ["ACCURACY", "Metric"]

@@ -6,7 +6,7 @@ An experiment is a module with a function ``run`` and a file of the same name in
 from functools import partial
 from importlib import import_module
 
-from relflat.lab.names import look_up
+from relflat.lab.common.names import look_up
 from relflat.papers.experiment import Context, Experiment, Outcome
 from relflat.papers.sheets import Sheet
 

@@ -14,8 +14,8 @@ from relflat.estimate import closed_form
 from relflat.estimate.contributions import Contributions
 from relflat.estimate.methods import Method, register
 from relflat.estimate.subject import Subject
+from relflat.lab.common.names import names_in
 from relflat.lab.data.arrays import Inputs
-from relflat.lab.names import names_in
 from relflat.lab.train import algorithms
 from relflat.lab.train.algorithms import Fam
 from relflat.lab.train.steps import Learner, Losses, plain_step

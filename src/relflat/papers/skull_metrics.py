@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from relflat.errors import DataError
 from relflat.lab.data.batches import Batch
 from relflat.lab.data.splits import Splits
-from relflat.lab.train.evaluate import Metric, run
+from relflat.lab.tasks.metrics import Metric, run
 from relflat.papers.skulls import SPACING, largest_piece
 
 Volumes = Bool[Tensor, "n 1 z y x"]

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from relflat.lab.common.names import look_up
 from relflat.lab.data.arrays import Arrays
 from relflat.lab.data.splits import classification
-from relflat.lab.names import look_up
 from relflat.lab.tasks.models import mlp
 from relflat.lab.train import store
 

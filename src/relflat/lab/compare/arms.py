@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relflat.errors import ConfigError
-from relflat.lab.names import look_up
+from relflat.lab.common.names import look_up
 
 Values = Mapping[str, Any]
 

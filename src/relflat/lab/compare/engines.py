@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relflat.errors import ConfigError
-from relflat.lab.names import look_up
+from relflat.lab.common.names import look_up
 
 LOCAL, RAY = "local", "ray"
 ENGINES = {LOCAL: "processes of this machine", RAY: "a Ray cluster"}

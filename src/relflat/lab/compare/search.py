@@ -16,8 +16,8 @@ from relflat.errors import ConfigError
 from relflat.lab.compare.arms import Arm, Values
 from relflat.lab.compare.trials import Job, Trial, run_all
 from relflat.lab.tasks.catalogue import task_named
+from relflat.lab.tasks.metrics import ACCURACY
 from relflat.lab.train.config import RunConfig, make
-from relflat.lab.train.evaluate import ACCURACY
 
 OnTrial = Callable[[Trial], None]
 

@@ -18,10 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from relflat.errors import DataError
+from relflat.lab.common.names import look_up
 from relflat.lab.data import hub, readers
 from relflat.lab.data.arrays import RawData
 from relflat.lab.data.sources import SOURCES, Source
-from relflat.lab.names import look_up
 
 Say = Callable[[str], None]
 PACKAGES = {".deb", ".tgz", ".whl", ".zip", ".gz"}  # what the clients leave

@@ -13,7 +13,7 @@ from relflat.lab.compare.trials import Trial
 from relflat.lab.report.document import Table
 from relflat.lab.report.formats import MeanSd, number, percent, points, settings_text
 from relflat.lab.tasks.catalogue import task_named
-from relflat.lab.train.evaluate import Metric
+from relflat.lab.tasks.metrics import Metric
 from relflat.lab.train.timing import StepCost
 
 

@@ -6,7 +6,7 @@ from relflat.lab.compare.search import Comparison
 from relflat.lab.compare.statistics import LEVEL, Difference, seeds_needed
 from relflat.lab.report.formats import certainty
 from relflat.lab.report.summary import Summary
-from relflat.lab.train.evaluate import ACCURACY, Metric
+from relflat.lab.tasks.metrics import ACCURACY, Metric
 from relflat.lab.train.timing import StepCost
 
 

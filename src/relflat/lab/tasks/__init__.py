@@ -5,9 +5,9 @@ A task is one `Task` record: in ``pictures.py``, ``signals.py`` or ``text.py``, 
 """
 
 from relflat.lab.tasks.catalogue import TASKS, register, task_named
+from relflat.lab.tasks.metrics import ACCURACY, Metric
 from relflat.lab.tasks.models import mlp
 from relflat.lab.tasks.task import SGD, Adam, AdamW, SplitFunction, Task, constant, cosine, linear, staircase
-from relflat.lab.train.evaluate import ACCURACY, Metric
 
 __all__ = [
     "ACCURACY",

@@ -5,7 +5,7 @@ from functools import cached_property
 from importlib import import_module
 
 from relflat.errors import ConfigError
-from relflat.lab.names import look_up
+from relflat.lab.common.names import look_up
 from relflat.lab.tasks import own
 from relflat.lab.tasks.task import Task
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from relflat.errors import ConfigError, RelflatError
-from relflat.lab.names import look_up
+from relflat.lab.common.names import look_up
 
 T = TypeVar("T")
 

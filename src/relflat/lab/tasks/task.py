@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, M
 
 from relflat.lab.data.augment import Augment
 from relflat.lab.data.splits import Splits
-from relflat.lab.train.evaluate import ACCURACY, Metric
+from relflat.lab.tasks.metrics import ACCURACY, Metric
 
 
 class _Settings:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from relflat import FAM
 from relflat.errors import ConfigError
-from relflat.lab.names import look_up, names_in
+from relflat.lab.common.names import look_up, names_in
 from relflat.lab.train.disturb import Disturbed, dropout, noise
 from relflat.lab.train.steps import looksam_step, plain_step, sam_step
 

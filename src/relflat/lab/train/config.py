@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from relflat.errors import ConfigError
-from relflat.lab.names import unknown
+from relflat.lab.common.names import unknown
 from relflat.lab.tasks.catalogue import TASKS, changed_since, full_name, source_of, task_named
 from relflat.lab.train.algorithms import ALGORITHMS, algorithm_named, all_algorithms
 from relflat.lab.train.settings import RunConfig as RunConfig

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from relflat.capture.resolve import resolve
 from relflat.errors import ConfigError
-from relflat.lab.names import names_in
+from relflat.lab.common.names import names_in
 
 Change = Callable[[Tensor], Tensor]
 

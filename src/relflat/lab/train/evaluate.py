@@ -1,95 +1,16 @@
-"""What a network is judged by on one split, and the kappa of a layer."""
+"""What a network is judged by on one split (`relflat.lab.tasks.metrics`), and the kappa of a layer."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from relflat import Flatness, relative_flatness
-from relflat.lab.data.arrays import Inputs
 from relflat.lab.data.batches import Batch
+from relflat.lab.tasks.metrics import ACCURACY, Metric, evaluate, run
 
-BINS = 15
-
-
-Evaluate = Callable[[nn.Module, nn.Module, Iterable[Batch]], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a task is judged by: a number of at most 1, where higher is better.
-
-    Attributes:
-        name: its key in the results.
-        title: as it is written in reports.
-        error: what one minus it is called in reports.
-        evaluate: given the model in eval mode, the loss and the batches of a split, returns ``name``, ``loss`` and
-            whatever else is worth keeping; it runs without gradients.
-    """
-
-    name: str
-    title: str
-    error: str
-    evaluate: Evaluate
-
-
-def run(model: nn.Module, inputs: Inputs) -> Any:
-    """The model's outputs; inputs by name are given as keyword arguments."""
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
-
-
-def evaluate(metric: Metric, model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
-    """What the metric says of the batches of a split, in eval mode; the mode is put back afterwards."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        found = metric.evaluate(model, loss, batches)
-    model.train(was_training)
-    return found
-
-
-def classify(model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Evaluate a classifier.
-
-    Returns:
-        ``accuracy``, ``loss``, ``ece`` (expected calibration error, 15 bins of equal width), and its
-        ``bins``: (share of the samples, mean confidence, accuracy) of each bin that holds any.
-    """
-    table = torch.zeros(BINS, 3, dtype=torch.float64)
-    total = 0.0
-    for inputs, targets in batches:
-        logits = run(model, inputs)
-        total += float(loss(logits, targets)) * len(targets)
-        table += calibration(logits, targets)
-    counts, confidence, right = table.unbind(1)
-    samples = float(counts.sum())
-    return {
-        "accuracy": float(right.sum()) / samples,
-        "loss": total / samples,
-        "ece": float((confidence - right).abs().sum()) / samples,
-        "bins": [
-            (float(n) / samples, float(c / n), float(r / n))
-            for n, c, r in zip(counts, confidence, right, strict=True)
-            if n > 0
-        ],
-    }
-
-
-def calibration(logits: Float[Tensor, "n d"], targets: Tensor) -> Float[Tensor, "bins 3"]:
-    """By bins of confidence: how many samples, the sum of their confidences, how many are right."""
-    confidence, guess = logits.softmax(1).max(1)
-    place = (confidence * BINS).long().clamp(max=BINS - 1)
-    columns = torch.stack([torch.ones_like(confidence), confidence, (guess == targets).float()], 1)
-    table = torch.zeros(BINS, 3, dtype=torch.float64)
-    return table.index_add_(0, place.cpu(), columns.double().cpu())
+__all__ = ["ACCURACY", "Metric", "evaluate", "flatness", "run"]
 
 
 def flatness(model: nn.Module, loss: nn.Module, batches: Iterable[Batch], layer: str) -> Flatness:
     """Relative flatness of one layer on the samples."""
     return relative_flatness(model, loss, list(batches), layer=layer)
-
-
-ACCURACY = Metric("accuracy", "accuracy", "error", classify)

@@ -8,10 +8,10 @@ import torch.distributed as dist
 
 from relflat import Flatness, relative_flatness_by_layer
 from relflat.errors import ConfigError
+from relflat.lab.common.names import look_up, names_in
 from relflat.lab.data.arrays import Arrays
 from relflat.lab.data.batches import in_order
 from relflat.lab.data.splits import Splits
-from relflat.lab.names import look_up, names_in
 from relflat.lab.tasks.catalogue import task_named
 from relflat.lab.train import checkpoint
 from relflat.lab.train.launch import joined

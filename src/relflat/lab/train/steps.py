@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from relflat import FAM
 from relflat.lab.data.arrays import Inputs
-from relflat.lab.train.evaluate import run
+from relflat.lab.tasks.metrics import run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

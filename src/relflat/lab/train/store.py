@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab.jsonable import finite
+from relflat.lab.common.jsonable import finite
 from relflat.lab.tasks.catalogue import short_name
 from relflat.lab.train.config import make, migrated, require_unchanged
 from relflat.lab.train.environment import describe
