@@ -81,7 +81,7 @@ def be_command(request: dict[str, Any]) -> int:
 def serve() -> None:
     """Fork for each request."""
     import relflat.cli.main
-    import relflat.lab.compare.study
+    import relflat.lab.report.study
     import relflat.lab.report.terminal  # noqa: F401
 
     print("ready", flush=True)

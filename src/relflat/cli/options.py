@@ -13,6 +13,22 @@ from docstring_parser import parse
 from relflat.lab.train.algorithms import ALGORITHMS
 from relflat.lab.train.settings import RunConfig
 
+TASKS = (
+    "digits, fashion-mnist, fashion-mnist-resnet18, fashion-mnist-wrn, cifar10, cifar10-resnet20, cifar10-resnet18, "
+    "cifar10-wrn, cifar10-finetune, cifar100, cifar100-finetune, svhn, svhn-wrn, mnist1d, skulls, skulls-unet, "
+    "addition, addition-transformer, reviews, rte, mrpc, sst2"
+)  # written out, so that the help of other commands need not import the tasks
+
+TaskName = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="TASK",
+        help="path/to/file.py:name for a task of your own (docs/study/own-task.md), or a built-in one "
+        f"(docs/tasks.md): {TASKS}.",
+    ),
+]
+
 
 def run_values() -> Any:
     """A dictionary type with a key for each value of a run; what is left out has its default."""
