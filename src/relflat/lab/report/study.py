@@ -196,7 +196,7 @@ def rebuild(folder: Path) -> Summary:
                 f"{len(jobs) - len(done)} of {len(jobs)} runs of the comparison in {folder} are not in its folder "
                 "of runs. Give its relflat compare command again; it does what is missing."
             )
-        return found
+        return done
 
     comparison = conclude(plan, (folder / values["runs"]).resolve(), read)
     found = Summary(comparison, costs_of(folder, comparison))
