@@ -82,8 +82,7 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
         old, new = store.read_json(folder / PLAN), store.as_json(values)
         keys = [key for key in new if key != "notes" and old.get(key) != new[key]]
         if keys == ["source"]:
-            begun = f"the comparison in {folder} was begun. Choose another --out"
-            require_unchanged(plan.task, old["source"], begun)
+            require_unchanged(plan.task, old["source"], f"the comparison in {folder} was begun. Choose another --out")
         if keys:
             raise ConfigError(
                 f"{folder} holds a comparison with other values of {', '.join(keys)}. Choose another --out."
@@ -114,15 +113,14 @@ def carry_out(folder: Path, plan: Plan, runs: Path, engine: int | Executor, on_t
 
 def costs_of(folder: Path, comparison: Comparison) -> dict[str, StepCost]:
     """Seconds a step of each arm's chosen setting: those that were kept, else measured now and kept."""
-    arms = comparison.plan.arms
+    plan, chosen, arms = comparison.plan, comparison.chosen, comparison.plan.arms
     if (folder / COSTS).is_file():
         try:
             kept = store.read_json(folder / COSTS)
             return {arm.name: StepCost(**kept[arm.name]) for arm in arms}
         except (KeyError, TypeError) as error:
             raise store.damaged(folder / COSTS, f"{type(error).__name__}: {error}") from error
-    seed = comparison.plan.seeds[0]
-    configs = [comparison.plan.config(arm, comparison.chosen[arm.name].settings, seed) for arm in arms]
+    configs = [plan.config(arm, chosen[arm.name].settings, plan.seeds[0]) for arm in arms]
     with one_thread():
         costs = dict(zip((arm.name for arm in arms), step_costs(configs), strict=True))
     with store.writing(folder, "--out"):
