@@ -81,8 +81,8 @@ def be_command(request: dict[str, Any]) -> int:
 def serve() -> None:
     """Fork for each request."""
     import relflat.cli.main
-    import relflat.lab.compare.study
-    import relflat.lab.report.report  # noqa: F401
+    import relflat.lab.report.report
+    import relflat.lab.report.study  # noqa: F401
 
     print("ready", flush=True)
     for line in sys.stdin:

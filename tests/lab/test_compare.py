@@ -12,6 +12,7 @@ from relflat.lab.compare.engines import Engine
 from relflat.lab.compare.search import choose, compare, judge, plan_from
 from relflat.lab.compare.trials import workers
 from relflat.lab.data import splits
+from relflat.lab.data.splits import Splits
 from relflat.lab.train import store
 from relflat.lab.train.timing import step_costs
 
@@ -91,7 +92,7 @@ def test_step_costs_are_relative_to_the_first(monkeypatch):
     def forbidden(*args):
         raise AssertionError("timing needs no test data")
 
-    monkeypatch.setattr(splits, "_test_split", forbidden)
+    monkeypatch.setattr(splits, "Splits", lambda **parts: Splits(**{**parts, "test": forbidden}))
     configs = [PLAN.config(arm, arm.grid[0], 0) for arm in (PLAIN, SAM)]
     plain, sam = step_costs(configs, rounds=9, block=4)
     assert plain.ratio == plain.low == plain.high == 1

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab.compare import study
 from relflat.lab.compare.arms import Budget
 from relflat.lab.compare.trials import Job, read_trial, run_job
+from relflat.lab.report import study
 from relflat.lab.train import store
 from relflat.lab.train.config import make
 from relflat.lab.train.loop import train

@@ -14,8 +14,8 @@ import pytest
 
 from relflat.cli.main import main
 from relflat.errors import ConfigError
+from relflat.lab.compare.cluster import MARK, Shared, versions
 from relflat.lab.compare.engines import Engine
-from relflat.lab.compare.shared import MARK, Shared, versions
 from relflat.lab.compare.trials import Job, run_all, workers
 from relflat.lab.train import store
 from relflat.lab.train.config import make

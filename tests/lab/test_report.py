@@ -15,10 +15,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from synthetic import COSTS, comparison
 
-from relflat.lab.compare import study
 from relflat.lab.compare.arms import ARMS
 from relflat.lab.compare.statistics import Difference
-from relflat.lab.report import document, drawing, figures
+from relflat.lab.report import document, drawing, figures, study
 from relflat.lab.report.figures import merged_bins
 from relflat.lab.report.formats import named, number, percent
 from relflat.lab.report.report import files, show

@@ -16,9 +16,9 @@ import pytest
 from killable import Killable
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab.compare import study
 from relflat.lab.compare.arms import Budget
 from relflat.lab.compare.trials import workers
+from relflat.lab.report import study
 from relflat.lab.train import store
 from relflat.lab.train.store import alone_in
 
@@ -37,7 +37,7 @@ def plan_with(arms, task="digits", **values):
 
 def do(folder, runs, plan, processes=1):
     study.open_study(folder, plan, runs, "Notes.")
-    return study.carry_out(folder, plan, runs, processes, lambda trial: None)[0]
+    return study.carry_out(folder, plan, runs, processes, lambda trial: None).comparison
 
 
 def without_times(value):
@@ -238,7 +238,7 @@ def test_nothing_is_chosen_by_test_labels(tmp_path, locked):
             (tmp_path / "unlocked").touch()
 
     study.open_study(tmp_path / "out", locked, tmp_path / "runs", "Notes.")
-    comparison, _ = study.carry_out(tmp_path / "out", locked, tmp_path / "runs", 1, on_trial)
+    comparison = study.carry_out(tmp_path / "out", locked, tmp_path / "runs", 1, on_trial).comparison
     assert seen == [100] * 4 + [0] * 2
     assert all(trials[0].result["test"] for trials in comparison.finals.values())
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from relflat.errors import ConfigError
-from relflat.lab.compare import study
 from relflat.lab.compare.arms import Budget
+from relflat.lab.report import study
 from relflat.lab.tasks import TASKS
 from relflat.lab.train import store
 from relflat.lab.train.config import make

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from fetched import fashion_mnist
 from relflat.errors import ConfigError, DataError
 from relflat.lab.data import splits
+from relflat.lab.data.splits import Splits
 from relflat.lab.train import checkpoint, store
 from relflat.lab.train.algorithms import ALGORITHMS
 from relflat.lab.train.config import make
@@ -114,14 +115,12 @@ def test_tensorboard_holds_the_metrics(tmp_path, config):
 
 def test_test_split_is_touched_once_and_only_at_the_end(tmp_path, config, monkeypatch):
     touched = []
-    original = splits._test_split
 
-    def watched(*args):
-        touched.append(len(seen))
-        return original(*args)
+    def watched(test, **parts):
+        return Splits(test=lambda: touched.append(len(seen)) or test(), **parts)
 
     seen = []
-    monkeypatch.setattr(splits, "_test_split", watched)
+    monkeypatch.setattr(splits, "Splits", watched)
     train(config(), tmp_path / "run", tensorboard=False, on_epoch=seen.append)
     assert touched == [3]
 
@@ -130,7 +129,7 @@ def test_search_trials_never_touch_the_test_split(tmp_path, config, monkeypatch)
     def forbidden(*args):
         raise AssertionError("the test split was evaluated")
 
-    monkeypatch.setattr(splits, "_test_split", forbidden)
+    monkeypatch.setattr(splits, "Splits", lambda **parts: Splits(**{**parts, "test": forbidden}))
     result = train(config(), tmp_path / "run", test=False, tensorboard=False)
     assert result["test"] is None
     monkeypatch.undo()

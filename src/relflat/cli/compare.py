@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from relflat.cli.arguments import TaskName
 from relflat.cli.console import err, out, print_json
-from relflat.cli.options import common_values
+from relflat.cli.options import TaskName, common_values
 from relflat.lab.compare.arms import ARMS, Budget
 from relflat.lab.compare.engines import Engine
 
 if TYPE_CHECKING:
+    from relflat.lab.report.summary import Summary
+
     CommonValues = dict[str, Any]
 else:
     CommonValues = common_values()
@@ -56,10 +57,7 @@ def compare(
         out: folder of the report; by default one of its own in the folder of runs.
         json: print one JSON object.
     """
-    from relflat.lab.compare import study
-    from relflat.lab.report.report import show
-    from relflat.lab.report.summary import Summary
-    from relflat.lab.train import store
+    from relflat.lab.report import study
 
     plan = study.plan_for(task, arms, budget, **common)
     folder = out or study.folder_for(plan, runs)
@@ -68,17 +66,9 @@ def compare(
     study.open_study(folder, plan, runs, study.describe_plan(plan))
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         line = bar.add_task("runs", total=plan.runs)
-
-        def on_trial(trial: Any) -> None:
-            bar.advance(line)
-
         with redirect_stdout(sys.stderr):  # what a task's file or Ray print is no part of the answer
-            comparison, costs = study.carry_out(folder, plan, runs, pool, on_trial)
-    if json:
-        print_json({"folder": str(folder), **store.read_json(folder / "report.json")})
-        return
-    show(Summary(comparison, costs), console())
-    say_where(folder)
+            found = study.carry_out(folder, plan, runs, pool, lambda trial: bar.advance(line))
+    answer(folder, found, json)
 
 
 def report(
@@ -90,24 +80,18 @@ def report(
         folder: of the comparison.
         json: print one JSON object.
     """
-    from relflat.lab.compare import study
+    from relflat.lab.report import study
+
+    answer(folder, study.rebuild(folder), json)
+
+
+def answer(folder: Path, found: "Summary", json: bool) -> None:
+    """Print what a comparison found and where its report is."""
     from relflat.lab.report.report import show
-    from relflat.lab.report.summary import Summary
     from relflat.lab.train import store
 
-    comparison = study.rebuild(folder)
     if json:
         print_json({"folder": str(folder), **store.read_json(folder / "report.json")})
         return
-    show(Summary(comparison, study.costs_of(folder, comparison)), console())
-    say_where(folder)
-
-
-def console() -> Any:
-    """The terminal; ``out`` is an option's name inside the commands."""
-    return out
-
-
-def say_where(folder: Path) -> None:
-    """Print the path of the report."""
+    show(found, out)
     out.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

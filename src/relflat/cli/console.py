@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from relflat.lab.common.jsonable import finite
 
@@ -36,28 +37,14 @@ def say(line: str) -> None:
     err.print(line, highlight=False, markup=False)
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception | str) -> None:
     """Print an error that the user can do something about."""
-    err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-
-
-def escape(text: str) -> str:
-    """Protect square brackets from being read as markup."""
-    return text.replace("[", r"\[")
+    err.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
 
 
 @contextmanager
 def progress(epochs: int, metric: str, *, shown: bool) -> Iterator[Any]:
-    """A progress bar over epochs on stderr.
-
-    Args:
-        epochs: how many there are.
-        metric: name of what the task is judged by.
-        shown: whether there should be one, which takes a terminal too.
-
-    Yields:
-        A function to call with each epoch's record.
-    """
+    """A progress bar over epochs on stderr, if that is a terminal; gives what to call with each epoch's record."""
     columns = (
         TextColumn("epoch {task.completed}/{task.total}"),
         BarColumn(),

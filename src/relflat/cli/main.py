@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from inspect import Parameter, signature
 from typing import get_type_hints, is_typeddict
@@ -22,35 +21,19 @@ from relflat.errors import ConfigError, RelflatError
 from relflat.lab.common.names import unknown
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train,
-    "measure": measure,
-    "compare": compare,
-    "report": report,
-    "reproduce": reproduce,
+    command.__name__: command for command in (train, measure, compare, report, reproduce)
 }
 RENAMED = {"--regularize": "--layer", "--estimator": "--method"}  # what options were called once
 app = SubcommandApp()
-for name, function in COMMANDS.items():
-    app.command(name=name)(function)
+for command in COMMANDS.values():
+    app.command(command)
 app.command(data, name="data", help="List and fetch data sets.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with 0, 1 (nobody reads on), 2 (something to correct) or 130 (interrupted)."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with flushed():
-            if given == ["--version"]:
-                print(f"relflat {__version__}")
-                return
-            require_known_options(given)
-            app.cli(
-                prog="relflat",
-                description="Relative flatness of PyTorch networks: measure it, train with it. "
-                "relflat --version prints the version.",
-                args=given,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-            )
+        run(list(sys.argv[1:] if arguments is None else arguments))
     except BrokenPipeError:  # as after | head
         discard_output()
         sys.exit(1)
@@ -62,16 +45,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         discard_output()
         sys.exit(2)
     except KeyboardInterrupt:
-        fail(KeyboardInterruptMessage())
+        fail("interrupted; the same command goes on after the last finished epoch.")
         sys.exit(130)
 
 
-def require_known_options(arguments: Sequence[str]) -> None:
-    """See that the command has all of these options; tyro would name those of other commands.
+def run(arguments: list[str]) -> None:
+    """Run one command, and write all of stdout out before leaving, so that a reader who is gone is noticed here."""
+    try:
+        if arguments == ["--version"]:
+            print(f"relflat {__version__}")
+            return
+        require_known_options(arguments)
+        app.cli(
+            prog="relflat",
+            description="Relative flatness of PyTorch networks: measure it, train with it. "
+            "relflat --version prints the version.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        )
+    finally:
+        sys.stdout.flush()
 
-    Raises:
-        ConfigError: it does not; the nearest of its own is named.
-    """
+
+def require_known_options(arguments: Sequence[str]) -> None:
+    """Name the nearest option of the command itself to one it has not; tyro would name those of others."""
     command = COMMANDS.get(arguments[0]) if arguments else None
     if command is None:
         return
@@ -95,26 +92,6 @@ def option_names(command: Callable[..., None]) -> list[str]:
     return found
 
 
-@contextmanager
-def flushed() -> Iterator[None]:
-    """Write all of stdout out before leaving, so that a reader who is gone is noticed here."""
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-
-
 def discard_output() -> None:
     """Leave nothing that Python would try to write out once more when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class KeyboardInterruptMessage(Exception):
-    """What is said when the user interrupts."""
-
-    def __str__(self) -> str:
-        return "interrupted; the same command goes on after the last finished epoch."
-
-
-if __name__ == "__main__":
-    main()

@@ -13,6 +13,22 @@ from docstring_parser import parse
 from relflat.lab.train.algorithms import ALGORITHMS
 from relflat.lab.train.settings import RunConfig
 
+TASKS = (
+    "digits, fashion-mnist, fashion-mnist-resnet18, fashion-mnist-wrn, cifar10, cifar10-resnet20, cifar10-resnet18, "
+    "cifar10-wrn, cifar10-finetune, cifar100, cifar100-finetune, svhn, svhn-wrn, mnist1d, skulls, skulls-unet, "
+    "addition, addition-transformer, reviews, rte, mrpc, sst2"
+)  # written out, so that the help of other commands need not import the tasks
+
+TaskName = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="TASK",
+        help="path/to/file.py:name for a task of your own (docs/study/own-task.md), or a built-in one "
+        f"(docs/tasks.md): {TASKS}.",
+    ),
+]
+
 
 def run_values() -> Any:
     """A dictionary type with a key for each value of a run; what is left out has its default."""
@@ -53,31 +69,18 @@ def option(record: type[Any], field: Field[Any], default: str) -> Any:
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     kind = str if choices else (get_args(hint) or (hint,))[0]
     metavar = "|".join(choices) or {bool: "True|False", str: field.name.upper()}.get(kind, kind.__name__.upper())
-    text = next(text for text in map(text_in(field.name), record.__mro__) if text)
+    described = (one for owner in record.__mro__ for one in parse(owner.__doc__ or "").params)
+    text = next(one.description for one in described if one.arg_name == field.name and one.description)
     if field.name == "algorithm":
         text = f"{text.rstrip('.')}: {', '.join(ALGORITHMS)}."
     shown = tyro.conf.arg(metavar=metavar, help=text, help_behavior_hint=f"({default})")
     return Annotated[kind, tyro.conf.FlagConversionOff, shown] if kind is bool else Annotated[kind, shown]
 
 
-def text_in(name: str) -> Any:
-    """Finds the text of an attribute in a class's docstring."""
-
-    def find(record: type[Any]) -> str | None:
-        described = parse(record.__doc__ or "").params
-        return next((one.description for one in described if one.arg_name == name), None)
-
-    return find
-
-
 def default_of(field: Field[Any]) -> str:
     """A default as it is shown; the task has those that the record has not."""
     if field.default is MISSING:
         return "the task's"
-    return (
-        "none"
-        if field.default is None
-        else f"{field.default:g}"
-        if isinstance(field.default, float)
-        else str(field.default)
-    )
+    if field.default is None:
+        return "none"
+    return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)

@@ -6,9 +6,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relflat.cli.arguments import TaskName
 from relflat.cli.console import out, print_json, progress, say
-from relflat.cli.options import run_values
+from relflat.cli.options import TaskName, run_values
 
 if TYPE_CHECKING:
     RunValues = dict[str, Any]

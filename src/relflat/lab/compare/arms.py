@@ -17,25 +17,15 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """One contender.
+    """One contender."""
 
-    Attributes:
-        name: on the command line and in files.
-        title: in tables and figures.
-        algorithm: name of the algorithm it trains by.
-        key: the value that is searched over.
-        values: what is tried for it.
-        fixed: other values that differ from the algorithm's defaults.
-        origin: where the values come from.
-    """
-
-    name: str
-    title: str
+    name: str  # on the command line and in files
+    title: str  # in tables and figures
     algorithm: str
-    key: str
-    values: tuple[float, ...]
-    fixed: Values = field(default_factory=dict)
-    origin: str = ""
+    key: str  # the value that is searched over
+    values: tuple[float, ...]  # what is tried for it
+    fixed: Values = field(default_factory=dict)  # other values that differ from the algorithm's defaults
+    origin: str = ""  # where the values come from
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", tuple(self.values))  # from JSON and TOML it is a list
@@ -63,16 +53,14 @@ class Budget:
     trials: int = 4
 
 
-TABLES = tomllib.loads(Path(__file__).with_name("arms.toml").read_text())
-ARMS: dict[str, Arm] = {name: Arm(name, **table) for name, table in TABLES.items()}
+ARMS = {
+    name: Arm(name, **table)
+    for name, table in tomllib.loads(Path(__file__).with_name("arms.toml").read_text()).items()
+}
 
 
 def arms_named(names: Iterable[str]) -> tuple[Arm, ...]:
-    """The arms with these names, in that order.
-
-    Raises:
-        ConfigError: an unknown name (the nearest is named), or one that is given twice.
-    """
+    """The arms with these names, in that order; none may be named twice."""
     found = tuple(look_up("arm", name, ARMS) for name in names)
     twice = sorted({arm.name for arm in found if found.count(arm) > 1})
     if twice:

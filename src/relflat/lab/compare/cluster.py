@@ -7,31 +7,67 @@ Numbers are those of one machine, bit for bit, where processors and package vers
 
 import logging
 import os
+import platform
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+import relflat
 from relflat.errors import ConfigError, RelflatError
-from relflat.lab.compare.shared import Shared
+from relflat.lab.train import store
 
 T = TypeVar("T")
 RETRIES = 10  # of a trial whose machine was lost
+MARK = ".relflat-shared"  # in the folder of runs: by it a worker knows that it sees the same folder
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a worker on another machine must have in common with the process that started the trials."""
+
+    runs: Path  # the folder, by its full path
+    mark: str  # content of a file in it
+    versions: dict[str, str]  # of packages
+
+    @classmethod
+    def of(cls, runs: Path) -> "Shared":
+        """What this process has; the mark is made if it is not there."""
+        with store.writing(runs):
+            runs.mkdir(parents=True, exist_ok=True)
+            if not (runs / MARK).is_file():
+                store.write_text(runs / MARK, uuid.uuid4().hex)
+            return cls(runs, (runs / MARK).read_text(), versions())
+
+    def check(self) -> None:
+        """See, on a worker, that all of it is the same here."""
+        here, path = platform.node(), self.runs / MARK
+        if not path.is_file() or path.read_text() != self.mark:
+            raise ConfigError(
+                f"The worker on {here} does not see the folder {self.runs} of the machine that started the trials. "
+                "Choose a folder with --runs that all machines share under the same path, on a network file system."
+            )
+        if versions() != self.versions:
+            ours, theirs = (" and ".join(map(" ".join, both.items())) for both in (versions(), self.versions))
+            raise ConfigError(
+                f"The worker on {here} has {ours}, but trials were started with {theirs}. "
+                "Install the same versions on all machines."
+            )
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers depend on most."""
+    return {"relflat": relflat.__version__, "torch": torch.__version__}
 
 
 class OnRay(Executor):
     """Hands work to a Ray cluster.
 
-    Args:
-        runs: folder that keeps the runs.
-        address: of a running cluster; None: a Ray of its own on this machine, which nothing else can reach.
-        processes: CPUs of the latter.
-        gpus: GPUs a piece.
-
-    Raises:
-        ConfigError: Ray is not installed or does not answer, or the folder cannot be written.
+    Without an address it is a Ray of its own on this machine, with so many CPUs, which nothing else can reach.
     """
 
     def __init__(self, runs: Path, address: str | None, processes: int, gpus: float) -> None:

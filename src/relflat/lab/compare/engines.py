@@ -32,11 +32,7 @@ class Engine:
     gpus: float = 0.0
 
     def pool(self, runs: Path) -> Executor:
-        """Start it; use it in a ``with`` block.
-
-        Raises:
-            ConfigError: no such engine, values that do not fit it, Ray is not installed or does not answer.
-        """
+        """Start it; use it in a ``with`` block."""
         look_up("engine", self.engine, ENGINES)
         if self.engine == LOCAL:
             for option, value in (("--address", self.address), ("--gpus", self.gpus or None)):
@@ -60,11 +56,7 @@ class Engine:
 
 
 def require_answer(address: str) -> None:
-    """See, before Ray tries for minutes, whether anything listens there.
-
-    Raises:
-        ConfigError: it does not, or this is not an address.
-    """
+    """See, before Ray tries for minutes, whether this is an address and anything listens there."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16 or "/" in host:
         raise ConfigError(f"address={address!r} is not of the form HOST:PORT, as in 10.0.0.1:6379; or give auto.")

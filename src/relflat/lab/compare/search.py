@@ -14,31 +14,21 @@ from typing import Any
 
 from relflat.errors import ConfigError
 from relflat.lab.compare.arms import Arm, Values
-from relflat.lab.compare.trials import Job, Trial, run_all
+from relflat.lab.compare.trials import Job, OnTrial, Trial, run_all
 from relflat.lab.tasks.catalogue import task_named
 from relflat.lab.tasks.metrics import ACCURACY
 from relflat.lab.train.config import RunConfig, make
 
-OnTrial = Callable[[Trial], None]
-
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared.
-
-    Attributes:
-        task: name of the task.
-        common: values that all runs share.
-        arms: the contenders; the first is the one the others are held against.
-        search_seeds: seeds of the trials that settings are chosen by.
-        seeds: fresh seeds of the runs that are tested.
-    """
+    """What is compared."""
 
     task: str
-    common: Values
-    arms: tuple[Arm, ...]
-    search_seeds: tuple[int, ...]
-    seeds: tuple[int, ...]
+    common: Values  # that all runs share
+    arms: tuple[Arm, ...]  # the first is the one the others are held against
+    search_seeds: tuple[int, ...]  # of the trials that settings are chosen by
+    seeds: tuple[int, ...]  # fresh ones, of the runs that are tested
 
     def __post_init__(self) -> None:
         sizes = {arm.name: len(arm.values) for arm in self.arms}
@@ -74,35 +64,19 @@ def plan_from(values: Mapping[str, Any]) -> Plan:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of one arm and how it did on validation data.
-
-    Attributes:
-        arm: name of the arm.
-        settings: what was tried.
-        score: mean of the task's metric on validation data over the search seeds; -infinite if any trial diverged.
-        loss: mean validation loss; infinite if any trial diverged.
-        diverged: number of trials that diverged.
-        trials: the runs.
-    """
+    """One setting of one arm and how it did on validation data."""
 
     arm: str
     settings: Values
-    score: float
-    loss: float
-    diverged: int
+    score: float  # mean of the task's metric over the search seeds; -infinite if any trial diverged
+    loss: float  # mean over the search seeds; infinite if any trial diverged
+    diverged: int  # number of trials that diverged
     trials: Sequence[Trial]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out.
-
-    Attributes:
-        plan: what was compared.
-        candidates: all settings that were tried.
-        chosen: for each arm's name the best setting on validation data.
-        finals: for each arm's name the tested runs, in the order of ``plan.seeds``.
-    """
+    """What came out: all settings tried, and by each arm's name the best one and its tested runs, seed by seed."""
 
     plan: Plan
     candidates: Sequence[Candidate]
@@ -110,39 +84,26 @@ class Comparison:
     finals: Mapping[str, Sequence[Trial]]
 
 
-RunAll = Callable[[Sequence[Job]], list[Trial]]
-
-
 def compare(plan: Plan, runs: Path, pool: Executor, on_trial: OnTrial) -> Comparison:
     """Search on validation data, then test the chosen settings once on the fresh seeds."""
     return conclude(plan, runs, lambda jobs: run_all(pool, jobs, on_trial))
 
 
-def conclude(plan: Plan, runs: Path, do: RunAll) -> Comparison:
+def conclude(plan: Plan, runs: Path, do: Callable[[Sequence[Job]], list[Trial]]) -> Comparison:
     """All trials of the search first, then the tested runs of what was chosen; ``do`` does the runs or reads them."""
     candidates = search(plan, runs, do)
     chosen = {arm.name: choose(candidates, arm.name) for arm in plan.arms}
-    trials = do(
-        [
-            Job(plan.config(arm, chosen[arm.name].settings, seed), runs, test=True)
-            for seed in plan.seeds
-            for arm in plan.arms
-        ]
-    )
+    pairs = [(seed, arm) for seed in plan.seeds for arm in plan.arms]
+    trials = do([Job(plan.config(arm, chosen[arm.name].settings, seed), runs, test=True) for seed, arm in pairs])
     finals = {arm.name: trials[place :: len(plan.arms)] for place, arm in enumerate(plan.arms)}
     return Comparison(plan, candidates, chosen, finals)
 
 
-def search(plan: Plan, runs: Path, do: RunAll) -> list[Candidate]:
+def search(plan: Plan, runs: Path, do: Callable[[Sequence[Job]], list[Trial]]) -> list[Candidate]:
     """Try every setting on the search seeds; the test split is not evaluated."""
     pairs = [(arm, settings) for arm in plan.arms for settings in arm.grid]
-    trials = do(
-        [
-            Job(plan.config(arm, settings, seed), runs, test=False)
-            for arm, settings in pairs
-            for seed in plan.search_seeds
-        ]
-    )
+    configs = [plan.config(arm, settings, seed) for arm, settings in pairs for seed in plan.search_seeds]
+    trials = do([Job(config, runs, test=False) for config in configs])
     metric, size = task_named(plan.task).metric.name, len(plan.search_seeds)
     return [
         judge(arm.name, settings, trials[place * size : (place + 1) * size], metric)
@@ -155,8 +116,7 @@ def judge(arm: str, settings: Values, trials: Sequence[Trial], metric: str = ACC
     diverged = sum(not trial.finished for trial in trials)
     if diverged:
         return Candidate(arm, settings, -math.inf, math.inf, diverged, trials)
-    score = fmean(trial.result["validation"][metric] for trial in trials)
-    loss = fmean(trial.result["validation"]["loss"] for trial in trials)
+    score, loss = (fmean(trial.result["validation"][key] for trial in trials) for key in (metric, "loss"))
     return Candidate(arm, settings, score, loss, 0, trials)
 
 

@@ -21,27 +21,16 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Difference:
-    """Paired difference of two arms over the same seeds.
-
-    Attributes:
-        first: the arm whose score the other's is taken from.
-        second: the other arm.
-        mean: mean of ``second - first``.
-        low: lower end of the BCa bootstrap interval of the mean, 95 % for all pairs together (Bonferroni).
-        high: upper end of it.
-        p: two-sided p-value of the sign-flip permutation test, corrected by Holm over all pairs.
-        least_p: the smallest value ``p`` could have had with so few seeds.
-        n: number of seeds.
-    """
+    """Paired difference of two arms over the same seeds."""
 
     first: str
     second: str
-    mean: float
-    low: float
+    mean: float  # of second - first
+    low: float  # of the BCa bootstrap interval of the mean, 95 % for all pairs together (Bonferroni)
     high: float
-    p: float
-    least_p: float
-    n: int
+    p: float  # two-sided, of the sign-flip permutation test, corrected by Holm over all pairs
+    least_p: float  # the smallest value p could have had with so few seeds
+    n: int  # number of seeds
 
     @property
     def shown(self) -> bool:
@@ -55,14 +44,7 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def differences(scores: Mapping[str, Sequence[float]]) -> list[Difference]:
-    """Hold every arm against the first.
-
-    Args:
-        scores: for each arm one score a seed, in the same order of seeds.
-
-    Raises:
-        DataError: the arms have different numbers of scores.
-    """
+    """Hold every arm against the first; each has one score a seed, in the same order of seeds."""
     if len({len(values) for values in scores.values()}) > 1:
         raise DataError(f"Paired scores need the same seeds, got { {k: len(v) for k, v in scores.items()} }.")
     first, *others = scores

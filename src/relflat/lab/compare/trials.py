@@ -16,7 +16,6 @@ from relflat.errors import ConfigError
 from relflat.lab.train import store
 from relflat.lab.train.config import RunConfig
 from relflat.lab.train.loop import train
-from relflat.lab.train.store import folder_of, metrics_of
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -24,17 +23,11 @@ B = TypeVar("B")
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished run.
-
-    Attributes:
-        config: what ran.
-        result: its ``result.json``.
-        history: its ``metrics.jsonl``.
-    """
+    """A finished run."""
 
     config: RunConfig
-    result: dict[str, Any]
-    history: list[dict[str, Any]]
+    result: dict[str, Any]  # its ``result.json``
+    history: list[dict[str, Any]]  # its ``metrics.jsonl``
 
     @property
     def finished(self) -> bool:
@@ -46,6 +39,9 @@ class Trial:
         """What the report of a tested run keeps of it."""
         kept = {key: self.result[key] for key in ("status", "test", "flatness")}
         return {"seed": self.config.seed, **kept}
+
+
+OnTrial = Callable[[Trial], object]
 
 
 @dataclass(frozen=True)
@@ -73,23 +69,21 @@ def end_with_parent() -> None:
 
 def run_job(job: Job) -> Trial:
     """Do one run, go on with it, or read it if it is finished; return what it left behind."""
-    folder = folder_of(job.config, job.runs)
+    folder = store.folder_of(job.config, job.runs)
     result = train(job.config, folder, test=job.test, tensorboard=False)
-    return Trial(job.config, result, metrics_of(folder))
+    return Trial(job.config, result, store.metrics_of(folder))
 
 
 def read_trial(job: Job) -> Trial | None:
     """A finished run, or None; a run that was to be tested must have been."""
-    folder = folder_of(job.config, job.runs)
+    folder = store.folder_of(job.config, job.runs)
     result = store.result_of(folder)
     if result is None or (job.test and result["test"] is None and result["status"] == "finished"):
         return None
-    return Trial(job.config, result, metrics_of(folder))
+    return Trial(job.config, result, store.metrics_of(folder))
 
 
-def each(
-    pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Callable[[B], None] = lambda result: None
-) -> list[B]:
+def each(pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Callable[[B], object]) -> list[B]:
     """Do the work for every item, telling each result as it comes; the results in the order of the items.
 
     The first error stops the rest. A pool in another process needs work that can be sent there.
@@ -111,9 +105,7 @@ def each(
     return [future.result() for future in futures]
 
 
-def run_all(
-    pool: Executor, jobs: Sequence[Job], on_done: Callable[[Trial], None] = lambda trial: None
-) -> list[Trial]:
+def run_all(pool: Executor, jobs: Sequence[Job], on_done: OnTrial = lambda trial: None) -> list[Trial]:
     """Do all runs and return them in the order of the jobs; the first error stops the rest."""
     return each(pool, run_job, jobs, on_done)
 
@@ -144,11 +136,7 @@ def one_thread() -> Iterator[None]:
 
 
 def workers(count: int) -> Executor:
-    """A pool of single-thread processes; for one worker this process itself.
-
-    Raises:
-        ConfigError: fewer than one.
-    """
+    """A pool of single-thread processes; for one worker this process itself."""
     if count < 1:
         raise ConfigError(f"workers={count} must be above 0.")
     if count == 1:

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 
-from relflat.lab import jsonable
+from relflat.lab.common import jsonable
 from relflat.lab.report.document import Document, Section, Table
 from relflat.lab.report.figures import figures
 from relflat.lab.report.formats import finite, named, settings_text

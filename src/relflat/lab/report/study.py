@@ -12,14 +12,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from relflat.errors import ConfigError, DataError
 from relflat.lab.compare.arms import Budget, arms_named
-from relflat.lab.compare.search import Comparison, OnTrial, Plan, compare, conclude, plan_from
-from relflat.lab.compare.trials import Job, Trial, one_thread, read_trial, workers
+from relflat.lab.compare.search import Comparison, Plan, compare, conclude, plan_from
+from relflat.lab.compare.trials import Job, OnTrial, Trial, one_thread, read_trial, workers
 from relflat.lab.report import report
 from relflat.lab.report.summary import Summary
 from relflat.lab.report.verdict import verdict
@@ -32,26 +31,19 @@ from relflat.lab.train.timing import StepCost, step_costs
 
 PLAN, COSTS, ENVIRONMENT, REPORT = "plan.json", "costs.json", "environment.json", "report.json"
 FIRST_SEARCH_SEED = 100
-Costs = dict[str, StepCost]
 
 
 def plan_for(task: str, arms: Sequence[str], budget: Budget, **common: Any) -> Plan:
-    """The plan of a comparison as the command line gives it.
-
-    Args:
-        task: name of the task.
-        arms: names of the arms.
-        budget: of each arm.
-        **common: values that all runs share.
-
-    Raises:
-        ConfigError: an unknown name, or numbers that do not fit.
-    """
+    """The plan of a comparison as the command line gives it; ``common`` holds the values that all runs share."""
     contenders = arms_named(arms)
     most = min((len(arm.values) for arm in contenders), default=0)
-    fits("trials", budget.trials, 1, most, ", the settings in the arms' grids")
-    fits("first_seed", budget.first_seed, 0, FIRST_SEARCH_SEED - 1)
-    fits("seeds", budget.seeds, 1, FIRST_SEARCH_SEED - budget.first_seed)
+    for name, least, limit, what in (
+        ("trials", 1, most, ", the settings in the arms' grids"),
+        ("first_seed", 0, FIRST_SEARCH_SEED - 1, ""),
+        ("seeds", 1, FIRST_SEARCH_SEED - budget.first_seed, ""),
+    ):
+        if not least <= getattr(budget, name) <= limit:
+            raise ConfigError(f"{name}={getattr(budget, name)} must lie between {least} and {limit}{what}.")
     if budget.search_seeds < 1:
         raise ConfigError(f"search_seeds={budget.search_seeds} must be above 0.")
     plan = Plan(
@@ -64,12 +56,6 @@ def plan_for(task: str, arms: Sequence[str], budget: Budget, **common: Any) -> P
     for arm in plan.arms:  # a wrong value is found before anything runs
         plan.config(arm, arm.grid[0], 0)
     return plan
-
-
-def fits(name: str, value: int, least: int, most: int, what: str = "") -> None:
-    """Reject a number that is out of its range."""
-    if not least <= value <= most:
-        raise ConfigError(f"{name}={value} must lie between {least} and {most}{what}.")
 
 
 def folder_for(plan: Plan, runs: Path) -> Path:
@@ -90,19 +76,13 @@ def describe_plan(plan: Plan) -> str:
 
 
 def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
-    """Write the plan of a comparison, or see that the folder holds the same one.
-
-    Raises:
-        ConfigError: it holds another comparison, or cannot be written.
-    """
+    """Write the plan of a comparison, or see that the folder holds the same one."""
     values = {**plan.flat(), "source": source_of(plan.task), "notes": notes, "runs": os.path.relpath(runs, folder)}
     if (folder / PLAN).is_file():
-        old = store.read_json(folder / PLAN)
-        new = store.as_json(values)
+        old, new = store.read_json(folder / PLAN), store.as_json(values)
         keys = [key for key in new if key != "notes" and old.get(key) != new[key]]
         if keys == ["source"]:
-            begun = f"the comparison in {folder} was begun. Choose another --out"
-            require_unchanged(plan.task, old["source"], begun)
+            require_unchanged(plan.task, old["source"], f"the comparison in {folder} was begun. Choose another --out")
         if keys:
             raise ConfigError(
                 f"{folder} holds a comparison with other values of {', '.join(keys)}. Choose another --out."
@@ -115,43 +95,32 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
             store.write_json(folder / PLAN, values)
 
 
-def carry_out(
-    folder: Path, plan: Plan, runs: Path, engine: int | Executor, on_trial: OnTrial
-) -> tuple[Comparison, Costs]:
+def carry_out(folder: Path, plan: Plan, runs: Path, engine: int | Executor, on_trial: OnTrial) -> Summary:
     """Do the runs that are missing, time the steps, and write the report.
 
-    Args:
-        folder: of the comparison, after ``open_study``.
-        plan: what to compare.
-        runs: folder that keeps the runs.
-        engine: what does them, shut down afterwards; a number stands for so many processes of this machine.
-        on_trial: called after each run.
-
-    Raises:
-        ConfigError: something cannot be written, or a task's file raises an error.
+    The engine is shut down afterwards; a number stands for so many processes of this machine.
     """
     with workers(engine) if isinstance(engine, int) else engine as pool:
         comparison = compare(plan, runs.absolute(), pool, on_trial)
     with own.blamed(plan.task):
-        costs = costs_of(folder, comparison)
+        found = Summary(comparison, costs_of(folder, comparison))
     with store.writing(folder, "--out"):
         if not (folder / ENVIRONMENT).is_file():
             store.write_json(folder / ENVIRONMENT, describe())
-    write_report(folder, comparison, costs)
-    return comparison, costs
+    write_report(folder, found)
+    return found
 
 
-def costs_of(folder: Path, comparison: Comparison) -> Costs:
+def costs_of(folder: Path, comparison: Comparison) -> dict[str, StepCost]:
     """Seconds a step of each arm's chosen setting: those that were kept, else measured now and kept."""
-    arms = comparison.plan.arms
+    plan, chosen, arms = comparison.plan, comparison.chosen, comparison.plan.arms
     if (folder / COSTS).is_file():
         try:
             kept = store.read_json(folder / COSTS)
             return {arm.name: StepCost(**kept[arm.name]) for arm in arms}
         except (KeyError, TypeError) as error:
             raise store.damaged(folder / COSTS, f"{type(error).__name__}: {error}") from error
-    seed = comparison.plan.seeds[0]
-    configs = [comparison.plan.config(arm, comparison.chosen[arm.name].settings, seed) for arm in arms]
+    configs = [plan.config(arm, chosen[arm.name].settings, plan.seeds[0]) for arm in arms]
     with one_thread():
         costs = dict(zip((arm.name for arm in arms), step_costs(configs), strict=True))
     with store.writing(folder, "--out"):
@@ -159,10 +128,9 @@ def costs_of(folder: Path, comparison: Comparison) -> Costs:
     return costs
 
 
-def write_report(folder: Path, comparison: Comparison, costs: Costs) -> None:
+def write_report(folder: Path, found: Summary) -> None:
     """Write the report in all its forms."""
     environment = store.read_json(folder / ENVIRONMENT)
-    found = Summary(comparison, costs)
     files = report.files(found, environment, str(store.read_json(folder / PLAN)["notes"]))
     with store.writing(folder, "--out"):
         for name, text in files.items():
@@ -196,13 +164,8 @@ def numbers(found: Summary) -> dict[str, Any]:
     }
 
 
-def rebuild(folder: Path) -> Comparison:
-    """Write the report of a finished comparison again, from its runs; nothing is trained.
-
-    Raises:
-        DataError: the folder holds no comparison, or one that is not finished.
-        ConfigError: its task has changed since.
-    """
+def rebuild(folder: Path) -> Summary:
+    """Write the report of a finished comparison again, from its runs; nothing is trained."""
     missing = [name for name in (PLAN, COSTS, ENVIRONMENT) if not (folder / name).is_file()]
     if PLAN in missing:
         raise DataError(
@@ -223,21 +186,17 @@ def rebuild(folder: Path) -> Comparison:
         ) from error
     made = f"the comparison in {folder} was made. Give its relflat compare command again with another --out"
     require_unchanged(plan.task, values.get("source"), made)
-    comparison = conclude(plan, (folder / values["runs"]).resolve(), partial(read_trials, folder))
-    write_report(folder, comparison, costs_of(folder, comparison))
-    return comparison
 
+    def read(jobs: Sequence[Job]) -> list[Trial]:
+        done = [trial for trial in map(read_trial, jobs) if trial is not None]
+        if len(done) < len(jobs):
+            raise DataError(
+                f"{len(jobs) - len(done)} of {len(jobs)} runs of the comparison in {folder} are not in its folder "
+                "of runs. Give its relflat compare command again; it does what is missing."
+            )
+        return done
 
-def read_trials(folder: Path, jobs: Sequence[Job]) -> list[Trial]:
-    """Read finished runs in place of doing them.
-
-    Raises:
-        DataError: some are not there.
-    """
-    found = [trial for trial in map(read_trial, jobs) if trial is not None]
-    if len(found) < len(jobs):
-        raise DataError(
-            f"{len(jobs) - len(found)} of {len(jobs)} runs of the comparison in {folder} are not in its folder of "
-            "runs. Give its relflat compare command again; it does what is missing."
-        )
+    comparison = conclude(plan, (folder / values["runs"]).resolve(), read)
+    found = Summary(comparison, costs_of(folder, comparison))
+    write_report(folder, found)
     return found
