@@ -11,7 +11,7 @@ import tyro
 from docstring_parser import parse
 
 from relflat.lab.train.algorithms import ALGORITHMS
-from relflat.lab.train.settings import RunConfig
+from relflat.lab.train.config import RunConfig
 
 
 def run_values() -> Any:

@@ -1,4 +1,4 @@
-"""What a network is judged by on one split, and the kappa of a layer."""
+"""What a network is judged by on one split."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,13 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from relflat import Flatness, relative_flatness
 from relflat.lab.data.arrays import Inputs
 from relflat.lab.data.batches import Batch
 
 BINS = 15
-
-
 Evaluate = Callable[[nn.Module, nn.Module, Iterable[Batch]], dict[str, Any]]
 
 
@@ -41,12 +38,11 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
 
+@torch.no_grad()
 def evaluate(metric: Metric, model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
     """What the metric says of the batches of a split, in eval mode; the mode is put back afterwards."""
     was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        found = metric.evaluate(model, loss, batches)
+    found = metric.evaluate(model.eval(), loss, batches)
     model.train(was_training)
     return found
 
@@ -66,15 +62,12 @@ def classify(model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dic
         table += calibration(logits, targets)
     counts, confidence, right = table.unbind(1)
     samples = float(counts.sum())
+    rows = ((float(n) / samples, float(c / n), float(r / n)) for n, c, r in table if n > 0)
     return {
         "accuracy": float(right.sum()) / samples,
         "loss": total / samples,
         "ece": float((confidence - right).abs().sum()) / samples,
-        "bins": [
-            (float(n) / samples, float(c / n), float(r / n))
-            for n, c, r in zip(counts, confidence, right, strict=True)
-            if n > 0
-        ],
+        "bins": list(rows),
     }
 
 
@@ -85,11 +78,6 @@ def calibration(logits: Float[Tensor, "n d"], targets: Tensor) -> Float[Tensor, 
     columns = torch.stack([torch.ones_like(confidence), confidence, (guess == targets).float()], 1)
     table = torch.zeros(BINS, 3, dtype=torch.float64)
     return table.index_add_(0, place.cpu(), columns.double().cpu())
-
-
-def flatness(model: nn.Module, loss: nn.Module, batches: Iterable[Batch], layer: str) -> Flatness:
-    """Relative flatness of one layer on the samples."""
-    return relative_flatness(model, loss, list(batches), layer=layer)
 
 
 ACCURACY = Metric("accuracy", "accuracy", "error", classify)

@@ -1,24 +1,28 @@
-"""The training loop: one for all algorithms, on Accelerate, resumable after any epoch."""
+"""The training loop: one for all algorithms, on Accelerate, resumable after any epoch.
+
+Nothing here chooses anything by the test split. It is evaluated once, after the last epoch, and only when the caller
+asks for it.
+"""
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
+from relflat import Flatness, relative_flatness
 from relflat.errors import NonFiniteError
+from relflat.lab.data.arrays import Arrays
 from relflat.lab.tasks import own
 from relflat.lab.train import checkpoint, store
-from relflat.lab.train.results import Record, final, kappa_before, monitor
+from relflat.lab.train.config import RunConfig
+from relflat.lab.train.evaluate import evaluate
 from relflat.lab.train.session import Session, build
-from relflat.lab.train.settings import RunConfig
 
+Record = dict[str, Any]
 OnEpoch = Callable[[Record], None]
-
-
-def ignore(record: Record) -> None:
-    """Do nothing with an epoch's record."""
 
 
 def train(
@@ -28,7 +32,7 @@ def train(
     test: bool = True,
     fresh: bool = False,
     tensorboard: bool = True,
-    on_epoch: OnEpoch = ignore,
+    on_epoch: OnEpoch = lambda record: None,
 ) -> Record:
     """Train, or go on where an interrupted run of this folder stopped; a finished one is only read.
 
@@ -54,14 +58,14 @@ def train(
     with own.blamed(config.task):
         session = build(config, folder if tensorboard else None)
         try:
-            with first_alone(session, folder, fresh):
+            with _first_alone(session, folder, fresh):
                 return _run(session, folder, test, on_epoch)
         finally:
             session.close()
 
 
 @contextmanager
-def first_alone(session: Session, folder: Path, fresh: bool) -> Iterator[None]:
+def _first_alone(session: Session, folder: Path, fresh: bool) -> Iterator[None]:
     """Make the folder ready and hold it; the other processes wait until it is, and go on together."""
     if not session.writes:
         session.accelerator.wait_for_everyone()
@@ -76,9 +80,13 @@ def first_alone(session: Session, folder: Path, fresh: bool) -> Iterator[None]:
 
 def _run(session: Session, folder: Path, test: bool, on_epoch: OnEpoch) -> Record:
     """Do what is left of the run in a folder that is held."""
-    with session.full_precision():
-        before = kappa_before(session)
-    history = _resume(session, folder)
+    with session.full_precision():  # kappa of the untrained network; a resumed run takes it from the same one
+        before = kappa(session, session.splits.train.take(slice(session.task.monitored))).value
+    history = checkpoint.load(folder, session)
+    if history and session.writes:  # a process killed between the two leaves the checkpoint an epoch ahead
+        with store.writing(folder):
+            store.write_lines(folder / store.METRICS, history)
+            checkpoint.remove_old(folder)
     diverged = _epochs(session, folder, history, on_epoch)
     with session.full_precision():
         result = store.as_json(final(session, before, history, diverged, test))
@@ -86,16 +94,6 @@ def _run(session: Session, folder: Path, test: bool, on_epoch: OnEpoch) -> Recor
         with store.writing(folder):
             store.write_json(folder / store.RESULT, result)
     return result
-
-
-def _resume(session: Session, folder: Path) -> list[Record]:
-    """Go back to the newest checkpoint, the metrics with it; return its history."""
-    history = checkpoint.load(folder, session)
-    if history and session.writes:  # a process killed between the two leaves the checkpoint an epoch ahead
-        with store.writing(folder):
-            store.write_lines(folder / store.METRICS, history)
-            checkpoint.remove_old(folder)
-    return history
 
 
 def _epochs(session: Session, folder: Path, history: list[Record], on_epoch: OnEpoch) -> str | None:
@@ -145,8 +143,7 @@ def run_epoch(session: Session, epoch: int) -> Record:
         total += losses.total
         penalty += losses.penalty
     steps = len(session.order)
-    loss, penalty = (session.mean(value) for value in (float(total), penalty))
-    loss /= steps
+    loss, penalty = session.mean(float(total)) / steps, session.mean(penalty)
     seconds = time.perf_counter() - start
     if not math.isfinite(loss):
         raise NonFiniteError(f"The training loss of epoch {epoch + 1} is {loss}; lower lr or strength.")
@@ -159,3 +156,79 @@ def run_epoch(session: Session, epoch: int) -> Record:
         "lr": session.scheduler.get_last_lr()[0],
         "seconds_per_step": seconds / steps,
     }
+
+
+def monitor(session: Session) -> Record:
+    """Metric, loss and kappa after an epoch, on the first samples of the training and validation splits.
+
+    Every process takes them, on all of these samples; they agree, as the weights do.
+    """
+    name, first = session.task.metric.name, slice(session.task.monitored)
+    train = session.splits.train.take(first)
+    with session.full_precision():
+        fitted, held_out = judge(session, train), judge(session, session.splits.validation.take(first))
+        flat = kappa(session, train)
+    return {
+        f"train_{name}": fitted[name],
+        "train_loss": fitted["loss"],
+        f"validation_{name}": held_out[name],
+        "validation_loss": held_out["loss"],
+        "kappa": flat.value,
+        "confidence": flat.confidence,
+        "weight_norm": flat.weight_norm,
+        "feature_norm2": flat.feature_norm2,
+    }
+
+
+def final(session: Session, before: float, history: list[Record], diverged: str | None, test: bool) -> Record:
+    """Everything worth keeping of a run, after its last epoch; ``before`` is kappa of the untrained network."""
+    seconds = [record["seconds_per_step"] for record in history]
+    result: Record = {
+        "status": "diverged" if diverged else "finished",
+        "reason": diverged,
+        "epochs": len(history),
+        "steps": len(history) * len(session.order),
+        "label_noise_changed": session.splits.changed,
+        "train": None,
+        "validation": None,
+        "test": None,
+        "kappa_before": before,
+        "flatness": None,
+        "seconds_per_step": median_high(seconds) if seconds else None,
+    }
+    if diverged:
+        return result
+    try:
+        return result | _evaluated(session, test)
+    except NonFiniteError as error:
+        return result | {"status": "diverged", "reason": str(error)}
+
+
+def _evaluated(session: Session, test: bool) -> Record:
+    """What the trained network does on each split, and its flatness on the training data."""
+    splits = session.splits
+    found: Record = {name: judge(session, getattr(splits, name)) for name in ("train", "validation")}
+    found["flatness"] = kappa(session, splits.train).__dict__
+    if test:
+        found["test"] = judge(session, splits.test())
+        if splits.shifts:
+            found["shifts"] = {name: judge(session, other()) for name, other in splits.shifts.items()}
+    return found
+
+
+def kappa(session: Session, samples: Arrays) -> Flatness:
+    """Relative flatness of the layer that the task follows."""
+    batches = list(session.batches(samples))
+    return relative_flatness(session.model, session.loss, batches, layer=session.task.layer)
+
+
+def judge(session: Session, samples: Arrays) -> Record:
+    """What the task's metric says of some samples.
+
+    Raises:
+        NonFiniteError: the loss on them is infinite or not a number.
+    """
+    found = evaluate(session.task.metric, session.model, session.loss, session.batches(samples))
+    if not math.isfinite(found["loss"]):
+        raise NonFiniteError(f"The loss is {found['loss']} in evaluation; lower lr or strength.")
+    return found

@@ -21,9 +21,8 @@ from filelock import FileLock, Timeout
 from relflat.errors import ConfigError, DataError
 from relflat.lab.jsonable import finite
 from relflat.lab.tasks.catalogue import short_name
-from relflat.lab.train.config import make, migrated, require_unchanged
+from relflat.lab.train.config import SCHEMA, RunConfig, make, migrated, require_unchanged
 from relflat.lab.train.environment import describe
-from relflat.lab.train.settings import SCHEMA, RunConfig
 
 RESULT, CONFIG, METRICS, ENVIRONMENT = "result.json", "config.json", "metrics.jsonl", "environment.json"
 PATIENCE = 120.0  # seconds: a network file system may take 90 to notice that the process that held a lock was killed

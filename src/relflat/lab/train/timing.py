@@ -11,8 +11,8 @@ from statistics import median
 import torch
 
 from relflat.lab.data.batches import Batch
+from relflat.lab.train.config import RunConfig
 from relflat.lab.train.session import Session, build
-from relflat.lab.train.settings import RunConfig
 
 
 @dataclass(frozen=True)
