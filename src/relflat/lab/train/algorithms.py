@@ -28,14 +28,9 @@ Parameters = Iterable[nn.Parameter]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Plain training: the task's loss and the task's optimiser, as they are.
+    """Plain training: the task's loss and the task's optimiser, as they are; ``step`` updates the parameters once."""
 
-    Attributes:
-        two_passes: whether a step takes two forward and backward passes, which a loss scaled for fp16 cannot follow.
-        step: updates the parameters once, see `relflat.lab.train.steps`.
-    """
-
-    two_passes: ClassVar[bool] = False
+    two_passes: ClassVar[bool] = False  # forward and backward a step, which a loss scaled for fp16 cannot follow
     step = staticmethod(plain_step)
 
     def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:

@@ -25,11 +25,7 @@ WEIGHTS, STATE = "model.safetensors", "state.pt"
 
 
 def save(run: Path, session: Session, history: list[dict[str, Any]]) -> None:
-    """Write the checkpoint of the last epoch in the history and remove older ones.
-
-    Raises:
-        OSError: it cannot be written; nothing of it is left, and the older ones are.
-    """
+    """Write the checkpoint of the last epoch in the history, then remove older ones; an OSError leaves those."""
     state = {
         "criterion_step": get_counter(session.learner.criterion),
         "rng": _rng_state(),

@@ -85,19 +85,15 @@ class RunConfig:
 
 
 def make(given: Mapping[str, Any]) -> RunConfig:
-    """Build a run's configuration from values by name; ``task`` is required, the rest has defaults.
-
-    Raises:
-        ConfigError: an unknown task, algorithm or key (the nearest is named), or a value that does not fit.
-    """
+    """Build a run's configuration from values by name; ``task`` is required, the rest has defaults."""
     if "task" not in given:
         raise ConfigError(f"No task given. Known: {', '.join(sorted(TASKS))}.")
     name = _text("task", given["task"])
     task = task_named(name)
     _check_names(given)
     algorithm = algorithm_named(_text("algorithm", given.get("algorithm", "plain")))
-    values = {field.name: field.default for record in (RunConfig, algorithm) for field in fields(record)}
-    del values["settings"]
+    all_fields = [*fields(RunConfig), *fields(algorithm)]
+    values: dict[str, Any] = {field.name: field.default for field in all_fields if field.name != "settings"}
     values |= {"epochs": task.epochs, "batch_size": task.batch_size}
     values |= {"lr": task.optimizer.lr, "weight_decay": task.optimizer.weight_decay}
     for key in given:
@@ -112,18 +108,8 @@ def make(given: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**values, settings=settings)
 
 
-def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat values of schema 1 under today's names; a key that was left out had today's default."""
-    names = {**RENAMED, "method": "algorithm"}
-    return {names.get(key, key): value for key, value in values.items()}
-
-
 def require_unchanged(name: str, recorded: str | None, what: str = "this run was trained; train it again") -> None:
-    """See that a task's code is what it was when ``source_of`` gave what is recorded.
-
-    Raises:
-        ConfigError: it has changed since ``what``, which also says what to do.
-    """
+    """See that a task's code is what it was when ``source_of`` gave what is recorded; ``what`` says what to do."""
     changed = changed_since(name, recorded)
     if changed is not None:
         raise ConfigError(f"{changed} {what}.")
@@ -179,11 +165,7 @@ def check(key: str, value: Any, hint: Any) -> Any:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Read the keys and values of a TOML or JSON file.
-
-    Raises:
-        ConfigError: the file is not there, not readable, or not a flat table.
-    """
+    """Read the keys and values of a TOML or JSON file."""
     try:
         values = (json if path.suffix == ".json" else tomllib).loads(path.read_text())
     except OSError as error:

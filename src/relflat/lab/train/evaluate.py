@@ -12,7 +12,6 @@ from relflat.lab.data.arrays import Inputs
 from relflat.lab.data.batches import Batch
 
 BINS = 15
-Evaluate = Callable[[nn.Module, nn.Module, Iterable[Batch]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Metric:
     name: str
     title: str
     error: str
-    evaluate: Evaluate
+    evaluate: Callable[[nn.Module, nn.Module, Iterable[Batch]], dict[str, Any]]
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
@@ -48,12 +47,7 @@ def evaluate(metric: Metric, model: nn.Module, loss: nn.Module, batches: Iterabl
 
 
 def classify(model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Evaluate a classifier.
-
-    Returns:
-        ``accuracy``, ``loss``, ``ece`` (expected calibration error, 15 bins of equal width), and its
-        ``bins``: (share of the samples, mean confidence, accuracy) of each bin that holds any.
-    """
+    """Accuracy, loss and expected calibration error (``ece``) of a classifier, and the bins of the latter."""
     table = torch.zeros(BINS, 3, dtype=torch.float64)
     total = 0.0
     for inputs, targets in batches:
@@ -62,12 +56,12 @@ def classify(model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dic
         table += calibration(logits, targets)
     counts, confidence, right = table.unbind(1)
     samples = float(counts.sum())
-    rows = ((float(n) / samples, float(c / n), float(r / n)) for n, c, r in table if n > 0)
     return {
         "accuracy": float(right.sum()) / samples,
         "loss": total / samples,
         "ece": float((confidence - right).abs().sum()) / samples,
-        "bins": list(rows),
+        # (share of the samples, mean confidence, accuracy) of each bin of equal width that holds any
+        "bins": [(float(n) / samples, float(c / n), float(r / n)) for n, c, r in table if n > 0],
     }
 
 

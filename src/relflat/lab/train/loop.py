@@ -6,8 +6,8 @@ asks for it.
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -36,16 +36,8 @@ def train(
 ) -> Record:
     """Train, or go on where an interrupted run of this folder stopped; a finished one is only read.
 
-    Args:
-        config: the run.
-        folder: where its files go.
-        test: whether the test split is evaluated at the end.
-        fresh: remove an earlier run of this folder.
-        tensorboard: write scalars for TensorBoard.
-        on_epoch: called with each epoch's record.
-
-    Returns:
-        The content of ``result.json``.
+    With ``test`` the test split is evaluated, last; ``fresh`` removes an earlier run of this folder; ``on_epoch``
+    is called with each epoch's record. What is returned is the content of ``result.json``.
 
     Raises:
         ConfigError: the folder holds another run or cannot be written.
@@ -55,27 +47,14 @@ def train(
     finished = None if fresh else store.result_of(folder)
     if finished is not None and (finished["test"] is not None or not test or finished["status"] != "finished"):
         return finished
-    with own.blamed(config.task):
-        session = build(config, folder if tensorboard else None)
-        try:
-            with _first_alone(session, folder, fresh):
-                return _run(session, folder, test, on_epoch)
-        finally:
-            session.close()
-
-
-@contextmanager
-def _first_alone(session: Session, folder: Path, fresh: bool) -> Iterator[None]:
-    """Make the folder ready and hold it; the other processes wait until it is, and go on together."""
-    if not session.writes:
-        session.accelerator.wait_for_everyone()
-        yield
-        return
-    store.open_run(folder, session.config, fresh=fresh)
-    with store.alone_in(folder):
-        store.remove_unfinished(folder)
-        session.accelerator.wait_for_everyone()
-        yield
+    logs = folder if tensorboard else None
+    with own.blamed(config.task), closing(build(config, logs)) as session, ExitStack() as held:
+        if session.writes:
+            store.open_run(folder, config, fresh=fresh)
+            held.enter_context(store.alone_in(folder))
+            store.remove_unfinished(folder)
+        session.accelerator.wait_for_everyone()  # until the folder is made and held
+        return _run(session, folder, test, on_epoch)
 
 
 def _run(session: Session, folder: Path, test: bool, on_epoch: OnEpoch) -> Record:
@@ -98,12 +77,11 @@ def _run(session: Session, folder: Path, test: bool, on_epoch: OnEpoch) -> Recor
 
 def _epochs(session: Session, folder: Path, history: list[Record], on_epoch: OnEpoch) -> str | None:
     """Train the epochs that are left, appending to ``history``; return why training broke off, or None."""
-    with _scalars(session, len(history)):
+    drop = {"purge_step": len(history) + 1}  # scalars that an interrupted run wrote after its last checkpoint
+    session.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": drop})
+    try:
         for epoch in range(len(history), session.config.epochs):
-            try:
-                record = run_epoch(session, epoch)
-            except NonFiniteError as error:
-                return str(error)
+            record = run_epoch(session, epoch)
             history.append(record)
             if session.writes:
                 with store.writing(folder):
@@ -112,21 +90,12 @@ def _epochs(session: Session, folder: Path, history: list[Record], on_epoch: OnE
                     numbers = {name: value for name, value in record.items() if isinstance(value, float)}
                     session.accelerator.log(numbers, step=record["epoch"])
                 on_epoch(record)
-    return None
-
-
-@contextmanager
-def _scalars(session: Session, done: int) -> Iterator[None]:
-    """Keep the numbers of epochs in ``<run>/tensorboard``, where the session was built to do so.
-
-    What an interrupted run wrote after its last checkpoint is dropped.
-    """
-    session.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": done + 1}})
-    try:
-        yield
+    except NonFiniteError as error:
+        return str(error)
     finally:
         for tracker in session.accelerator.trackers:
             tracker.finish()
+    return None
 
 
 def run_epoch(session: Session, epoch: int) -> Record:
@@ -174,24 +143,21 @@ def monitor(session: Session) -> Record:
         f"validation_{name}": held_out[name],
         "validation_loss": held_out["loss"],
         "kappa": flat.value,
-        "confidence": flat.confidence,
-        "weight_norm": flat.weight_norm,
-        "feature_norm2": flat.feature_norm2,
+        **{key: getattr(flat, key) for key in ("confidence", "weight_norm", "feature_norm2")},
     }
 
 
 def final(session: Session, before: float, history: list[Record], diverged: str | None, test: bool) -> Record:
     """Everything worth keeping of a run, after its last epoch; ``before`` is kappa of the untrained network."""
+    splits = session.splits
     seconds = [record["seconds_per_step"] for record in history]
     result: Record = {
         "status": "diverged" if diverged else "finished",
         "reason": diverged,
         "epochs": len(history),
         "steps": len(history) * len(session.order),
-        "label_noise_changed": session.splits.changed,
-        "train": None,
-        "validation": None,
-        "test": None,
+        "label_noise_changed": splits.changed,
+        **dict.fromkeys(("train", "validation", "test")),
         "kappa_before": before,
         "flatness": None,
         "seconds_per_step": median_high(seconds) if seconds else None,
@@ -199,21 +165,15 @@ def final(session: Session, before: float, history: list[Record], diverged: str 
     if diverged:
         return result
     try:
-        return result | _evaluated(session, test)
-    except NonFiniteError as error:
-        return result | {"status": "diverged", "reason": str(error)}
-
-
-def _evaluated(session: Session, test: bool) -> Record:
-    """What the trained network does on each split, and its flatness on the training data."""
-    splits = session.splits
-    found: Record = {name: judge(session, getattr(splits, name)) for name in ("train", "validation")}
-    found["flatness"] = kappa(session, splits.train).__dict__
-    if test:
-        found["test"] = judge(session, splits.test())
-        if splits.shifts:
+        found: Record = {"train": judge(session, splits.train), "validation": judge(session, splits.validation)}
+        found["flatness"] = kappa(session, splits.train).__dict__
+        if test:
+            found["test"] = judge(session, splits.test())
+        if test and splits.shifts:
             found["shifts"] = {name: judge(session, other()) for name, other in splits.shifts.items()}
-    return found
+    except NonFiniteError as error:
+        found = {"status": "diverged", "reason": str(error)}
+    return result | found
 
 
 def kappa(session: Session, samples: Arrays) -> Flatness:
@@ -223,11 +183,7 @@ def kappa(session: Session, samples: Arrays) -> Flatness:
 
 
 def judge(session: Session, samples: Arrays) -> Record:
-    """What the task's metric says of some samples.
-
-    Raises:
-        NonFiniteError: the loss on them is infinite or not a number.
-    """
+    """What the task's metric says of some samples, where the loss on them is finite."""
     found = evaluate(session.task.metric, session.model, session.loss, session.batches(samples))
     if not math.isfinite(found["loss"]):
         raise NonFiniteError(f"The loss is {found['loss']} in evaluation; lower lr or strength.")

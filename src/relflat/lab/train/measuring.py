@@ -22,14 +22,9 @@ def measure_run(
 ) -> dict[str, Flatness]:
     """Rebuild a run's data and network from its folder and measure some of its layers, by their qualified names.
 
-    Under ``torchrun`` each process measures its share of the samples and all get the result for all of them.
-
-    Args:
-        run: the run's folder.
-        layer: name or glob of layers or parameters, several with commas; by default the layer its task follows.
-        split: which samples, with the labels the run saw.
-        samples: measure on the first so many of them only.
-        **options: further arguments of `relflat.relative_flatness_by_layer`.
+    The first so many samples of the split are taken, with the labels the run saw. ``layer`` may be a glob or several
+    names with commas, by default the layer the task follows; further options are those of
+    `relflat.relative_flatness_by_layer`. Under ``torchrun`` each process measures its share, all get the same result.
 
     Raises:
         DataError: the folder holds no run, no checkpoint, or the data set was not fetched.

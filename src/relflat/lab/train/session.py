@@ -102,11 +102,7 @@ class Session:
 
 
 def build(config: RunConfig, logs: Path | None = None) -> Session:
-    """Seed everything and build a run's data, network, criterion and optimiser; TensorBoard's scalars go to ``logs``.
-
-    Raises:
-        ConfigError: a batch that the processes cannot share, fp16 without a GPU, a task without a module.
-    """
+    """Seed everything and build a run's data, network, criterion and optimiser; ``logs`` is TensorBoard's folder."""
     task, algorithm = task_named(config.task), config.settings
     splits = task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
     set_seed(config.seed)
