@@ -112,25 +112,32 @@ def test_tensorboard_holds_the_metrics(tmp_path, config):
     assert written == pytest.approx([line["kappa"] for line in store.metrics_of(tmp_path / "run")], rel=1e-5)
 
 
+def before_the_test_split(monkeypatch, do):
+    """Have something done whenever the test split is made."""
+    original = splits.Splits
+
+    def watched(*, test, **others):
+        def made():
+            do()
+            return test()
+
+        return original(test=made, **others)
+
+    monkeypatch.setattr(splits, "Splits", watched)
+
+
 def test_test_split_is_touched_once_and_only_at_the_end(tmp_path, config, monkeypatch):
-    touched = []
-    original = splits._test_split
-
-    def watched(*args):
-        touched.append(len(seen))
-        return original(*args)
-
-    seen = []
-    monkeypatch.setattr(splits, "_test_split", watched)
+    seen, touched = [], []
+    before_the_test_split(monkeypatch, lambda: touched.append(len(seen)))
     train(config(), tmp_path / "run", tensorboard=False, on_epoch=seen.append)
     assert touched == [3]
 
 
 def test_search_trials_never_touch_the_test_split(tmp_path, config, monkeypatch):
-    def forbidden(*args):
+    def forbidden():
         raise AssertionError("the test split was evaluated")
 
-    monkeypatch.setattr(splits, "_test_split", forbidden)
+    before_the_test_split(monkeypatch, forbidden)
     result = train(config(), tmp_path / "run", test=False, tensorboard=False)
     assert result["test"] is None
     monkeypatch.undo()
