@@ -22,7 +22,7 @@ from relflat.lab.compare.arms import ARMS
 from relflat.lab.data.splits import classification
 from relflat.lab.tasks import SGD, Adam, AdamW, Task
 from relflat.lab.tasks import task as tasks
-from relflat.lab.train.evaluate import ACCURACY, Metric, evaluate
+from relflat.lab.tasks.metrics import ACCURACY, Metric, evaluate
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

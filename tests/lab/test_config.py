@@ -8,8 +8,7 @@ import pytest
 from relflat.errors import ConfigError, DataError
 from relflat.lab.train import store
 from relflat.lab.train.algorithms import ALGORITHMS, Algorithm, register
-from relflat.lab.train.config import make, read_file
-from relflat.lab.train.settings import SCHEMA
+from relflat.lab.train.config import SCHEMA, make, read_file
 
 
 def test_defaults_come_from_task_and_method():

@@ -13,10 +13,9 @@ from relflat.lab.compare.arms import Budget
 from relflat.lab.report import study
 from relflat.lab.tasks import TASKS
 from relflat.lab.train import store
-from relflat.lab.train.config import make
+from relflat.lab.train.config import SCHEMA, make
 from relflat.lab.train.loop import train
 from relflat.lab.train.measuring import measure_run
-from relflat.lab.train.settings import SCHEMA
 
 PINNED = Path(__file__).with_name("task_versions.json")
 IN_THE_HASH = {"epochs", "batch_size"}  # a run's hash has them, as it has lr and weight_decay

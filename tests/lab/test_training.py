@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from fetched import fashion_mnist
 from relflat.errors import ConfigError, DataError
 from relflat.lab.data import splits
-from relflat.lab.data.splits import Splits
 from relflat.lab.train import checkpoint, store
 from relflat.lab.train.algorithms import ALGORITHMS
 from relflat.lab.train.config import make
@@ -113,23 +112,32 @@ def test_tensorboard_holds_the_metrics(tmp_path, config):
     assert written == pytest.approx([line["kappa"] for line in store.metrics_of(tmp_path / "run")], rel=1e-5)
 
 
-def test_test_split_is_touched_once_and_only_at_the_end(tmp_path, config, monkeypatch):
-    touched = []
+def before_the_test_split(monkeypatch, do):
+    """Have something done whenever the test split is made."""
+    original = splits.Splits
 
-    def watched(test, **parts):
-        return Splits(test=lambda: touched.append(len(seen)) or test(), **parts)
+    def watched(*, test, **others):
+        def made():
+            do()
+            return test()
 
-    seen = []
+        return original(test=made, **others)
+
     monkeypatch.setattr(splits, "Splits", watched)
+
+
+def test_test_split_is_touched_once_and_only_at_the_end(tmp_path, config, monkeypatch):
+    seen, touched = [], []
+    before_the_test_split(monkeypatch, lambda: touched.append(len(seen)))
     train(config(), tmp_path / "run", tensorboard=False, on_epoch=seen.append)
     assert touched == [3]
 
 
 def test_search_trials_never_touch_the_test_split(tmp_path, config, monkeypatch):
-    def forbidden(*args):
+    def forbidden():
         raise AssertionError("the test split was evaluated")
 
-    monkeypatch.setattr(splits, "Splits", lambda **parts: Splits(**{**parts, "test": forbidden}))
+    before_the_test_split(monkeypatch, forbidden)
     result = train(config(), tmp_path / "run", test=False, tensorboard=False)
     assert result["test"] is None
     monkeypatch.undo()

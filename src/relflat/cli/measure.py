@@ -42,8 +42,8 @@ def measure(
         seed: of the probes.
         json: print one JSON object.
     """
-    from relflat.lab.train.launch import this_process
     from relflat.lab.train.measuring import measure_run
+    from relflat.lab.train.session import this_process
 
     found = measure_run(
         run,

@@ -11,7 +11,7 @@ import tyro
 from docstring_parser import parse
 
 from relflat.lab.train.algorithms import ALGORITHMS
-from relflat.lab.train.settings import RunConfig
+from relflat.lab.train.config import RunConfig
 
 TASKS = (
     "digits, fashion-mnist, fashion-mnist-resnet18, fashion-mnist-wrn, cifar10, cifar10-resnet20, cifar10-resnet18, "

@@ -44,7 +44,7 @@ def train(
     from relflat.lab.tasks.catalogue import task_named
     from relflat.lab.train import loop
     from relflat.lab.train.config import make, read_file
-    from relflat.lab.train.launch import joined
+    from relflat.lab.train.session import joined
     from relflat.lab.train.store import folder_of, result_of
 
     from_file = read_file(config) if config else {}

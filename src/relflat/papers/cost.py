@@ -16,8 +16,9 @@ import torch
 from matplotlib.axes import Axes
 
 from relflat.lab.data import fetch
-from relflat.lab.train import launch, store
+from relflat.lab.train import store
 from relflat.lab.train.config import RunConfig, make
+from relflat.lab.train.session import this_process
 from relflat.lab.train.timing import clock_of, in_turns, step_costs
 from relflat.papers.experiment import Context, Outcome, Scale, Table
 from relflat.papers.forms import FORMS, PROBES, SAMPLES, SHEET, deviations, gigabytes, problem, truth
@@ -103,7 +104,7 @@ def run(context: Context) -> Outcome:
     Raises:
         DataError: the data set of the training steps was not fetched.
     """
-    size, device = SIZES[context.scale], launch.this_process().device
+    size, device = SIZES[context.scale], this_process().device
     fetch.require(size.data)
     folder = context.runs / f"cost-{context.scale}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,14 @@ from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar, Literal, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relflat import FAM
+from relflat.capture.resolve import resolve
 from relflat.errors import ConfigError
 from relflat.lab.common.names import look_up, names_in
-from relflat.lab.train.disturb import Disturbed, dropout, noise
 from relflat.lab.train.steps import looksam_step, plain_step, sam_step
 
 BaseOptimizer = Callable[[Iterable[Any]], Optimizer]
@@ -27,14 +28,9 @@ Parameters = Iterable[nn.Parameter]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Plain training: the task's loss and the task's optimiser, as they are.
+    """Plain training: the task's loss and the task's optimiser, as they are; ``step`` updates the parameters once."""
 
-    Attributes:
-        two_passes: whether a step takes two forward and backward passes, which a loss scaled for fp16 cannot follow.
-        step: updates the parameters once, see `relflat.lab.train.steps`.
-    """
-
-    two_passes: ClassVar[bool] = False
+    two_passes: ClassVar[bool] = False  # forward and backward a step, which a loss scaled for fp16 cannot follow
     step = staticmethod(plain_step)
 
     def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
@@ -62,7 +58,9 @@ class Sam(Algorithm):
 
     def optimizer(self, parameters: Parameters, base: BaseOptimizer) -> Optimizer:
         """The task's optimiser inside pytorch_optimizer's SAM."""
-        return in_sam(parameters, base, rho=self.rho, adaptive=self.adaptive)
+        from pytorch_optimizer import SAM
+
+        return SAM(parameters, cast(type[Optimizer], base), rho=self.rho, adaptive=self.adaptive)
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ class LookSam(Algorithm):
 
         if self.period < 1:
             raise ConfigError(f"period={self.period} must be above 0.")
-        inner = cast(type[Optimizer], base)
-        return LookSAM(parameters, inner, rho=self.rho, k=self.period, alpha=self.alpha)
+        return LookSAM(parameters, cast(type[Optimizer], base), rho=self.rho, k=self.period, alpha=self.alpha)
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,33 @@ class Smoothing(Algorithm):
         return smoothed
 
 
+class Disturbed(nn.Module):
+    """The task loss of a model whose layers are given changed inputs in training mode, until ``close``."""
+
+    def __init__(self, loss: nn.Module, model: nn.Module, layers: str, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+        self._handles = []
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            return (change(args[0]), *args[1:]) if module.training else None
+
+        for name, layer in resolve(model, names_in(layers)).items():
+            if not isinstance(layer, nn.Module):
+                raise ConfigError(f"layer={layers!r}: {name!r} is a parameter, which has no input.")
+            self._handles.append(layer.register_forward_pre_hook(before))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The task loss."""
+        loss: Tensor = self.loss(outputs, targets)
+        return loss
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
 @dataclass(frozen=True)
 class Dropout(Algorithm):
     """Dropout on the inputs of layers.
@@ -128,8 +152,10 @@ class Dropout(Algorithm):
     layer: str = "*"
 
     def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
-        """The task loss, with dropout hooked into the model."""
-        return Disturbed(loss, model, self.layer, dropout(self.rate))
+        """The task loss, with dropout hooked into the model (Srivastava et al. 2014)."""
+        if not 0 <= self.rate < 1:
+            raise ConfigError(f"rate={self.rate} must lie between 0 and 1, 1 excluded.")
+        return Disturbed(loss, model, self.layer, partial(nn.functional.dropout, p=self.rate))
 
 
 @dataclass(frozen=True)
@@ -145,8 +171,10 @@ class Noise(Algorithm):
     layer: str = "*"
 
     def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
-        """The task loss, with noise hooked into the model."""
-        return Disturbed(loss, model, self.layer, noise(self.sigma))
+        """The task loss, with noise hooked into the model (Camuto et al. 2020)."""
+        if not self.sigma >= 0:
+            raise ConfigError(f"sigma={self.sigma} must not be negative.")
+        return Disturbed(loss, model, self.layer, lambda x: x + self.sigma * torch.randn_like(x))
 
 
 @dataclass(frozen=True)
@@ -190,13 +218,10 @@ class Fam(Algorithm):
         """The keyword arguments of `relflat.FAM` that these settings stand for."""
         options = {field.name: getattr(self, field.name) for field in fields(Fam)}
         del options["layer"]
-        strength, steps = options.pop("strength"), options.pop("warmup_steps")
-        return options | {"strength": partial(warmed_up, strength, steps) if steps else strength}
-
-
-def warmed_up(strength: float, steps: int, step: int) -> float:
-    """The strength of a step, which grows linearly from 0 over some."""
-    return strength * min(1.0, (step + 1) / (steps + 1))
+        strength, steps = options["strength"], options.pop("warmup_steps")
+        if steps:
+            options["strength"] = lambda step: strength * min(1.0, (step + 1) / (steps + 1))
+        return options
 
 
 @dataclass(frozen=True)
@@ -213,14 +238,7 @@ class FamSam(Fam):
 
     def optimizer(self, parameters: Parameters, base: BaseOptimizer) -> Optimizer:
         """The task's optimiser inside SAM; ``adaptive`` is FAM's here."""
-        return in_sam(parameters, base, rho=self.rho)
-
-
-def in_sam(parameters: Parameters, base: BaseOptimizer, **options: Any) -> Optimizer:
-    """The base optimiser inside pytorch_optimizer's SAM."""
-    from pytorch_optimizer import SAM
-
-    return SAM(parameters, cast(type[Optimizer], base), **options)
+        return Sam(self.rho).optimizer(parameters, base)
 
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
@@ -249,9 +267,5 @@ def all_algorithms() -> dict[str, type[Algorithm]]:
 
 
 def algorithm_named(name: str) -> type[Algorithm]:
-    """The algorithm of this name; the providers are imported only for a name that is not known without them.
-
-    Raises:
-        ConfigError: there is none; the nearest is named.
-    """
+    """The algorithm of this name; the providers are imported only for a name that is not known without them."""
     return look_up("algorithm", name, ALGORITHMS if name in ALGORITHMS else all_algorithms())

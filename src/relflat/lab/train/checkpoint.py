@@ -1,7 +1,7 @@
 """Checkpoints after an epoch: enough to go on as if nothing had happened, bit for bit.
 
-The data order of an epoch follows from the seed and the epoch's number, so the number is all that has
-to be kept of it. Weights are safetensors; the rest is a torch file read with ``weights_only=True``.
+The data order of an epoch follows from the seed and the epoch's number, so the number is all that has to be kept of
+it. Weights are safetensors; the rest is a torch file read with ``weights_only=True``.
 """
 
 import io
@@ -25,14 +25,10 @@ WEIGHTS, STATE = "model.safetensors", "state.pt"
 
 
 def save(run: Path, session: Session, history: list[dict[str, Any]]) -> None:
-    """Write the checkpoint of the last epoch in the history and remove older ones.
-
-    Raises:
-        OSError: it cannot be written; nothing of it is left, and the older ones are.
-    """
+    """Write the checkpoint of the last epoch in the history, then remove older ones; an OSError leaves those."""
     state = {
         "criterion_step": get_counter(session.learner.criterion),
-        "rng": rng_state(),
+        "rng": _rng_state(),
         "history": history,
         **{name: part.state_dict() for name, part in _parts(session).items()},
     }
@@ -64,7 +60,7 @@ def load(run: Path, session: Session) -> list[dict[str, Any]]:
     except Exception as error:  # torch.load and load_state_dict let through whatever damaged files raise
         raise DataError(f"The checkpoint {found[-1]} cannot be read ({error}). Run again with --fresh.") from error
     set_counter(session.learner.criterion, state["criterion_step"])
-    set_rng_state(state["rng"])
+    _set_rng_state(state["rng"])
     return list(state["history"])
 
 
@@ -76,11 +72,7 @@ def _parts(session: Session) -> dict[str, Any]:
 
 
 def load_weights(run: Path, model: nn.Module) -> None:
-    """Load the weights of the newest checkpoint.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Load the weights of the newest checkpoint, which there must be."""
     found = checkpoints(run)
     if not found:
         raise DataError(f"{run} has no checkpoint yet; train it first.")
@@ -98,22 +90,21 @@ def remove_old(run: Path) -> None:
         shutil.rmtree(old)
 
 
-def rng_state() -> dict[str, Any]:
+def _rng_state() -> dict[str, Any]:
     """State of the global generators of torch, CUDA, NumPy and Python as plain values and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
         "python": random.getstate(),
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what ``rng_state`` returned."""
+def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])

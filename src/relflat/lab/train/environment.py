@@ -2,25 +2,29 @@
 
 import os
 import platform
+import re
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 PACKAGES = ("relflat", "torch", "numpy", "scikit-learn", "accelerate", "pytorch_optimizer", "safetensors")
+CPUS = Path("/proc/cpuinfo")  # names the processor's model, on Linux
 
 
 def describe() -> dict[str, Any]:
     """Describe this process and its machine as plain values."""
+    models = re.findall(r"^model name\s*:\s*(.*)$", CPUS.read_text(), re.M) if CPUS.is_file() else []
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -32,13 +36,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    """The processor's model as Linux names it, else what Python knows."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

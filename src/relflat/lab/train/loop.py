@@ -1,24 +1,28 @@
-"""The training loop: one for all algorithms, on Accelerate, resumable after any epoch."""
+"""The training loop: one for all algorithms, on Accelerate, resumable after any epoch.
+
+Nothing here chooses anything by the test split. It is evaluated once, after the last epoch, and only when the caller
+asks for it.
+"""
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
+from relflat import Flatness, relative_flatness
 from relflat.errors import NonFiniteError
+from relflat.lab.data.arrays import Arrays
 from relflat.lab.tasks import own
+from relflat.lab.tasks.metrics import evaluate
 from relflat.lab.train import checkpoint, store
-from relflat.lab.train.results import Record, final, kappa_before, monitor
+from relflat.lab.train.config import RunConfig
 from relflat.lab.train.session import Session, build
-from relflat.lab.train.settings import RunConfig
 
+Record = dict[str, Any]
 OnEpoch = Callable[[Record], None]
-
-
-def ignore(record: Record) -> None:
-    """Do nothing with an epoch's record."""
 
 
 def train(
@@ -28,20 +32,12 @@ def train(
     test: bool = True,
     fresh: bool = False,
     tensorboard: bool = True,
-    on_epoch: OnEpoch = ignore,
+    on_epoch: OnEpoch = lambda record: None,
 ) -> Record:
     """Train, or go on where an interrupted run of this folder stopped; a finished one is only read.
 
-    Args:
-        config: the run.
-        folder: where its files go.
-        test: whether the test split is evaluated at the end.
-        fresh: remove an earlier run of this folder.
-        tensorboard: write scalars for TensorBoard.
-        on_epoch: called with each epoch's record.
-
-    Returns:
-        The content of ``result.json``.
+    With ``test`` the test split is evaluated, last; ``fresh`` removes an earlier run of this folder; ``on_epoch``
+    is called with each epoch's record. What is returned is the content of ``result.json``.
 
     Raises:
         ConfigError: the folder holds another run or cannot be written.
@@ -51,34 +47,25 @@ def train(
     finished = None if fresh else store.result_of(folder)
     if finished is not None and (finished["test"] is not None or not test or finished["status"] != "finished"):
         return finished
-    with own.blamed(config.task):
-        session = build(config, folder if tensorboard else None)
-        try:
-            with first_alone(session, folder, fresh):
-                return _run(session, folder, test, on_epoch)
-        finally:
-            session.close()
-
-
-@contextmanager
-def first_alone(session: Session, folder: Path, fresh: bool) -> Iterator[None]:
-    """Make the folder ready and hold it; the other processes wait until it is, and go on together."""
-    if not session.writes:
-        session.accelerator.wait_for_everyone()
-        yield
-        return
-    store.open_run(folder, session.config, fresh=fresh)
-    with store.alone_in(folder):
-        store.remove_unfinished(folder)
-        session.accelerator.wait_for_everyone()
-        yield
+    logs = folder if tensorboard else None
+    with own.blamed(config.task), closing(build(config, logs)) as session, ExitStack() as held:
+        if session.writes:
+            store.open_run(folder, config, fresh=fresh)
+            held.enter_context(store.alone_in(folder))
+            store.remove_unfinished(folder)
+        session.accelerator.wait_for_everyone()  # until the folder is made and held
+        return _run(session, folder, test, on_epoch)
 
 
 def _run(session: Session, folder: Path, test: bool, on_epoch: OnEpoch) -> Record:
     """Do what is left of the run in a folder that is held."""
-    with session.full_precision():
-        before = kappa_before(session)
-    history = _resume(session, folder)
+    with session.full_precision():  # kappa of the untrained network; a resumed run takes it from the same one
+        before = kappa(session, session.splits.train.take(slice(session.task.monitored))).value
+    history = checkpoint.load(folder, session)
+    if history and session.writes:  # a process killed between the two leaves the checkpoint an epoch ahead
+        with store.writing(folder):
+            store.write_lines(folder / store.METRICS, history)
+            checkpoint.remove_old(folder)
     diverged = _epochs(session, folder, history, on_epoch)
     with session.full_precision():
         result = store.as_json(final(session, before, history, diverged, test))
@@ -88,24 +75,13 @@ def _run(session: Session, folder: Path, test: bool, on_epoch: OnEpoch) -> Recor
     return result
 
 
-def _resume(session: Session, folder: Path) -> list[Record]:
-    """Go back to the newest checkpoint, the metrics with it; return its history."""
-    history = checkpoint.load(folder, session)
-    if history and session.writes:  # a process killed between the two leaves the checkpoint an epoch ahead
-        with store.writing(folder):
-            store.write_lines(folder / store.METRICS, history)
-            checkpoint.remove_old(folder)
-    return history
-
-
 def _epochs(session: Session, folder: Path, history: list[Record], on_epoch: OnEpoch) -> str | None:
     """Train the epochs that are left, appending to ``history``; return why training broke off, or None."""
-    with _scalars(session, len(history)):
+    drop = {"purge_step": len(history) + 1}  # scalars that an interrupted run wrote after its last checkpoint
+    session.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": drop})
+    try:
         for epoch in range(len(history), session.config.epochs):
-            try:
-                record = run_epoch(session, epoch)
-            except NonFiniteError as error:
-                return str(error)
+            record = run_epoch(session, epoch)
             history.append(record)
             if session.writes:
                 with store.writing(folder):
@@ -114,21 +90,12 @@ def _epochs(session: Session, folder: Path, history: list[Record], on_epoch: OnE
                     numbers = {name: value for name, value in record.items() if isinstance(value, float)}
                     session.accelerator.log(numbers, step=record["epoch"])
                 on_epoch(record)
-    return None
-
-
-@contextmanager
-def _scalars(session: Session, done: int) -> Iterator[None]:
-    """Keep the numbers of epochs in ``<run>/tensorboard``, where the session was built to do so.
-
-    What an interrupted run wrote after its last checkpoint is dropped.
-    """
-    session.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": done + 1}})
-    try:
-        yield
+    except NonFiniteError as error:
+        return str(error)
     finally:
         for tracker in session.accelerator.trackers:
             tracker.finish()
+    return None
 
 
 def run_epoch(session: Session, epoch: int) -> Record:
@@ -145,8 +112,7 @@ def run_epoch(session: Session, epoch: int) -> Record:
         total += losses.total
         penalty += losses.penalty
     steps = len(session.order)
-    loss, penalty = (session.mean(value) for value in (float(total), penalty))
-    loss /= steps
+    loss, penalty = session.mean(float(total)) / steps, session.mean(penalty)
     seconds = time.perf_counter() - start
     if not math.isfinite(loss):
         raise NonFiniteError(f"The training loss of epoch {epoch + 1} is {loss}; lower lr or strength.")
@@ -159,3 +125,66 @@ def run_epoch(session: Session, epoch: int) -> Record:
         "lr": session.scheduler.get_last_lr()[0],
         "seconds_per_step": seconds / steps,
     }
+
+
+def monitor(session: Session) -> Record:
+    """Metric, loss and kappa after an epoch, on the first samples of the training and validation splits.
+
+    Every process takes them, on all of these samples; they agree, as the weights do.
+    """
+    name, first = session.task.metric.name, slice(session.task.monitored)
+    train = session.splits.train.take(first)
+    with session.full_precision():
+        fitted, held_out = judge(session, train), judge(session, session.splits.validation.take(first))
+        flat = kappa(session, train)
+    return {
+        f"train_{name}": fitted[name],
+        "train_loss": fitted["loss"],
+        f"validation_{name}": held_out[name],
+        "validation_loss": held_out["loss"],
+        "kappa": flat.value,
+        **{key: getattr(flat, key) for key in ("confidence", "weight_norm", "feature_norm2")},
+    }
+
+
+def final(session: Session, before: float, history: list[Record], diverged: str | None, test: bool) -> Record:
+    """Everything worth keeping of a run, after its last epoch; ``before`` is kappa of the untrained network."""
+    splits = session.splits
+    seconds = [record["seconds_per_step"] for record in history]
+    result: Record = {
+        "status": "diverged" if diverged else "finished",
+        "reason": diverged,
+        "epochs": len(history),
+        "steps": len(history) * len(session.order),
+        "label_noise_changed": splits.changed,
+        **dict.fromkeys(("train", "validation", "test")),
+        "kappa_before": before,
+        "flatness": None,
+        "seconds_per_step": median_high(seconds) if seconds else None,
+    }
+    if diverged:
+        return result
+    try:
+        found: Record = {"train": judge(session, splits.train), "validation": judge(session, splits.validation)}
+        found["flatness"] = kappa(session, splits.train).__dict__
+        if test:
+            found["test"] = judge(session, splits.test())
+        if test and splits.shifts:
+            found["shifts"] = {name: judge(session, other()) for name, other in splits.shifts.items()}
+    except NonFiniteError as error:
+        found = {"status": "diverged", "reason": str(error)}
+    return result | found
+
+
+def kappa(session: Session, samples: Arrays) -> Flatness:
+    """Relative flatness of the layer that the task follows."""
+    batches = list(session.batches(samples))
+    return relative_flatness(session.model, session.loss, batches, layer=session.task.layer)
+
+
+def judge(session: Session, samples: Arrays) -> Record:
+    """What the task's metric says of some samples, where the loss on them is finite."""
+    found = evaluate(session.task.metric, session.model, session.loss, session.batches(samples))
+    if not math.isfinite(found["loss"]):
+        raise NonFiniteError(f"The loss is {found['loss']} in evaluation; lower lr or strength.")
+    return found

@@ -1,47 +1,30 @@
 """Measuring the relative flatness of a trained run, on its own data."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 
 from relflat import Flatness, relative_flatness_by_layer
 from relflat.errors import ConfigError
-from relflat.lab.common.names import look_up, names_in
-from relflat.lab.data.arrays import Arrays
+from relflat.lab.common.names import names_in, unknown
 from relflat.lab.data.batches import in_order
-from relflat.lab.data.splits import Splits
 from relflat.lab.tasks.catalogue import task_named
 from relflat.lab.train import checkpoint
-from relflat.lab.train.launch import joined
+from relflat.lab.train.session import joined
 from relflat.lab.train.store import config_of
 
-Split = Literal["train", "validation", "test"]
-
-SPLITS: dict[str, Callable[[Splits], Arrays]] = {
-    "train": lambda splits: splits.train,
-    "validation": lambda splits: splits.validation,
-    "test": lambda splits: splits.test(),
-}
+SPLITS = ("train", "validation", "test")
 
 
 def measure_run(
     run: Path, *, layer: str | None = None, split: str = "train", samples: int | None = None, **options: Any
 ) -> dict[str, Flatness]:
-    """Rebuild a run's data and network from its folder and measure some of its layers.
+    """Rebuild a run's data and network from its folder and measure some of its layers, by their qualified names.
 
-    Under ``torchrun`` each process measures its share of the samples and all get the result for all of them.
-
-    Args:
-        run: the run's folder.
-        layer: name or glob of layers or parameters, several with commas; by default the layer its task follows.
-        split: which samples, with the labels the run saw.
-        samples: measure on the first so many of them only.
-        **options: further arguments of `relflat.relative_flatness_by_layer`.
-
-    Returns:
-        The measurement of each layer, by its qualified name.
+    The first so many samples of the split are taken, with the labels the run saw. ``layer`` may be a glob or several
+    names with commas, by default the layer the task follows; further options are those of
+    `relflat.relative_flatness_by_layer`. Under ``torchrun`` each process measures its share, all get the same result.
 
     Raises:
         DataError: the folder holds no run, no checkpoint, or the data set was not fetched.
@@ -49,14 +32,15 @@ def measure_run(
         LayerError: no such layer.
     """
     config = config_of(run)
-    choose = look_up("split", split, SPLITS)
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
     if samples is not None and samples < 1:
         raise ConfigError(f"samples={samples} must be above 0; leave it out to measure on all of them.")
     task = task_named(config.task)
     model = task.model()
     checkpoint.load_weights(run, model)
-    data = choose(task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed))
-    data = data.take(slice(samples))
+    splits = task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
+    data = (splits.test() if split == "test" else getattr(splits, split)).take(slice(samples))
     with joined() as process:
         ranks, device = process.num_processes, process.device
         share = slice(*(len(data) * (process.process_index + i) // ranks for i in (0, 1)))

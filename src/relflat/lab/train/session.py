@@ -1,4 +1,4 @@
-"""A run's moving parts, built from its configuration alone."""
+"""A run's moving parts, built from its configuration alone, in one process or several that ``torchrun`` started."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
@@ -19,25 +19,31 @@ from relflat.lab.data.arrays import Arrays
 from relflat.lab.data.batches import Batch, EpochOrder, in_order, training_loader
 from relflat.lab.data.splits import Splits
 from relflat.lab.tasks import Task, task_named
-from relflat.lab.train.disturb import Disturbed
-from relflat.lab.train.settings import RunConfig
+from relflat.lab.train.algorithms import Disturbed
+from relflat.lab.train.config import RunConfig
 from relflat.lab.train.steps import Learner
+
+
+def this_process() -> PartialState:
+    """The number and the device of this process, its own GPU or the CPU; it joins those that ``torchrun`` started."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+@contextmanager
+def joined() -> Iterator[PartialState]:
+    """This process among those that ``torchrun`` started, which part at the end of the block."""
+    others = torch.distributed.is_initialized()
+    state = this_process()
+    try:
+        yield state
+    finally:
+        if not others:
+            state.destroy_process_group()
 
 
 @dataclass
 class Session:
-    """What a run works with.
-
-    Attributes:
-        config: the run.
-        task: what it learns.
-        splits: its data.
-        learner: model, criterion and optimiser.
-        loss: the bare task loss, for evaluating.
-        scheduler: learning rate.
-        order: of the training data.
-        loader: of the training data.
-    """
+    """What a run works with: the bare task loss is for evaluating, order and loader are of the training data."""
 
     config: RunConfig
     task: Task
@@ -96,12 +102,7 @@ class Session:
 
 
 def build(config: RunConfig, logs: Path | None = None) -> Session:
-    """Seed everything and build a run's data, network, criterion and optimiser.
-
-    Args:
-        config: the run.
-        logs: folder for TensorBoard's scalars; None for none.
-    """
+    """Seed everything and build a run's data, network, criterion and optimiser; ``logs`` is TensorBoard's folder."""
     task, algorithm = task_named(config.task), config.settings
     splits = task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
     set_seed(config.seed)
@@ -117,20 +118,14 @@ def build(config: RunConfig, logs: Path | None = None) -> Session:
     order = EpochOrder(len(splits.train), config.batch_size, config.seed)
     whose_lr = getattr(optimizer, "base_optimizer", optimizer)  # of SAM that of its inner one counts
     scheduler = task.schedule(whose_lr, config.epochs * len(order))
-    wrapped, prepared, loader = accelerator.prepare(
-        model, optimizer, training_loader(splits.train, order, task.augment)
-    )
-    criterion = algorithm.criterion(loss, model, config.seed)
-    learner = Learner(accelerator, wrapped, criterion, prepared)
+    loader = training_loader(splits.train, order, task.augment)
+    wrapped, prepared, loader = accelerator.prepare(model, optimizer, loader)
+    learner = Learner(accelerator, wrapped, algorithm.criterion(loss, model, config.seed), prepared)
     return Session(config, task, splits, learner, loss, scheduler, order, loader)
 
 
 def a_module(part: str, made: Any) -> nn.Module:
-    """What a task's model or loss gave, if it is a module.
-
-    Raises:
-        ConfigError: it is something else, such as a function or the class in place of an object.
-    """
+    """What a task's model or loss gave, unless that is something else, such as a function or a class."""
     if not isinstance(made, nn.Module):
         raise ConfigError(
             f"The task's {part}() gives {made!r}, but must give a torch.nn.Module"
@@ -140,11 +135,7 @@ def a_module(part: str, made: Any) -> nn.Module:
 
 
 def accelerator_for(config: RunConfig, logs: Path | None) -> Accelerator:
-    """What moves a run to its devices, casts its forward passes and keeps its scalars.
-
-    Raises:
-        ConfigError: fp16 without a GPU.
-    """
+    """What moves a run to its devices, casts its forward passes and keeps its scalars."""
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("precision='fp16' needs a GPU; use precision='bf16' on a CPU.")
     AcceleratorState._reset_state()  # it belongs to the process and would keep the last run's precision

@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 
 class Losses(NamedTuple):
-    """What a step minimised.
-
-    Attributes:
-        total: task loss plus penalty.
-        penalty: the penalty alone; nan where the forward pass itself was perturbed and it is not known apart.
-    """
+    """Task loss plus penalty, and the latter alone: nan where the forward pass was perturbed, so it is not known."""
 
     total: Tensor
     penalty: float
@@ -35,14 +30,7 @@ class Losses(NamedTuple):
 
 @dataclass
 class Learner:
-    """What a step works with.
-
-    Attributes:
-        accelerator: runs the backward pass.
-        model: in training mode.
-        criterion: the task loss, wrapped by the algorithm.
-        optimizer: the base optimiser, wrapped by the algorithm.
-    """
+    """What a step works with; the algorithm has wrapped the criterion and the optimiser."""
 
     accelerator: "Accelerator"
     model: nn.Module
@@ -88,14 +76,14 @@ def looksam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
     done: int = inner.param_groups[0].get("looksam_step", 0)  # part of the optimiser's state
     if done % inner.k == 0:
         return sam_step(learner, inputs, targets)
-    found: list[Losses] = []
+    losses = []
 
     def here() -> float:
-        found.append(learner.backward(inputs, targets))
+        losses.append(learner.backward(inputs, targets))
         return 0.0
 
     learner.optimizer.step(here)
-    return found[0]
+    return losses[0]
 
 
 def get_counter(criterion: nn.Module) -> int:

@@ -21,9 +21,8 @@ from filelock import FileLock, Timeout
 from relflat.errors import ConfigError, DataError
 from relflat.lab.common.jsonable import finite
 from relflat.lab.tasks.catalogue import short_name
-from relflat.lab.train.config import make, migrated, require_unchanged
+from relflat.lab.train.config import RENAMED, SCHEMA, RunConfig, make, require_unchanged
 from relflat.lab.train.environment import describe
-from relflat.lab.train.settings import SCHEMA, RunConfig
 
 RESULT, CONFIG, METRICS, ENVIRONMENT = "result.json", "config.json", "metrics.jsonl", "environment.json"
 PATIENCE = 120.0  # seconds: a network file system may take 90 to notice that the process that held a lock was killed
@@ -35,11 +34,7 @@ def folder_of(config: RunConfig, root: Path, name: str | None = None) -> Path:
 
 
 def check_folder(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
-    """See whether this run may live in the folder, or replace an earlier one there; nothing is written.
-
-    Raises:
-        ConfigError: another configuration or something else lives there.
-    """
+    """See whether this run may live in the folder, or replace an earlier one there; nothing is written."""
     if (folder / CONFIG).is_file():
         if not fresh:
             _same(folder, config)
@@ -54,11 +49,7 @@ def _begins(entry: Path) -> bool:
 
 @contextmanager
 def writing(place: Path, option: str = "--runs") -> Iterator[None]:
-    """Explain why something cannot be written, and which option of the command line chooses another place.
-
-    Raises:
-        ConfigError: the disk is full, the folder is read-only, ...
-    """
+    """Explain why something cannot be written, and which option of the command line chooses another place."""
     try:
         yield
     except OSError as error:
@@ -69,39 +60,27 @@ def writing(place: Path, option: str = "--runs") -> Iterator[None]:
 
 
 def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
-    """Make the folder, if need be without an earlier run, for a run that ``check_folder`` let through.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """Make the folder, if need be without an earlier run, for a run that ``check_folder`` let through."""
     with writing(folder):
         if fresh and (folder / CONFIG).is_file():
             shutil.rmtree(folder)
-        if (folder / CONFIG).is_file():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / ENVIRONMENT, describe())
-        write_json(folder / CONFIG, content_of(config))
+        if not (folder / CONFIG).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / ENVIRONMENT, describe())
+            write_json(folder / CONFIG, {"schema": SCHEMA, **config.flat()})
 
 
 @contextmanager
 def alone_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Hold the folder of an opened run; the system lets go of it when the process ends, however it ends.
-
-    Raises:
-        ConfigError: another process is still there after so many seconds.
-    """
-    lock = FileLock(folder / CONFIG, preserve_lock_file=True)
+    """Hold the folder of an opened run, once another process is done; the system lets go however this one ends."""
     try:
-        lock.acquire(timeout=patience)
+        held = FileLock(folder / CONFIG, preserve_lock_file=True).acquire(timeout=patience)
     except Timeout as error:
         raise ConfigError(
             f"Another process is training in {folder}; wait for it, or end it, and try again."
         ) from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def remove_unfinished(folder: Path, pattern: str = ".*") -> None:
@@ -110,14 +89,9 @@ def remove_unfinished(folder: Path, pattern: str = ".*") -> None:
         remove(entry)
 
 
-def content_of(config: RunConfig) -> dict[str, Any]:
-    """What stands in a run's ``config.json``."""
-    return {"schema": SCHEMA, **config.flat()}
-
-
 def _same(folder: Path, config: RunConfig) -> None:
     """Reject a folder whose run has other settings."""
-    old, new = read_json(folder / CONFIG), content_of(config)
+    old, new = read_json(folder / CONFIG), {"schema": SCHEMA, **config.flat()}
     if old == new:
         return
     advice = "Choose another --name, or replace it with --fresh"
@@ -133,12 +107,7 @@ def _same(folder: Path, config: RunConfig) -> None:
 
 
 def config_of(folder: Path) -> RunConfig:
-    """Read the configuration of a run, also of one that was written under schema 1.
-
-    Raises:
-        DataError: the folder holds no run, or one with values that this version does not know.
-        ConfigError: its task has changed since.
-    """
+    """Read the configuration of a run, also of one that was written under schema 1; its task must be unchanged."""
     path = folder / CONFIG
     if not path.is_file():
         raise DataError(f"{folder} is not a run: it has no {CONFIG}. Train one with: relflat train TASK --runs DIR")
@@ -147,7 +116,8 @@ def config_of(folder: Path) -> RunConfig:
     if schema not in (1, SCHEMA):
         raise DataError(f"{path} has schema {schema}; this version reads 1 and {SCHEMA}.{written_by(folder)}")
     if schema == 1:
-        values = migrated(values)
+        names = {**RENAMED, "method": "algorithm"}  # a key that was left out had today's default
+        values = {names.get(key, key): value for key, value in values.items()}
     try:
         config = make({key: value for key, value in values.items() if key != "source"})
     except ConfigError as error:
@@ -177,11 +147,7 @@ def result_of(folder: Path) -> dict[str, Any] | None:
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, none while there is no such file.
-
-    Raises:
-        DataError: a line is damaged, or a finished run has not as many as epochs.
-    """
+    """The lines of a run's ``metrics.jsonl``, none while there is no such file; a finished run has one an epoch."""
     path, result = folder / METRICS, result_of(folder)
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
@@ -193,11 +159,7 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object.
-
-    Raises:
-        DataError: it is damaged.
-    """
+    """Read one JSON object, which may turn out to be damaged."""
     try:
         value = json.loads(path.read_text())
     except ValueError as error:
@@ -214,8 +176,8 @@ def damaged(path: Path, why: object) -> DataError:
         METRICS: f"Remove {path.with_name(RESULT)}, if it is there, and give the same command again: both files are "
         "made anew from the checkpoint.",
     }
-    again = "Remove it and give the same command again; it makes what is missing."
-    return DataError(f"{path} is damaged ({why}). {remedy.get(path.name, again)}")
+    again = remedy.get(path.name, "Remove it and give the same command again; it makes what is missing.")
+    return DataError(f"{path} is damaged ({why}). {again}")
 
 
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:

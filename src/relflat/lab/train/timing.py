@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -11,20 +12,13 @@ from statistics import median
 import torch
 
 from relflat.lab.data.batches import Batch
+from relflat.lab.train.config import RunConfig
 from relflat.lab.train.session import Session, build
-from relflat.lab.train.settings import RunConfig
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step of one algorithm costs.
-
-    Attributes:
-        seconds: median over the rounds.
-        ratio: median over the rounds of the ratio to the first algorithm in the same round.
-        low: first quartile of that ratio.
-        high: third quartile of that ratio.
-    """
+    """Median seconds of a step; its ratio to the first algorithm in the same round: median and quartiles."""
 
     seconds: float
     ratio: float
@@ -33,28 +27,16 @@ class StepCost:
 
 
 def step_costs(configs: Sequence[RunConfig], *, rounds: int = 41, block: int = 10) -> list[StepCost]:
-    """Time a step of each configuration relative to the first.
-
-    Each round times ``block`` consecutive steps of every configuration (see `in_turns`).
-
-    Args:
-        configs: what to time; ratios are to the first.
-        rounds: number of rounds that count.
-        block: steps a configuration and round.
-    """
-    sessions = [build(config) for config in configs]
-    try:
-        blocks = [partial(run_block, each, list(islice(iter(each.loader), block))) for each in sessions]
+    """Time a step of each configuration relative to the first, in blocks of consecutive steps (see `in_turns`)."""
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(closing(build(config))) for config in configs]
+        blocks = [partial(_run_block, each, list(islice(each.loader, block))) for each in sessions]
         times = in_turns(blocks, rounds)
-    finally:
-        for session in sessions:
-            session.close()
     per_step = [[seconds / block for seconds in own] for own in times]
-    return [summarise(own, per_step[0]) for own in per_step]
+    return [_summarise(own, per_step[0]) for own in per_step]
 
 
-def run_block(session: Session, batches: Sequence[Batch]) -> None:
-    """Do a few consecutive steps."""
+def _run_block(session: Session, batches: Sequence[Batch]) -> None:
     step = session.config.settings.step
     session.training()
     for inputs, targets in batches:
@@ -69,17 +51,7 @@ def in_turns(
     warm_up: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Time each work once a round, in random order, so that a slow moment of the machine hits all of them alike.
-
-    Args:
-        works: what to do.
-        rounds: that count.
-        warm_up: rounds before them, which do not.
-        clock: tells the time, in seconds.
-
-    Returns:
-        For each work its times, one a round.
-    """
+    """Seconds of each work by round; all take turns in random order, so that a slow moment hits them alike."""
     times: list[list[float]] = [[] for _ in works]
     order = random.Random(0)
     for turn in range(warm_up + rounds):
@@ -103,8 +75,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
     return now
 
 
-def summarise(own: Sequence[float], first: Sequence[float]) -> StepCost:
-    """Medians and quartiles over the rounds."""
+def _summarise(own: Sequence[float], first: Sequence[float]) -> StepCost:
     ratios = sorted(a / b for a, b in zip(own, first, strict=True))
     quarter = len(ratios) // 4
     return StepCost(median(own), median(ratios), low=ratios[quarter], high=ratios[3 * len(ratios) // 4])
