@@ -18,8 +18,7 @@ class Rng:
     """
 
     def __init__(self, seed: int, step: int, *, shared: bool = False) -> None:
-        distributed = not shared and dist.is_available() and dist.is_initialized()
-        self._seed = _hashed(f"{seed},{step},{dist.get_rank() if distributed else 0}")
+        self._seed = _hashed(f"{seed},{step},{0 if shared else _rank()}")
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def on(self, device: torch.device) -> torch.Generator:
@@ -36,6 +35,10 @@ class Rng:
     def normal(self, like: Tensor) -> Tensor:
         """Independent standard normal numbers with the shape, dtype and device of ``like``."""
         return torch.randn(like.shape, generator=self.on(like.device), device=like.device, dtype=like.dtype)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def subset(seed: int, step: int, count: int, size: int) -> list[int]:

@@ -69,12 +69,17 @@ def option(record: type[Any], field: Field[Any], default: str) -> Any:
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     kind = str if choices else (get_args(hint) or (hint,))[0]
     metavar = "|".join(choices) or {bool: "True|False", str: field.name.upper()}.get(kind, kind.__name__.upper())
-    described = (one for owner in record.__mro__ for one in parse(owner.__doc__ or "").params)
-    text = next(one.description for one in described if one.arg_name == field.name and one.description)
+    text = described(record, field.name)
     if field.name == "algorithm":
         text = f"{text.rstrip('.')}: {', '.join(ALGORITHMS)}."
     shown = tyro.conf.arg(metavar=metavar, help=text, help_behavior_hint=f"({default})")
     return Annotated[kind, tyro.conf.FlagConversionOff, shown] if kind is bool else Annotated[kind, shown]
+
+
+def described(record: type[Any], name: str) -> str:
+    """What the docstring of a record, or of one it extends, says of a field."""
+    found = (one for owner in record.__mro__ for one in parse(owner.__doc__ or "").params)
+    return next(one.description for one in found if one.arg_name == name and one.description)
 
 
 def default_of(field: Field[Any]) -> str:

@@ -72,7 +72,7 @@ def known_loss(
     loss_fn: Callable[..., Any], outputs: Any, targets: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> KnownLoss | None:
     """What is known of ``loss_fn(outputs, *targets, **kwargs)``, a registered loss or a ``partial``; or None."""
-    if len(targets) != 1 or not _real(outputs) or not _constant(targets[0]):
+    if not _fit(outputs, targets):
         return None
     if isinstance(loss_fn, functools.partial) and not loss_fn.args:
         return known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
@@ -87,12 +87,11 @@ def known_loss(
     return None
 
 
-def _real(outputs: Any) -> bool:
-    return isinstance(outputs, Tensor) and outputs.is_floating_point()
-
-
-def _constant(target: Any) -> bool:
-    return isinstance(target, Tensor) and not target.requires_grad
+def _fit(outputs: Any, targets: tuple[Any, ...]) -> bool:
+    """Whether there are real outputs and one constant tensor of targets."""
+    if len(targets) != 1 or not isinstance(outputs, Tensor) or not isinstance(targets[0], Tensor):
+        return False
+    return outputs.is_floating_point() and not targets[0].requires_grad
 
 
 @functools.cache
