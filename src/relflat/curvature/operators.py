@@ -96,19 +96,8 @@ class GGNOperator:
 def pull(
     of: Sequence[Tensor], calls: Sequence[Call], along: Direction | None, *, create_graph: bool, required: bool = True
 ) -> list[Tensor]:
-    """Gradients with respect to the calls' outputs, zero where there is no dependence.
-
-    Raises:
-        GraphError: a call recorded no graph; or there is no dependence at all, and that is ``required``.
-    """
-    for c in calls:
-        if c.edge is None:
-            raise GraphError(
-                f"layer {c.layer!r} ran under torch.no_grad() inside a training forward pass, so its curvature "
-                "cannot be differentiated; with gradient checkpointing use use_reentrant=False, for validation "
-                "use model.eval()"
-            )
-    edges = [c.edge for c in calls if c.edge is not None]
+    """Gradients with respect to the calls' outputs, zero where there is no dependence; some is ``required``."""
+    edges = [_edge(c) for c in calls]
     found = differentiate(of, edges, along, create_graph=create_graph)
     if required and all(g is None for g in found):
         raise GraphError(
@@ -122,6 +111,17 @@ def pull(
                 "module in place of its parameter, or build nn.Embedding with sparse=False"
             )
     return [torch.zeros_like(c.output) if g is None else g for g, c in zip(found, calls, strict=True)]
+
+
+def _edge(call: Call) -> GradientEdge:
+    """Where the graph passes the call's output."""
+    if call.edge is None:
+        raise GraphError(
+            f"layer {call.layer!r} ran under torch.no_grad() inside a training forward pass, so its curvature "
+            "cannot be differentiated; with gradient checkpointing use use_reentrant=False, for validation "
+            "use model.eval()"
+        )
+    return call.edge
 
 
 def differentiate(
@@ -148,11 +148,7 @@ def differentiate(
 
 
 def check_differentiable_again(value: Tensor) -> None:
-    """Refuse a value whose gradient would meet an operation that has no second derivative.
-
-    Raises:
-        SecondDerivativeError: naming the operation and the remedy.
-    """
+    """Refuse a value whose gradient would meet an operation that has no second derivative."""
     _refuse([value], [], "torch::autograd::NotImplemented")
 
 
