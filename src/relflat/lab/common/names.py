@@ -10,13 +10,7 @@ T = TypeVar("T")
 
 
 def unknown(kind: str, value: str, known: Iterable[str]) -> ConfigError:
-    """Build the error for a name that is not among the known ones.
-
-    Args:
-        kind: what the name stands for, e.g. ``"task"``.
-        value: the name that was given.
-        known: the names that exist.
-    """
+    """The error for a name that is not among the known ones; ``kind`` says what it stands for, e.g. ``"task"``."""
     names = sorted(known)
     close = difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else "."

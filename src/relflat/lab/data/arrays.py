@@ -11,11 +11,10 @@ Inputs = Tensor | dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Arrays:
-    """Samples held in memory: what the network is given and what it should answer.
+    """Samples held in memory, first axis samples: what the network is given and what it should answer.
 
-    Attributes:
-        inputs: one tensor, or the network's keyword arguments by name (token ids, mask); samples come first.
-        targets: class indices, or whatever else the task's loss compares outputs with.
+    ``inputs`` are one tensor, or the network's keyword arguments by name (token ids, mask); ``targets`` are class
+    indices, or whatever else the task's loss compares outputs with.
     """
 
     inputs: Inputs
@@ -40,16 +39,9 @@ class Arrays:
 
 @dataclass(frozen=True)
 class RawData:
-    """A data set of a classification task as it was published, pixels scaled to 0..1.
+    """A data set of a classification task as it was published, pixels scaled to 0..1."""
 
-    Attributes:
-        pool: what may be trained and validated on.
-        test: the official test set, or None where none was published.
-        classes: how many classes there are.
-        shifts: further test sets from elsewhere, by name.
-    """
-
-    pool: Arrays
-    test: Arrays | None
+    pool: Arrays  # what may be trained and validated on
+    test: Arrays | None  # the official test set, where one was published
     classes: int
-    shifts: Mapping[str, Arrays] = field(default_factory=dict)
+    shifts: Mapping[str, Arrays] = field(default_factory=dict)  # further test sets from elsewhere

@@ -13,13 +13,7 @@ Batch = tuple[Inputs, Tensor]
 
 
 class InMemory(Dataset[Batch]):
-    """Samples that are fetched a whole batch at a time, changed at random where the task says so.
-
-    Args:
-        samples: what there is.
-        order: says which epoch it is.
-        augment: changes the inputs.
-    """
+    """Samples that are fetched a whole batch at a time, changed at random where the task says so."""
 
     def __init__(self, samples: Arrays, order: "EpochOrder", augment: Augment | None) -> None:
         self.samples, self.order, self.augment = samples, order, augment
@@ -42,20 +36,13 @@ class InMemory(Dataset[Batch]):
 
 
 class EpochOrder(Sampler[list[int]]):
-    """A fresh permutation each epoch, cut into equal batches; the ragged rest is left out that epoch.
+    """A fresh permutation each epoch, cut into equal batches; the ragged rest is left out that epoch."""
 
-    Attributes:
-        epoch: set it before iterating.
-        batch_size: samples a batch, never more than there are.
-        drop_last: always True; Accelerate reads it.
-    """
+    epoch = 0  # set it before iterating
+    drop_last = True  # Accelerate reads it
 
     def __init__(self, samples: int, batch_size: int, seed: int) -> None:
-        self.samples = samples
-        self.batch_size = min(batch_size, samples)
-        self.seed = seed
-        self.epoch = 0
-        self.drop_last = True
+        self.samples, self.batch_size, self.seed = samples, min(batch_size, samples), seed
 
     def __len__(self) -> int:
         return self.samples // self.batch_size
@@ -69,12 +56,8 @@ class EpochOrder(Sampler[list[int]]):
 
 def training_loader(samples: Arrays, order: EpochOrder, augment: Augment | None = None) -> DataLoader[Batch]:
     """A loader over ``samples`` in the given order, drawing nothing from the global generator."""
-    return DataLoader(
-        InMemory(samples, order, augment),
-        batch_sampler=order,
-        collate_fn=lambda batch: batch,
-        generator=torch.Generator(),
-    )
+    data, generator = InMemory(samples, order, augment), torch.Generator()
+    return DataLoader(data, batch_sampler=order, collate_fn=lambda batch: batch, generator=generator)
 
 
 def in_order(samples: Arrays, device: torch.device, size: int = 1000) -> Iterator[Batch]:

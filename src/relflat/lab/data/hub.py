@@ -1,10 +1,8 @@
 """Data sets of the Hugging Face hub, through its client ``datasets`` (extra ``hub``).
 
-CIFAR-100, SVHN and three tasks of GLUE are in no registry package. `save` fetches the splits that are used and writes
-them into the cache in the client's own format, so that reading needs no network; whoever has none at all can copy
-that folder from elsewhere.
-
-GLUE keeps the labels of its test sets to itself: as everywhere, the official validation set is the test set here.
+CIFAR-100, SVHN and three tasks of GLUE are in no registry package. `save` writes the splits that are used into the
+cache in the client's own format, so that reading needs no network; whoever has none can copy that folder from
+elsewhere. GLUE keeps the labels of its test sets secret: as everywhere, the official validation set is the test set.
 """
 
 from pathlib import Path
@@ -14,15 +12,11 @@ from relflat.errors import DataError
 from relflat.lab.data.sources import Source
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 
 def client() -> Any:
-    """The module ``datasets``.
-
-    Raises:
-        DataError: it is not installed.
-    """
+    """The module ``datasets``, or an error that says how to install it."""
     try:
         import datasets
     except ImportError as error:
@@ -31,11 +25,7 @@ def client() -> Any:
 
 
 def save(source: Source, folder: Path) -> None:
-    """Fetch a data set from the hub, check it and write its two splits into a folder.
-
-    Raises:
-        DataError: the client is missing, the hub cannot be reached, or what it gave is not what is expected.
-    """
+    """Fetch a data set from the hub, compare its splits, sizes and columns with the known ones, and write it."""
     datasets = client()
     try:
         found = datasets.load_dataset(source.package, source.config)
@@ -47,16 +37,6 @@ def save(source: Source, folder: Path) -> None:
             f"{source.folder_name} of its cache to this one's; 'relflat data list' names the cache."
         ) from error
     found = datasets.DatasetDict({split: found[split] for split in source.rows if split in found})
-    check(source, found)
-    found.save_to_disk(folder)
-
-
-def check(source: Source, found: "DatasetDict") -> None:
-    """Compare splits, sizes and columns with what is known of this data set.
-
-    Raises:
-        DataError: they differ; the hub has another version.
-    """
     sizes = {split: len(rows) for split, rows in found.items()}
     columns = {column for rows in found.values() for column in rows.column_names}
     missing = sorted({*source.inputs, source.label} - columns)
@@ -66,14 +46,11 @@ def check(source: Source, found: "DatasetDict") -> None:
             f"{source.package!r} has the splits {sizes}{without}, but {source.rows} was expected. Nothing was "
             "kept: the hub has another version of this data set than the one that is known here."
         )
+    found.save_to_disk(folder)
 
 
 def splits(source: Source, folder: Path) -> tuple["Dataset", "Dataset"]:
-    """The training split and the one for testing, as `save` wrote them.
-
-    Raises:
-        DataError: the client is missing or the folder is damaged.
-    """
+    """The training split and the one for testing, as `save` wrote them."""
     datasets = client()
     try:
         found = datasets.load_from_disk(folder)

@@ -30,14 +30,7 @@ class Sentences:
 
 
 def sentences(folder: Path) -> dict[str, Sentences]:
-    """Read the four domains, films first.
-
-    Args:
-        folder: with the inner archive.
-
-    Raises:
-        DataError: the archive or a file of it is missing or damaged.
-    """
+    """The four domains, films first, from the folder with the inner archive."""
     seen: set[str] = set()
     found = {domain: Sentences([], []) for domain in FILES}
     for domain, file in FILES.items():

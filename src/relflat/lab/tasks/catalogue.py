@@ -36,23 +36,16 @@ TASKS = Catalogue()
 
 
 def register(task: Task) -> Task:
-    """Make a task known by its name, in this process.
-
-    Raises:
-        ConfigError: another one has this name.
-    """
+    """Make a task known by its name, in this process."""
     if TASKS.setdefault(task.name, task) is not task:
         raise ConfigError(f"There is a task called {task.name!r} already; give this one another name.")
     return task
 
 
 def task_named(name: str) -> Task:
-    """The task of this name, or the one that ``path/to/file.py:name`` defines.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    return look_up("task", name, TASKS) if own.split_name(name) is None else own.load(name, Task)
+    """The task of this name, or the one that ``path/to/file.py:name`` defines."""
+    place = own.split_name(name)
+    return look_up("task", name, TASKS) if place is None else own.load(*place, name)
 
 
 def full_name(name: str) -> str:
@@ -82,12 +75,7 @@ def source_of(name: str) -> str | None:
 
 
 def changed_since(name: str, recorded: str | None) -> str | None:
-    """The beginning of a sentence about a task whose code is no longer what it was, or None.
-
-    Args:
-        name: of the task.
-        recorded: what `source_of` gave then.
-    """
+    """The beginning of a sentence about a task whose `source_of` is no longer what was recorded, or None."""
     now, place = source_of(name), own.split_name(name)
     if now == recorded:
         return None

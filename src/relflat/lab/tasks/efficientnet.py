@@ -48,11 +48,8 @@ def convolution(
     inputs: int, outputs: int, kernel: int, stride: int = 1, *, groups: int = 1, active: bool = True
 ) -> nn.Sequential:
     """Convolution, BatchNorm with TensorFlow's epsilon and, where active, ReLU6."""
-    layers = [
-        SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False),
-        nn.BatchNorm2d(outputs, eps=1e-3),
-    ]
-    return nn.Sequential(*layers, nn.ReLU6()) if active else nn.Sequential(*layers)
+    linear = SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
+    return nn.Sequential(linear, nn.BatchNorm2d(outputs, eps=1e-3), *([nn.ReLU6()] if active else []))
 
 
 class InvertedResidual(nn.Module):
@@ -73,16 +70,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The network with random weights; `efficientnet_lite0` loads the pretrained ones.
-
-    Args:
-        num_classes: outputs.
-        side: pictures are resized to this many pixels (bilinear) before anything else; None leaves them.
-        dropout: probability before the output layer.
-
-    Attributes:
-        output: the last Linear layer.
-    """
+    """The network with random weights; pictures are resized to ``side`` pixels (bilinear) before anything else."""
 
     def __init__(self, num_classes: int = 1000, side: int | None = None, dropout: float = 0.2) -> None:
         super().__init__()
@@ -92,8 +80,7 @@ class EfficientNetLite0(nn.Module):
         inputs = STEM
         for repeats, kernel, stride, expansion, outputs in STAGES:
             for place in range(repeats):
-                step = 1 if place else stride
-                self.blocks.append(InvertedResidual(inputs, outputs, kernel, step, expansion))
+                self.blocks.append(InvertedResidual(inputs, outputs, kernel, 1 if place else stride, expansion))
                 inputs = outputs
         self.head = convolution(inputs, HEAD, 1)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout))
@@ -108,26 +95,16 @@ class EfficientNetLite0(nn.Module):
 
 
 def efficientnet_lite0(num_classes: int = 10, side: int | None = 64) -> EfficientNetLite0:
-    """EfficientNet-Lite0 with ImageNet weights and a new output layer.
-
-    Raises:
-        DataError: the weights were not fetched or are damaged.
-    """
+    """EfficientNet-Lite0 with ImageNet weights and a new output layer."""
     model = EfficientNetLite0(num_classes, side)
     load_pretrained(model, files("efficientnet-lite0") / WEIGHTS)
     return model
 
 
 def load_pretrained(model: EfficientNetLite0, path: Path, *, output: bool = False) -> None:
-    """Copy the packaged weights into the network; they are in the order of its own, under other names.
+    """Copy the packaged weights, with ``output`` also those of the 1000 ImageNet classes, into the network.
 
-    Args:
-        model: the network.
-        path: of the weights.
-        output: copy the output layer of the 1000 ImageNet classes too.
-
-    Raises:
-        DataError: the file cannot be read or holds other tensors than the network has.
+    They are in the order of its own, under other names.
     """
     try:
         packaged = torch.load(path, map_location="cpu", weights_only=True)

@@ -19,17 +19,13 @@ Evaluate = Callable[[nn.Module, nn.Module, Iterable[Batch]], dict[str, Any]]
 class Metric:
     """What a task is judged by: a number of at most 1, where higher is better.
 
-    Attributes:
-        name: its key in the results.
-        title: as it is written in reports.
-        error: what one minus it is called in reports.
-        evaluate: given the model in eval mode, the loss and the batches of a split, returns ``name``, ``loss`` and
-            whatever else is worth keeping; it runs without gradients.
+    ``evaluate``, given the model in eval mode, the loss and the batches of a split, returns ``name``, ``loss`` and
+    whatever else is worth keeping; it runs without gradients.
     """
 
-    name: str
-    title: str
-    error: str
+    name: str  # its key in the results
+    title: str  # as it is written in reports
+    error: str  # what one minus it is called in reports
     evaluate: Evaluate
 
 

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,22 +12,15 @@ from torch import Tensor, nn
 def mlp(inputs: int, hidden: tuple[int, ...] = (128, 128), num_classes: int = 10) -> nn.Sequential:
     """A ReLU network: ``fc1``, ``fc2``, ... and ``output``."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    width = inputs
-    for number, size in enumerate(hidden, 1):
-        layers[f"fc{number}"] = nn.Linear(width, size)
-        layers[f"relu{number}"] = nn.ReLU()
-        width = size
-    layers["output"] = nn.Linear(width, num_classes)
+    for number, (width, size) in enumerate(pairwise((inputs, *hidden)), 1):
+        layers |= {f"fc{number}": nn.Linear(width, size), f"relu{number}": nn.ReLU()}
+    layers["output"] = nn.Linear((inputs, *hidden)[-1], num_classes)
     return nn.Sequential(layers)
 
 
 def small_cnn(num_classes: int = 10, in_channels: int = 1) -> nn.Sequential:
     """Three strided 3x3 convolutions (32, 64, 128) with BatchNorm, average pooling, Linear-64 and output."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (inputs, size) in enumerate(((in_channels, 32), (32, 64), (64, 128)), 1):
-        layers[f"conv{number}"] = nn.Conv2d(inputs, size, 3, stride=2, padding=1, bias=False)
-        layers[f"bn{number}"] = nn.BatchNorm2d(size)
-        layers[f"relu{number}"] = nn.ReLU()
+    layers = _strided(nn.Conv2d, nn.BatchNorm2d, (in_channels, 32, 64, 128), 3)
     layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
     layers |= {"fc": nn.Linear(128, 64), "output": nn.Linear(64, num_classes)}
     return nn.Sequential(layers)
@@ -34,13 +28,20 @@ def small_cnn(num_classes: int = 10, in_channels: int = 1) -> nn.Sequential:
 
 def signal_cnn(num_classes: int = 10) -> nn.Sequential:
     """Three strided convolutions of width 5 (32, 64, 64) with BatchNorm, kept in place (no pooling), and output."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (inputs, size) in enumerate(((1, 32), (32, 64), (64, 64)), 1):
-        layers[f"conv{number}"] = nn.Conv1d(inputs, size, 5, stride=2, padding=2, bias=False)
-        layers[f"bn{number}"] = nn.BatchNorm1d(size)
-        layers[f"relu{number}"] = nn.ReLU()
+    layers = _strided(nn.Conv1d, nn.BatchNorm1d, (1, 32, 64, 64), 5)
     layers |= {"flatten": nn.Flatten(), "output": nn.Linear(64 * 5, num_classes)}
     return nn.Sequential(layers)
+
+
+def _strided(
+    convolution: type[nn.Conv1d | nn.Conv2d], norm: type[nn.Module], channels: tuple[int, ...], kernel: int
+) -> OrderedDict[str, nn.Module]:
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (inputs, size) in enumerate(pairwise(channels), 1):
+        layers[f"conv{number}"] = convolution(inputs, size, kernel, stride=2, padding=kernel // 2, bias=False)
+        layers[f"bn{number}"] = norm(size)
+        layers[f"relu{number}"] = nn.ReLU()
+    return layers
 
 
 class BasicBlock(nn.Module):
@@ -92,12 +93,7 @@ def stages(
 ) -> Iterator[list[nn.Module]]:
     """Stages of equally many residual blocks; each after the first halves the sides and doubles the channels.
 
-    Args:
-        block: builds one from its channels in and out and its stride.
-        inputs: channels before the first stage.
-        width: channels of the first stage.
-        count: number of stages.
-        blocks: of a stage.
+    ``block`` builds one from its channels in and out and its stride; ``inputs`` channels come before the first stage.
     """
     for stage in range(count):
         outputs = width * 2**stage
@@ -115,15 +111,9 @@ def wide_resnet(
     dropout: float = 0.3,
     feature_width: int = 64,
 ) -> nn.Sequential:
-    """Build a wide ResNet with a Linear layer before the output (WRN-28-10 + FC-64 in the FAM paper).
+    """A wide ResNet with a Linear layer of ``feature_width`` before the output (WRN-28-10 + FC-64 in the FAM paper).
 
-    Args:
-        num_classes: outputs.
-        in_channels: channels of the pictures.
-        depth: layers with weights, of the form 6 k + 4.
-        widen: how many times 16, 32 and 64 channels the stages have.
-        dropout: probability inside each block.
-        feature_width: size of the Linear layer before the output.
+    ``depth`` is 6 k + 4 layers with weights, ``widen`` how many times 16, 32 and 64 channels the stages have.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     layers["stem"] = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
@@ -139,19 +129,15 @@ def wide_resnet(
 def resnet18(
     num_classes: int = 10, in_channels: int = 3, width: int = 64, *, feature_width: int | None = None
 ) -> nn.Sequential:
-    """Build a ResNet-18 for 28x28 or 32x32 pictures: a 3x3 stem without pooling, then four stages of two blocks.
+    """A ResNet-18 for 28x28 or 32x32 pictures: a 3x3 stem without pooling, then four stages of two blocks.
 
-    Args:
-        num_classes: outputs.
-        in_channels: channels of the pictures.
-        width: channels of the first stage; the others have 2, 4 and 8 times as many.
-        feature_width: size of an extra Linear layer before the output (64 in the FAM paper); None for none.
+    The first stage has ``width`` channels; ``feature_width`` (64 in the FAM paper) adds a Linear layer.
     """
     return _resnet(4, 2, width, num_classes, in_channels, feature_width)
 
 
 def resnet20(num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
-    """Build the ResNet-20 of He et al. (2016, section 4.2): three stages of three blocks, 16 to 64 channels.
+    """The ResNet-20 of He et al. (2016, section 4.2): three stages of three blocks, 16 to 64 channels.
 
     Its shortcuts across stages are 1x1 convolutions (their option B).
     """

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from relflat.errors import ConfigError, RelflatError
 from relflat.lab.common.names import look_up
-
-T = TypeVar("T")
+from relflat.lab.tasks.task import Task
 
 
 def split_name(task: str) -> tuple[Path, str] | None:
@@ -24,26 +23,13 @@ def split_name(task: str) -> tuple[Path, str] | None:
     return (Path(path).expanduser().resolve(), name) if path.endswith(".py") else None
 
 
-def load(task: str, kind: type[T]) -> T:
-    """The object that ``path/to/file.py:name`` stands for.
-
-    Args:
-        task: the path with the name.
-        kind: what it must be.
-
-    Raises:
-        ConfigError: the file cannot be read or raises, or it has no such object; without a name, what may be meant
-            is listed.
-    """
-    place = split_name(task)
-    assert place is not None
-    path, name = place
-    module = module_of(path, fingerprint(path))
-    found = {key: value for key, value in vars(module).items() if isinstance(value, kind)}
+def load(path: Path, name: str, task: str) -> Task:
+    """The task of this name in a file, which the user calls ``task``; without a name, what may be meant is listed."""
+    found = {key: value for key, value in vars(module_of(path, fingerprint(path))).items() if isinstance(value, Task)}
     if not found:
         raise ConfigError(
-            f"{path} defines no {kind.__name__}; write  {name or 'task'} = {kind.__name__}(...)  in it "
-            f"(from relflat.lab.tasks import {kind.__name__})."
+            f"{path} defines no Task; write  {name or 'task'} = Task(...)  in it "
+            "(from relflat.lab.tasks import Task)."
         )
     if not name:
         meant = " or ".join(f"{task}:{key}" for key in found)
@@ -52,11 +38,7 @@ def load(task: str, kind: type[T]) -> T:
 
 
 def fingerprint(path: Path) -> str:
-    """Twelve hexadecimal digits that stand for the content of the file.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Twelve hexadecimal digits that stand for the content of the file."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     except OSError as error:
@@ -86,11 +68,7 @@ def module_of(path: Path, digest: str) -> Any:
 def blamed(task: str) -> Iterator[None]:
     """Explain an error of a task of the user's by the part of the traceback from its file on.
 
-    Args:
-        task: name of the task; errors of built-in ones pass as they are.
-
-    Raises:
-        ConfigError: code of the file raised something, or what it gave was used and raised it.
+    Errors of built-in tasks pass as they are; else code of the file raised something, or what it gave did when used.
     """
     place = split_name(task)
     try:

@@ -69,48 +69,32 @@ def cosine(optimizer: optim.Optimizer, steps: int) -> LRScheduler:
 
 
 class SplitFunction(Protocol):
-    """Cuts the task's data into splits."""
+    """Cuts the task's data into the splits of a run with this seed."""
 
     def __call__(self, *, train_size: int | None, label_noise: float, seed: int) -> Splits:
-        """Return the splits of a run with this seed."""
-        ...
+        """Return the splits."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Everything about a learning problem except the algorithm.
+    """Everything about a learning problem except the algorithm (docs/study/own-task.md has a table of the fields).
 
-    Attributes:
-        name: the name on the command line.
-        summary: one line for lists.
-        splits: makes the training, validation and test splits.
-        model: builds the untrained network.
-        loss: builds the criterion, mean over samples.
-        layer: the layer whose kappa is followed during training, and the default one to regularise.
-        optimizer: the base optimiser's settings.
-        schedule: learning rate over the steps.
-        epochs: passes over the training data.
-        batch_size: samples a step.
-        metric: what it is judged by.
-        augment: changes the training pictures at random; None for none.
-        evaluation_size: samples at a time when evaluating.
-        monitored: samples of the training and validation splits that metrics and kappa of an epoch are taken on.
-        version: raised when the same configuration gives other numbers than before (another network, augmentation,
-            cut of the data, or something that a task's own file imports); runs of another version are not reused.
+    Raise ``version`` when the same configuration gives other numbers than before (another network, augmentation, cut
+    of the data, or something that a task's own file imports); runs of another version are not reused.
     """
 
     name: str
     summary: str
     splits: SplitFunction
     model: Callable[[], nn.Module]
-    loss: Callable[[], nn.Module]
-    layer: str
+    loss: Callable[[], nn.Module]  # builds the criterion, mean over samples
+    layer: str  # the layer whose kappa is followed during training, and the default one to regularise
     optimizer: SGD | Adam | AdamW
-    schedule: Callable[[optim.Optimizer, int], LRScheduler]
+    schedule: Callable[[optim.Optimizer, int], LRScheduler]  # learning rate, of the number of all steps
     epochs: int
     batch_size: int
     metric: Metric = ACCURACY
     augment: Augment | None = None
-    evaluation_size: int = 1000
-    monitored: int = 1000
+    evaluation_size: int = 1000  # samples at a time when evaluating
+    monitored: int = 1000  # samples of a split that metrics and kappa of an epoch are taken on
     version: int = 1

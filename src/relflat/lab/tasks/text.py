@@ -27,11 +27,7 @@ PAIR_TOKENS = 128  # of pairs of sentences
 
 
 def library() -> Any:
-    """The module ``transformers``.
-
-    Raises:
-        DataError: it is not installed.
-    """
+    """The module ``transformers``, or an error that says how to install it."""
     try:
         import transformers
     except ImportError as error:
@@ -48,16 +44,7 @@ def encode(texts: list[str], second: list[str] | None = None, *, tokens: int) ->
 
 
 class TextClassifier(nn.Module):
-    """An encoder, the mean of its token vectors, dropout and an output layer.
-
-    Args:
-        encoder: of `transformers`; gives ``last_hidden_state`` and has ``config.hidden_size``.
-        num_classes: outputs.
-        dropout: probability.
-
-    Attributes:
-        output: the last Linear layer.
-    """
+    """An encoder of `transformers`, the mean of its last hidden states, dropout and an output layer."""
 
     def __init__(self, encoder: nn.Module, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -76,9 +63,8 @@ class TextClassifier(nn.Module):
         longest = int(attention_mask.sum(1).max())
         mask = attention_mask[:, :longest]
         kinds = None if token_type_ids is None else token_type_ids[:, :longest]
-        hidden = self.encoder(
-            input_ids=input_ids[:, :longest], attention_mask=mask, token_type_ids=kinds
-        ).last_hidden_state
+        found = self.encoder(input_ids=input_ids[:, :longest], attention_mask=mask, token_type_ids=kinds)
+        hidden: Tensor = found.last_hidden_state
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return self.output(self.dropout((hidden * weight).sum(1) / weight.sum(1)))
 
@@ -89,11 +75,7 @@ def minilm(num_classes: int = 2) -> TextClassifier:
 
 
 def load_encoder(folder: Path) -> nn.Module:
-    """A BERT-like encoder from a folder, without the pooler that nothing here uses; no weight may be missing.
-
-    Raises:
-        DataError: the folder lacks a file, or its weights are not those of its configuration.
-    """
+    """A BERT-like encoder from a folder, without the pooler that nothing here uses; no weight may be missing."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -109,11 +91,7 @@ def load_encoder(folder: Path) -> nn.Module:
 
 
 def read_reviews() -> RawData:
-    """Film sentences as the pool; Amazon, news and tweets are test sets from elsewhere.
-
-    Raises:
-        DataError: the sentences or MiniLM's tokenizer were not fetched, or are damaged.
-    """
+    """Film sentences as the pool; Amazon, news and tweets are test sets from elsewhere."""
     require("reviews", "minilm")
     domains = {
         name: Arrays(encode(part.texts, tokens=TOKENS), torch.tensor(part.labels))
@@ -123,14 +101,7 @@ def read_reviews() -> RawData:
 
 
 def read_glue(name: str) -> RawData:
-    """One of the GLUE tasks; its official validation set is the test set, for the test labels are secret.
-
-    Args:
-        name: ``"rte"``, ``"mrpc"`` or ``"sst2"``.
-
-    Raises:
-        DataError: the data or MiniLM's tokenizer were not fetched, or are damaged.
-    """
+    """``rte``, ``mrpc`` or ``sst2``; the official validation set is the test set, for the test labels are secret."""
     require(name, "minilm")
     source = SOURCES[name]
 
