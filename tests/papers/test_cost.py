@@ -9,8 +9,7 @@ from torch import nn
 from relflat.lab.train.timing import clock_of, in_turns
 from relflat.papers import cost
 from relflat.papers.cost import SIZES, measure
-from relflat.papers.forms import FORMS, Value, deviations, problem
-from relflat.papers.peak import STATUS, peak
+from relflat.papers.forms import FORMS, STATUS, Value, deviations, loss_at, peak, problem
 
 CPU = torch.device("cpu")
 
@@ -74,7 +73,7 @@ def test_hessians_that_do_not_fit_are_left_out(tiny):
     assert set(record["forms"]) == {"trace", "closed", "exact"}
     subject = problem("output", 8, CPU)
     loss = nn.functional.cross_entropy(subject.model(subject.inputs), subject.targets).detach()
-    assert float(subject.loss(subject.weight).detach()) == pytest.approx(float(loss), rel=1e-6)
+    assert float(loss_at(subject, subject.weight).detach()) == pytest.approx(float(loss), rel=1e-6)
 
 
 def test_the_papers_settings():

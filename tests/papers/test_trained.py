@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from relflat.lab.compare.trials import Here
+from relflat.lab.compare.trials import Here, each
 from relflat.papers import trained as module
-from relflat.papers.network_study import by_setting, each, named
+from relflat.papers.network_study import by_setting, named
 from relflat.papers.trained import NETWORKS, Recipe, Source, evaluate, grid, samples, trained
 from relflat.reparam import random_rescaling
 
@@ -57,11 +57,11 @@ def test_a_network_that_does_not_get_there_is_named(tmp_path):
     results = [trained(each, tmp_path).result for each in recipes]
     assert [result["reached"] for result in results] == [True, False, False]
     assert results[2]["train_loss"] is None or results[2]["epochs"] == 150
-    text = named(recipes, results)
+    (text,) = named(recipes, results)
     assert text.startswith("2 of 3 networks did not reach a training loss of 0.1")
     assert "after 1 epochs" in text
     assert "lr 1e+06" in text
-    assert named(recipes[:1], results[:1]) == ""
+    assert named(recipes[:1], results[:1]) == []
 
 
 def test_settings_are_held_against_gap_and_kappa():

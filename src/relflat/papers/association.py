@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,29 +11,20 @@ from numpy.typing import NDArray
 from relflat.errors import DataError
 
 RESAMPLES = 2000
-LEVEL = 0.95
-
+TAIL = (1 - 0.95) / 2  # outside of the interval, on each side
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A coefficient with its percentile bootstrap interval, 95 %.
-
-    Attributes:
-        value: the coefficient; nan where one of the two numbers is the same for all.
-        low: lower end.
-        high: upper end.
-    """
+    """A coefficient, nan where a number is the same for all, with its percentile bootstrap interval, 95 %."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        if not math.isfinite(self.value):
-            return "–"
-        return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+        return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})" if math.isfinite(self.value) else "–"
 
     @property
     def sign(self) -> int:
@@ -43,13 +34,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Association:
-    """Both coefficients of one pair of numbers.
-
-    Attributes:
-        tau: Kendall's tau-b, of the ranks.
-        r: Pearson's r, of the values.
-        n: how many networks.
-    """
+    """Kendall's tau-b, of the ranks, and Pearson's r, of the values, of a pair of numbers of n networks."""
 
     tau: Interval
     r: Interval
@@ -58,17 +43,11 @@ class Association:
     @property
     def numbers(self) -> dict[str, Any]:
         """Value and interval of both as plain values."""
-        both = {"tau": self.tau, "r": self.r}
-        return {name: [found.value, found.low, found.high] for name, found in both.items()} | {"n": self.n}
+        return {"tau": list(astuple(self.tau)), "r": list(astuple(self.r)), "n": self.n}
 
 
-def associate(x: Sequence[float], y: Sequence[float], *, seed: int = 0) -> Association:
-    """Both coefficients over the networks, which the bootstrap draws again with replacement.
-
-    Args:
-        x: one number a network.
-        y: the other number.
-        seed: of the bootstrap.
+def associate(x: Sequence[float], y: Sequence[float]) -> Association:
+    """Both coefficients of two numbers a network; the bootstrap draws the networks again with replacement.
 
     Raises:
         DataError: fewer than three networks, or a number that is not finite.
@@ -78,7 +57,7 @@ def associate(x: Sequence[float], y: Sequence[float], *, seed: int = 0) -> Assoc
         raise DataError(f"{len(a)} and {len(b)} numbers: a correlation needs at least three pairs.")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise DataError("A correlation needs finite numbers; leave out networks that have none.")
-    drawn = np.random.default_rng(seed).multinomial(len(a), np.full(len(a), 1 / len(a)), size=RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(len(a), np.full(len(a), 1 / len(a)), size=RESAMPLES)
     counts = np.concatenate([np.ones((1, len(a))), drawn])
     return Association(_interval(tau(a, b, counts)), _interval(pearson(a, b, counts)), len(a))
 
@@ -86,8 +65,7 @@ def associate(x: Sequence[float], y: Sequence[float], *, seed: int = 0) -> Assoc
 def _interval(values: Array) -> Interval:
     """The first value, and the middle of the others; those of resamples without any spread are left out."""
     rest = values[1:][np.isfinite(values[1:])]
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(rest, [tail, 1 - tail]) if len(rest) else (math.nan, math.nan)
+    low, high = np.quantile(rest, [TAIL, 1 - TAIL]) if len(rest) else (math.nan, math.nan)
     return Interval(float(values[0]), float(low), float(high))
 
 

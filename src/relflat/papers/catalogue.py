@@ -15,23 +15,15 @@ NAMES = ("table1", "table2", "table3", "cost", "correlation", "invariance", "lay
 
 def run(name: str, context: Context) -> Outcome:
     """Import the experiment of this name and carry it out."""
-    outcome: Outcome = import_module(f"{__package__}.{name}").run(context)
-    return outcome
+    return import_module(f"{__package__}.{name}").run(context)
 
 
-def experiment(name: str) -> Experiment:
-    """What the sheet of this name says, and how it is carried out."""
-    sheet = Sheet(name)
-    return Experiment(name, sheet["summary"], sheet["paper"], partial(run, name))
-
-
-EXPERIMENTS = {name: experiment(name) for name in NAMES}
+SHEETS = {name: Sheet(name) for name in NAMES}
+EXPERIMENTS = {
+    name: Experiment(name, sheet["summary"], sheet["paper"], partial(run, name)) for name, sheet in SHEETS.items()
+}
 
 
 def experiment_named(name: str) -> Experiment:
-    """The experiment of this name.
-
-    Raises:
-        ConfigError: there is none; the nearest name is given.
-    """
+    """The experiment of this name, or a ConfigError that gives the nearest."""
     return look_up("experiment", name, EXPERIMENTS)

@@ -17,16 +17,7 @@ from torch import Tensor, nn
 from relflat.papers.association import Association, associate
 from relflat.papers.experiment import Context, Figure, Outcome, Scale, Table
 from relflat.papers.measures import MEASURES, Measure, Subject, pac_bayes, sam_sharpness
-from relflat.papers.network_study import (
-    SETTINGS,
-    Found,
-    Record,
-    associations,
-    outcome,
-    recipes_of,
-    study,
-    those_that_reached,
-)
+from relflat.papers.network_study import SETTINGS, Found, Record, associations, completed, reached, recipes_of, study
 from relflat.papers.painting import clouds
 from relflat.papers.sheets import Sheet
 from relflat.papers.trained import Recipe, samples
@@ -60,17 +51,11 @@ CHOSEN: dict[str, Measure] = {
 
 
 class View(NamedTuple):
-    """A form in which the same functions are measured.
-
-    Attributes:
-        title: in tables.
-        rescaled: layers multiplied by random factors first.
-        normalised: features of the output layer divided by their standard deviation, its weight multiplied by it.
-    """
+    """A form in which the same functions are measured."""
 
     title: str
-    rescaled: bool
-    normalised: bool
+    rescaled: bool  # layers multiplied by random factors first
+    normalised: bool  # features of the output layer divided by their standard deviation, its weight multiplied by it
 
 
 VIEWS = {name: View(**values) for name, values in SHEET["views"].items()}
@@ -82,10 +67,8 @@ def measure(network: nn.Sequential, recipe: Recipe) -> Record:
     Those of the output layer need the features alone; those of the whole network, which the normalisation of one
     layer's features does not concern, are taken without it.
     """
-    train = samples(recipe.source).train
-    part = train.take(slice(SHEET["whole_on"]))
+    train, few = samples(recipe.source).train, SHEET["whole_on"]
     assert isinstance(train.inputs, Tensor)
-    assert isinstance(part.inputs, Tensor)
     other = copy.deepcopy(network)
     generator = torch.Generator().manual_seed(int(recipe.digest, 16))
     random_rescaling(other, **SHEET["factors"], generator=generator)
@@ -95,7 +78,7 @@ def measure(network: nn.Sequential, recipe: Recipe) -> Record:
         at_layer = output_layer(base, train.inputs, train.targets, normalise=view.normalised)
         found[name] = {measure: CHOSEN[measure].of(at_layer) for measure in OF_LAYER}
         if not view.normalised:
-            whole = Subject(base, part.inputs, part.targets, "output")
+            whole = Subject(base, train.inputs[:few], train.targets[:few], "output")
             found[name] |= {measure: CHOSEN[measure].of(whole) for measure in OF_NETWORK}
     return found
 
@@ -122,39 +105,29 @@ def output_layer(network: nn.Sequential, inputs: Tensor, targets: Tensor, *, nor
 
 
 def run(context: Context) -> Outcome:
-    """Train the networks, measure them in all views and see what goes with the gap.
-
-    Raises:
-        DataError: the data set was not fetched, or fewer than three networks reached the level.
-    """
+    """Train the networks, measure them in all views and see what goes with the gap."""
     networks = recipes(context.scale)
     records = study(context, "correlation", networks, measure, suffix="measures", key="measures")
     return conclude(networks, records, context.scale)
 
 
 def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: Scale) -> Outcome:
-    """What the networks show.
-
-    Raises:
-        DataError: fewer than three networks reached the level.
-    """
-    done = those_that_reached(networks, records)
-    found = associations(done, lambda record: {view: record["measures"][view] for view in VIEWS})
+    """What the networks show."""
+    done = reached(networks, records)
+    found = associations(done, lambda record: record["measures"])
     loss = associate([record["train_loss"] for record in done], [record["gap"] for record in done])
     grid = {key: sorted({getattr(recipe, key) for recipe in networks}) for key in SETTINGS}
     values = {key: ", ".join(f"{value:g}" for value in own) for key, own in grid.items()}
     size = {"source": networks[0].source, "whole_on": SHEET["whole_on"], "n": len(networks)}
-    return outcome(
+    shown = Outcome(
         findings(found, loss),
         [table(found, loss, which) for which in KINDS],
         [figure(done, name) for name in ("kappa", "trace", "pac_bayes", "sam")],
-        networks=networks,
-        records=records,
-        kappas=[record["measures"]["normalised"]["kappa"] for record in done],
-        found=found,
-        scaled=SHEET.differs(scale, **values, **size),
-        training_loss=loss.numbers,
+        SHEET.differs(scale, **values, **size),
+        {"training_loss": loss.numbers},
     )
+    kappas = [record["measures"]["normalised"]["kappa"] for record in done]
+    return completed(shown, networks, records, kappas, found)
 
 
 def findings(found: Found, loss: Association) -> list[str]:
@@ -182,9 +155,8 @@ def after_rescaling(found: Found) -> str:
         before, after = pair.tau, found["rescaled"][name].tau
         same, lost = abs(before.value - after.value) < 0.01, before.sign == 1 and after.sign != 1
         text = f"{CHOSEN[name].title} ({before.value:+.2f} to {after.value:+.2f})"
-        groups["same"] += [text] if same else []
-        groups["lost"] += [text] if lost else []
-        groups["moved"] += [] if same or lost else [text]
+        for key, within in (("same", same), ("lost", lost), ("moved", not same and not lost)):
+            groups[key] += [text] * within
     listed = {key: "; ".join(texts) or "none" for key, texts in groups.items()}
     return SHEET.say("rescaled", **SHEET["factors"], **listed)
 

@@ -4,59 +4,48 @@ The paper forms the whole Hessian of a layer of k x k weights, k = 16 ... 256, i
 for k to 1024. Here all forms of a layer take turns in one process on the same batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 
+from relflat.lab.compare.trials import one_thread
 from relflat.lab.data import fetch
 from relflat.lab.train import store
 from relflat.lab.train.config import RunConfig, make
 from relflat.lab.train.session import this_process
 from relflat.lab.train.timing import clock_of, in_turns, step_costs
 from relflat.papers.experiment import Context, Outcome, Scale, Table
-from relflat.papers.forms import FORMS, PROBES, SAMPLES, SHEET, deviations, gigabytes, problem, truth
+from relflat.papers.forms import FORMS, PROBES, SAMPLES, SHEET, deviations, gigabytes, peak, problem, truth
 from relflat.papers.painting import COLOURS, DASHES, MARKERS, legend, line, log_if_wide
-from relflat.papers.peak import peak
 
 PLACES: Mapping[str, str] = SHEET["places"]
+CELLS = ("{ms:.1f}", "{ratio:.2f}", "{low:.2f} to {high:.2f}", "{sam:.2f}")  # of the table of steps
 KEYS = {"seconds": "seconds", "megabytes": "peak memory, MB"}
+LEAST = {"seconds": 0.0, "megabytes": 1.0}  # that a figure shows
+OTHERS = [name for name, form in FORMS.items() if not form.hessian]
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is timed at one scale.
+    """What is timed at one scale."""
 
-    Attributes:
-        widths: k of the layers of k x k weights.
-        hessian_gigabytes: full Hessians are formed while they are estimated to take less.
-        reference_to: greatest k at which values are held against `relflat.reference`, too.
-        rounds: timed turns of each form.
-        task: whose training step is timed.
-        data: its data set.
-        hidden: its hidden layer that FAM is tried on.
-        common: values of the timed runs.
-        step_rounds: timed rounds of training steps.
-        block: steps a round.
-    """
-
-    widths: tuple[int, ...]
-    hessian_gigabytes: float
-    reference_to: int
-    rounds: int
-    task: str
-    data: str
-    hidden: str
-    common: Mapping[str, Any]
-    step_rounds: int
-    block: int
+    widths: tuple[int, ...]  # k of the layers of k x k weights
+    hessian_gigabytes: float  # full Hessians are formed while they are estimated to take less
+    reference_to: int  # greatest k at which values are held against `relflat.reference`, too
+    rounds: int  # timed turns of each form
+    task: str  # whose training step is timed
+    data: str  # its data set
+    hidden: str  # its hidden layer that FAM is tried on
+    common: Mapping[str, Any]  # values of the timed runs
+    step_rounds: int  # timed rounds of training steps
+    block: int  # steps a round
 
 
 SIZES = SHEET.sizes(Size)
@@ -99,53 +88,43 @@ def measure_steps(size: Size) -> dict[str, Any]:
 
 
 def run(context: Context) -> Outcome:
-    """Time all forms at all widths, then the training steps; what was timed is kept.
-
-    Raises:
-        DataError: the data set of the training steps was not fetched.
-    """
+    """Time all forms at all widths, then the training steps, whose data must be there; what was timed is kept."""
     size, device = SIZES[context.scale], this_process().device
     fetch.require(size.data)
     folder = context.runs / f"cost-{context.scale}"
     folder.mkdir(parents=True, exist_ok=True)
     places = list(product(PLACES, size.widths))
-    tell = context.counter("layers", len(places))
-
-    def kept(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        if not path.is_file():
-            store.write_json(path, make())
-        return store.read_json(path)
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        records = []
-        for where, width in places:
-            records.append(kept(folder / f"{where}-{width}.json", partial(measure, where, width, size, device)))
-            tell(records)
-        steps = kept(folder / "steps.json", partial(measure_steps, size))
-    finally:
-        torch.set_num_threads(threads)
-    return conclude(context.scale, records, steps, device)
+    works = {f"{where}-{width}": partial(measure, where, width, size, device) for where, width in places}
+    tell = context.counter("layers", len(works))
+    found = []
+    with one_thread():
+        for name, work in {**works, "steps": partial(measure_steps, size)}.items():
+            path = folder / f"{name}.json"
+            if not path.is_file():
+                store.write_json(path, work())
+            found.append(store.read_json(path))
+            if name in works:
+                tell(name)
+    return conclude(context.scale, found[:-1], found[-1], device)
 
 
 def conclude(scale: Scale, records: Sequence[Record], steps: Record, device: torch.device) -> Outcome:
     """What the times show."""
     places = {where: [record for record in records if record["where"] == where] for where in PLACES}
     words = {"samples": SAMPLES, "probes": PROBES}
-    both = list(product(KEYS, places))
+    both = [(key, own, {"place": PLACES[where], **words}) for key, (where, own) in product(KEYS, places.items())]
     on = "one thread of a CPU" if device.type == "cpu" else device.type
+    sam = steps["SAM"]["ratio"]
+    costs = {name: {**cost, "ms": 1000 * cost["seconds"], "sam": cost["ratio"] / sam} for name, cost in steps.items()}
+    rows = [(name, *(text.format(**cost) for text in CELLS)) for name, cost in costs.items()]
     return Outcome(
         findings=[agreement(records), *growth(places), step_finding(steps)],
         tables=[
-            *(table(key, places[where], place=PLACES[where], **words) for key, where in both),
-            SHEET.table("steps", step_rows(steps), task=SIZES[scale].task),
+            *(table(key, own, **said) for key, own, said in both),
+            SHEET.table("steps", rows, task=SIZES[scale].task),
         ],
         figures=[
-            *(
-                SHEET.figure(key, partial(by_width, places[where], key), place=PLACES[where], **words)
-                for key, where in both
-            ),
+            *(SHEET.figure(key, partial(by_width, own, key), **said) for key, own, said in both),
             SHEET.figure("steps", partial(bars, steps)),
         ],
         scaled=SHEET.differs(scale, **{**asdict(SIZES[scale]), **words}, device=on),
@@ -155,10 +134,12 @@ def conclude(scale: Scale, records: Sequence[Record], steps: Record, device: tor
 
 def agreement(records: Sequence[Record]) -> str:
     """Whether all forms give one number."""
-    found = [(record, name, ratio) for record in records for name, ratio in deviations(record).items()]
-    lost = [
-        f"{FORMS[name].title}, {record['where']}, {record['width']}²" for record, name, ratio in found if ratio > 1
+    found = [
+        (f"{FORMS[name].title}, {record['where']}, {record['width']}²", ratio)
+        for record in records
+        for name, ratio in deviations(record).items()
     ]
+    lost = [title for title, ratio in found if ratio > 1]
     checked = sum(bool(record["reference"]) for record in records)
     allowed = {"rtol": SHEET["rtol"], "sigmas": SHEET["sigmas"]}
     rule = SHEET.say("rule", **allowed, checked=checked, layers=len(records))
@@ -173,42 +154,32 @@ def growth(places: Mapping[str, Sequence[Record]]) -> list[str]:
         full = [record for record in records if "func" in record["forms"]]
         if not full:
             continue
-        large, small, top = full[-1], full[0], records[-1]
-        name = "closed" if where == "output" else "ggn"
-        ours = [1000 * record["forms"][name]["seconds"] for record in (large, small, top)]
-        (best, how), (least, _) = fastest(large), fastest(small)
-        found.append(
-            SHEET.say(
-                "growth",
-                place=where.capitalize(),
-                width=large["width"],
-                form=FORMS[name].title,
-                **dict(zip(("ours", "ours_small", "ours_top"), ours, strict=True)),
-                how=FORMS[how].title.split(", ")[1],
-                best=best,
-                ratio=best / ours[0],
-                top=top["width"],
-                terabytes=4 * top["width"] ** 4 / 1e12,
-                small=small["width"],
-                least=least,
-            )
+        name, sizes = (
+            "closed" if where == "output" else "ggn",
+            {"large": full[-1], "small": full[0], "top": records[-1]},
         )
+        ours = {f"ours_{size}": milliseconds(record, name) for size, record in sizes.items()}
+        (best, how), (least, _) = (
+            min((milliseconds(record, form), form) for form in record["forms"] if FORMS[form].hessian)
+            for record in (full[-1], full[0])
+        )
+        words = {"place": where.capitalize(), "form": FORMS[name].title, "how": FORMS[how].title.split(", ")[1]}
+        beside = {"ratio": best / ours["ours_large"], "terabytes": 4 * records[-1]["width"] ** 4 / 1e12}
+        found.append(SHEET.say("growth", best=best, least=least, **sizes, **ours, **words, **beside))
     return found
 
 
-def fastest(record: Record) -> tuple[float, str]:
-    """Milliseconds and name of the fastest full Hessian of a layer."""
-    return min((1000 * own["seconds"], name) for name, own in record["forms"].items() if FORMS[name].hessian)
+def milliseconds(record: Record, name: str) -> float:
+    """What a form takes."""
+    return 1000 * float(record["forms"][name]["seconds"])
 
 
 def step_finding(steps: Record) -> str:
     """The cost of a training step beside the paper's."""
     sam, closed = steps["SAM"]["ratio"], steps["FAM, output, closed form"]
-    above = {
-        key: 100 * (value - 1)
-        for key, value in (("cost", closed["ratio"]), ("low", closed["low"]), ("high", closed["high"]), ("sam", sam))
-    }
-    printed = [100 * (value - 1) for value in SHEET["step"]]
+    ratios = {"cost": closed["ratio"], "low": closed["low"], "high": closed["high"], "sam": sam}
+    above = {key: 100 * (ratio - 1) for key, ratio in ratios.items()}
+    printed = [100 * (ratio - 1) for ratio in SHEET["step"]]
     return SHEET.say("step", **above, printed=printed, relative=closed["ratio"] / sam)
 
 
@@ -229,32 +200,17 @@ def cell(record: Record, name: str, key: str) -> str:
     return f"{own[key]:.2g}" if own[key] < 100 else f"{own[key]:,.0f}"
 
 
-def step_rows(steps: Record) -> list[tuple[str, ...]]:
-    """Cost of a training step."""
-    return [
-        (
-            name,
-            f"{1000 * cost['seconds']:.1f}",
-            f"{cost['ratio']:.2f}",
-            f"{cost['low']:.2f} to {cost['high']:.2f}",
-            f"{cost['ratio'] / steps['SAM']['ratio']:.2f}",
-        )
-        for name, cost in steps.items()
-    ]
-
-
 def by_width(records: Sequence[Record], key: str, axes: Axes) -> None:
     """Paint a number of every form by width; full Hessians share a colour, estimates are dashed."""
-    others = [name for name, form in FORMS.items() if not form.hessian]
     for place, (name, form) in enumerate(FORMS.items()):
         there = [(record["width"], record["forms"][name]) for record in records if name in record["forms"]]
         line(
             axes,
-            shown(there, key),
+            [(width, own[key]) for width, own in there if (own[key] or 0.0) > LEAST[key]],
             marker=MARKERS[place % len(MARKERS)],
             markersize=5,
             linestyle=DASHES[int(any(own["stderr"] for _, own in there))],
-            color=COLOURS[0 if form.hessian else 1 + others.index(name)],
+            color=COLOURS[0 if form.hessian else 1 + OTHERS.index(name)],
             label=form.title.removesuffix(f", {PROBES}").removesuffix(f", {PROBES} products"),
         )
     axes.set_xlabel("k, layer of k x k weights")
@@ -264,12 +220,6 @@ def by_width(records: Sequence[Record], key: str, axes: Axes) -> None:
         log_if_wide(axes, "y")
         axes.set_xticks([record["width"] for record in records], [str(record["width"]) for record in records])
         axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=2, fontsize=8, handlelength=2.2)
-
-
-def shown(there: Sequence[tuple[int, Record]], key: str) -> list[tuple[float, float]]:
-    """Width and number of a form where a figure can show it: memory from 1 MB on."""
-    least = 1.0 if key == "megabytes" else 0.0
-    return [(width, own[key]) for width, own in there if (own[key] or 0.0) > least]
 
 
 def bars(steps: Record, axes: Axes) -> None:

@@ -7,7 +7,7 @@ double precision, next to what the theory says of it.
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -27,11 +27,10 @@ from relflat.papers.trained import Recipe, samples
 SHEET = Sheet("invariance")
 LOW, HIGH = SHEET["factors"].values()
 SAME: float = SHEET["same"]
-Answer = Literal["same", "changes", "draws"]
 recipes = partial(recipes_of, SHEET)
 
 
-# -- changes that leave the function as it is; each returns the name that the layer has then -------------------------
+# The changes leave the function as it is; each returns the name that the layer has then.
 
 
 def factors(k: int, generator: torch.Generator) -> Tensor:
@@ -88,34 +87,23 @@ def shift_rows(net: nn.Sequential, layer: str, generator: torch.Generator) -> st
     return layer
 
 
-CHANGES: dict[str, Callable[[nn.Sequential, str, torch.Generator], str]] = {
+CHANGES = {
     change.__name__: change
     for change in (rescale_layers, rescale_neurons, rescale_features, rotate_features, shift_rows)
 }
 
 
-# -- the experiment --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Case:
-    """A change at a layer, and what the theory says of it.
-
-    Attributes:
-        title: in tables.
-        change: name of the function that makes it.
-        hidden: at the hidden layer; else at the output layer.
-        same: the measures that must not see it; the others must.
-        draws: those that do not see it on average, but whose few draws of noise do.
-    """
+    """A change at a layer, and what the theory says of it."""
 
     title: str
-    change: str
-    hidden: bool
-    same: tuple[str, ...]
-    draws: tuple[str, ...] = ()
+    change: str  # name of the function that makes it
+    hidden: bool  # at the hidden layer; else at the output layer
+    same: tuple[str, ...]  # the measures that must not see it; the others must
+    draws: tuple[str, ...] = ()  # those that do not see it on average, but whose few draws of noise do
 
-    def answer(self, measure: str) -> Answer:
+    def answer(self, measure: str) -> Literal["same", "changes", "draws"]:
         """What the theory says of a measure."""
         return "same" if measure in self.same else "draws" if measure in self.draws else "changes"
 
@@ -143,25 +131,21 @@ def measure(size: Size, network: nn.Sequential, recipe: Recipe) -> Record:
         subject = Subject(model, inputs, part.targets, layer)
         return {name: measure.of(subject) for name, measure in MEASURES.items()}
 
-    layers = {True: size.hidden, False: "output"}
-    before = {hidden: measures(base, layer) for hidden, layer in layers.items()}
+    before = {layer: measures(base, layer) for layer in ("output", size.hidden)}
     found = {}
     for place, (name, case) in enumerate(CASES.items()):
         changed = copy.deepcopy(base)
         generator = torch.Generator().manual_seed(1000 * recipe.seed + place)
-        layer = CHANGES[case.change](changed, layers[case.hidden], generator)
+        layer = size.hidden if case.hidden else "output"
+        renamed = CHANGES[case.change](changed, layer, generator)
         with torch.no_grad():
             moved = float((changed(inputs).softmax(1) - base(inputs).softmax(1)).abs().max())
-        found[name] = {"moved": moved, "before": before[case.hidden], "after": measures(changed, layer)}
+        found[name] = {"moved": moved, "before": before[layer], "after": measures(changed, renamed)}
     return found
 
 
 def run(context: Context) -> Outcome:
-    """Train the networks and measure them before and after every change.
-
-    Raises:
-        DataError: the data set was not fetched.
-    """
+    """Train the networks and measure them before and after every change; DataError: the data were not fetched."""
     size, networks = SIZES[context.scale], recipes(context.scale)
     suffix = f"{size.hidden}-{size.samples}"
     records = study(context, "invariance", networks, partial(measure, size), suffix=suffix, key="cases")
@@ -192,11 +176,11 @@ def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: Scale
     lost = named(networks, records)
     cases = [record["cases"] for record in records if record["reached"]]
     if not cases:
-        return Outcome([lost], [], [], [], {"networks": list(records)})
+        return Outcome(lost, [], [], [], {"networks": list(records)})
     found = changes(cases)
     moved = max(case["moved"] for each in cases for case in each.values())
     return Outcome(
-        findings=[*findings(cases, found, moved), *([lost] if lost else [])],
+        findings=[*findings(cases, found, moved), *lost],
         tables=tables(found),
         figures=[
             SHEET.figure("changes", partial(dots, found, place), place=place, same=SAME)
@@ -211,8 +195,7 @@ def tables(found: Changes) -> list[Table]:
     """Which measures see which change, and the numbers behind it."""
     titles = [case.title for case in CASES.values()]
     answers = [
-        (each.title, *(seen(found, name, measure) for name in CASES), each.source)
-        for measure, each in MEASURES.items()
+        (each.title, *(seen(found, name, key) for name in CASES), each.source) for key, each in MEASURES.items()
     ]
     sizes = [(each.title, *(f"{found[name][key]:.1e}" for name in CASES)) for key, each in MEASURES.items()]
     return [SHEET.table("answers", answers, [*titles, "from"], same=SAME), SHEET.table("changes", sizes, titles)]
@@ -229,14 +212,13 @@ def seen(found: Changes, name: str, measure: str) -> str:
 def findings(cases: Cases, found: Changes, moved: float) -> list[str]:
     """Whether every measure behaves as the theory says, and the exceptions."""
     pairs = [(name, measure) for name in CASES for measure in MEASURES]
-    definite = [(name, measure) for name, measure in pairs if CASES[name].answer(measure) != "draws"]
+    n = sum(CASES[name].answer(measure) != "draws" for name, measure in pairs)
     wrong = [
         f"{MEASURES[measure].title}, {CASES[name].title} ({found[name][measure]:.1e})"
-        for name, measure in definite
+        for name, measure in pairs
         if "theory" in seen(found, name, measure)
     ]
     unlike = f"; not so: {'; '.join(wrong)}" if wrong else ""
-    right, n = len(definite) - len(wrong), len(definite)
     worst = max(found[name]["kappa"] for name in CASES if CASES[name].answer("kappa") == "same")
     output, hidden = (found[f"features, {place}"]["kappa"] for place in ("output", "hidden"))
     others = [
@@ -244,7 +226,7 @@ def findings(cases: Cases, found: Changes, moved: float) -> list[str]:
         for measure in ("trace", "lambda_max", "weight_norm", "pac_bayes", "sam")
     ]
     return [
-        SHEET.say("pairs", right=right, n=n, networks=len(cases), wrong=unlike, moved=moved),
+        SHEET.say("pairs", right=n - len(wrong), n=n, networks=len(cases), wrong=unlike, moved=moved),
         SHEET.say("kappa", worst=worst, output=output, hidden=hidden),
         SHEET.say("others", others=", ".join(others)),
     ]

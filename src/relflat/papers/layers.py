@@ -11,7 +11,7 @@ from torch import nn
 from relflat import relative_flatness_by_layer
 from relflat.papers.association import Association
 from relflat.papers.experiment import Context, Outcome, Scale
-from relflat.papers.network_study import Record, associations, outcome, recipes_of, study, those_that_reached
+from relflat.papers.network_study import Record, associations, completed, reached, recipes_of, study
 from relflat.papers.painting import clouds
 from relflat.papers.sheets import Sheet
 from relflat.papers.trained import Recipe, samples
@@ -32,16 +32,9 @@ def measure(network: nn.Sequential, recipe: Recipe) -> Record:
     train = samples(recipe.source).train
     chunks = [slice(start, start + 1000) for start in range(0, len(train), 1000)]
     batches = [(train.take(chunk).inputs, train.targets[chunk]) for chunk in chunks]
+    of_layers = partial(relative_flatness_by_layer, network, nn.CrossEntropyLoss(), batches, layer=list(LAYERS))
     plain, normalised = (
-        relative_flatness_by_layer(
-            network,
-            nn.CrossEntropyLoss(),
-            batches,
-            layer=list(LAYERS),
-            curvature="ggn",
-            probes=SHEET["probes"],
-            normalize_features=normalize,
-        )
+        of_layers(curvature="ggn", probes=SHEET["probes"], normalize_features=normalize)
         for normalize in (False, True)
     )
     return {
@@ -52,22 +45,14 @@ def measure(network: nn.Sequential, recipe: Recipe) -> Record:
 
 
 def run(context: Context) -> Outcome:
-    """Train the networks, measure their layers and see how kappa goes with the gap.
-
-    Raises:
-        DataError: the data set was not fetched, or fewer than three networks reached the level.
-    """
+    """Train the networks, measure their layers and see how kappa goes with the gap."""
     networks = recipes(context.scale)
     return conclude(networks, study(context, "layers", networks, measure, suffix="layers-2"), context.scale)
 
 
 def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: Scale) -> Outcome:
-    """What the networks show.
-
-    Raises:
-        DataError: fewer than three networks reached the level.
-    """
-    done = those_that_reached(networks, records)
+    """What the networks show."""
+    done = reached(networks, records)
     found = associations(done, lambda record: {form: record[form] for form in FORMS})
     kappas = {layer: [record["kappa"][layer] for record in done] for layer in LAYERS}
     rows = [
@@ -79,19 +64,16 @@ def conclude(networks: Sequence[Recipe], records: Sequence[Record], scale: Scale
         for layer in LAYERS
     ]
     paint = partial(clouds, kappas, [record["gap"] for record in done], "kappa, training data")
-    first = networks[0]
-    width = 128 if first.network == "mlp-28x28" else 32
-    values = {"source": first.source, "level": first.level, "width": width, "n": len(networks)}
-    return outcome(
+    width = 128 if networks[0].network == "mlp-28x28" else 32
+    values = {"source": networks[0].source, "level": networks[0].level, "width": width, "n": len(networks)}
+    shown = Outcome(
         [finding(title, found[form]) for form, title in FORMS.items()],
         [SHEET.table("layers", rows, n=len(done))],
         [SHEET.figure("layers", paint, n=len(done))],
-        networks=networks,
-        records=records,
-        kappas=kappas[HIDDEN[-1]],
-        found=found,
-        scaled=SHEET.differs(scale, **values, probes=SHEET["probes"]),
+        SHEET.differs(scale, **values, probes=SHEET["probes"]),
+        {},
     )
+    return completed(shown, networks, records, kappas[HIDDEN[-1]], found)
 
 
 def finding(form: str, pairs: Mapping[str, Association]) -> str:
@@ -103,11 +85,5 @@ def finding(form: str, pairs: Mapping[str, Association]) -> str:
         verdict = SHEET.say("not_reproduced", positive=positive, hidden=len(hidden))
         verdict += SHEET.say("against", negative=negative) if negative else ""
     values = [tau.value for tau in hidden]
-    return SHEET.say(
-        "finding",
-        form=form,
-        n=pairs[HIDDEN[0]].n,
-        values=", ".join(f"{value:+.2f}" for value in values),
-        spread=max(values) - min(values),
-        verdict=verdict,
-    )
+    listed, spread = ", ".join(f"{value:+.2f}" for value in values), max(values) - min(values)
+    return SHEET.say("finding", form=form, n=pairs["fc1"].n, values=listed, spread=spread, verdict=verdict)

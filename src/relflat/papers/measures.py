@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,14 +31,7 @@ WIDEST = 2.0**20  # standard deviation at which the search of PAC-Bayes gives up
 
 @dataclass(frozen=True)
 class Subject:
-    """A network and the samples it is measured on.
-
-    Attributes:
-        model: a classifier in evaluation mode.
-        inputs: (n, ...), of the dtype of its parameters.
-        targets: (n,) classes.
-        layer: name of the layer.
-    """
+    """A classifier in evaluation mode and the samples it is measured on, of the dtype of its parameters."""
 
     model: nn.Module
     inputs: Float[Tensor, "n ..."]
@@ -62,20 +55,17 @@ class Subject:
         return target if isinstance(target, nn.Parameter) else weight_of(target)
 
 
-# -- of one layer ----------------------------------------------------------------------------------------------
-
-
 def flatness(subject: Subject, number: str = "value", **options: Any) -> float:
     """A number of `relflat.relative_flatness`; by the closed form, or the sum over a basis."""
-    loss = nn.CrossEntropyLoss()
-    found = relative_flatness(subject.model, loss, subject.batches, layer=subject.layer, **options)
+    criterion = nn.CrossEntropyLoss()
+    found = relative_flatness(subject.model, criterion, subject.batches, layer=subject.layer, **options)
     return float(getattr(found, number))
 
 
 def kappa_max(subject: Subject) -> float:
     """``sum_s ||w_s||^2 lambda_max(H_ss)`` (Petzka et al. 2021, the maximum-eigenvalue version)."""
-    network, loss = subject.model, nn.CrossEntropyLoss()
-    return max_eigenvalue_flatness(network, loss, subject.batches, layer=subject.layer, rtol=1e-8).value
+    criterion = nn.CrossEntropyLoss()
+    return max_eigenvalue_flatness(subject.model, criterion, subject.batches, layer=subject.layer, rtol=1e-8).value
 
 
 def weight_norm(subject: Subject) -> float:
@@ -94,21 +84,15 @@ def lambda_max(subject: Subject) -> float:
         direction = torch.as_tensor(v, dtype=weight.dtype).reshape(weight.shape)
         total = torch.zeros_like(weight)
         for inputs, targets in subject.batches:
-            loss = nn.functional.cross_entropy(subject.model(inputs), targets, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+            (gradient,) = torch.autograd.grad(_summed_loss(subject, inputs, targets), weight, create_graph=True)
             (part,) = torch.autograd.grad((gradient * direction).sum(), weight)
             total += part
         return np.asarray((total / len(subject.targets)).double().reshape(-1).numpy())
 
-    size = weight.numel()
-    start = np.random.default_rng(0).standard_normal(size)
-    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    start = np.random.default_rng(0).standard_normal(weight.numel())
+    operator = LinearOperator((start.size, start.size), matvec=product, dtype=np.float64)
     tolerance = 1e-10 if weight.dtype == torch.float64 else 1e-4
-    (value,) = eigsh(operator, k=1, which="LA", v0=start, tol=tolerance, return_eigenvectors=False)
-    return float(value)
-
-
-# -- of all trained parameters --------------------------------------------------------------------------------
+    return float(eigsh(operator, k=1, which="LA", v0=start, tol=tolerance, return_eigenvectors=False)[0])
 
 
 @torch.no_grad()
@@ -121,34 +105,32 @@ def fisher_rao(subject: Subject) -> float:
     theta = {name: p.detach() for name, p in subject.parameters.items()}
     total = 0.0
     for inputs, targets in subject.batches:
-
-        def outputs(parameters: dict[str, Tensor], inputs: Tensor = inputs) -> Tensor:
-            answer: Tensor = functional_call(subject.model, parameters, (inputs,))
-            return answer
-
-        logits, change = cast(tuple[Tensor, Tensor], jvp(outputs, (theta,), (theta,)))
+        outputs = partial(functional_call, subject.model, args=inputs)
+        logits, change = jvp(outputs, (theta,), (theta,))[:2]
         residual = logits.softmax(1) - nn.functional.one_hot(targets, logits.shape[1])
         total += float((residual * change).sum(1).double().square().sum())
     return math.sqrt(total / len(subject.targets))
 
 
 @torch.no_grad()
-def pac_bayes(subject: Subject, draws: int = 10, rtol: float = 1e-3, seed: int = 0) -> float:
+def pac_bayes(subject: Subject, draws: int = 10, rtol: float = 1e-3) -> float:
     """PAC-Bayes flatness ``1 / sigma^2`` (Jiang et al. 2020, appendix on PAC-Bayes measures).
 
     sigma is the deviation of isotropic Gaussian noise on all parameters that costs 0.1 of the training accuracy on
-    average; found by bisection, with the same draws of noise at each step.
-
-    Args:
-        subject: the network; 0 is returned where no noise costs as much.
-        draws: samples of the noise.
-        rtol: of sigma.
-        seed: of the noise.
+    average; found by bisection to ``rtol``, with the same draws of noise at each step. 0: no noise costs as much.
     """
     wanted = accuracy(subject) - PAC_BAYES_DEVIATION
 
     def enough(sigma: float) -> bool:
-        return _mean_accuracy_under_noise(subject, sigma, draws, seed) <= wanted
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for _ in range(draws):
+            with parameters_kept(subject.model):
+                for p in subject.parameters.values():
+                    noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                    p.add_((sigma * noise).to(p))
+                found.append(accuracy(subject))
+        return sum(found) / draws <= wanted
 
     low = high = 1e-2
     while enough(low):
@@ -167,13 +149,8 @@ def sam_sharpness(subject: Subject, rho: float = 0.05, steps: int = 10, *, adapt
     """``max_{||e|| <= rho} L(theta + e) - L(theta)`` (Foret et al. 2021, eq. 1), by projected gradient ascent.
 
     Their own first step goes all the way to the sphere; the ones after it can only add, so this is at least what
-    SAM itself sees, and a lower bound of the maximum.
-
-    Args:
-        subject: the network.
-        rho: radius.
-        steps: of the ascent.
-        adaptive: the ball is ``||e / |theta||| <= rho`` (Kwon et al. 2021, elementwise).
+    SAM itself sees, and a lower bound of the maximum. Adaptive: the ball is ``||e / |theta||| <= rho`` (Kwon et al.
+    2021, elementwise).
     """
     parameters = list(subject.parameters.values())
     origin = [p.detach().clone() for p in parameters]
@@ -185,26 +162,19 @@ def sam_sharpness(subject: Subject, rho: float = 0.05, steps: int = 10, *, adapt
             value, gradients = _loss_and_gradients(subject, parameters)
             if step:
                 highest = max(highest, value)
-            uphill = _times(gradients, scale)
+            uphill = [g * s for g, s in zip(gradients, scale, strict=True)]
             length = _norm(uphill) or 1.0
             shift = [e + rho * (u / length) for e, u in zip(shift, uphill, strict=True)]
-            inwards = min(1.0, rho / (_norm(shift) or rho))
+            inwards = rho / max(rho, _norm(shift))
             shift = [e * inwards for e in shift]
-            put(parameters, [o + e for o, e in zip(origin, _times(shift, scale), strict=True)])
+            put(parameters, [o + e * s for o, e, s in zip(origin, shift, scale, strict=True)])
     return highest - start
-
-
-# -- parts -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def loss_of(subject: Subject) -> float:
     """Mean cross-entropy."""
-    total = sum(
-        float(nn.functional.cross_entropy(subject.model(inputs), targets, reduction="sum"))
-        for inputs, targets in subject.batches
-    )
-    return total / len(subject.targets)
+    return sum(float(_summed_loss(subject, *batch)) for batch in subject.batches) / len(subject.targets)
 
 
 @torch.no_grad()
@@ -214,31 +184,18 @@ def accuracy(subject: Subject) -> float:
     return right / len(subject.targets)
 
 
-def _mean_accuracy_under_noise(subject: Subject, sigma: float, draws: int, seed: int) -> float:
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(draws):
-        with parameters_kept(subject.model):
-            for p in subject.parameters.values():
-                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                p.add_((sigma * noise).to(p))
-            found.append(accuracy(subject))
-    return sum(found) / draws
+def _summed_loss(subject: Subject, inputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(subject.model(inputs), targets, reduction="sum")
 
 
 def _loss_and_gradients(subject: Subject, parameters: list[nn.Parameter]) -> tuple[float, list[Tensor]]:
     total, gradients = 0.0, [torch.zeros_like(p) for p in parameters]
     for inputs, targets in subject.batches:
-        loss = nn.functional.cross_entropy(subject.model(inputs), targets, reduction="sum")
-        loss = loss / len(subject.targets)
+        loss = _summed_loss(subject, inputs, targets) / len(subject.targets)
         total += float(loss.detach())
         for kept, part in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
             kept += part
     return total, gradients
-
-
-def _times(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
-    return [a * b for a, b in zip(tensors, others, strict=True)]
 
 
 def _norm(tensors: list[Tensor]) -> float:
@@ -264,13 +221,7 @@ def parameters_kept(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure as reports show it.
-
-    Attributes:
-        title: in tables.
-        source: where it is from.
-        of: computes it.
-    """
+    """A measure as reports show it: its title, where it is from and what computes it."""
 
     title: str
     source: str

@@ -1,24 +1,22 @@
 """What the experiments with many networks share: each is trained and measured once, then held against its gap."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from relflat.errors import DataError
-from relflat.lab.compare.trials import workers
+from relflat.lab.compare.trials import each, workers
 from relflat.lab.train import store
 from relflat.papers.association import Association, associate, tau
-from relflat.papers.experiment import Context, Figure, Outcome, Scale, Table
+from relflat.papers.experiment import Context, Outcome, Scale
 from relflat.papers.sheets import Sheet
 from relflat.papers.trained import Recipe, Source, grid, trained
 
-A = TypeVar("A")
-B = TypeVar("B")
 Record = dict[str, Any]
 Found = Mapping[str, Mapping[str, Association]]
 Measure = Callable[[nn.Sequential, Recipe], Record]
@@ -34,18 +32,10 @@ def recipes_of(sheet: Sheet, scale: Scale) -> list[Recipe]:
 def study(
     context: Context, name: str, networks: Sequence[Recipe], measure: Measure, *, suffix: str, key: str = ""
 ) -> list[Record]:
-    """Train and measure every network, in the order given; what an earlier command kept is not done again.
+    """Train every network and measure it if it reached the level; what an earlier command kept is not done again.
 
-    Args:
-        context: folders, workers, who is told.
-        name: of the folder in the folder of runs.
-        networks: to train.
-        measure: what is measured of a network that reached the level; a function other processes can import.
-        suffix: of the files that keep what was measured.
-        key: of what was measured in a record; empty: beside the rest of it.
-
-    Returns:
-        For each network its result (see `relflat.papers.trained.Trained`) with what was measured.
+    What was measured is kept in files with this suffix, and stands under the key in the network's record
+    (`relflat.papers.trained.Trained`), or beside the rest of it where that is empty.
     """
     folder = context.runs / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,16 +56,7 @@ def study_one(folder: Path, measure: Measure, suffix: str, key: str, recipe: Rec
     return {**result, **({key: found} if key else found)}
 
 
-def each(pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Callable[[B], object]) -> list[B]:
-    """Do the work for every item and return the results in order; an error cancels what was not begun."""
-    found = []
-    for result in pool.map(work, items):
-        on_done(result)
-        found.append(result)
-    return found
-
-
-def those_that_reached(networks: Sequence[Recipe], records: Sequence[Record]) -> list[Record]:
+def reached(networks: Sequence[Recipe], records: Sequence[Record]) -> list[Record]:
     """The results of the networks that reached the level.
 
     Raises:
@@ -99,49 +80,26 @@ def associations(done: Sequence[Record], views: Callable[[Record], Mapping[str, 
     }
 
 
-def outcome(
-    findings: Sequence[str],
-    tables: list[Table],
-    figures: list[Figure],
-    *,
-    networks: Sequence[Recipe],
-    records: Sequence[Record],
-    kappas: Sequence[float],
-    found: Found,
-    scaled: list[str],
-    **more: Any,
+def completed(
+    shown: Outcome, networks: Sequence[Recipe], records: Sequence[Record], kappas: Sequence[float], found: Found
 ) -> Outcome:
-    """An experiment's findings, and what is to be said of any such study: what the settings do, who is missing."""
+    """What an experiment shows, and what is to be said of any such study: what the settings do, who is missing."""
     done = [record for record in records if record["reached"]]
     pairs = {view: {name: pair.numbers for name, pair in own.items()} for view, own in found.items()}
-    lost = named(networks, records)
-    return Outcome(
-        [*findings, by_setting(done, kappas), *([lost] if lost else [])],
-        tables,
-        figures,
-        scaled,
-        {"networks": list(records), "associations": pairs, **more},
-    )
+    said = [*shown.findings, by_setting(done, kappas), *named(networks, records)]
+    return replace(shown, findings=said, data={"networks": list(records), "associations": pairs, **shown.data})
 
 
-def by_setting(records: Sequence[Mapping[str, Any]], kappas: Sequence[float]) -> str:
-    """A sentence on how the settings of the networks go with their gaps and kappas by themselves.
-
-    Args:
-        records: the results of networks that reached the level.
-        kappas: of the same networks.
-    """
-    settings = {
-        title: np.array([float(record["recipe"][key]) for record in records]) for key, title in SETTINGS.items()
-    }
+def by_setting(records: Sequence[Record], kappas: Sequence[float]) -> str:
+    """A sentence on how the settings of networks go with their gaps and kappas by themselves."""
 
     def taus(values: Sequence[float]) -> str:
-        once = np.ones((1, len(values)))
-        return ", ".join(
-            f"{title} {tau(setting, np.array(values), once)[0]:+.2f}"
-            for title, setting in settings.items()
-            if setting.min() < setting.max()
-        )
+        found = []
+        for key, title in SETTINGS.items():
+            setting = np.array([float(record["recipe"][key]) for record in records])
+            if setting.min() < setting.max():
+                found.append(f"{title} {tau(setting, np.array(values), np.ones((1, len(values))))[0]:+.2f}")
+        return ", ".join(found)
 
     return (
         f"The settings go with the gap by themselves (tau: {taus([record['gap'] for record in records])}) and with "
@@ -150,8 +108,8 @@ def by_setting(records: Sequence[Mapping[str, Any]], kappas: Sequence[float]) ->
     )
 
 
-def named(recipes: Sequence[Recipe], results: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence on the networks that did not reach the level, by name; empty if all did."""
+def named(recipes: Sequence[Recipe], results: Sequence[Record]) -> list[str]:
+    """A sentence on the networks that did not reach the level, by name; none if all did."""
     lost = [
         f"{recipe.title} (diverged)"
         if result["train_loss"] is None
@@ -159,9 +117,5 @@ def named(recipes: Sequence[Recipe], results: Sequence[Mapping[str, Any]]) -> st
         for recipe, result in zip(recipes, results, strict=True)
         if not result["reached"]
     ]
-    if not lost:
-        return ""
-    return (
-        f"{len(lost)} of {len(recipes)} networks did not reach a training loss of {recipes[0].level:g} and are left "
-        f"out: {'; '.join(lost)}."
-    )
+    count = f"{len(lost)} of {len(recipes)} networks did not reach a training loss of {recipes[0].level:g}"
+    return [f"{count} and are left out: {'; '.join(lost)}."] if lost else []

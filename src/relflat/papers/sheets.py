@@ -16,11 +16,7 @@ T = TypeVar("T")
 
 
 class Sheet:
-    """The content of one file.
-
-    Args:
-        name: of the experiment.
-    """
+    """The content of the file of one experiment."""
 
     def __init__(self, name: str) -> None:
         text = files(__package__).joinpath("sheets", f"{name}.toml").read_text(encoding="utf-8")

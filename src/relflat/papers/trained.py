@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import product
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,19 +63,12 @@ class Halves(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Which samples.
-
-    Attributes:
-        data: name of the data set.
-        train_size: how many training samples; None for all.
-        test_size: how many of the test samples, from the first on; None for all.
-        held_out: samples to cut a test set from, where the data set has no official one; None where it has.
-    """
+    """Which samples of a data set: how many for training and, from the first on, for testing; None for all."""
 
     data: str
     train_size: int | None = None
     test_size: int | None = None
-    held_out: int | None = None
+    held_out: int | None = None  # samples to cut a test set from, where the data set has no official one
 
 
 @dataclass(frozen=True)
@@ -117,10 +110,8 @@ def grid(
     **rest: Any,
 ) -> list[Recipe]:
     """Every combination of the values; ``rest`` (level, most_epochs) is the same for all."""
-    return [
-        Recipe(source, network, size, lr, decay, seed, **rest)
-        for size, lr, decay, seed in product(batch_sizes, lrs, weight_decays, seeds)
-    ]
+    values = product(batch_sizes, lrs, weight_decays, seeds)
+    return [Recipe(source, network, *each, **rest) for each in values]
 
 
 @lru_cache(maxsize=1)
@@ -135,12 +126,10 @@ def samples(source: Source) -> Halves:
 
 
 class Trained(NamedTuple):
-    """A network and how it got there.
+    """A network in evaluation mode, with the weights it ended with, and how it got there.
 
-    Attributes:
-        network: in evaluation mode, with the weights it ended with.
-        result: ``recipe``, ``reached`` (the level), ``epochs``, ``train_loss``, ``test_loss``, ``train_accuracy``,
-            ``test_accuracy`` and ``gap``, which is test loss minus train loss.
+    The result has ``recipe``, ``reached`` (the level), ``epochs``, ``train_loss``, ``test_loss``, ``train_accuracy``,
+    ``test_accuracy`` and ``gap``, which is test loss minus train loss.
     """
 
     network: nn.Sequential
@@ -148,12 +137,7 @@ class Trained(NamedTuple):
 
 
 def trained(recipe: Recipe, folder: Path) -> Trained:
-    """Train the network, or read it if that was done.
-
-    Args:
-        recipe: how.
-        folder: where results and weights are kept.
-    """
+    """Train the network, or read it if that was done; the folder keeps results and weights."""
     result_file, weights = folder / f"{recipe.digest}.json", folder / f"{recipe.digest}.safetensors"
     make = look_up("network", recipe.network, NETWORKS)
     if not result_file.is_file():
@@ -163,8 +147,8 @@ def trained(recipe: Recipe, folder: Path) -> Trained:
             fresh = he_initialised(make())
             epochs, loss = fit(fresh, recipe, halves.train)
         save_model(fresh, str(weights))
-        reached = {"reached": loss < recipe.level, "epochs": epochs}
-        store.write_json(result_file, {"recipe": asdict(recipe), **reached, **gap(fresh, halves)})
+        result = {"recipe": asdict(recipe), "reached": loss < recipe.level, "epochs": epochs, **gap(fresh, halves)}
+        store.write_json(result_file, result)
     with torch.random.fork_rng(devices=[]):
         network = make()
     load_model(network, str(weights))
@@ -185,7 +169,7 @@ def he_initialised(network: nn.Sequential) -> nn.Sequential:
 def fit(network: nn.Sequential, recipe: Recipe, train: Arrays) -> tuple[int, float]:
     """Train until the level is reached, the epochs are over or the loss is no number; return epochs and loss."""
     optimizer = torch.optim.SGD(network.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
-    size, loss, epoch = min(recipe.batch_size, len(train)), float("inf"), 0
+    size, loss, epoch = min(recipe.batch_size, len(train)), inf, 0
     while epoch < recipe.most_epochs and not loss < recipe.level:
         order = torch.randperm(len(train))
         for start in range(0, len(train) - size + 1, size):
@@ -212,10 +196,5 @@ def evaluate(network: nn.Module, part: Arrays) -> tuple[float, float]:
 def gap(network: nn.Module, halves: Halves) -> dict[str, float]:
     """Loss and accuracy on both halves, and the generalisation gap."""
     (train_loss, train_accuracy), (test_loss, test_accuracy) = (evaluate(network, half) for half in halves)
-    return {
-        "train_loss": train_loss,
-        "test_loss": test_loss,
-        "gap": test_loss - train_loss,
-        "train_accuracy": train_accuracy,
-        "test_accuracy": test_accuracy,
-    }
+    losses = {"train_loss": train_loss, "test_loss": test_loss, "gap": test_loss - train_loss}
+    return {**losses, "train_accuracy": train_accuracy, "test_accuracy": test_accuracy}
