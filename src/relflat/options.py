@@ -1,9 +1,13 @@
-"""The options of FAM and of measuring in one record, with every check of them."""
+"""The options of FAM and of measuring in one record, with every check of them.
+
+A new option of FAM is a field here, with its check; an argument of :class:`relflat.FAM`, with its meaning; and, where
+the lab is to have it, a field of ``Fam`` in ``lab/train/algorithms.py``.
+"""
 
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 from relflat.errors import ConfigError
@@ -39,6 +43,7 @@ class Options:
     radius: float | None = None
     every: int = 1
     layers_per_step: int | None = None
+    _: KW_ONLY
     measuring: bool = False
     trace: bool = False
     exact_up_to: int = 16
