@@ -55,8 +55,8 @@ def from_energy(
         kappa = (energy * hessian.diagonal(weight)).sum(-1)
     else:
         kappa = energy.sum(-1) * hessian.total(weight)
-    trace = energy.sum(-1) * hessian.trace()
-    return Contributions(kappa[None], trace[None] if options.trace else None, "closed_form", True)
+    trace = (energy.sum(-1) * hessian.trace())[None] if options.trace else None
+    return Contributions(kappa[None], trace, "closed_form", True)
 
 
 def by_rows(call: Call, hessian: LogitHessian) -> LogitHessian:

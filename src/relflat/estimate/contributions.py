@@ -1,5 +1,7 @@
 """What an estimate gives: shares of kappa, by probe and group."""
 
+import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,7 +40,7 @@ def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:
     Raises:
         LossError: if there is not one share for each of the losses.
     """
-    total = torch.zeros_like(task.detach())
+    shares = []
     for layer, values in kappas.items():
         share = values.mean(0)
         if task.ndim > 0 and share.numel() != task.numel():
@@ -46,5 +48,5 @@ def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:
                 f"the criterion returns losses of shape {tuple(task.shape)} and kappa of layer {layer!r} has "
                 f"{share.numel()} shares (samples coupled, or not one loss a row); use a criterion that reduces"
             )
-        total = total + (share.sum() if task.ndim == 0 else share.reshape(task.shape))
-    return total
+        shares.append(share.sum() if task.ndim == 0 else share.reshape(task.shape))
+    return functools.reduce(operator.add, shares) if shares else torch.zeros_like(task.detach())
