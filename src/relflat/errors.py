@@ -38,6 +38,10 @@ class ConfigError(RelflatError, ValueError):
     """An argument, key or name is not one of those accepted."""
 
 
+class ArgumentError(ConfigError, TypeError):
+    """A call has an argument that is unknown, missing or given twice."""
+
+
 class NonFiniteError(RelflatError, FloatingPointError):
     """A measured quantity is infinite or not a number."""
 

@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer, supported_layers
 from relflat.capture.tap import Inject, Tap
 from relflat.distributed import kept_whole
-from relflat.errors import ConfigError, LayerError
+from relflat.errors import ConfigError, LayerError, LossError
 from relflat.estimate.contributions import shaped
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import Noise
@@ -23,7 +23,7 @@ from relflat.estimate.scene import Scene
 from relflat.guards import Guards
 from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.loss.reading import read_loss
-from relflat.options import Curvature, Gradient, Options, Strength, strength_at, warmed_up
+from relflat.options import Curvature, Gradient, Options, Strength, check, checked, strength_at, warmed_up
 from relflat.rng import subset
 
 
@@ -35,7 +35,8 @@ class FAM(nn.Module):
     ``state_dict`` is that of the criterion.
 
     Args:
-        loss_fn: the criterion, called as ``loss_fn(outputs, *targets, **kwargs)``.
+        loss_fn: the criterion, called as ``loss_fn(outputs, *targets, **kwargs)``; None if only :meth:`penalty` is
+            used.
         model: the module that is called in the training loop.
         layer: a module of the model, a qualified name, a glob, a list of those, or ``"output"``. The kappas of
             several layers are added. A weight shared with another module counts as used in this layer only; if the
@@ -86,9 +87,10 @@ class FAM(nn.Module):
         True
     """
 
+    @checked
     def __init__(
         self,
-        loss_fn: Callable[..., Any],
+        loss_fn: Callable[..., Any] | None,
         model: nn.Module,
         layer: Layer,
         *,
@@ -124,6 +126,16 @@ class FAM(nn.Module):
         if self.strength == 1 and radius is not None and every == 1 and probes == 1:
             self._perturb_the_forward_pass()
         keep_state_dict_of_criterion(self)
+
+    @property
+    def strength(self) -> Strength:
+        """The paper's lambda, or that of each step; may be changed between steps."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: Strength) -> None:
+        check(strength=strength)
+        self._strength = strength
 
     def _check_layers(self) -> None:
         """See that the layers go with the options; ``"output"`` may be settled later."""
@@ -164,6 +176,8 @@ class FAM(nn.Module):
             GraphError: if there was no forward pass since the last call, or the outputs are not its.
             LossError: if the loss has no curvature, or a target lies outside the classes.
         """
+        if self.loss_fn is None:
+            raise LossError("there is no criterion (loss_fn=None), so only penalty(loss) can be used; give one")
         criterion = Criterion(self.loss_fn, targets, kwargs)
         active = self._active()
         task, tensor = criterion(outputs), output_tensor(outputs)
@@ -199,6 +213,8 @@ class FAM(nn.Module):
         Args:
             loss: any scalar that the model's last forward pass led to, or what was run since :meth:`watch`.
         """
+        if not isinstance(loss, Tensor):
+            raise LossError(f"penalty(loss) takes the loss as a tensor with its graph, not {type(loss).__name__}")
         if not self._active():
             self._forget()
             return loss.new_zeros(())
@@ -265,9 +281,13 @@ class FAM(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what is regularised and how."""
-        radius = self.options.radius
-        what = f"radius={radius}" if radius else f"curvature={self.options.curvature!r}"
-        return f"layer={self.layers}, strength={self.strength}, {what}"
+        layer = "output" if self._tap.searching else self.layers
+        set_ = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        shown = {f.name: set_[f.name] for f in fields(self.options) if set_[f.name] != f.default}
+        if self.options.radius is None:
+            shown = {"curvature": self.options.curvature} | shown
+        options = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return f"layer={layer!r}, strength={self.strength}, {options}"
 
     def _active(self) -> bool:
         return self.training and self._tap.training

@@ -1,23 +1,188 @@
-"""The options of FAM and of measuring in one record, with every check of them.
+"""The options of FAM and of measuring in one record, and the checks of all arguments in one table.
 
-A new option of FAM is a field here, with its check; an argument of :class:`relflat.FAM`, with its meaning; and, where
-the lab is to have it, a field of ``Fam`` in ``lab/train/algorithms.py``.
+A new option of FAM is a field of ``Options``, with its check in ``_ARGUMENTS``; an argument of
+:class:`relflat.FAM`, with its meaning; and, where the lab is to have it, a field of ``Fam`` in
+``lab/train/algorithms.py``.
 """
 
+import functools
+import inspect
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass
-from typing import Literal, get_args
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
-from relflat.errors import ConfigError
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 
+from relflat.errors import ArgumentError, ConfigError, DataError, LayerError, RelflatError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 Curvature = Literal["hessian", "ggn"]
 Gradient = Literal["full", "frozen", "weights"]
+Reduction = Literal["mean", "sum", "none"]
 Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference", "xtrace"]
 """The methods that come with the library; :func:`relflat.estimate.methods.register` adds others."""
 Strength = float | Callable[[int], float]
 """The paper's lambda, or that of each step."""
+
+
+# -- the checks of all arguments, by their names -------------------------------------------------------------------
+
+
+class Check(NamedTuple):
+    """What an argument of some name must be: in words, and as a test."""
+
+    needed: str
+    right: Callable[[Any], bool]
+    error: type[RelflatError] = ConfigError
+
+
+def _number(x: object) -> bool:
+    """Whether it is a finite real number, of Python or numpy; ``True`` is none."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _positive(x: Any) -> bool:
+    return _number(x) and x > 0
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _from_one(x: Any) -> bool:
+    return _whole(x) and x >= 1
+
+
+def _truth(x: object) -> bool:
+    return isinstance(x, bool) or type(x).__name__ == "bool_" or (type(x).__module__, str(x)) == ("numpy", "True")
+
+
+def _function(x: object) -> bool:
+    """Whether it can be called to compute something; a class would only be built."""
+    return callable(x) and not isinstance(x, type)
+
+
+def _layers(x: Any) -> bool:
+    if isinstance(x, list | tuple | set | frozenset):
+        return len(x) > 0 and all(isinstance(one, str | nn.Module | nn.Parameter) for one in x)
+    return isinstance(x, str | nn.Module | nn.Parameter)
+
+
+def _modules(x: Any) -> bool:
+    return isinstance(x, nn.Module) or (isinstance(x, list | tuple) and all(map(_modules, x)))
+
+
+def _device(x: Any) -> bool:
+    try:
+        torch.empty(0, device=x)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError):  # a build without it asserts
+        return False
+    return not isinstance(x, bool)
+
+
+def _group(x: object) -> bool:
+    return dist.is_available() and isinstance(x, dist.ProcessGroup)
+
+
+def _one_of(choices: Any) -> Check:
+    return Check(f"choose one of {list(get_args(choices))}", lambda x: isinstance(x, str) and x in get_args(choices))
+
+
+_AT_LEAST_ONE = Check("a whole number from 1 on is needed", _from_one)
+_TRUTH = Check("True or False is needed", _truth)
+_FUNCTION = Check("a function is needed (an instance, not a class)", _function)
+_REAL_TENSOR = Check(
+    "a tensor of real numbers is needed", lambda x: isinstance(x, Tensor) and x.is_floating_point(), DataError
+)
+_ARGUMENTS = {
+    "model": Check(
+        "the network is needed, a torch.nn.Module and not a criterion: are the two swapped? FAM takes the criterion "
+        "first, relative_flatness the model",
+        lambda x: isinstance(x, nn.Module) and not isinstance(x, _Loss),
+        LayerError,
+    ),
+    "loss_fn": Check(
+        "a criterion is needed, a function of outputs and targets (an instance such as nn.CrossEntropyLoss(), not a "
+        "class)",
+        _function,
+    ),
+    "layer": Check(
+        "a qualified name, a module or parameter of the model, a glob, 'output', or a list of those is needed",
+        _layers,
+        LayerError,
+    ),
+    "curvature": _one_of(Curvature),
+    "gradient": _one_of(Gradient),
+    "reduction": _one_of(Reduction),
+    "method": Check("the name of a method is needed", lambda x: isinstance(x, str)),
+    "probes": Check("at least one product is needed, as a whole number", _from_one),
+    "rtol": Check("a positive number is needed", _positive),
+    "radius": Check("a positive number is needed, or None for kappa itself", _positive),
+    "every": Check("a number of steps from 1 on is needed", _from_one),
+    "layers_per_step": Check("a whole number of layers from 1 on is needed, or None for all", _from_one),
+    "warmup_steps": Check("a whole number from 0 on is needed", lambda x: _whole(x) and x >= 0),
+    "strength": Check(
+        "a finite number is needed, or a function of the step that gives one",
+        lambda x: _function(x) or _number(x) or (isinstance(x, Tensor) and x.ndim == 0 and math.isfinite(x)),
+    ),
+    "seed": Check("a whole number is needed", _whole),
+    "step": Check("the number of a step is needed", _whole),
+    "device": Check("a device that is there is needed, such as 'cpu' or 'cuda:0'", _device),
+    "process_group": Check("a process group of torch.distributed is needed, or None", _group),
+    "label_smoothing": Check("a number from 0 to 1 is needed", lambda x: _number(x) and 0 <= x <= 1),
+    "ignore_index": Check("a whole number is needed", _whole),
+    "bandwidth": Check("a positive number is needed", _positive),
+    "factor": Check("a positive and finite number is needed, for a negative one changes a ReLU", _positive),
+    "delta": Check("a finite number is needed", _number),
+    "W": Check(
+        "a matrix of real numbers is needed",
+        lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 2,
+        DataError,
+    ),
+    "between": Check("a module or a list of modules is needed", _modules, LayerError),
+    "generator": Check("a torch.Generator is needed, or None", lambda x: isinstance(x, torch.Generator)),
+    **dict.fromkeys(("low", "high"), Check("a positive and finite number is needed", _positive)),
+    **dict.fromkeys(("draws", "max_products", "chunk_tokens", "chunk_classes", "exact_up_to"), _AT_LEAST_ONE),
+    **dict.fromkeys(("adaptive", "normalize_features", "measuring", "trace"), _TRUTH),
+    **dict.fromkeys(("forward", "output", "loss", "outputs", "loss_of_outputs"), _FUNCTION),
+    **dict.fromkeys(("H", "phi", "H_z", "std", "scales", "features", "rotation", "vector", "factors"), _REAL_TENSOR),
+}
+
+
+def check(**arguments: Any) -> None:
+    """Refuse the first argument that is not what its name asks for."""
+    for name, value in arguments.items():
+        if name in _ARGUMENTS and not _ARGUMENTS[name].right(value):
+            shown = f"of {type(value).__name__}" if isinstance(value, Tensor | nn.Module) else f"={value!r:.100}"
+            raise _ARGUMENTS[name].error(f"{name}{'' if shown[0] == '=' else ' '}{shown}: {_ARGUMENTS[name].needed}")
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Check the arguments of a function by their names first; None may stand where the signature has it."""
+    signature = inspect.signature(function)
+    has_none = {n: type(None) in get_args(p.annotation) for n, p in signature.parameters.items()}
+    optional = {n for n, p in signature.parameters.items() if p.default is None or has_none[n]}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise ArgumentError(f"{function.__qualname__}: {error}; it is {function.__name__}{signature}") from error
+        check(**{n: v for n, v in given.items() if v is not None or n not in optional})
+        return function(*args, **kwargs)
+
+    return call
+
+
+# -- the options ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -49,7 +214,9 @@ class Options:
     exact_up_to: int = 16
 
     def __post_init__(self) -> None:
-        for problem in (*self._wrong_values(), *self._wrong_together()):
+        given = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        check(**{name: value for name, (value, default) in given.items() if value is not None or default is not None})
+        for problem in self._wrong_together():
             raise ConfigError(problem)
 
     @property
@@ -61,18 +228,6 @@ class Options:
     def constant_features(self) -> bool:
         """Whether no gradient goes through the features."""
         return self.measuring or self.gradient == "weights"
-
-    def _wrong_values(self) -> Iterator[str]:
-        for name, allowed in (("curvature", Curvature), ("gradient", Gradient)):
-            value = getattr(self, name)
-            if value not in get_args(allowed):
-                yield f"{name}={value!r}: choose one of {list(get_args(allowed))}"
-        if self.probes < 1:
-            yield f"probes={self.probes}: at least one product is needed"
-        if self.radius is not None and not self.radius > 0:
-            yield f"radius={self.radius}: a positive number is needed, or None for kappa itself"
-        if self.every < 1:
-            yield f"every={self.every}: a number of steps from 1 on is needed"
 
     def _wrong_together(self) -> Iterator[str]:
         if self.method == "xtrace" and not self.measuring:
@@ -108,15 +263,15 @@ def strength_at(strength: Strength, step: int) -> float:
         ConfigError: it is not a finite number.
     """
     value = strength(step) if callable(strength) else strength
-    if not math.isfinite(value):
-        raise ConfigError(f"strength={value}: a finite number is needed")
+    if callable(value) or not _ARGUMENTS["strength"].right(value):
+        raise ConfigError(f"strength={value!r} at step {step}: a finite number is needed")
     return value
 
 
 def warmed_up(strength: Strength, steps: int) -> Strength:
     """What ``warmup_steps`` stood for, with a warning that names what replaces it."""
-    if steps < 0 or callable(strength):
+    if callable(strength):
         raise ConfigError(f"warmup_steps={steps}: give strength as a function of the step in its place")
     replacement = f"strength=lambda step: {strength} * min(1, (step + 1) / {steps + 1})"
-    warnings.warn(f"warmup_steps is deprecated; give {replacement}", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"warmup_steps is deprecated; give {replacement}", DeprecationWarning, stacklevel=4)
     return lambda step: strength * min(1.0, (step + 1) / (steps + 1))

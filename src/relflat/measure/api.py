@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from relflat.capture.resolve import Layer
-from relflat.errors import ConfigError, LayerError
+from relflat.errors import LayerError
 from relflat.measure.adaptive import by_probes, by_xtrace
 from relflat.measure.batches import Batch, ForwardFn
 from relflat.measure.sweep import EXACT_UP_TO, measuring
-from relflat.options import Curvature, Options
+from relflat.options import Curvature, Options, checked
 from relflat.result import Flatness
 
 _DEFAULT_PROBES, _DEFAULT_XTRACE = 16, 32
@@ -20,6 +20,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@checked
 def relative_flatness_by_layer(
     model: nn.Module,
     loss_fn: Callable[..., Any],
@@ -51,8 +52,6 @@ def relative_flatness_by_layer(
         ['0', '2']
     """
     xtrace = method == "xtrace"
-    if rtol is not None and not rtol > 0:
-        raise ConfigError(f"rtol={rtol}: a positive number is needed")
     if probes is None:
         probes = _DEFAULT_XTRACE if xtrace else _DEFAULT_PROBES
     if rtol is not None and not xtrace:

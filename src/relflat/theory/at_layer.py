@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from relflat.errors import LayerError
+from relflat.options import checked
 
 LossOfWeight = Callable[[Tensor], Tensor]
 """The loss as a function of one weight matrix: Float[Tensor, "d m"] -> Float[Tensor, ""]."""
@@ -16,6 +17,7 @@ OutputsOfWeight = Callable[[Tensor], Tensor]
 """The network's outputs as a function of one weight matrix: Float[Tensor, "d m"] -> Float[Tensor, "..."]."""
 
 
+@checked
 def at_layer(
     model: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, targets: Any, layer: str
 ) -> tuple[LossOfWeight, Float[Tensor, "d m"]]:
@@ -52,6 +54,7 @@ def at_layer(
     return loss, W
 
 
+@checked
 def outputs_at_layer(model: nn.Module, inputs: Any, layer: str) -> tuple[OutputsOfWeight, Float[Tensor, "d m"]]:
     """Return the model's outputs as a function of one layer's weight, and that weight.
 

@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.func import hessian, jacrev
 
 from relflat.errors import DataError
+from relflat.options import checked
 from relflat.theory.at_layer import LossOfWeight, OutputsOfWeight
 
 # Hessians
 
 
+@checked
 def layer_hessian(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, "d m d m"]:
     """Return H, ``H[s, t, s', t'] = d2 L / dw_{s,t} dw_{s',t'}`` (FAM paper, section 3).
 
@@ -36,6 +38,7 @@ def layer_hessian(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, 
     return hessian(loss)(W)  # H[s, t, s', t'] = d2 L / dw_{s,t} dw_{s',t'}
 
 
+@checked
 def layer_ggn(
     outputs: OutputsOfWeight, loss_of_outputs: LossOfWeight, W: Float[Tensor, "d m"]
 ) -> Float[Tensor, "d m d m"]:
@@ -66,6 +69,7 @@ def layer_ggn(
 # Relative flatness
 
 
+@checked
 def kappa(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
     r"""Relative flatness, theory paper Definition 3 and FAM paper section 3.
 
@@ -86,6 +90,7 @@ def kappa(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
     return kappa_of_hessian(W, layer_hessian(loss, W))
 
 
+@checked
 def kappa_of_hessian(W: Float[Tensor, "d m"], H: Float[Tensor, "d m d m"]) -> Float[Tensor, ""]:
     """Return the double sum of Definition 3 for a Hessian at hand (or a Gauss-Newton matrix).
 
@@ -103,6 +108,7 @@ def kappa_of_hessian(W: Float[Tensor, "d m"], H: Float[Tensor, "d m d m"]) -> Fl
     return total
 
 
+@checked
 def kappa_ggn(outputs: OutputsOfWeight, loss_of_outputs: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
     """Relative flatness with the Gauss-Newton matrix in the place of the Hessian.
 
@@ -117,6 +123,7 @@ def kappa_ggn(outputs: OutputsOfWeight, loss_of_outputs: LossOfWeight, W: Float[
     return kappa_of_hessian(W, layer_ggn(outputs, loss_of_outputs, W))
 
 
+@checked
 def kappa_adaptive(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
     """The adaptive form: the Laplacian at r = 0 of ``L(W (I + diag r))``, r in R^m.
 
@@ -136,6 +143,7 @@ def kappa_adaptive(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor,
     return torch.trace(hessian(lambda r: loss(W * (1 + r)))(W.new_zeros(W.shape[1])))
 
 
+@checked
 def kappa_normalized(loss: LossOfWeight, W: Float[Tensor, "d m"], std: Float[Tensor, " m"]) -> Float[Tensor, ""]:
     """Relative flatness of the same function, written in normalised features (theory paper, section 5).
 
@@ -175,6 +183,7 @@ def kappa_normalized(loss: LossOfWeight, W: Float[Tensor, "d m"], std: Float[Ten
 # Its relatives
 
 
+@checked
 def trace(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
     """Tr H of the layer, not relative to anything: it changes when the layer is rescaled.
 
@@ -185,6 +194,7 @@ def trace(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
     return torch.trace(layer_hessian(loss, W).reshape(W.numel(), W.numel()))
 
 
+@checked
 def layerwise(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
     """The layerwise measure ``||W||_F^2 Tr H`` of the FAM paper, section 3.
 
@@ -197,6 +207,7 @@ def layerwise(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
     return (W**2).sum() * trace(loss, W)
 
 
+@checked
 def max_eigenvalue(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor, ""]:
     """The maximum-eigenvalue measure ``sum_s ||w_s||^2 lambda_max(H_{s,s})`` (theory paper, section 4).
 
@@ -209,6 +220,7 @@ def max_eigenvalue(loss: LossOfWeight, W: Float[Tensor, "d m"]) -> Float[Tensor,
     return torch.stack(rows).sum()
 
 
+@checked
 def feature_robustness(
     loss: LossOfWeight, W: Float[Tensor, "d m"], matrices: Iterable[Float[Tensor, "m m"]], delta: float
 ) -> Float[Tensor, ""]:
@@ -243,6 +255,7 @@ def feature_robustness(
 # The same quantities in the layer's output space
 
 
+@checked
 def kappa_in_output_space(
     W: Float[Tensor, "d m"], phi: Float[Tensor, "*positions m"], H_z: Float[Tensor, "nd nd"]
 ) -> Float[Tensor, ""]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from relflat.curvature.scales import std_of
 from relflat.errors import ConfigError, DataError, LayerError, LossError
+from relflat.options import checked
 from relflat.theory.rescalings import positive_vector
 
 SOFTMAX_HEADS: tuple[Any, ...] = (
@@ -41,6 +42,7 @@ class Scale(nn.Module):
         return phi * self.scale
 
 
+@checked
 def rescale_features(layer: nn.Linear, scales: Float[Tensor, " m"]) -> nn.Sequential:
     """Return a replacement of the layer: feature t divided by ``scales[t]``, column t multiplied by it.
 
@@ -65,6 +67,7 @@ def rescale_features(layer: nn.Linear, scales: Float[Tensor, " m"]) -> nn.Sequen
     return nn.Sequential(Scale(1 / scales), _linear_like(layer, W * scales))  # W phi = (W S) (S^-1 phi)
 
 
+@checked
 def normalize_features(layer: nn.Linear, features: Float[Tensor, "*n m"]) -> nn.Sequential:
     """Return a replacement of the layer whose features have standard deviation 1 over the data.
 
@@ -97,6 +100,7 @@ def normalize_features(layer: nn.Linear, features: Float[Tensor, "*n m"]) -> nn.
     return rescale_features(layer, torch.where(std > 0, std, torch.ones_like(std)))
 
 
+@checked
 def rotate_features(layer: nn.Linear, rotation: Float[Tensor, "m m"]) -> nn.Sequential:
     """Return a replacement of the layer that reads rotated features ``Q phi``, with the weight ``W Q'``.
 
@@ -130,6 +134,7 @@ def rotate_features(layer: nn.Linear, rotation: Float[Tensor, "m m"]) -> nn.Sequ
     return nn.Sequential(turn, _linear_like(layer, W @ Q.T))  # W phi = (W Q') (Q phi)
 
 
+@checked
 @torch.no_grad()
 def shift_rows(layer: nn.Linear, vector: Float[Tensor, " m"], head: Any) -> None:
     """Add one vector to all rows of the output weight, in place: softmax does not see it.

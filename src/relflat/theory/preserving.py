@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from relflat.errors import GraphError
+from relflat.options import checked
 
 
+@checked
 @contextmanager
 def preserving(
     model: nn.Module, *inputs: Any, output: Callable[[Any], Tensor] = lambda outputs: outputs, rtol: float = 1e-5

@@ -23,7 +23,7 @@ from relflat.estimate.radius import Noise
 from relflat.estimate.scene import Scene
 from relflat.measure.batches import Batch, ForwardFn, is_mean
 from relflat.measure.sweep import EXACT_UP_TO, Measurement, measuring
-from relflat.options import Curvature, Options
+from relflat.options import Curvature, Options, checked
 from relflat.rng import Rng
 
 
@@ -36,6 +36,7 @@ class Estimate:
     method: str
 
 
+@checked
 def per_sample_flatness(
     model: nn.Module,
     loss_fn: Callable[..., Any],
@@ -93,6 +94,7 @@ def per_sample_flatness(
     return torch.cat(found)
 
 
+@checked
 def max_eigenvalue_flatness(
     model: nn.Module,
     loss_fn: Callable[..., Any],
@@ -139,6 +141,7 @@ def max_eigenvalue_flatness(
     return Estimate(value, error, "lanczos")
 
 
+@checked
 def feature_robustness(
     model: nn.Module,
     loss_fn: Callable[..., Any],
@@ -169,8 +172,6 @@ def feature_robustness(
         >>> rise.value > 0
         True
     """
-    if not radius > 0 or draws < 1:
-        raise ConfigError(f"radius={radius}, draws={draws}: a positive radius and at least one draw are needed")
     options = Options("hessian", measuring=True)
     totals, divisor = torch.zeros(draws, dtype=torch.float64), 0.0
     with measuring(model, loss_fn, data, layer, options, forward, device, seed) as measurement:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from relflat.errors import ConfigError, LayerError
+from relflat.options import checked
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Dense = (nn.Linear, *Convolution)
@@ -31,6 +32,7 @@ POSITIVELY_HOMOGENEOUS: tuple[type[nn.Module], ...] = (
 """Modules with ``f(c x) = c f(x)`` for every c > 0, channel by channel."""
 
 
+@checked
 @torch.no_grad()
 def rescale_layer(
     first: nn.Module, between: nn.Module | Sequence[nn.Module], second: nn.Module, factor: float
@@ -59,9 +61,10 @@ def rescale_layer(
         True
     """
     weight = _dense(first).weight
-    rescale_neurons(first, between, second, weight.new_full((weight.shape[0],), 1 / _positive(factor)))
+    rescale_neurons(first, between, second, weight.new_full((weight.shape[0],), 1 / factor))
 
 
+@checked
 @torch.no_grad()
 def rescale_neurons(
     first: nn.Module, between: nn.Module | Sequence[nn.Module], second: nn.Module, factors: Float[Tensor, " d"]
@@ -101,6 +104,7 @@ def rescale_neurons(
     V.div_(_along(torch.repeat_interleave(factors, per_column), dim=1, like=V))
 
 
+@checked
 @torch.no_grad()
 def random_rescaling(
     model: nn.Sequential, *, low: float = 5.0, high: float = 25.0, generator: torch.Generator | None = None
@@ -128,7 +132,7 @@ def random_rescaling(
         >>> len(random_rescaling(net, generator=torch.Generator().manual_seed(0)))
         2
     """
-    if not 0 < low <= high < math.inf:
+    if not low <= high:
         raise ConfigError(f"low={low}, high={high}: choose 0 < low <= high, both finite")
     pairs = list(_rescalable_pairs(model))
     if not pairs:
@@ -205,12 +209,6 @@ def _along(factors: Float[Tensor, " k"], *, dim: int, like: Tensor) -> Tensor:
     shape = [1] * like.ndim
     shape[dim] = -1
     return factors.reshape(shape)
-
-
-def _positive(factor: float) -> float:
-    if not 0 < factor < math.inf:
-        raise ConfigError(f"factor={factor}: it must be positive and finite, for a negative one changes a ReLU")
-    return factor
 
 
 def positive_vector(values: Float[Tensor, " k"], k: int, name: str, what: str) -> Float[Tensor, " k"]:

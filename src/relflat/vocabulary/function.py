@@ -33,9 +33,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from relflat.errors import ConfigError, DataError, GraphError, LayerError
-from relflat.options import Gradient
+from relflat.options import Gradient, Reduction, checked
 from relflat.rng import Rng
-from relflat.vocabulary.sweep import Fixed, Inputs, Options, Reduction, sweep
+from relflat.vocabulary.sweep import Fixed, Inputs, Options, sweep
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -52,6 +52,7 @@ class LinearCrossEntropy(NamedTuple):
     kappa: Tensor
 
 
+@checked
 def linear_cross_entropy_fam(
     features: Float[Tensor, "... m"],
     weight: Float[Tensor, "d m"],
@@ -138,6 +139,9 @@ def linear_cross_entropy_fam(
 
 
 def _check_shapes(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
+    for name, x in {"features": features, "weight": weight, "bias": bias, "targets": targets}.items():
+        if not isinstance(x, Tensor) and (name, x) != ("bias", None):
+            raise DataError(f"{name} must be a tensor, not {type(x).__name__}; convert it with torch.as_tensor")
     if hasattr(weight, "full_tensor"):
         raise LayerError(
             "the weight is sharded (DTensor) here; call linear_cross_entropy_fam inside the forward pass of the "

@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from relflat.errors import ConfigError
-from relflat.options import Gradient
+from relflat.options import Gradient, Reduction
 from relflat.vocabulary.gradients import Gradients
 from relflat.vocabulary.rows import Rows, slices
 from relflat.vocabulary.softmax import Tokens, softmax
-
-Reduction = Literal["mean", "sum", "none"]
 
 _BUFFER = 2**26  # probabilities at a time, unless chunk_tokens says otherwise: 256 MiB in float32
 
@@ -30,9 +27,6 @@ class Options:
         label_smoothing: s.
         chunk_tokens: tokens at a time; None for as many as make a buffer of 2^26 probabilities.
         chunk_classes: classes at a time.
-
-    Raises:
-        ConfigError: an option has no such value.
     """
 
     strength: float
@@ -41,17 +35,6 @@ class Options:
     label_smoothing: float
     chunk_tokens: int | None
     chunk_classes: int
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("reduction", get_args(Reduction)), ("gradient", get_args(Gradient))):
-            if (value := getattr(self, name)) not in allowed:
-                raise ConfigError(f"{name}={value!r}: choose one of {list(allowed)}")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ConfigError(f"label_smoothing={self.label_smoothing}: a number from 0 to 1 is needed")
-        if self.chunk_classes < 1 or (self.chunk_tokens is not None and self.chunk_tokens < 1):
-            raise ConfigError(
-                f"chunk_tokens={self.chunk_tokens}, chunk_classes={self.chunk_classes}: at least 1 is needed"
-            )
 
 
 class Inputs(NamedTuple):
