@@ -1,14 +1,18 @@
 """Data as batches, and how their losses make up that of all the data: as a mean, by a divisor, or as a sum."""
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+import dataclasses
+import inspect
+import numbers
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from relflat.errors import DataError, LossError
+from relflat.errors import DataError, LossError, RelflatError
 from relflat.estimate.scene import Scene
 
 Batch = Any
@@ -22,7 +26,7 @@ def default_forward(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise DataError(f"the batch is a mapping without 'labels' (keys {list(batch)}); pass forward=")
-        outputs = model(**{k: v for k, v in batch.items() if k != "labels"})
+        outputs = _called(model, {k: v for k, v in batch.items() if k != "labels"})
         return getattr(outputs, "logits", outputs), batch["labels"]
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise DataError(
@@ -30,45 +34,141 @@ def default_forward(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
             f"{f' of length {len(batch)}' if isinstance(batch, list | tuple) else ''}; pass forward="
         )
     inputs, targets = batch
+    return _called(model, inputs), targets
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    """The model's outputs: of keywords or several arguments where its forward pass takes them, else of one."""
+    found = leaves(inputs)
+    if any(hasattr(x, "__array__") for x in found if not isinstance(x, Tensor)) or (
+        found and all(isinstance(x, numbers.Number) for x in found)
+    ):
+        raise DataError(
+            f"the inputs of a batch are no tensors ({type(inputs).__name__} of {type(found[0]).__name__}); convert "
+            "them (torch.as_tensor), or pass forward="
+        )
+    ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((inputs,), {})]
     if isinstance(inputs, Mapping):
-        return model(**inputs), targets
-    return (model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)), targets
+        ways.insert(0, ((), dict(inputs)))
+    elif isinstance(inputs, list | tuple):
+        ways.insert(0, (tuple(inputs), {}))
+    args, kwargs = next((way for way in ways if _takes(model, *way)), ways[0])
+    try:
+        return model(*args, **kwargs)
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RelflatError) or type(error) not in _WRONG_INPUTS:
+            raise
+        raise DataError(
+            f"{type(model).__name__} cannot take the inputs of a batch ({type(inputs).__name__}): "
+            f"{type(error).__name__}: {error}; mend them, or pass forward="
+        ) from error
+
+
+_WRONG_INPUTS = TypeError, ValueError, IndexError, AttributeError, RuntimeError  # themselves, no class under them
+
+
+def _takes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # ValueError: a forward pass without a signature
+        return False
+    return True
 
 
 class Batches:
     """The data as batches on a device."""
 
     def __init__(self, data: Any, forward: ForwardFn | None, device: torch.device | str | None) -> None:
-        single = isinstance(data, tuple | Mapping)
+        single = isinstance(data, tuple | Mapping) or _as_one(data)
         self.data: Iterable[Batch] = [data] if single else data
-        self.forward, self.device = forward or default_forward, device
-        if not isinstance(self.data, Iterable):
+        self.device, self._forward = device, forward or default_forward
+        if not isinstance(self.data, Iterable) or isinstance(data, str):
             raise DataError(
                 f"data must be batches or one (inputs, targets) tuple, not {type(data).__name__} (wrap a Dataset in "
                 "a DataLoader)"
             )
+
+    def forward(self, model: nn.Module, batch: Batch) -> tuple[Any, Any]:
+        """Outputs and targets; the batch itself is left as it is, whatever is taken out of it."""
+        found = self._forward(model, moved(batch, self.device))
+        if not isinstance(found, tuple | list) or len(found) != 2:
+            raise DataError(f"forward= must return (outputs, targets), and it returned {type(found).__name__}")
+        return found[0], found[1]
 
     def must_be_repeatable(self, why: str) -> None:
         """Refuse one-shot iterators."""
         if isinstance(self.data, Iterator):
             raise DataError(f"{why} goes over the data more than once, and it is an iterator; give a list or loader")
 
-    def __iter__(self) -> Iterator[tuple[Batch, Batch | None]]:
-        """Yield every batch, the first together with the second, if there is one."""
-        source = iter(self.data)
-        window = list(itertools.islice(source, 2))
-        for i, batch in enumerate(itertools.chain(window, source)):
-            yield self._move(batch), self._move(window[1]) if i == 0 and len(window) == 2 else None
+    def __iter__(self) -> Iterator[tuple[Batch, Iterator[Batch]]]:
+        """Yield every batch, with those after it, which may be looked at before their turn."""
+        source, ahead = iter(self.data), deque[Batch]()
 
-    def _move(self, batch: Batch) -> Batch:
-        return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) and self.device else x, batch)
+        def later() -> Iterator[Batch]:
+            yield from tuple(ahead)
+            for batch in source:
+                ahead.append(batch)
+                yield batch
+
+        while True:
+            if not ahead:
+                next(later(), None)
+            if not ahead:
+                return
+            yield ahead.popleft(), later()
 
 
-def samples_in(batch: Batch) -> int:
-    """Number of samples of a batch: the length of its first tensor of two dimensions, else of its last."""
-    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+def _as_one(x: Any) -> bool:
+    """Whether an object is moved as a whole, by its own ``to`` or field by field."""
+    return callable(getattr(x, "to", None)) or (dataclasses.is_dataclass(x) and not isinstance(x, type))
+
+
+def moved(batch: Batch, device: Any, dtype: torch.dtype | None = None) -> Batch:
+    """A copy of a batch with its tensors on a device (None: where they are), real ones in ``dtype`` if given.
+
+    Tensors are found in mappings, dataclasses, named and other tuples, lists, and in what has a ``to`` of its own.
+    """
+    if isinstance(batch, Tensor):
+        return batch.to(device, dtype if batch.is_floating_point() else None)
+    if isinstance(batch, Mapping):
+        parts = {k: moved(v, device, dtype) for k, v in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return parts
+        clone: Any = copy.copy(batch)  # a subclass may hold more than its items
+        clone.update(parts)
+        return clone
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, nn.Module):
+        return copy.copy(batch) if device is None else copy.copy(batch).to(device)  # some move themselves
+    if _as_one(batch):
+        clone = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            object.__setattr__(clone, field.name, moved(getattr(batch, field.name), device, dtype))
+        return clone
+    if isinstance(batch, list | tuple):
+        found = [moved(x, device, dtype) for x in batch]
+        return type(batch)(*found) if hasattr(batch, "_fields") else type(batch)(found)
+    return batch
+
+
+def leaves(batch: Batch) -> list[Any]:
+    """What a batch holds, at the ends of what :func:`moved` goes into."""
+    if isinstance(batch, Mapping):
+        return [x for part in batch.values() for x in leaves(part)]
+    if isinstance(batch, list | tuple):
+        return [x for part in batch for x in leaves(part)]
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return [x for field in dataclasses.fields(batch) for x in leaves(getattr(batch, field.name))]
+    return [batch]
+
+
+def samples_in(batch: Batch) -> int | None:
+    """Number of samples of a batch: the length of its first tensor of two dimensions, else of its last.
+
+    None if it holds no tensor where one can be found: then the outputs tell.
+    """
+    tensors = [t for t in leaves(batch) if isinstance(t, Tensor)]
     if not tensors:
-        raise DataError(f"the batch ({type(batch).__name__}) holds no tensor, so its samples cannot be counted")
+        return None
     batched = next((t for t in tensors if t.ndim > 1), tensors[-1])
     return batched.shape[0] if batched.ndim else 1
 
@@ -87,29 +187,64 @@ def weight_of(scene: Scene, reduction: str) -> Weight:
     return (divisor if reduction == "mean" else 1.0), divisor
 
 
-def is_mean(scene: Scene) -> bool:
-    """Whether the loss of a batch is a mean; an unknown one is tried on the batch given twice."""
-    if scene.known is not None:
-        return scene.known.reduction == "mean"
-    if scene.loss.ndim > 0:
-        return False
-    once, twice = float(scene.loss.detach()), _joint_loss(scene, scene)
-    return abs(twice - once) <= abs(twice - 2 * once)
+class Reduction:
+    """What an unknown loss of one number is over samples: the mean or the sum, by the losses of pairs of batches.
 
+    A pair tells nothing where both losses are 0, or where one batch is far larger than the other, so that it may
+    leave both open. Every further pair is compared, and one that fits neither is refused.
+    """
 
-def mean_or_sum(scene: Scene, other: Scene) -> str:
-    """``"mean"`` or ``"sum"`` over samples: which of the two the loss of both batches is of those of each."""
-    one, two, both = float(scene.loss.detach()), float(other.loss.detach()), _joint_loss(scene, other)
-    n, m = _samples(scene), _samples(other)
-    close = (1e-9 if scene.loss.dtype == torch.float64 else 1e-4) * (abs(one) + abs(two) + abs(both) + 1e-30)
-    if abs((n * one + m * two) / (n + m) - both) < close:
-        return "mean"
-    if abs(one + two - both) < close:
-        return "sum"
-    raise LossError(
-        "this loss over two batches is neither the mean nor the sum over their samples, so kappa of all the data "
-        "cannot be put together from batches; give all data as one batch, or use a known loss"
-    )
+    def __init__(self) -> None:
+        self.open = {"mean", "sum"}
+
+    @property
+    def found(self) -> str | None:
+        """Which of them, once that is known."""
+        return next(iter(self.open)) if len(self.open) == 1 else None
+
+    def compare(self, scene: Scene, other: Scene) -> None:
+        """Strike out what the joint loss of two batches contradicts.
+
+        Raises:
+            LossError: it is neither the mean nor the sum of the losses of each, or not the one that it was.
+        """
+        both = _joint_loss(scene, other)
+        if both is None:
+            return
+        one, two = float(scene.loss.detach()), float(other.loss.detach())
+        n, m = _samples(scene), _samples(other)
+        close = (1e-9 if scene.loss.dtype == torch.float64 else 1e-4) * (abs(one) + abs(two) + abs(both))
+        joint = {"mean": (n * one + m * two) / (n + m), "sum": one + two}
+        fits = {name for name, value in joint.items() if abs(value - both) <= close}
+        if not self.open & fits:
+            known = f"(it was the {self.found} of earlier ones) " if self.found else ""
+            raise LossError(
+                f"this loss over two batches {known}is {both:.6g} and neither the mean nor the sum over their "
+                f"samples ({joint['mean']:.6g}, {joint['sum']:.6g}), so kappa of all the data cannot be put together "
+                "from batches; give all data as one batch, or use a known loss"
+            )
+        self.open &= fits
+
+    def of_one(self, scene: Scene) -> str:
+        """The same for a batch by itself, from its loss when given twice."""
+        if scene.known is not None:
+            return scene.known.reduction
+        if scene.loss.ndim > 0:
+            return "none"
+        if self.found is None:
+            self.compare(scene, scene)
+        return self.found or self.untold()
+
+    def untold(self) -> str:
+        """Refuse, as nothing told.
+
+        Raises:
+            LossError: always.
+        """
+        raise LossError(
+            "whether this loss is a mean or a sum over samples cannot be told from its values (0, or of batches that "
+            "cannot be joined), so batches cannot be put together; give all data as one batch, or use a known loss"
+        )
 
 
 def _samples(scene: Scene) -> int:
@@ -118,14 +253,17 @@ def _samples(scene: Scene) -> int:
     return scene.outputs.shape[0]
 
 
-def _joint_loss(scene: Scene, other: Scene) -> float:
-    """The loss of the samples of two batches as one."""
+def _joint_loss(scene: Scene, other: Scene) -> float | None:
+    """The loss of the samples of two batches as one; None if they cannot be joined."""
     one, two = scene.replay, other.replay
     assert one is not None
     assert two is not None
     pairs = (one.outputs, two.outputs), (one.criterion.targets[0], two.criterion.targets[0])
     with torch.no_grad():
-        return float(one.criterion.loss_fn(*(tree_map(_join, a, b) for a, b in pairs)))
+        try:
+            return float(one.criterion.loss_fn(*(tree_map(_join, a, b) for a, b in pairs)))
+        except (RuntimeError, ValueError):  # batches of other lengths or forms, or a loss of one size only
+            return None
 
 
 def _join(a: object, b: object) -> object:

@@ -45,6 +45,15 @@ class Sum:
         return Sum(self.value * factor, self.variance * factor**2)
 
 
+def no_data(samples: int) -> DataError:
+    """What to say of data with nothing to measure on: no sample, or none that counts."""
+    return DataError(
+        "the data holds no target that counts: every one is ignored (ignore_index)"
+        if samples
+        else "the data is empty: no batch to measure on (an iterator that was used up?)"
+    )
+
+
 @dataclass
 class LayerSums:
     """Running sums for one layer, in float64, each already weighted as the whole loss is."""
@@ -214,11 +223,7 @@ class Sums:
     def results(self, curvature: Curvature) -> dict[str, Flatness]:
         """Divide by what the loss divides by; refuse data with nothing to measure on, and a kappa not finite."""
         if self.batches == 0:
-            raise DataError(
-                "the data holds no target that counts: every one is ignored (ignore_index)"
-                if self.samples
-                else "the data is empty: no batch to measure on"
-            )
+            raise no_data(self.samples)
         found = {}
         for name, x in self.layers.items():
             kappa, trace = self._over_all(x.kappa), self._over_all(x.trace)

@@ -19,14 +19,14 @@ from relflat.capture.tap import Tap
 from relflat.curvature.output_space import OutputSpace
 from relflat.curvature.scales import std_of
 from relflat.distributed import gathered, kept_whole, reshard, several
-from relflat.errors import DataError, GraphError, LossError, NonFiniteError
+from relflat.errors import DataError, GraphError, NonFiniteError
 from relflat.estimate.closed_form import seen_without_graph
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.replay import Replay
 from relflat.estimate.scene import Scene
 from relflat.loss.criterion import Criterion
-from relflat.measure.batches import Batch, Batches, ForwardFn, Weight, mean_or_sum, samples_in, weight_of
-from relflat.measure.sums import LayerSums, Moments, Sum, Sums, added
+from relflat.measure.batches import Batch, Batches, ForwardFn, Reduction, Weight, samples_in, weight_of
+from relflat.measure.sums import LayerSums, Moments, Sum, Sums, added, no_data
 from relflat.options import Options
 from relflat.rng import rng_preserved
 
@@ -82,7 +82,7 @@ class Measurement:
     group: Any  # ranks that measure other shares of the data, or None
     _scales: dict[str, Tensor] = field(default_factory=dict)  # of features by layer, for normalize_features
     _without_graph: bool = False  # whether later batches can run under no_grad
-    _reduction: str | None = None  # how an unknown loss adds up over batches
+    reduction: Reduction = field(default_factory=Reduction)  # how an unknown loss adds up over batches
 
     def sweep(self, look: Look, probes: int) -> Sums:
         """Go over the data of all ranks once: the same sums, with what ``look`` added for each batch, on each."""
@@ -112,15 +112,19 @@ class Measurement:
             for each batch the pass and its loss, with what the loss is multiplied by to be added up and what
             it adds to the divisor of the sum. Batches whose every target is ignored only go into ``sums``.
         """
-        self._without_graph = False
-        for batch, other in self.batches:
+        self._without_graph, before, samples, yielded = False, None, 0, False
+        for batch, later in self.batches:
+            if samples_in(batch) == 0:
+                continue
             with torch.set_grad_enabled(not self._without_graph):
                 scene = self._scene(batch)
             if self._without_graph and not _recognised(scene):
                 scene = self._scene(batch)
+            n = samples_in(batch) or (1 if scene.outputs is None else len(scene.outputs))
+            samples += n
             if sums is not None:
                 self._observe(sums, scene)
-                sums.samples += samples_in(batch)
+                sums.samples += n
             if scene.known and scene.known.reduction == "mean" and weight_of(scene, "mean")[1] == 0:
                 continue  # every target is ignored, and the mean over none is not a number
             if not bool(torch.isfinite(scene.loss.detach()).all()):
@@ -128,13 +132,18 @@ class Measurement:
                     f"the loss is {float(scene.loss.detach().sum())} on a batch: check the model's weights, inputs, "
                     "targets"
                 )
-            yield scene, weight_of(scene, self._reduction_of(scene, other))
+            yielded = True
+            yield scene, weight_of(scene, self._reduction_of(scene, before, later))
+            before = scene
+        if not yielded and sums is None:  # those that add up see it from their sums
+            raise no_data(samples)
 
     def _scene(self, batch: Batch) -> Scene:
         outputs, targets = self.batches.forward(self.model, batch)
         forwards, criterion = self.tap.take(), Criterion(self.loss_fn, (targets,), remedy=_REMEDY)
         loss, last, known = criterion(outputs), forwards[-1], criterion.known(outputs)
         calls = [c for f in forwards for c in f.calls]
+        again = functools.partial(self.batches.forward, batch=batch)
         return Scene(
             loss=loss,
             calls=calls if len(forwards) == 1 else depends_on(loss, calls),
@@ -143,24 +152,23 @@ class Measurement:
             parameters=last.parameters,
             mode=last.mode,
             scales=self._scales,
-            replay=Replay(self.tap, forwards, outputs, criterion),
+            replay=Replay(self.tap, forwards, outputs, criterion, again),
         )
 
-    def _reduction_of(self, scene: Scene, other: Batch | None) -> str:
-        """``"mean"``, ``"sum"`` or ``"none"``; an unknown loss is tried on the first two batches."""
-        if scene.known is not None:
-            return scene.known.reduction
-        if scene.loss.ndim > 0:
-            return "none"
-        if self._reduction is None and other is not None:
-            with torch.no_grad():
-                self._reduction = mean_or_sum(scene, self._scene(other))
-        elif self._reduction is None and several(self.group):
-            raise LossError(
-                "whether this loss is a mean or a sum over samples cannot be told from one batch a rank; give "
-                "each rank two batches or more, or use a known loss"
-            )
-        return self._reduction or "sum"  # of one batch they are the same
+    def _reduction_of(self, scene: Scene, before: Scene | None, later: Iterator[Batch]) -> str:
+        """``"mean"``, ``"sum"`` or ``"none"``; an unknown loss is tried on batches to come until they tell."""
+        if scene.known is not None or scene.loss.ndim > 0:
+            return self.reduction.of_one(scene)
+        if before is not None:
+            self.reduction.compare(before, scene)
+        alone = before is None
+        with torch.no_grad():
+            while self.reduction.found is None and (other := next(later, None)) is not None:
+                alone = False
+                self.reduction.compare(scene, self._scene(other))
+        if alone and not several(self.group):
+            return "sum"  # of one batch they are the same
+        return self.reduction.found or self.reduction.untold()
 
     def _observe(self, sums: Sums, scene: Scene) -> None:
         """What does not depend on the curvature."""
@@ -198,7 +206,7 @@ class Measurement:
 
     def _moments(self) -> dict[str, Moments]:
         found: dict[str, Moments] = {}
-        for batch, _ in self.batches:
+        for batch in (b for b, _ in self.batches if samples_in(b) != 0):
             with torch.no_grad():
                 self.batches.forward(self.model, batch)
             for call in [c for record in self.tap.take() for c in record.calls]:

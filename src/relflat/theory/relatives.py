@@ -21,7 +21,7 @@ from relflat.curvature.operators import HessianOperator
 from relflat.errors import ConfigError, LayerError, LossError
 from relflat.estimate.radius import Noise
 from relflat.estimate.scene import Scene
-from relflat.measure.batches import Batch, ForwardFn, is_mean
+from relflat.measure.batches import Batch, ForwardFn
 from relflat.measure.sweep import EXACT_UP_TO, Measurement, measuring
 from relflat.options import Curvature, Options, checked
 from relflat.rng import Rng
@@ -90,7 +90,7 @@ def per_sample_flatness(
                     f"kappa of layer {layer!r} has {shares.numel()} shares for {n} samples: they are coupled after "
                     "it, so no sample has a share of its own"
                 )
-            found.append(shares.reshape(n, -1).sum(1) * (n if is_mean(scene) else 1))
+            found.append(shares.reshape(n, -1).sum(1) * (n if measurement.reduction.of_one(scene) == "mean" else 1))
     return torch.cat(found)
 
 
