@@ -15,6 +15,7 @@ from relflat.fam import FAM
 from relflat.measure.api import relative_flatness, relative_flatness_by_layer
 from relflat.result import Flatness
 from relflat.theory.relatives import Estimate, feature_robustness, max_eigenvalue_flatness, per_sample_flatness
+from relflat.theory.representativeness import representativeness
 from relflat.vocabulary.function import LinearCrossEntropy, linear_cross_entropy_fam
 
 __version__ = "0.1.0"
@@ -39,4 +40,5 @@ __all__ = [
     "per_sample_flatness",
     "relative_flatness",
     "relative_flatness_by_layer",
+    "representativeness",
 ]

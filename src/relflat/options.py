@@ -69,6 +69,26 @@ def _function(x: object) -> bool:
     return callable(x) and not isinstance(x, type)
 
 
+def _strength(x: Any) -> bool:
+    """Whether it is a number, one in a tensor, or a function of the step."""
+    if _function(x) and not isinstance(x, nn.Module):
+        return takes(x, 0)
+    return _number(x) or (isinstance(x, Tensor) and x.ndim == 0 and x.dtype != torch.bool and _number(x.item()))
+
+
+def takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a function can be called with these, by its signature; True if it has none."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return True
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
 def _layers(x: Any) -> bool:
     if isinstance(x, list | tuple | set | frozenset):
         return len(x) > 0 and all(isinstance(one, str | nn.Module | nn.Parameter) for one in x)
@@ -128,10 +148,7 @@ _ARGUMENTS = {
     "every": Check("a number of steps from 1 on is needed", _from_one),
     "layers_per_step": Check("a whole number of layers from 1 on is needed, or None for all", _from_one),
     "warmup_steps": Check("a whole number from 0 on is needed", lambda x: _whole(x) and x >= 0),
-    "strength": Check(
-        "a finite number is needed, or a function of the step that gives one",
-        lambda x: _function(x) or _number(x) or (isinstance(x, Tensor) and x.ndim == 0 and math.isfinite(x)),
-    ),
+    "strength": Check("a finite number is needed, or a function of the step that gives one", _strength),
     "seed": Check("a whole number is needed", _whole),
     "step": Check("the number of a step is needed", _whole),
     "device": Check("a device that is there is needed, such as 'cpu' or 'cuda:0'", _device),

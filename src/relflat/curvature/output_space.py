@@ -1,7 +1,8 @@
 """A layer's outputs as the space of its changes (I5): features, weight, and directions as rows."""
 
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,15 +90,18 @@ class OutputSpace:
         return self._joined(parts)
 
     def energy(self) -> float:
-        """``sum ||phi||^2`` over all rows, without writing phi out."""
+        """``sum ||phi||^2`` over all rows."""
+        return float(self._norms2().detach().sum(dtype=torch.float64))
+
+    def _norms2(self) -> Float[Tensor, "g t c"]:
+        """``||phi||^2`` of every row, without writing phi out."""
         ones = torch.ones_like(self.weight[0]) if self.scale is None else divisor(self.scale).pow(-2)
-        total = 0.0
+        parts = []
         for call in self.calls:
-            x = self._input(call).detach()
+            x = self._input(call)
             x = x.square() if x.is_floating_point() else x
-            each = call.kind.project(call.module, x, ones.expand(call.samples, 1, -1))
-            total += float(each.sum(dtype=torch.float64))
-        return total
+            parts.append(call.kind.project(call.module, x, ones.expand(call.samples, 1, -1)).squeeze(-1))
+        return self._joined(parts)
 
     def _input(self, call: Call) -> Tensor:
         x = call.input().detach() if self.constant else call.input()
@@ -149,20 +153,32 @@ class OutputSpace:
                 near = self._spread(torch.einsum("gscm,gm->gsc", self.features, phi_p))  # Phi Phi' e_p
                 yield Term(basis, near * gram[:, j], near.detach() * basis[:, p : p + 1])
 
-    def probe(self, rng: Rng, *, adaptive: bool) -> Float[Tensor, "g t d"]:
-        """I6: ``u = (W a)(b . phi)``, a and b Rademacher for each group; if adaptive ``u = W (b * phi)`` (I9)."""
-        g, _, _, m = self.shape
-        b = rng.signs((g, 1, m), self.weight)
-        if adaptive:
-            return self._apply(self.features * b[:, None])
-        along = rng.signs((g, m), self.weight) @ self.weight.mT
-        return self._spread(self.project(b).squeeze(-1)) * along[:, None]
+    def probe(self, rng: Rng, *, adaptive: bool, rank: int = 1) -> Float[Tensor, "g t d"]:
+        """I6: ``u = (W a)(b . phi)``, a and b Rademacher for each group; if adaptive ``u = W (b * phi)`` (I9).
 
-    def trace_probe(self, rng: Rng) -> Float[Tensor, "g t d"]:
-        """The same with independent signs in place of ``W a``."""
+        The mean of ``rank`` such, times the root of that, has the same mean quadratic form and is closer to normal.
+        For a single position ``||phi||`` stands for ``b . phi``, whose square it is the mean of.
+        """
         g, _, _, m = self.shape
-        s = self.project(rng.signs((g, 1, m), self.weight)).squeeze(-1).detach()
-        return self._spread(s) * rng.signs((g, 1, self.weight.shape[0]), self.weight)
+        if adaptive:
+            return self._apply(self.features * rng.signs((g, 1, m), self.weight)[:, None])
+        return self._along(rng, lambda q: rng.signs((g, q, m), self.weight) @ self.weight.mT, rank)
+
+    def trace_probe(self, rng: Rng, *, rank: int = 1) -> Float[Tensor, "g t d"]:
+        """The same with independent signs in place of ``W a``."""
+        shape = self.shape[0], self.weight.shape[0]
+        return self._along(rng, lambda q: rng.signs((shape[0], q, shape[1]), self.weight), rank).detach()
+
+    def _along(self, rng: Rng, left: Callable[[int], Tensor], rank: int) -> Float[Tensor, "g t d"]:
+        """Sums of products of ``b . phi`` and a direction of the outputs, (g, q, d), over q pairs."""
+        g, t, c, m = self.shape
+        if t * c == 1:
+            return self._norms2().clamp_min(torch.finfo(self.weight.dtype).tiny).sqrt() * left(1)
+        s = self.project(rng.signs((g, rank, m), self.weight)) / math.sqrt(rank)
+        if rank == 1:
+            return self._spread(s.squeeze(-1)) * left(1)
+        along = left(rank).reshape(g, rank, c, -1)
+        return torch.einsum("gtcq,gqco->gtco", s, along).flatten(2)
 
     def product(self, operator: Operator, direction: Float[Tensor, "g t d"]) -> Float[Tensor, "g t d"]:
         """Cut the direction into one tensor a call, and join what comes back."""

@@ -55,10 +55,10 @@ class Space(Protocol):
     def terms(self) -> Iterator[Term]:
         """The terms of ``kappa = sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'})`` over a basis (Def. 3)."""
 
-    def probe(self, rng: Rng, *, adaptive: bool) -> Tensor:
-        """A random ``W R`` whose quadratic form has mean kappa (I4; I6 in the outputs)."""
+    def probe(self, rng: Rng, *, adaptive: bool, rank: int = 1) -> Tensor:
+        """A random ``W R`` whose quadratic form has mean kappa (I4; I6 in the outputs, R of this rank)."""
 
-    def trace_probe(self, rng: Rng) -> Tensor:
+    def trace_probe(self, rng: Rng, *, rank: int = 1) -> Tensor:
         """A random direction whose quadratic form has mean ``Tr H``."""
 
     def product(self, operator: Operator, direction: Tensor) -> Tensor:

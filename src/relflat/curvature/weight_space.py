@@ -55,11 +55,11 @@ class WeightSpace:
                 basis[j, t] = 1
                 yield Term(basis, gram[:, j, None] * basis[j], basis)
 
-    def probe(self, rng: Rng, *, adaptive: bool) -> Float[Tensor, "d m"]:
+    def probe(self, rng: Rng, *, adaptive: bool, rank: int = 1) -> Float[Tensor, "d m"]:
         """``W R``, see :func:`random_direction`."""
         return random_direction(self.weight, adaptive, rng)
 
-    def trace_probe(self, rng: Rng) -> Float[Tensor, "d m"]:
+    def trace_probe(self, rng: Rng, *, rank: int = 1) -> Float[Tensor, "d m"]:
         """Independent signs."""
         return rng.signs(tuple(self.weight.shape), self.weight)
 

@@ -26,12 +26,17 @@ class Contributions:
         trace: likewise for ``Tr H``, or None if it was not asked for.
         method: what was done, in words.
         exact: whether a single row holds the exact value.
+        variances: of the mean over probes, of the sums over groups of kappa and of ``Tr H``, where more is known of
+            it than the spread of the shares; nan for what there is not.
+        bias: what the mean over any number of probes may be off by (rounding and truncation of differences).
     """
 
     kappa: Values
     trace: Values | None
     method: str
     exact: bool
+    variances: tuple[float, float] | None = None
+    bias: float = 0.0
 
 
 def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:

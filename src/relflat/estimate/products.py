@@ -1,6 +1,8 @@
 """Kappa from products with a curvature: exact sums over a basis, and random directions (I3 to I7, I9)."""
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from relflat.estimate.contributions import Contributions
 from relflat.loss.known import KnownLoss
 from relflat.options import Options
 from relflat.rng import Rng
+
+_RANK = 16  # of the random matrices in measuring: their cost is small beside that of a product
 
 
 def exact(operator: Operator, space: Space, options: Options) -> Contributions:
@@ -30,15 +34,32 @@ def exact(operator: Operator, space: Space, options: Options) -> Contributions:
 
 
 def sampled(operator: Operator, space: Space, options: Options, rng: Rng, name: str) -> Contributions:
-    """Quadratic forms of ``options.probes`` random directions."""
-    kappas, traces = [], []
+    """Quadratic forms of ``options.probes`` random directions.
+
+    In measuring their variance is taken from the images: of ``<u, M u>`` with u normal it is ``2 ||M||_F^2``, and
+    ``E ||M u||^2 = ||M||_F^2``. That of a few values would be small where they all come out low, as they are skewed.
+    """
+    kappas, traces, squares, measuring = [], [], [], options.measuring
+    how = {"rank": _RANK} if measuring else {}
     for _ in range(options.probes):
-        direction = space.probe(rng, adaptive=options.adaptive)
-        kappas.append(_quadratic(space, operator, direction, options))
+        direction = space.probe(rng, adaptive=options.adaptive, **how)
+        if not measuring:
+            kappas.append(_quadratic(space, operator, direction, options))
+            continue
+        image = space.product(operator, direction)
+        kappas.append(space.inner(direction, image))
+        square, trace_square = space.squared_norms(image, rng, adaptive=options.adaptive, trace=False)
         if options.trace:
-            signs = space.trace_probe(rng)
-            traces.append(space.inner(signs, space.product(operator, signs)).detach())
-    return _of_probes(kappas, traces if options.trace else None, name, space, options)
+            signs = space.trace_probe(rng, **how)
+            image = space.product(operator, signs)
+            traces.append(space.inner(signs, image).detach())
+            _, trace_square = space.squared_norms(image, rng, adaptive=options.adaptive, trace=True)
+        squares.append(torch.stack([square, trace_square]).sum(-1))
+    found = _of_probes(kappas, traces if options.trace else None, name, space, options)
+    if not measuring or options.probes == 1:
+        return found
+    kappa, trace = (2 * torch.stack(squares).double().mean(0) / options.probes).tolist()
+    return replace(found, variances=(kappa, trace if options.trace else math.nan))
 
 
 def factored(spaces: Sequence[Space], known: KnownLoss, options: Options, rng: Rng) -> list[Contributions]:

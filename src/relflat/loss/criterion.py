@@ -30,12 +30,11 @@ class Criterion:
                 f"{str(error).rstrip('.')}: a target lies outside the classes (outputs of shape "
                 f"{tuple(getattr(outputs, 'shape', ()))}); mend the labels or set ignore_index"
             ) from error
-        except TypeError as error:
-            if isinstance(outputs, Tensor) or self.remedy is None:
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if self.remedy is None or type(error) not in (TypeError, ValueError, RuntimeError, AttributeError):
                 raise
-            raise DataError(
-                f"the loss cannot take the model's outputs ({type(outputs).__name__}): {error}; {self.remedy}"
-            ) from error
+            given = " and ".join(_described(x) for x in (outputs, *self.targets))
+            raise DataError(f"the loss cannot take {given}: {error}; {self.remedy}") from error
         if not isinstance(loss, Tensor):
             raise LossError(f"the criterion returned {type(loss).__name__}, not a tensor; wrap it to return its loss")
         return loss
@@ -48,6 +47,11 @@ class Criterion:
     def trained_through(self) -> bool:
         """Whether the loss depends on the model through its targets too: then there is no Gauss-Newton matrix."""
         return any(isinstance(t, Tensor) and t.requires_grad for t in self.targets)
+
+
+def _described(x: object) -> str:
+    shape = f" of shape {tuple(x.shape)} and {x.dtype}" if isinstance(x, Tensor) else ""
+    return f"{type(x).__name__}{shape}"
 
 
 def keep_state_dict_of_criterion(wrapper: nn.Module) -> None:

@@ -37,8 +37,8 @@ def by_xtrace(measurement: Measurement, rtol: float | None) -> Sums:
     """Kappa of every layer: ``probes`` products each, half of them in each of two sweeps over the data.
 
     A layer whose operator has no more dimensions than that gets its exact trace. ``Tr H`` is not measured. With
-    ``rtol`` there are 32 products or more, and layers whose error is larger, widened as Student's distribution of as
-    many estimates is wider than the normal one, are measured anew with twice the products, until none is.
+    ``rtol`` there are 32 products or more, and layers whose error is larger are measured anew with twice the
+    products, until none is.
     """
     options = measurement.estimator.options
     products = options.probes if rtol is None else max(options.probes, _FEWEST_FOR_RTOL)
@@ -49,7 +49,7 @@ def by_xtrace(measurement: Measurement, rtol: float | None) -> Sums:
             _sweep(measurement, sketches, products, sums)
         for name, s in sketches.items():
             x = sums.layers[name]
-            x.kappa, x.trace, x.widening = Sum(s.value, s.variance), Sum(math.nan, math.nan), s.widening
+            x.kappa, x.trace = Sum(s.value, s.variance), Sum(math.nan, math.nan)
             x.method, x.exact = s.method(options.curvature), s.exact
         short = {} if rtol is None else sums.short_of(rtol)
         for name, value in short.items():

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 import numbers
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from relflat.errors import DataError, LossError, RelflatError
+from relflat.errors import ConfigError, DataError, LossError, RelflatError
 from relflat.estimate.scene import Scene
+from relflat.options import takes
 
 Batch = Any
 ForwardFn = Callable[[nn.Module, Batch], tuple[Any, Any]]
@@ -48,11 +48,11 @@ def _called(model: nn.Module, inputs: Any) -> Any:
             "them (torch.as_tensor), or pass forward="
         )
     ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((inputs,), {})]
-    if isinstance(inputs, Mapping):
+    if isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs):
         ways.insert(0, ((), dict(inputs)))
     elif isinstance(inputs, list | tuple):
         ways.insert(0, (tuple(inputs), {}))
-    args, kwargs = next((way for way in ways if _takes(model, *way)), ways[0])
+    args, kwargs = next((way for way in ways if takes(model.forward, *way[0], **way[1])), ways[0])
     try:
         return model(*args, **kwargs)
     except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
@@ -67,14 +67,6 @@ def _called(model: nn.Module, inputs: Any) -> Any:
 _WRONG_INPUTS = TypeError, ValueError, IndexError, AttributeError, RuntimeError  # themselves, no class under them
 
 
-def _takes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except (TypeError, ValueError):  # ValueError: a forward pass without a signature
-        return False
-    return True
-
-
 class Batches:
     """The data as batches on a device."""
 
@@ -87,6 +79,8 @@ class Batches:
                 f"data must be batches or one (inputs, targets) tuple, not {type(data).__name__} (wrap a Dataset in "
                 "a DataLoader)"
             )
+        if not takes(self._forward, nn.Identity(), None):
+            raise ConfigError("forward= must take a model and a batch: forward(model, batch) -> (outputs, targets)")
 
     def forward(self, model: nn.Module, batch: Batch) -> tuple[Any, Any]:
         """Outputs and targets; the batch itself is left as it is, whatever is taken out of it."""
@@ -120,7 +114,9 @@ class Batches:
 
 def _as_one(x: Any) -> bool:
     """Whether an object is moved as a whole, by its own ``to`` or field by field."""
-    return callable(getattr(x, "to", None)) or (dataclasses.is_dataclass(x) and not isinstance(x, type))
+    if isinstance(x, type | nn.Module):
+        return False
+    return callable(getattr(x, "to", None)) or dataclasses.is_dataclass(x)
 
 
 def moved(batch: Batch, device: Any, dtype: torch.dtype | None = None) -> Batch:
@@ -137,10 +133,10 @@ def moved(batch: Batch, device: Any, dtype: torch.dtype | None = None) -> Batch:
         clone: Any = copy.copy(batch)  # a subclass may hold more than its items
         clone.update(parts)
         return clone
-    if callable(getattr(batch, "to", None)) and not isinstance(batch, nn.Module):
-        return copy.copy(batch) if device is None else copy.copy(batch).to(device)  # some move themselves
     if _as_one(batch):
         clone = copy.copy(batch)
+        if callable(getattr(batch, "to", None)):
+            return clone if device is None else clone.to(device)  # some move themselves, hence the copy
         for field in dataclasses.fields(batch):
             object.__setattr__(clone, field.name, moved(getattr(batch, field.name), device, dtype))
         return clone

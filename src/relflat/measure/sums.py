@@ -22,27 +22,41 @@ class Sum:
 
     value: float = 0.0
     variance: float = 0.0
+    bias: float = 0.0  # what more probes do not make smaller
+    doubt: float = 0.0  # the variance squared over its degrees of freedom, group by group (Satterthwaite 1946)
 
     @classmethod
-    def of(cls, values: Values | None, *, exact: bool) -> "Sum":
-        """The sum over groups of the mean over probes."""
+    def of(cls, values: Values | None, *, exact: bool, variance: float | None = None, bias: float = 0.0) -> "Sum":
+        """The sum over groups of the mean over probes; its variance from their spread, if it is not given."""
         if values is None:
             return cls(math.nan, math.nan)
         v = values.detach().double()
         k = v.shape[0]
-        variance = 0.0 if exact else float(v.var(0).sum()) / k if k > 1 else math.nan
-        return cls(float(v.mean(0).sum()), variance)
+        if exact or variance is not None or k == 1:
+            known = 0.0 if exact else math.nan if variance is None else variance
+            return cls(float(v.mean(0).sum()), known, bias)
+        each = v.var(0) / k
+        return cls(float(v.mean(0).sum()), float(each.sum()), bias, float(each.square().sum()) / (k - 1))
 
-    @property
-    def error(self) -> float:
-        """The standard error."""
-        return math.sqrt(max(self.variance, 0.0))
+    def error(self, probes: int) -> float:
+        """The standard error, wider where the variance is not well known: it is low where the value is.
+
+        A single direction of curvature is the hardest case: the shares are chi squared of one degree of freedom.
+        Where the variance comes from images, so is its estimate; from the spread of the shares, it is worse. Both
+        factors are such that about one in a thousand is beyond four errors then (benchmarks/calibration.py).
+        """
+        if not self.variance > 0:
+            return self.variance + self.bias
+        widening = 1 + 30 * self.doubt / self.variance**2 if self.doubt else 1 + 64 / probes**2
+        return math.hypot(math.sqrt(self.variance * widening), self.bias)
 
     def __add__(self, other: "Sum") -> "Sum":
-        return Sum(self.value + other.value, self.variance + other.variance)
+        bias, doubt = self.bias + other.bias, self.doubt + other.doubt
+        return Sum(self.value + other.value, self.variance + other.variance, bias, doubt)
 
     def __mul__(self, factor: float) -> "Sum":
-        return Sum(self.value * factor, self.variance * factor**2)
+        variance, bias, doubt = self.variance * factor**2, self.bias * abs(factor), self.doubt * factor**4
+        return Sum(self.value * factor, variance, bias, doubt)
 
 
 def no_data(samples: int) -> DataError:
@@ -64,7 +78,6 @@ class LayerSums:
     weight_norm: float = 0.0
     method: str = ""
     exact: bool = True
-    widening: float = 1.0  # what the error of kappa is multiplied with before it is called small enough
     image: Tensor | None = None  # of the columns that a sketch asks for
     coordinates: Coordinates | None = None  # of the image, the first time
 
@@ -159,17 +172,18 @@ class Sums:
 
     def _over_all(self, total: Sum) -> Sum:
         weight = self.weight or 1.0
-        return Sum(total.value / weight, total.variance / weight**2)
+        return total * (1 / weight)
 
     # -- errors ----------------------------------------------------------------------------------------------
 
     def short_of(self, rtol: float) -> dict[str, str]:
         """The layers whose error exceeds ``rtol`` of the value, each with its value and error in words."""
         kappas = {name: self._over_all(x.kappa) for name, x in self.layers.items() if not x.exact}
+        errors = {name: kappa.error(self.probes) for name, kappa in kappas.items()}
         return {
-            name: f"kappa({name}) = {kappa.value:.4g} ± {kappa.error:.2g}"
+            name: f"kappa({name}) = {kappa.value:.4g} ± {errors[name]:.2g}"
             for name, kappa in kappas.items()
-            if not kappa.error * self.layers[name].widening <= rtol * abs(kappa.value)
+            if not errors[name] <= rtol * abs(kappa.value)
         }
 
     def needed(self, rtol: float) -> float:
@@ -178,7 +192,8 @@ class Sums:
         A value may be larger than it was found by two errors, and is taken to be.
         """
         kappas = [x.kappa for x in self.layers.values() if not x.exact and x.kappa.variance > 0]
-        share = max((k.error / (abs(k.value) + 2 * k.error) for k in kappas), default=0.0)
+        errors = [(k.error(self.probes), abs(k.value)) for k in kappas]
+        share = max((error / (value + 2 * error) for error, value in errors), default=0.0)
         return self.probes * (share / rtol) ** 2
 
     def merge(self, other: "Sums") -> None:
@@ -233,12 +248,12 @@ class Sums:
                 )
             found[name] = Flatness(
                 value=kappa.value,
-                stderr=kappa.error,
+                stderr=kappa.error(self.probes),
                 method=x.method,
                 layer=name,
                 curvature=curvature,
                 trace=trace.value,
-                trace_stderr=0.0 if x.exact else trace.error,
+                trace_stderr=0.0 if x.exact else trace.error(self.probes),
                 layerwise=x.weight_norm**2 * trace.value,
                 weight_norm=x.weight_norm,
                 feature_norm2=x.energy / self.samples,

@@ -80,7 +80,7 @@ class Measurement:
     batches: Batches
     estimator: Estimator
     group: Any  # ranks that measure other shares of the data, or None
-    _scales: dict[str, Tensor] = field(default_factory=dict)  # of features by layer, for normalize_features
+    scales: dict[str, Tensor] = field(default_factory=dict)  # of features by layer, for normalize_features
     _without_graph: bool = False  # whether later batches can run under no_grad
     reduction: Reduction = field(default_factory=Reduction)  # how an unknown loss adds up over batches
 
@@ -102,7 +102,9 @@ class Measurement:
         parts = self.estimator(scene, (drawn << 32) + i, replace(self.estimator.options, probes=sums.probes))
         self._without_graph = _recognised(scene) and all(p.method == "closed_form" for p in parts.values())
         for name, p in parts.items():
-            kappa, trace = Sum.of(p.kappa, exact=p.exact), Sum.of(p.trace, exact=p.exact)
+            known = p.variances or (None, None)
+            kappa = Sum.of(p.kappa, exact=p.exact, variance=known[0], bias=p.bias)
+            trace = Sum.of(p.trace, exact=p.exact, variance=known[1])
             sums.layers[name] += LayerSums(kappa * factor, trace * factor, method=p.method, exact=p.exact)
 
     def scenes(self, sums: Sums | None = None) -> Iterator[tuple[Scene, Weight]]:
@@ -151,7 +153,7 @@ class Measurement:
             known=known,
             parameters=last.parameters,
             mode=last.mode,
-            scales=self._scales,
+            scales=self.scales,
             replay=Replay(self.tap, forwards, outputs, criterion, again),
         )
 
@@ -174,7 +176,7 @@ class Measurement:
         """What does not depend on the curvature."""
         for name in scene.layers:
             x, calls = sums.layers.setdefault(name, LayerSums()), scene.calls_of(name)
-            space = OutputSpace.of(calls, scale=self._scales.get(name), constant=True) if calls else None
+            space = OutputSpace.of(calls, scale=self.scales.get(name), constant=True) if calls else None
             x.energy += math.nan if space is None else space.energy()
             weight = Matrix.of(name, scene.parameters[name]).weight() if space is None else space.weight
             x.weight_norm = x.weight_norm or float(torch.linalg.vector_norm(weight.detach().double()))
@@ -202,7 +204,7 @@ class Measurement:
                     f"the data hold {x.count} row of features of layer {name!r}: a standard deviation needs at least "
                     "two; give more samples, or leave normalize_features out"
                 )
-        self._scales = {name: std_of(x.squares / x.count, x.mean, x.dtype) for name, x in total.items()}
+        self.scales = {name: std_of(x.squares / x.count, x.mean, x.dtype) for name, x in total.items()}
 
     def _moments(self) -> dict[str, Moments]:
         found: dict[str, Moments] = {}

@@ -78,6 +78,8 @@ def outputs_at_layer(model: nn.Module, inputs: Any, layer: str) -> tuple[Outputs
 
 def _find_parameter(model: nn.Module, layer: str) -> tuple[str, Tensor]:
     """Return the first name of the parameter that ``layer`` means, and the parameter."""
+    if not isinstance(layer, str):
+        raise LayerError(f"layer of {type(layer).__name__}: the name of a module or parameter is needed")
     aliases = dict(model.named_parameters(remove_duplicate=False))
     for name in (layer, f"{layer}.weight"):
         if name in aliases:  # a tied parameter has several names, and functional_call wants the first

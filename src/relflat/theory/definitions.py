@@ -100,7 +100,9 @@ def kappa_of_hessian(W: Float[Tensor, "d m"], H: Float[Tensor, "d m d m"]) -> Fl
         >>> kappa_of_hessian(W, H)  # (1 * 2) + (2 * 2)
         tensor(6.)
     """
-    d, _ = W.shape
+    d, m = W.shape
+    if H.shape != (d, m, d, m):
+        raise DataError(f"H has shape {tuple(H.shape)}: the Hessian in W has {(d, m, d, m)}")
     total = W.new_zeros(())
     for s in range(d):
         for s_ in range(d):

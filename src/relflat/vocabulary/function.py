@@ -116,6 +116,8 @@ def linear_cross_entropy_fam(
     standard error of an estimate is at most ``sqrt(2 / k)``, and ``sqrt(2 / (k r))`` where the weights are spread
     over r directions. See the module for the count and the formulas.
     """
+    if callable(strength):
+        raise ConfigError(f"strength={strength!r}: a finite number is needed, that of this step")
     options = Options(strength, gradient, reduction, label_smoothing, chunk_tokens, chunk_classes)
     _check_shapes(features, weight, bias, targets)
     _check_probes(probes, step, weight)
@@ -139,9 +141,12 @@ def linear_cross_entropy_fam(
 
 
 def _check_shapes(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
-    for name, x in {"features": features, "weight": weight, "bias": bias, "targets": targets}.items():
-        if not isinstance(x, Tensor) and (name, x) != ("bias", None):
-            raise DataError(f"{name} must be a tensor, not {type(x).__name__}; convert it with torch.as_tensor")
+    given = {"features": features, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, x in given.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise DataError(f"{name} must be a tensor of real numbers, not {getattr(x, 'dtype', type(x).__name__)}")
+    if not isinstance(targets, Tensor):
+        raise DataError(f"targets must be a tensor, not {type(targets).__name__}; convert it with torch.as_tensor")
     if hasattr(weight, "full_tensor"):
         raise LayerError(
             "the weight is sharded (DTensor) here; call linear_cross_entropy_fam inside the forward pass of the "
