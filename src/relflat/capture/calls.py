@@ -65,6 +65,12 @@ class Call:
         return self.phi
 
 
+def autocast_now() -> dict[str, tuple[bool, torch.dtype]]:
+    """Whether autocast is on, and its type, by kind of device."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+
+
 @dataclass(slots=True, eq=False)
 class Forward:
     """What one forward pass of the model left."""
@@ -77,6 +83,7 @@ class Forward:
     mode: int = 0  # stands for which modules were in training mode
     outputs: Any = None
     grad: bool = True
+    autocast: dict[str, tuple[bool, torch.dtype]] = field(default_factory=autocast_now)
 
 
 class Pending:

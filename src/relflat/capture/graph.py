@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -37,6 +38,18 @@ def ancestors(root: Node | None, without: Collection[Node] = ()) -> Iterator[Nod
             if parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
+
+
+def foreign(node: Any) -> bool:
+    """Whether the derivative is somebody's own code, which may itself be differentiated wrongly."""
+    if operation(node) == "_DDPSink":
+        return False
+    return isinstance(node, torch.autograd.function.BackwardCFunction) or "CppNode" in node.name()
+
+
+def compiled(node: Any) -> bool:
+    """Whether the operation is a compiled part, which takes what it saved for constants."""
+    return node.name().startswith("CompiledFunction")
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

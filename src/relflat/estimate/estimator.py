@@ -21,6 +21,7 @@ class Estimator:
 
     def __init__(self, options: Options, seed: int) -> None:
         self.options, self.seed, self.memory = options, seed, Memory()
+        self.plain = False  # whether compiled code and fused attention are kept out
         self._wanted = named(options.method)
 
     @property
@@ -42,9 +43,14 @@ class Estimator:
         options = options or self.options
         if options.radius is not None:
             return {"+".join(scene.layers): increase(scene, options, self.seed, step)}
+        if self.plain and not scene.plain and scene.replay is not None:
+            scene = scene.plainly()
         try:
             return self._estimate(scene, step, options)
         except SecondDerivativeError as error:
+            found = None if self.plain else self._plainly(scene, step, options, error)
+            if found is not None:
+                return found
             if not self.may_repeat or scene.replay is None:
                 raise
             warn(
@@ -53,6 +59,24 @@ class Estimator:
             )
             self._wanted = named("finite_difference")
             return self._estimate(scene, step, options)
+
+    def _plainly(
+        self, scene: Scene, step: int, options: Options, error: SecondDerivativeError
+    ) -> dict[str, Contributions] | None:
+        """By the pass run once more without compiled and fused kernels, from now on; None if that fails."""
+        if scene.replay is None or len(scene.replay.forwards) != 1:
+            return None
+        try:
+            found = self._estimate(scene.plainly(), step, options)
+        except SecondDerivativeError:
+            return None
+        self.plain = True
+        again = "" if options.measuring else ", in a forward pass of its own for each penalty"
+        warn(
+            "kappa is computed without compiled code and with the math backend of attention from now on"
+            f"{again}, as {str(error).split(';')[0]}"
+        )
+        return found
 
     def subjects(self, scene: Scene, options: Options | None = None, **how: Any) -> Iterator[Subject]:
         """The layers of a scene; ``how`` as for :class:`Subject`."""

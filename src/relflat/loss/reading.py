@@ -2,12 +2,15 @@
 
 Understood is ``c * loss(z)``: c constants by which the loss was multiplied or divided (accumulation, gradient
 scaling, number of tokens), loss one of those of :mod:`relflat.loss.known` with a mean or sum reduction, z the logits.
-Targets, class weights and ignored index are the ones autograd saved, so nothing about the batch is guessed. Anything
-else is not described, and goes through automatic differentiation.
+Targets, class weights and ignored index are the ones autograd saved, so nothing about the batch is guessed.
+
+Understood is too whatever is linear in ``log_softmax(z)`` (smoothed or soft labels, weights of tokens, gathered
+log-probabilities): with g its slope there, which does not change, the Hessian in z is that of a cross-entropy whose
+rows have the mass ``-sum_c g_c``. Anything else is not described, and goes through automatic differentiation.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +21,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from relflat.capture.calls import Call
-from relflat.capture.graph import KEEPING, MOVING, SELECTING, follow, operation
-from relflat.loss.known import KnownLoss, known_loss
+from relflat.capture.graph import KEEPING, MOVING, SELECTING, follow, foreign, operation
+from relflat.loss.known import KnownLoss, known_loss, weighted_cross_entropy
 
+_FEW = 64
 _REDUCTION = {1: "mean", 2: "sum"}
 _Found = tuple[Callable[..., Tensor], Tensor, Tensor, dict[str, Any], Call | None]
 """Function, outputs, targets and options of a loss; the call that gave the outputs."""
@@ -34,30 +38,50 @@ class Reading:
     call: Call | None  # which gave the logits, if it is one of those asked about
 
 
-def read_loss(loss: Tensor, calls: Sequence[Call]) -> Reading | None:
-    """Read the graph of a scalar loss, before it is freed, by calls recorded; None if it is not understood."""
-    if loss.numel() != 1 or not bool(torch.isfinite(loss.detach()).all()):
+def read_loss(loss: Tensor, calls: Sequence[Call], outputs: Tensor | None = None) -> Reading | None:
+    """Read the graph of a scalar loss, before it is freed, by calls recorded; None if it is not understood.
+
+    Nor if something is computed between ``outputs``, those of the model, and the logits: then the Gauss-Newton matrix
+    with respect to the two are different ones.
+    """
+    if loss.numel() != 1 or loss.grad_fn is None or not bool(torch.isfinite(loss.detach()).all()):
         return None
-    node, constant = _without_constants(loss.grad_fn)
-    reduction = _REDUCTION.get(getattr(node, "_saved_reduction", 0))
-    if node is None or reduction is None or not constant > 0:
-        return None
-    name = operation(node)
+    node, constant = without_constants(loss.grad_fn)
+    reduction = _REDUCTION.get(getattr(node, "_saved_reduction", 0), "")
+    name = operation(node) if node is not None and reduction and constant > 0 else ""
+    found, above = None, node
     if name in ("NllLoss", "NllLoss2D"):
+        above = follow(node.next_functions[0][0], KEEPING)
         found = _cross_entropy(node, reduction, calls, float(loss.detach()) / constant)
-    else:
-        found = _elementwise(node, reduction) if name in _ELEMENTWISE else None
-    if found is None:
-        return None
+    elif name in _ELEMENTWISE:
+        found = _elementwise(node, reduction)
+    reading = None if found is None else _described(found, constant)
+    if reading is None:
+        above = _softmax_above(loss.grad_fn)
+        reading = None if above is None else _linear(loss, above, calls)
+    return reading if reading is None or reading.call is not None or _led_by(above, outputs) else None
+
+
+def _described(found: _Found, constant: float) -> Reading | None:
     function, outputs, targets, options, call = found
     known = known_loss(function, outputs, (targets,), options)
     return None if known is None else Reading(known.times(constant), call)
 
 
-def _without_constants(node: Node | None) -> tuple[Any, float]:
+def _led_by(node: Any, outputs: Tensor | None) -> bool:
+    """Whether what goes into the node is the outputs, or they were computed later than it."""
+    if outputs is None or outputs.grad_fn is None:
+        return True
+    end = outputs.grad_fn
+    if end._sequence_nr() >= node._sequence_nr():
+        return True
+    return follow(node.next_functions[0][0], KEEPING + MOVING + SELECTING, until=end) is end
+
+
+def without_constants(node: Node | None, until: Collection[Node | None] = ()) -> tuple[Any, float]:
     """The operation that made the loss, if it is clear, and the product of the constants that multiply it."""
     constant = 1.0
-    while node is not None and (kind := operation(node)) in (*KEEPING, "Mul", "Div"):
+    while node is not None and node not in until and (kind := operation(node)) in (*KEEPING, "Mul", "Div"):
         side = 0
         if kind not in KEEPING:
             live = [i for i, (parent, _) in enumerate(node.next_functions) if parent is not None]
@@ -70,6 +94,45 @@ def _without_constants(node: Node | None) -> tuple[Any, float]:
             constant = constant * float(factor) if kind == "Mul" else constant / float(factor)
         node = node.next_functions[side][0]
     return node, constant
+
+
+def _softmax_above(root: Node) -> Any:
+    """The one LogSoftmax that all paths from the loss meet within a few operations; None if there is not one."""
+    stack: list[Node | None] = [root]
+    seen, found = {root}, set()
+    while stack:
+        node = stack.pop()
+        if node is None or operation(node) == "LogSoftmax":
+            found.add(node)
+        elif len(seen) > _FEW or not node.next_functions or foreign(node):
+            return None  # a long way, a parameter of the loss, or a slope that may only look constant
+        else:
+            new = {parent for parent, _ in node.next_functions} - seen
+            seen |= new  # type: ignore[arg-type]
+            stack += new
+    found.discard(None)
+    return found.pop() if len(found) == 1 else None
+
+
+def _linear(loss: Tensor, above: Any, calls: Sequence[Call]) -> Reading | None:
+    """A loss whose slope in the log-probabilities is constant."""
+    (slope,) = torch.autograd.grad(loss.sum(), (GradientEdge(above, 0),), create_graph=True)
+    saved, dim = above._saved_result, _signed(above._saved_dim)
+    mass = -slope.detach().sum(dim).reshape(-1)
+    if slope.requires_grad or not bool((mass >= 0).all()):
+        return None
+    log_p = saved.movedim(dim, -1).reshape(len(mass), -1)
+    for call in calls:
+        rows = _rows_taken(call, above, log_p.detach(), classes_last=dim in (-1, saved.ndim - 1))
+        if rows is not None:
+            z = call.outputs_last()
+            masses = mass.new_zeros(z.shape[:-1].numel())
+            masses[rows] = mass
+            return Reading(weighted_cross_entropy(z, masses), call)
+    samples = calls[0].samples if calls else 1
+    if len(mass) != samples and len(mass) % samples == 0:
+        log_p = log_p.unflatten(0, (samples, -1))
+    return Reading(weighted_cross_entropy(log_p, mass), None)
 
 
 def _cross_entropy(node: Any, reduction: str, calls: Sequence[Call], value: float) -> _Found | None:

@@ -4,7 +4,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from relflat.distributed import gathered, kept_whole, reshard, several
 from relflat.errors import DataError, GraphError, LossError, NonFiniteError
 from relflat.estimate.closed_form import seen_without_graph
 from relflat.estimate.estimator import Estimator
-from relflat.estimate.replay import Replay
+from relflat.estimate.replay import Replay, plain_kernels
 from relflat.estimate.scene import Scene
 from relflat.loss.criterion import Criterion
 from relflat.measure.batches import Batch, Batches, ForwardFn, Weight, mean_or_sum, samples_in, weight_of
@@ -131,9 +131,12 @@ class Measurement:
             yield scene, weight_of(scene, self._reduction_of(scene, other))
 
     def _scene(self, batch: Batch) -> Scene:
-        outputs, targets = self.batches.forward(self.model, batch)
-        forwards, criterion = self.tap.take(), Criterion(self.loss_fn, (targets,), remedy=_REMEDY)
-        loss, last, known = criterion(outputs), forwards[-1], criterion.known(outputs)
+        with plain_kernels() if self.estimator.plain else nullcontext():
+            outputs, targets = self.batches.forward(self.model, batch)
+            criterion = Criterion(self.loss_fn, (targets,), remedy=_REMEDY).eager
+            loss, known = criterion(outputs), criterion.known(outputs)
+        forwards = self.tap.take()
+        last = forwards[-1]
         calls = [c for f in forwards for c in f.calls]
         return Scene(
             loss=loss,
@@ -144,11 +147,12 @@ class Measurement:
             mode=last.mode,
             scales=self._scales,
             replay=Replay(self.tap, forwards, outputs, criterion),
-        )
+            plain=self.estimator.plain,
+        ).read()
 
     def _reduction_of(self, scene: Scene, other: Batch | None) -> str:
         """``"mean"``, ``"sum"`` or ``"none"``; an unknown loss is tried on the first two batches."""
-        if scene.known is not None:
+        if scene.known is not None and scene.known.divisor is not None:
             return scene.known.reduction
         if scene.loss.ndim > 0:
             return "none"
@@ -209,5 +213,8 @@ class Measurement:
 
 def _recognised(scene: Scene) -> bool:
     """Whether closed forms are seen to apply without a graph, so that later batches need none."""
-    one_pass = scene.replay is not None and len(scene.replay.forwards) == 1
-    return one_pass and all(seen_without_graph(c, scene.known) for c in scene.calls)
+    replay = scene.replay
+    if replay is None or len(replay.forwards) != 1 or replay.criterion is None:
+        return False
+    by_function = replay.criterion.known(replay.outputs) is not None  # not by the graph
+    return by_function and all(seen_without_graph(c, scene.known) for c in scene.calls)
