@@ -312,7 +312,8 @@ class FAM(nn.Module):
         report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
         convex = scene.known is not None and self.options.curvature == "ggn"
         may_be_negative = not convex and self.options.radius is None and strength > 0
-        if not self._guards.judge(kappas, step, may_be_negative=may_be_negative):
+        lost = [layer for layer, part in parts.items() if part.lost]
+        if not self._guards.judge(kappas, step, may_be_negative=may_be_negative) or not self._guards.kept(lost, step):
             return None
         return share * shaped(kappas, scene.loss)
 

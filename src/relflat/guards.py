@@ -1,7 +1,7 @@
 """What can go wrong while training with a penalty, watched for and said once: not a number, negative, collapsed."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,13 +26,18 @@ class Guards:
         if bool(finite.all()):
             return True
         self.skipped += 1
-        bad = float(value.detach()[~finite][0])
-        self._say(
-            "finite",
-            f"{what} is {bad} at step {step}: the penalty is left out of this step and of any like it (counted in "
-            "last['skipped']); lower the learning rate or strength, or check the inputs",
-        )
+        self._left_out(f"{what} is {float(value.detach()[~finite][0])}", step)
         return False
+
+    def kept(self, lost: Sequence[str], step: int) -> bool:
+        """Whether the kappa of no layer lost its gradient; counts where one did."""
+        if lost:
+            self.skipped += 1
+            self._left_out(
+                f"the gradient of kappa of layer {lost[0]!r} is nan (a norm or root at 0 has no higher derivatives)",
+                step,
+            )
+        return not lost
 
     def judge(self, kappas: Mapping[str, Tensor], step: int, *, may_be_negative: bool) -> bool:
         """Whether the kappa of every layer is finite, waiting for the device once; negative ones are named."""
@@ -69,6 +74,13 @@ class Guards:
                     f"less than {_SPREAD:g} of their size from sample to sample. The network has collapsed to a "
                     "constant, which is flat and useless; lower strength or radius",
                 )
+
+    def _left_out(self, why: str, step: int) -> None:
+        self._say(
+            "finite",
+            f"{why} at step {step}: the penalty is left out of this step and of any like it (counted in "
+            "last['skipped']); lower the learning rate or strength, or check the inputs",
+        )
 
     def _say(self, kind: str, message: str) -> None:
         if kind not in self._said:

@@ -47,6 +47,21 @@ def foreign(node: Any) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction) or "CppNode" in node.name()
 
 
+def singular(node: Any) -> bool:
+    """Whether higher derivatives of the operation may be no numbers where the first is one: norms and roots at 0."""
+    name = operation(node)
+    if name == "Pow":  # integers are smooth
+        return float(getattr(node, "_saved_exponent", 2)) not in (0.0, 1.0, 2.0, 3.0, 4.0)
+    return name in ("Acos", "Asin", "Atan2", "Cdist", "EuclideanDist", "LinalgVectorNorm", "Norm", "Sqrt", "Std")
+
+
+def leaves_between(root: Node | None, ends: Collection[Node]) -> list[Tensor]:
+    """Parameters that ``root`` was computed from after the ``ends`` only, not before them too."""
+    before = {node for end in ends for node in ancestors(end)}
+    found = (node for node in ancestors(root, without=ends) if node not in before)
+    return [node.variable for node in found if hasattr(node, "variable")]
+
+
 def compiled(node: Any) -> bool:
     """Whether the operation is a compiled part, which takes what it saved for constants."""
     return node.name().startswith("CompiledFunction")

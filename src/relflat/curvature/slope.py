@@ -97,7 +97,7 @@ def must_be_asked(
     if slope.requires_grad and own is None and not missing:
         return False
     if loss_of is None or loss_of(outputs.detach()) is None:
-        if own is None:
+        if own is None or missing:
             return False  # a hinge; or autograd says what is missing
         raise LossError(
             f"the loss goes through {own}, whose second derivative may be wrong without a word, and only where the "

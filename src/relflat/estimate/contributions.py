@@ -26,12 +26,14 @@ class Contributions:
         trace: likewise for ``Tr H``, or None if it was not asked for.
         method: what was done, in words.
         exact: whether a single row holds the exact value.
+        lost: whether the gradient of kappa is not finite.
     """
 
     kappa: Values
     trace: Values | None
     method: str
     exact: bool
+    lost: bool = False
 
 
 def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """From a scene to contributions: every layer gets its method, every method runs once."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,7 +94,16 @@ class Estimator:
                 chosen.setdefault(method.name, (method, []))[1].append(subject)
             for method, subjects in chosen.values():
                 found |= method.run(subjects, rng)
+        asked = [
+            s
+            for m, subjects in chosen.values()
+            for s in subjects
+            if m.name not in ("closed_form", "finite_difference")
+        ]
         for layer in found.keys() - self.memory.smooth if options.full else ():
             check_differentiable_again(found[layer].kappa)
             self.memory.smooth.add(layer)
+        for subject in asked if options.full else ():
+            if subject.gradient_lost(found[subject.layer].kappa):
+                found[subject.layer] = replace(found[subject.layer], lost=True)
         return {layer: found[layer] for layer in scene.layers}

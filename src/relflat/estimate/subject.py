@@ -3,13 +3,15 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from relflat.capture.calls import Call, is_recurrent, same_values
-from relflat.capture.graph import ancestors, compiled
+from relflat.capture.graph import ancestors, compiled, leaves_between, singular
 from relflat.capture.matrix import Matrix
-from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, slope_in
+from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, differentiate, slope_in
 from relflat.curvature.output_space import OutputSpace, feature_std
 from relflat.curvature.slope import AskedLoss, must_be_asked
 from relflat.curvature.space import Space
@@ -34,6 +36,8 @@ class Memory:
     """The loss was seen to depend on it through the outputs only."""
     smooth: set[str] = field(default_factory=set)
     """Its kappa was seen to have a gradient."""
+    finite: set[str] = field(default_factory=set)
+    """Its kappa was seen to have a finite gradient, and nothing to make it otherwise later."""
     plain: set[tuple[str, int, str]] = field(default_factory=set)
     """Nothing compiled was seen between it and the loss, in a mode, for a kind of loss."""
     asked: dict[tuple[int, str], bool] = field(default_factory=dict)
@@ -134,6 +138,23 @@ class Subject:
         if not self.in_weight and self.layer not in self.memory.curved:
             self._warn_if_flat(operator)
         return operator
+
+    def gradient_lost(self, kappa: Tensor) -> bool:
+        """Whether the gradient of kappa is not finite in the layer's outputs or in what comes after it.
+
+        Asked once a layer, and each time where an operation after it has derivatives that are no numbers at 0.
+        """
+        if self.layer in self.memory.finite or not kappa.requires_grad:
+            return False
+        edges, loss = [c.edge for c in self.space.calls if c.edge is not None], self.scene.loss.grad_fn
+        ends = [e.node for e in edges]
+        inputs: list[Any] = [*edges, *leaves_between(loss, ends)]
+        found = differentiate([kappa.sum()], inputs, None, create_graph=False)
+        if not all(bool(torch.isfinite(g).all()) for g in found if g is not None):
+            return True
+        if not any(singular(node) for node in ancestors(loss, without=ends)):
+            self.memory.finite.add(self.layer)
+        return False
 
     def _must_be_plain(self) -> None:
         """Refuse compiled parts between the layer and the loss; looked for once a layer, mode and kind of loss."""
