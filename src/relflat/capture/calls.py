@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from relflat.capture.graph import KEEPING, MOVING, ancestors, follow, same_memory
 from relflat.capture.kinds import Kind, as_rows
-from relflat.errors import GraphError
+from relflat.errors import GraphError, LayerError
 from relflat.rng import RngState
 
 _MOST = 8
@@ -34,6 +34,11 @@ class Call:
     @property
     def samples(self) -> int:
         """How many samples the call saw; one if it had no batch dimension."""
+        if self.output.is_nested:
+            raise LayerError(
+                f"the output of layer {self.layer!r} is a nested tensor, which has no rows of one shape; name a "
+                "layer that runs on padded or packed tensors, or after pooling"
+            )
         last = self.outputs_last()
         return last.shape[0] if last.ndim > 1 else 1
 

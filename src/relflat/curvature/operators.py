@@ -217,9 +217,5 @@ def _explained(error: RuntimeError) -> Exception:
         )
     markers = ("is not implemented", "once_differentiable", "support double backward", "donated buffers")
     if any(m in text for m in markers):
-        return SecondDerivativeError(
-            f"an operation after the layer cannot be differentiated twice ({text}); use gradient='frozen' with "
-            "curvature='ggn', or method='finite_difference' with curvature='hessian', or for attention "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-        )
+        return SecondDerivativeError(f"an operation after the layer cannot be differentiated twice ({text})")
     return error

@@ -99,6 +99,7 @@ def must_be_asked(
     if loss_of is None or loss_of(outputs.detach()) is None:
         if own is None or missing:
             return False  # a hinge; or autograd says what is missing
+        differentiate([slope], [outputs], [torch.ones_like(slope)], create_graph=False)  # it may say so itself
         raise LossError(
             f"the loss goes through {own}, whose second derivative may be wrong without a word, and only where the "
             "loss is computed from the model's outputs by criterion(outputs, targets) can that be told; call it "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from relflat.curvature.operators import check_differentiable_again
-from relflat.errors import SecondDerivativeError, warn
+from relflat.errors import GraphError, SecondDerivativeError, warn
 from relflat.estimate.contributions import Contributions
 from relflat.estimate.methods import Method, choose, named
 from relflat.estimate.radius import increase
@@ -15,6 +15,9 @@ from relflat.estimate.scene import Scene
 from relflat.estimate.subject import Memory, Subject
 from relflat.options import Options
 from relflat.rng import Rng
+
+_AVOIDABLE = ("scaled_dot_product", "compile", "aot_autograd", "donated buffers")
+"""Parts of what is said of kernels that a plain pass does without."""
 
 
 class Estimator:
@@ -53,7 +56,7 @@ class Estimator:
             if found is not None:
                 return found
             if not self.may_repeat or scene.replay is None:
-                raise
+                raise SecondDerivativeError(f"{error}; {_remedy(scene, options, str(error))}") from error
             warn(
                 "kappa is estimated by finite differences from now on (noisy, and wrong where the network has kinks "
                 f"such as ReLU within a step), as {error}"
@@ -67,17 +70,23 @@ class Estimator:
         """By the pass run once more without compiled and fused kernels, from now on; None if that fails."""
         if scene.replay is None or len(scene.replay.forwards) != 1:
             return None
+        if not any(kernel in str(error) for kernel in _AVOIDABLE):
+            return None
         try:
             found = self._estimate(scene.plainly(), step, options)
-        except SecondDerivativeError:
+        except GraphError:  # no second derivative there either, or the criterion's input cannot be had again
             return None
+        self.go_plain(error)
+        return found
+
+    def go_plain(self, error: SecondDerivativeError) -> None:
+        """From now on look at passes without compiled code and fused attention only, and say so."""
         self.plain = True
-        again = "" if options.measuring else ", in a forward pass of its own for each penalty"
+        again = "" if self.options.measuring else ", in a forward pass of its own for each penalty"
         warn(
             "kappa is computed without compiled code and with the math backend of attention from now on"
-            f"{again}, as {str(error).split(';')[0]}"
+            f"{again}, as {error}"
         )
-        return found
 
     def subjects(self, scene: Scene, options: Options | None = None, **how: Any) -> Iterator[Subject]:
         """The layers of a scene; ``how`` as for :class:`Subject`."""
@@ -107,3 +116,21 @@ class Estimator:
             if subject.gradient_lost(found[subject.layer].kappa):
                 found[subject.layer] = replace(found[subject.layer], lost=True)
         return {layer: found[layer] for layer in scene.layers}
+
+
+def _remedy(scene: Scene, options: Options, text: str) -> str:
+    """What can be done where something has no second derivative: only what exists and helps there."""
+    ways = []
+    if "scaled_dot_product" in text:
+        ways.append("run the model under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
+    if "compile" in text:
+        ways.append("compile what comes before the layer only")
+    if options.curvature == "ggn" and options.full and (scene.known is not None or "loss" in text):
+        ways.append("gradient='frozen'")
+    if options.curvature == "ggn" and options.measuring and scene.known is not None and options.method == "exact":
+        ways.append("method='probe'")
+    if scene.replay is not None:
+        ways.append("curvature='hessian' with method='finite_difference'")
+    if scene.replay is not None and not options.measuring:
+        ways.append("radius=, which needs no derivative")
+    return f"use {', or '.join(ways or ['a layer after that operation'])}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from relflat.capture.calls import Call, is_recurrent, same_values
-from relflat.capture.graph import ancestors, compiled, leaves_between, singular
+from relflat.capture.graph import ancestors, compiled, leaves_between, operation, singular
 from relflat.capture.matrix import Matrix
 from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, differentiate, slope_in
 from relflat.curvature.output_space import OutputSpace, feature_std
@@ -86,7 +86,8 @@ class Subject:
         """The loss, if the Gauss-Newton matrix is wanted and may be taken from the known factors of its Hessian."""
         if self.options.curvature != "ggn" or self.options.method == "exact":
             return None
-        self._must_be_plain()
+        if self.options.full:  # else first derivatives do
+            self._must_be_plain()
         return self.scene.known
 
     @functools.cached_property
@@ -163,10 +164,14 @@ class Subject:
         if key in self.memory.plain:
             return
         for node in ancestors(loss, without=[c.edge.node for c in self.calls if c.edge is not None]):
+            if operation(node) == "SyncBatchNorm":
+                raise SecondDerivativeError(
+                    f"SyncBatchNorm after layer {self.layer!r} couples the samples of all ranks and cannot be "
+                    "differentiated twice (in training mode; its evaluation mode can)"
+                )
             if compiled(node):
                 raise SecondDerivativeError(
-                    f"a part after layer {self.layer!r} is compiled, and has no second derivatives; "
-                    "compile what comes before the layer, or call the criterion as criterion(outputs, targets)"
+                    f"a part after layer {self.layer!r} is compiled, and has no second derivatives"
                 )
         self.memory.plain.add(key)
 
