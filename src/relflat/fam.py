@@ -15,7 +15,7 @@ from relflat.capture.resolve import Layer, supported_layers
 from relflat.capture.tap import Inject, Tap
 from relflat.distributed import kept_whole
 from relflat.errors import ConfigError, LayerError
-from relflat.estimate.contributions import shaped
+from relflat.estimate.contributions import shaped, without_gradient
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import Noise
 from relflat.estimate.replay import Replay
@@ -214,14 +214,12 @@ class FAM(nn.Module):
         last = forwards[-1]
         if self._tap.watching and not last.parameters and not depends_on(loss, last.calls):
             return loss.new_zeros(())  # one of several losses, and not one of these layers
-        outputs = output_tensor(last.outputs) if len(forwards) == 1 else None
-        if outputs is not None and outputs.grad_fn is loss.grad_fn:
-            outputs = None  # the loss itself
+        outputs = output_tensor(last.outputs, other_than=loss) if len(forwards) == 1 else None
         scene = Scene.of(forwards, loss, outputs=outputs, replay=Replay.of_loss(self._tap, forwards, loss))
-        reading = read_loss(loss, scene.calls, outputs)
+        known, call = read_loss(loss, scene.calls, outputs) or (None, None)
         if self._tap.searching:
-            scene = replace(scene, calls=self._tap.settle(scene.calls, reading.call if reading else None))
-        scene = replace(scene, known=None if reading is None else reading.known)
+            scene = replace(scene, calls=self._tap.settle(scene.calls, call))
+        scene = replace(scene, known=known)
         penalty = self._penalty(scene)
         return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
 
@@ -312,8 +310,8 @@ class FAM(nn.Module):
         report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
         convex = scene.known is not None and self.options.curvature == "ggn"
         may_be_negative = not convex and self.options.radius is None and strength > 0
-        lost = [layer for layer, part in parts.items() if part.lost]
-        if not self._guards.judge(kappas, step, may_be_negative=may_be_negative) or not self._guards.kept(lost, step):
+        lost = without_gradient(parts)
+        if not self._guards.judge(kappas, step, may_be_negative=may_be_negative, lost=lost):
             return None
         return share * shaped(kappas, scene.loss)
 

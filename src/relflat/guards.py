@@ -29,7 +29,7 @@ class Guards:
         self._left_out(f"{what} is {float(value.detach()[~finite][0])}", step)
         return False
 
-    def kept(self, lost: Sequence[str], step: int) -> bool:
+    def _kept(self, lost: Sequence[str], step: int) -> bool:
         """Whether the kappa of no layer lost its gradient; counts where one did."""
         if lost:
             self.skipped += 1
@@ -39,8 +39,13 @@ class Guards:
             )
         return not lost
 
-    def judge(self, kappas: Mapping[str, Tensor], step: int, *, may_be_negative: bool) -> bool:
-        """Whether the kappa of every layer is finite, waiting for the device once; negative ones are named."""
+    def judge(
+        self, kappas: Mapping[str, Tensor], step: int, *, may_be_negative: bool, lost: Sequence[str] = ()
+    ) -> bool:
+        """Whether the kappa of every layer is finite, waiting for the device once, and none ``lost`` its gradient.
+
+        Negative ones are named.
+        """
         for layer, kappa in kappas.items() if may_be_negative and "negative" not in self._said else ():
             value = float(kappa.detach().mean(0).sum())
             if value < 0:
@@ -52,7 +57,7 @@ class Guards:
                 )
         each = [torch.isfinite(v.detach()).all() for v in kappas.values()]
         if not each or bool(torch.stack([x.to(each[0].device) for x in each]).all()):
-            return True
+            return self._kept(lost, step)
         return all(self.finite(f"kappa of layer {layer!r}", value, step) for layer, value in kappas.items())
 
     def collapse(self, step: int, tensors: Mapping[str, Tensor]) -> None:

@@ -89,11 +89,9 @@ def must_be_asked(
         SecondDerivativeError: there is none, and differences would not do, as more than products is wanted.
     """
     (slope,) = differentiate([loss], [outputs], None, create_graph=True)
-    end = [] if outputs.grad_fn is None else [outputs.grad_fn]
-    own = next((n.name() for n in ancestors(loss.grad_fn, without=end) if foreign(n)), None)
     if slope is None:
         return False
-    missing = any(n.name() in MISSING for n in ancestors(slope.grad_fn, without=end))
+    own, missing = _own_derivative(loss, outputs), _lacks(slope, outputs)
     if slope.requires_grad and own is None and not missing:
         return False
     if loss_of is None or loss_of(outputs.detach()) is None:
@@ -111,6 +109,18 @@ def must_be_asked(
         if only_products:
             return True
         raise
+
+
+def _own_derivative(loss: Tensor, outputs: Tensor) -> str | None:
+    """The name of an operation between the outputs and the loss whose derivative is somebody's own code."""
+    nodes = ancestors(loss.grad_fn, without=[outputs.grad_fn] if outputs.grad_fn else [])
+    return next((str(n.name()) for n in nodes if foreign(n)), None)
+
+
+def _lacks(slope: Tensor, outputs: Tensor) -> bool:
+    """Whether a derivative is missing in the slope."""
+    nodes = ancestors(slope.grad_fn, without=[outputs.grad_fn] if outputs.grad_fn else [])
+    return any(n.name() in MISSING for n in nodes)
 
 
 def _agrees(slope: Tensor, outputs: Tensor, asked: AskedLoss, rng: Rng) -> bool:

@@ -227,6 +227,8 @@ def _along_channels(x: Tensor) -> list[int]:
 class _LogCumSumExp:
     """``G_i = sum_{j >= i} gy_j exp(x_i - y_j)``, which PyTorch takes through the logarithm of gy: no number at 0."""
 
+    weight: Tensor | None
+
     def __init__(self, node: Any) -> None:
         self.x, self.weight, dim = node._saved_self, None, node._saved_dim
         self.dim = dim - 2**64 if dim >= 2**63 else dim

@@ -36,6 +36,11 @@ class Contributions:
     lost: bool = False
 
 
+def without_gradient(parts: Mapping[str, Contributions]) -> list[str]:
+    """The layers whose kappa lost its gradient."""
+    return [layer for layer, part in parts.items() if part.lost]
+
+
 def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:
     """Mean over probes, summed over layers to the shape of the task loss: all of it, or each sample's share.
 

@@ -120,17 +120,13 @@ class Estimator:
 
 def _remedy(scene: Scene, options: Options, text: str) -> str:
     """What can be done where something has no second derivative: only what exists and helps there."""
-    ways = []
-    if "scaled_dot_product" in text:
-        ways.append("run the model under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
-    if "compile" in text:
-        ways.append("compile what comes before the layer only")
-    if options.curvature == "ggn" and options.full and (scene.known is not None or "loss" in text):
-        ways.append("gradient='frozen'")
-    if options.curvature == "ggn" and options.measuring and scene.known is not None and options.method == "exact":
-        ways.append("method='probe'")
-    if scene.replay is not None:
-        ways.append("curvature='hessian' with method='finite_difference'")
-    if scene.replay is not None and not options.measuring:
-        ways.append("radius=, which needs no derivative")
-    return f"use {', or '.join(ways or ['a layer after that operation'])}"
+    known, ggn, again = scene.known is not None, options.curvature == "ggn", scene.replay is not None
+    ways = {
+        "run the model under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)": "scaled_dot_product" in text,
+        "compile what comes before the layer only": "compile" in text,
+        "gradient='frozen'": ggn and options.full and (known or "loss" in text),
+        "method='probe'": ggn and options.measuring and known,
+        "curvature='hessian' with method='finite_difference'": again,
+        "radius=, which needs no derivative": again and not options.measuring,
+    }
+    return f"use {', or '.join([way for way, helps in ways.items() if helps] or ['a layer after that operation'])}"

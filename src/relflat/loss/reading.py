@@ -11,8 +11,7 @@ rows have the mass ``-sum_c g_c``. Anything else is not described, and goes thro
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +24,13 @@ from relflat.capture.graph import KEEPING, MOVING, SELECTING, follow, foreign, o
 from relflat.loss.known import KnownLoss, known_loss, weighted_cross_entropy
 
 _FEW = 64
+_SIDES = {"Mul": ([0], [1]), "Div": ([0],)}  # what a constant may multiply
 _REDUCTION = {1: "mean", 2: "sum"}
 _Found = tuple[Callable[..., Tensor], Tensor, Tensor, dict[str, Any], Call | None]
 """Function, outputs, targets and options of a loss; the call that gave the outputs."""
 
 
-@dataclass(frozen=True, eq=False)
-class Reading:
+class Reading(NamedTuple):
     """What a loss was computed from."""
 
     known: KnownLoss  # of the logits, or of log-probabilities, whose loss it is too; constants included
@@ -46,26 +45,29 @@ def read_loss(loss: Tensor, calls: Sequence[Call], outputs: Tensor | None = None
     """
     if loss.numel() != 1 or loss.grad_fn is None or not bool(torch.isfinite(loss.detach()).all()):
         return None
+    first, reading = _by_name(loss, calls)
+    if reading is None:
+        first = _softmax_above(loss.grad_fn)
+        reading = None if first is None else _linear(loss, first, calls)
+    return reading if reading is None or reading.call is not None or _led_by(first, outputs) else None
+
+
+def _by_name(loss: Tensor, calls: Sequence[Call]) -> tuple[Any, Reading | None]:
+    """One of the registered losses, and the first operation upon its logits."""
     node, constant = without_constants(loss.grad_fn)
     reduction = _REDUCTION.get(getattr(node, "_saved_reduction", 0), "")
     name = operation(node) if node is not None and reduction and constant > 0 else ""
-    found, above = None, node
-    if name in ("NllLoss", "NllLoss2D"):
-        above = follow(node.next_functions[0][0], KEEPING)
-        found = _cross_entropy(node, reduction, calls, float(loss.detach()) / constant)
-    elif name in _ELEMENTWISE:
+    found = None
+    if name in _ELEMENTWISE:
         found = _elementwise(node, reduction)
-    reading = None if found is None else _described(found, constant)
-    if reading is None:
-        above = _softmax_above(loss.grad_fn)
-        reading = None if above is None else _linear(loss, above, calls)
-    return reading if reading is None or reading.call is not None or _led_by(above, outputs) else None
-
-
-def _described(found: _Found, constant: float) -> Reading | None:
+    elif name in ("NllLoss", "NllLoss2D"):
+        found = _cross_entropy(node, reduction, calls, float(loss.detach()) / constant)
+        node = follow(node.next_functions[0][0], KEEPING)
+    if found is None:
+        return node, None
     function, outputs, targets, options, call = found
     known = known_loss(function, outputs, (targets,), options)
-    return None if known is None else Reading(known.times(constant), call)
+    return node, None if known is None else Reading(known.times(constant), call)
 
 
 def _led_by(node: Any, outputs: Tensor | None) -> bool:
@@ -81,11 +83,12 @@ def _led_by(node: Any, outputs: Tensor | None) -> bool:
 def without_constants(node: Node | None, until: Collection[Node | None] = ()) -> tuple[Any, float]:
     """The operation that made the loss, if it is clear, and the product of the constants that multiply it."""
     constant = 1.0
-    while node is not None and node not in until and (kind := operation(node)) in (*KEEPING, "Mul", "Div"):
+    while node not in (None, *until) and (kind := operation(node)) in (*KEEPING, "Mul", "Div"):
         side = 0
+        assert node is not None
         if kind not in KEEPING:
             live = [i for i, (parent, _) in enumerate(node.next_functions) if parent is not None]
-            if live not in ([0], [1]) or (kind, live) == ("Div", [1]):
+            if live not in _SIDES[kind]:
                 return None, constant
             (side,) = live
             factor = getattr(node, ("_saved_other", "_saved_self")[side], None)
