@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, Node
 from relflat.capture.calls import Call
 from relflat.capture.graph import KEEPING, MOVING, SELECTING, follow, foreign, operation
 from relflat.loss.known import KnownLoss, known_loss, weighted_cross_entropy
+from relflat.rng import Rng
 
 _FEW = 64
 _SIDES = {"Mul": ([0], [1]), "Div": ([0],)}  # what a constant may multiply
@@ -119,10 +120,18 @@ def _softmax_above(root: Node) -> Any:
 
 def _linear(loss: Tensor, above: Any, calls: Sequence[Call]) -> Reading | None:
     """A loss whose slope in the log-probabilities is constant."""
-    (slope,) = torch.autograd.grad(loss.sum(), (GradientEdge(above, 0),), create_graph=True)
+    edge = (GradientEdge(above, 0),)
+    (slope,) = torch.autograd.grad(loss.sum(), edge, create_graph=True)
+    if (
+        slope.requires_grad
+    ):  # NllLoss has its input in the graph of its slope; what is curved answers to any direction
+        v = Rng(0, 0).normal(slope.detach())
+        (change,) = torch.autograd.grad(slope, edge, v, retain_graph=True, allow_unused=True)
+        if change is not None and bool(change.any()):
+            return None
     saved, dim = above._saved_result, _signed(above._saved_dim)
     mass = -slope.detach().sum(dim).reshape(-1)
-    if slope.requires_grad or not bool((mass >= 0).all()):
+    if not bool((mass >= 0).all()):
         return None
     log_p = saved.movedim(dim, -1).reshape(len(mass), -1)
     for call in calls:
