@@ -15,7 +15,7 @@ from relflat.capture.resolve import Layer, supported_layers
 from relflat.capture.tap import Inject, Tap
 from relflat.distributed import kept_whole
 from relflat.errors import ConfigError, LayerError, LossError
-from relflat.estimate.contributions import shaped
+from relflat.estimate.contributions import shaped, without_gradient
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import Noise
 from relflat.estimate.replay import Replay
@@ -192,14 +192,17 @@ class FAM(nn.Module):
             self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
             return task
         forwards, known = self._tap.take(), criterion.known(outputs)
+        eager, loss = criterion.eager, task
+        if eager.loss_fn is not self.loss_fn and (known is None or self.options.curvature == "hessian"):
+            loss = eager(outputs)  # what is compiled cannot be differentiated twice
         scene = Scene.of(
             forwards,
-            task,
+            loss,
             outputs=None if known is None and criterion.trained_through else tensor,
             known=known,
-            replay=Replay(self._tap, forwards, outputs, criterion),
+            replay=Replay(self._tap, forwards, outputs, eager),
         )
-        penalty = self._penalty(scene)
+        penalty = self._penalty(scene.read())
         return task if penalty is None else task + penalty.to(task.dtype)
 
     def penalty(self, loss: Tensor) -> Tensor:
@@ -227,14 +230,12 @@ class FAM(nn.Module):
         last = forwards[-1]
         if self._tap.watching and not last.parameters and not depends_on(loss, last.calls):
             return loss.new_zeros(())  # one of several losses, and not one of these layers
-        scene = Scene.of(forwards, loss)
-        reading = read_loss(loss, scene.calls)
+        outputs = output_tensor(last.outputs, other_than=loss) if len(forwards) == 1 else None
+        scene = Scene.of(forwards, loss, outputs=outputs, replay=Replay.of_loss(self._tap, forwards, loss))
+        known, call = read_loss(loss, scene.calls, outputs) or (None, None)
         if self._tap.searching:
-            scene = replace(scene, calls=self._tap.settle(scene.calls, reading.call if reading else None))
-        if reading is not None:
-            scene = replace(scene, outputs=reading.known.outputs, known=reading.known)
-        elif len(forwards) == 1:
-            scene = replace(scene, outputs=output_tensor(last.outputs))
+            scene = replace(scene, calls=self._tap.settle(scene.calls, call))
+        scene = replace(scene, known=known)
         penalty = self._penalty(scene)
         return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
 
@@ -322,13 +323,15 @@ class FAM(nn.Module):
             scene = scene.only(names)
         with kept_whole(self._tap.model):
             parts = self._estimator(scene, step)
+        self._tap.keep_rng = self._tap.keep_rng or self._estimator.plain
         kappas = {layer: part.kappa for layer, part in parts.items()}
         rows = max(1, scene.loss.numel())  # shares of samples average as their losses do
         report["by_layer"] = {k: v.detach().mean(0).sum() / rows for k, v in kappas.items()}
         report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
         convex = scene.known is not None and self.options.curvature == "ggn"
         may_be_negative = not convex and self.options.radius is None and strength > 0
-        if not self._guards.judge(kappas, step, may_be_negative=may_be_negative):
+        lost = without_gradient(parts)
+        if not self._guards.judge(kappas, step, may_be_negative=may_be_negative, lost=lost):
             return None
         return share * shaped(kappas, scene.loss)
 

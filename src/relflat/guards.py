@@ -1,7 +1,7 @@
 """What can go wrong while training with a penalty, watched for and said once: not a number, negative, collapsed."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,16 +26,26 @@ class Guards:
         if bool(finite.all()):
             return True
         self.skipped += 1
-        bad = float(value.detach()[~finite][0])
-        self._say(
-            "finite",
-            f"{what} is {bad} at step {step}: the penalty is left out of this step and of any like it (counted in "
-            "last['skipped']); lower the learning rate or strength, or check the inputs",
-        )
+        self._left_out(f"{what} is {float(value.detach()[~finite][0])}", step)
         return False
 
-    def judge(self, kappas: Mapping[str, Tensor], step: int, *, may_be_negative: bool) -> bool:
-        """Whether the kappa of every layer is finite, waiting for the device once; negative ones are named."""
+    def _kept(self, lost: Sequence[str], step: int) -> bool:
+        """Whether the kappa of no layer lost its gradient; counts where one did."""
+        if lost:
+            self.skipped += 1
+            self._left_out(
+                f"the gradient of kappa of layer {lost[0]!r} is nan (a norm or root at 0 has no higher derivatives)",
+                step,
+            )
+        return not lost
+
+    def judge(
+        self, kappas: Mapping[str, Tensor], step: int, *, may_be_negative: bool, lost: Sequence[str] = ()
+    ) -> bool:
+        """Whether the kappa of every layer is finite, waiting for the device once, and none ``lost`` its gradient.
+
+        Negative ones are named.
+        """
         for layer, kappa in kappas.items() if may_be_negative and "negative" not in self._said else ():
             value = float(kappa.detach().mean(0).sum())
             if value < 0:
@@ -47,7 +57,7 @@ class Guards:
                 )
         each = [torch.isfinite(v.detach()).all() for v in kappas.values()]
         if not each or bool(torch.stack([x.to(each[0].device) for x in each]).all()):
-            return True
+            return self._kept(lost, step)
         return all(self.finite(f"kappa of layer {layer!r}", value, step) for layer, value in kappas.items())
 
     def collapse(self, step: int, tensors: Mapping[str, Tensor]) -> None:
@@ -69,6 +79,13 @@ class Guards:
                     f"less than {_SPREAD:g} of their size from sample to sample. The network has collapsed to a "
                     "constant, which is flat and useless; lower strength or radius",
                 )
+
+    def _left_out(self, why: str, step: int) -> None:
+        self._say(
+            "finite",
+            f"{why} at step {step}: the penalty is left out of this step and of any like it (counted in "
+            "last['skipped']); lower the learning rate or strength, or check the inputs",
+        )
 
     def _say(self, kind: str, message: str) -> None:
         if kind not in self._said:

@@ -196,9 +196,9 @@ def test_loss_given_as_a_function(tmp_path) -> None:
     assert_same(found, by_hand("sequence"))
 
 
-def test_label_smoothing_goes_through_autograd(tmp_path) -> None:
+def test_label_smoothing_is_read_from_the_graph(tmp_path) -> None:
     run, _ = trained("sequence", tmp_path, label_smoothing_factor=0.1)
-    assert run.criterion.last["method"] == "exact"
+    assert run.criterion.last["method"] == "closed_form"
     assert run.criterion.last["kappa"] > 0
 
 

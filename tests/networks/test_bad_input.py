@@ -240,14 +240,6 @@ ONCE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Net(attention, fc=nn.Linear(4, 5), head=nn.Linear(15, 3)),
         "flash_attention.*SDPBackend.MATH",
     ),
-    "compiled tail": (
-        lambda: Net(
-            lambda m, x: m.tail(m.fc(x)),
-            fc=nn.Linear(4, 5),
-            tail=torch.compile(nn.Sequential(nn.Tanh(), nn.Linear(5, 3)), backend="aot_eager"),
-        ),
-        "(aot_autograd|donated buffers).*finite_difference",
-    ),
 }
 
 

@@ -235,6 +235,9 @@ def test_it_is_used_by_fam_and_leaves_no_hooks(monkeypatch) -> None:
     (x, y), handles = images(), []
     record(monkeypatch, handles)
     fam = FAM(nn.CrossEntropyLoss(), net, ["0", "3"], strength=0.5)
+    fam(net(x), y)  # the first step looks at the gradient of each kappa
+    seen.clear()
+    handles.clear()
     loss = fam(net(x), y)
     torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
     assert seen == [True, True]
@@ -299,3 +302,49 @@ def test_measuring_with_running_statistics() -> None:
         for m in ("exact", "probe")
     ]
     assert abs(values[0].value - values[1].value) < 4 * values[1].stderr
+
+
+class CuDNN:
+    """Stands in for the node of cuDNN, where there is no GPU: what it saves, by the names it has there."""
+
+    def __init__(self, node: object) -> None:
+        self._saved_epsilon = node._saved_eps
+        for name in ("input", "weight", "training", "running_mean", "running_var", "result1", "result2"):
+            setattr(self, f"_saved_{name}", getattr(node, f"_saved_{name}"))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("running", [True, False])
+def test_the_node_of_cudnn_by_a_stand_in_against_elementary_operations(running, training, layout) -> None:
+    """No GPU is needed: the rule reads the node and calls PyTorch's own kernel, wherever that runs."""
+    if not (running or training):
+        training = True
+    bn, (x, gy, weight) = norm(3, training=training, running=running), problem(3, True)
+    x = x.detach().to(memory_format=layout).requires_grad_()
+    with torch.no_grad():
+        bn.weight.copy_(weight)
+    rule = norms._MENDED["CudnnBatchNormBackward0"](CuDNN(bn(x).grad_fn))
+    over, shape = [0, 2, 3], (1, 3, 1, 1)
+    mean, var = x.mean(over, keepdim=True), x.var(over, correction=0, keepdim=True)
+    if not training:
+        mean, var = bn.running_mean.view(shape), bn.running_var.view(shape)
+    y = (x - mean) / (var + bn.eps).sqrt() * weight.view(shape)
+    (want,) = torch.autograd.grad(y, x, gy, create_graph=True)
+    given, v = (gy, x, weight), torch.randn_like(x)
+    second = torch.autograd.grad(want, given, v, create_graph=True, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(rule.composed(*given), want)
+    once = rule.once(v, want.detach(), given, [True] * 3)
+    third = lambda g: torch.autograd.grad(g, given, v, allow_unused=True, materialize_grads=True, retain_graph=True)
+    composed = rule.composed(*given)
+    ours = torch.autograd.grad(composed, given, v, create_graph=True, allow_unused=True, materialize_grads=True)
+    for mine, other in zip(once, second, strict=True):
+        torch.testing.assert_close(torch.zeros_like(other) if mine is None else mine, other)
+    if second[1].requires_grad:
+        for mine, other in zip(third(ours[1]) if ours[1].requires_grad else (), third(second[1]), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("name", ["Cudnn", "Miopen", "Native"])
+def test_batch_norm_of_every_kernel_is_replaced(name: str) -> None:
+    assert norms._MENDED[f"{name}BatchNormBackward0"] is norms._BatchNorm

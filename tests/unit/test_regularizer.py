@@ -177,7 +177,7 @@ class TestLosses:
         net, (x, y) = mlp(), batch()
         fam = FAM(Doubled(), net, "output", strength=1.0)
         fam(net(x), y)
-        assert fam.last["method"] == "exact"
+        assert fam.last["method"] == "closed_form"  # as its graph says
         assert fam.last["kappa"] == pytest.approx(2 * float(kappa_of(net, x, y, "4")), rel=1e-10)
 
     def test_binary_classifier_with_squeezed_output(self) -> None:

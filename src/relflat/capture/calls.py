@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from relflat.capture.graph import KEEPING, MOVING, ancestors, follow, same_memory
 from relflat.capture.kinds import Kind, as_rows
-from relflat.errors import GraphError
+from relflat.errors import GraphError, LayerError
 from relflat.rng import RngState
 
 _MOST = 8
@@ -34,6 +34,11 @@ class Call:
     @property
     def samples(self) -> int:
         """How many samples the call saw; one if it had no batch dimension."""
+        if self.output.is_nested:
+            raise LayerError(
+                f"the output of layer {self.layer!r} is a nested tensor, which has no rows of one shape; name a "
+                "layer that runs on padded or packed tensors, or after pooling"
+            )
         last = self.outputs_last()
         return last.shape[0] if last.ndim > 1 else 1
 
@@ -65,6 +70,12 @@ class Call:
         return self.phi
 
 
+def autocast_now() -> dict[str, tuple[bool, torch.dtype]]:
+    """Whether autocast is on, and its type, by kind of device."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+
+
 @dataclass(slots=True, eq=False)
 class Forward:
     """What one forward pass of the model left."""
@@ -77,6 +88,7 @@ class Forward:
     mode: int = 0  # stands for which modules were in training mode
     outputs: Any = None
     grad: bool = True
+    autocast: dict[str, tuple[bool, torch.dtype]] = field(default_factory=autocast_now)
 
 
 class Pending:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -37,6 +38,33 @@ def ancestors(root: Node | None, without: Collection[Node] = ()) -> Iterator[Nod
             if parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
+
+
+def foreign(node: Any) -> bool:
+    """Whether the derivative is somebody's own code, which may itself be differentiated wrongly."""
+    if operation(node) == "_DDPSink":
+        return False
+    return isinstance(node, torch.autograd.function.BackwardCFunction) or "CppNode" in node.name()
+
+
+def singular(node: Any) -> bool:
+    """Whether higher derivatives of the operation may be no numbers where the first is one: norms and roots at 0."""
+    name = operation(node)
+    if name == "Pow":  # integers are smooth
+        return float(getattr(node, "_saved_exponent", 2)) not in (0.0, 1.0, 2.0, 3.0, 4.0)
+    return name in ("Acos", "Asin", "Atan2", "Cdist", "EuclideanDist", "LinalgVectorNorm", "Norm", "Sqrt", "Std")
+
+
+def leaves_between(root: Node | None, ends: Collection[Node]) -> list[Tensor]:
+    """Parameters that ``root`` was computed from after the ``ends`` only, not before them too."""
+    before = {node for end in ends for node in ancestors(end)}
+    found = (node for node in ancestors(root, without=ends) if node not in before)
+    return [node.variable for node in found if hasattr(node, "variable")]
+
+
+def compiled(node: Any) -> bool:
+    """Whether the operation is a compiled part, which takes what it saved for constants."""
+    return node.name().startswith("CompiledFunction")
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

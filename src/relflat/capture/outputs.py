@@ -10,8 +10,14 @@ from relflat.capture.calls import Call, Forward, same_values
 from relflat.errors import GraphError, LayerError
 
 
-def output_tensor(outputs: Any) -> Tensor | None:
-    """The one tensor among a model's outputs that a loss is computed from: itself, ``logits``, or the only one."""
+def output_tensor(outputs: Any, other_than: Tensor | None = None) -> Tensor | None:
+    """The one tensor among a model's outputs that a loss is computed from: itself, ``logits``, or the only one.
+
+    Not the loss itself, ``other_than``, nor what has its graph.
+    """
+    if other_than is not None:
+        found = output_tensor(outputs)
+        return None if found is None or found.grad_fn is other_than.grad_fn else found
     if isinstance(outputs, Tensor):
         return outputs
     logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)

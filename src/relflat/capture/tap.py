@@ -211,6 +211,10 @@ class Tap:
             )
         return records
 
+    def expect_none(self) -> None:
+        """Let :meth:`take` pass layers that were not called."""
+        self._called.update(self.layers)
+
     def must_have_features(self, option: str) -> None:
         """Refuse tapped parameters."""
         for name in self._parameters:

@@ -4,7 +4,7 @@ A direction lives in the output space of the tapped calls (identity I5): nothing
 the layer's weight or the trunk before it.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from relflat.curvature.torch_norms import norms_mended
 from relflat.errors import GraphError, LossError, SecondDerivativeError
 
 Direction = Sequence[Tensor]
+MISSING = ("Error", "torch::autograd::Error", "torch::autograd::NotImplemented")
+"""Nodes in the place of derivatives that there are not."""
 
 
 class Operator(Protocol):
@@ -31,11 +33,18 @@ class Operator(Protocol):
 
 
 class HessianOperator:
-    """``v -> (d2 L / dz2) v``. Setting up costs one backward of the tail, each product two more."""
+    """``v -> (d2 L / dz2) v``. Setting up costs one backward of the tail, each product two more.
 
-    def __init__(self, loss: Tensor, calls: Sequence[Call], *, create_graph: bool) -> None:
+    Args:
+        of: the loss; or the outputs, where ``slope`` is the gradient of the loss in them.
+        calls: where it is taken.
+        slope: to be given where autograd cannot differentiate the loss twice.
+        create_graph: whether products are to be differentiated again.
+    """
+
+    def __init__(self, of: Tensor, calls: Sequence[Call], slope: Tensor | None = None, *, create_graph: bool) -> None:
         self.calls, self.create_graph = calls, create_graph
-        self.gradient = pull([loss], calls, None, create_graph=True)
+        self.gradient = pull([of], calls, None if slope is None else [slope], create_graph=True)
         _check_no_dead_end(self.gradient, calls)
         if not any(g.requires_grad for g in self.gradient):
             raise LossError(
@@ -57,40 +66,61 @@ class GGNOperator:
     """``v -> J' A J v``, J the Jacobian of the outputs and A the Hessian of the loss with respect to them.
 
     ``J v`` by differentiating the vector-Jacobian product in its vector. Each product costs four backward
-    passes of the tail, and one of the loss.
+    passes of the tail, and one of the loss where its Hessian is not known.
+
+    Args:
+        outputs: what the loss was computed from.
+        curve: ``A v``; or the gradient of the loss in the outputs, to be differentiated.
+        calls: where it is taken.
+        create_graph: whether products are to be differentiated again.
     """
 
-    def __init__(self, loss: Tensor, outputs: Tensor, calls: Sequence[Call], *, create_graph: bool) -> None:
-        self.calls, self.create_graph, self.outputs = calls, create_graph, outputs
-        slope = differentiate([loss], [outputs], None, create_graph=True)[0]
-        if slope is None:
-            raise GraphError(
-                "the loss was not computed from the model's outputs, so there is no Gauss-Newton matrix; "
-                "use curvature='hessian'"
-            )
-        if not slope.requires_grad:
+    def __init__(
+        self,
+        outputs: Tensor,
+        curve: Tensor | Callable[[Tensor], Tensor],
+        calls: Sequence[Call],
+        *,
+        create_graph: bool,
+    ) -> None:
+        self.calls, self.create_graph, self.outputs, self.curve = calls, create_graph, outputs, curve
+        if isinstance(curve, Tensor) and not curve.requires_grad:
             raise LossError(
                 "the gradient of the loss does not change with the model's outputs: its Gauss-Newton matrix is "
                 "zero, as for a hinge or absolute error; use a smooth loss, or FAM(..., radius=...)"
             )
-        self.slope = slope
-        self.dual = torch.zeros_like(outputs, requires_grad=True)
+        # not 0, where some derivatives (of norms, of logcumsumexp) are not right or not numbers
+        self.dual = torch.ones_like(outputs, requires_grad=True)
         self.pullback = pull([outputs], calls, [self.dual], create_graph=True)
-        _check_no_dead_end([*self.pullback, slope], calls)
+        _check_no_dead_end([*self.pullback, *([curve] if isinstance(curve, Tensor) else [])], calls)
 
     def __call__(self, v: Direction) -> list[Tensor]:
         """The product: push ``v`` forward, curve it, pull it back."""
         pushed = self._one(self.pullback, self.dual, v)
-        curved = self._one([self.slope], self.outputs, [pushed])
+        curve = self.curve
+        curved = self._one([curve], self.outputs, [pushed]) if isinstance(curve, Tensor) else curve(pushed)
         return pull([self.outputs], self.calls, [curved], create_graph=self.create_graph, required=False)
 
     def slope_at_calls(self) -> list[Tensor]:
-        """The gradient, by one pull-back."""
-        return pull([self.outputs], self.calls, [self.slope.detach()], create_graph=False, required=False)
+        """The gradient, by one pull-back; none where A is known."""
+        if not isinstance(self.curve, Tensor):
+            return []
+        return pull([self.outputs], self.calls, [self.curve.detach()], create_graph=False, required=False)
 
     def _one(self, of: Sequence[Tensor], at: Tensor, v: Direction) -> Tensor:
         (found,) = differentiate(of, [at], v, create_graph=self.create_graph)
         return torch.zeros_like(at) if found is None else found
+
+
+def slope_in(outputs: Tensor, loss: Tensor) -> Tensor:
+    """The gradient of the loss in the outputs, with a graph."""
+    (slope,) = differentiate([loss], [outputs], None, create_graph=True)
+    if slope is None:
+        raise GraphError(
+            "the loss was not computed from the model's outputs, so there is no Gauss-Newton matrix; "
+            "use curvature='hessian'"
+        )
+    return slope
 
 
 def pull(
@@ -187,9 +217,5 @@ def _explained(error: RuntimeError) -> Exception:
         )
     markers = ("is not implemented", "once_differentiable", "support double backward", "donated buffers")
     if any(m in text for m in markers):
-        return SecondDerivativeError(
-            f"an operation after the layer cannot be differentiated twice ({text}); use gradient='frozen' with "
-            "curvature='ggn', or method='finite_difference' with curvature='hessian', or for attention "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-        )
+        return SecondDerivativeError(f"an operation after the layer cannot be differentiated twice ({text})")
     return error

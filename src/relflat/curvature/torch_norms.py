@@ -8,10 +8,9 @@ the input, as it takes the saved ones for constants (pytorch/pytorch#186256 for 
 normalisation). Here they are composed of elementary operations. No version is known that computes them; once the
 oldest supported one does, ``composed`` and all that is for layer normalisation can go.
 
-**Not covered:** batch normalisation on anything but a CPU. On a GPU its nodes (``NativeBatchNormBackward0`` and
-cuDNN's ``CudnnBatchNormBackward0``) keep PyTorch's derivatives: second ones right and slow, third ones wrong in
-training mode, and with them the gradient of any penalty that needs them for a layer before such a normalisation:
-``gradient="full"`` with ``curvature="hessian"`` or ``method="exact"``.
+The nodes of PyTorch's own kernels, of cuDNN and of MIOpen save the same under other names (instance normalisation is
+one of these too), and all are differentiated by PyTorch's own kernel here, on any device. ``SyncBatchNorm`` couples
+the samples of all ranks and is refused (:meth:`relflat.estimate.subject.Subject`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -89,7 +88,7 @@ def _hook(node: Any, norm: type[_Norm]) -> Callable[[Gradients, Gradients], Grad
             read = norm(node)
         except RuntimeError:  # checkpointing hands out a tensor once
             return None
-        if type(read.x) is not Tensor or (norm is _BatchNorm and read.x.device.type != "cpu"):
+        if type(read.x) is not Tensor:
             return None
         mended = _Mended.apply(found[0].detach(), along[0], read.x, read.weight, read)  # type: ignore[no-untyped-call]
         return (mended, *found[1:])
@@ -124,22 +123,25 @@ class _BatchNorm:
 
     def __init__(self, node: Any) -> None:
         self.x, self.weight = node._saved_input, node._saved_weight
-        self.training, self.eps = node._saved_training, node._saved_eps
+        self.training = node._saved_training
+        self.eps = node._saved_epsilon if hasattr(node, "_saved_epsilon") else node._saved_eps  # cuDNN's name, ours
         running = (node._saved_running_mean, node._saved_running_var)
         self.wide = torch.promote_types(self.x.dtype, torch.float32)  # sums in half precision lose too much
         self.running = [None if t is None else t.to(self.wide) for t in running]
         self.saved = [t.to(self.wide) for t in (node._saved_result1, node._saved_result2)]  # mean, 1/std
 
     def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        over, shape = [0, *range(2, x.ndim)], _along_channels(x)
+        over, shape, narrow = [0, *range(2, x.ndim)], _along_channels(x), grad.dtype
+        grad, x = grad.to(self.wide), x.to(self.wide)
         gain: Tensor | float = 1.0 if weight is None else weight.view(shape)
         if not self.training:
             assert self.running[1] is not None
-            return (gain * (self.running[1] + self.eps).rsqrt().view(shape) * grad).to(grad.dtype)
+            return (gain * (self.running[1] + self.eps).rsqrt().view(shape) * grad).to(narrow)
         centred = x - x.mean(over, keepdim=True)
         s = (centred.square().mean(over, keepdim=True) + self.eps).rsqrt()
         xh = s * centred
-        return gain * s * (grad - grad.mean(over, keepdim=True) - xh * (grad * xh).mean(over, keepdim=True))
+        spread = grad - grad.mean(over, keepdim=True) - xh * (grad * xh).mean(over, keepdim=True)
+        return (gain * s * spread).to(narrow)
 
     def once(self, v: Tensor, found: Tensor, given: Sequence[Any], needs: Sequence[bool]) -> Gradients:
         """G is symmetric in gy, so its transpose is the same kernel once more, and what is left are sums a channel.
@@ -222,4 +224,30 @@ def _along_channels(x: Tensor) -> list[int]:
     return [1, -1, *[1] * (x.ndim - 2)]
 
 
-_MENDED: dict[str, type[_Norm]] = {"NativeBatchNormBackward0": _BatchNorm, "NativeLayerNormBackward0": _LayerNorm}
+class _LogCumSumExp:
+    """``G_i = sum_{j >= i} gy_j exp(x_i - y_j)``, which PyTorch takes through the logarithm of gy: no number at 0."""
+
+    weight: Tensor | None
+
+    def __init__(self, node: Any) -> None:
+        self.x, self.weight, dim = node._saved_self, None, node._saved_dim
+        self.dim = dim - 2**64 if dim >= 2**63 else dim
+
+    def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        x, grad = x.movedim(self.dim, -1), grad.movedim(self.dim, -1)
+        later = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu(1)
+        shares = x.unsqueeze(-2).masked_fill(later, -torch.inf).softmax(-1)  # [j, i]: exp(x_i - y_j)
+        return (grad.unsqueeze(-2) @ shares).squeeze(-2).movedim(-1, self.dim)
+
+    def once(self, v: Tensor, found: Tensor, given: Sequence[Any], needs: Sequence[bool]) -> Gradients:
+        """By automatic differentiation."""
+        return _once_by_autograd(self.composed, v, given, needs)
+
+
+_MENDED: dict[str, type[_Norm]] = {
+    "NativeBatchNormBackward0": _BatchNorm,
+    "CudnnBatchNormBackward0": _BatchNorm,
+    "MiopenBatchNormBackward0": _BatchNorm,
+    "NativeLayerNormBackward0": _LayerNorm,
+    "LogcumsumexpBackward0": _LogCumSumExp,
+}

@@ -29,6 +29,7 @@ class Contributions:
         variances: of the mean over probes, of the sums over groups of kappa and of ``Tr H``, where more is known of
             it than the spread of the shares; nan for what there is not.
         bias: what the mean over any number of probes may be off by (rounding and truncation of differences).
+        lost: whether the gradient of kappa is not finite.
     """
 
     kappa: Values
@@ -37,6 +38,12 @@ class Contributions:
     exact: bool
     variances: tuple[float, float] | None = None
     bias: float = 0.0
+    lost: bool = False
+
+
+def without_gradient(parts: Mapping[str, Contributions]) -> list[str]:
+    """The layers whose kappa lost its gradient."""
+    return [layer for layer, part in parts.items() if part.lost]
 
 
 def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """From a scene to contributions: every layer gets its method, every method runs once."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from relflat.curvature.operators import check_differentiable_again
-from relflat.errors import SecondDerivativeError, warn
+from relflat.errors import GraphError, SecondDerivativeError, warn
 from relflat.estimate.contributions import Contributions
 from relflat.estimate.methods import Method, choose, named
 from relflat.estimate.radius import increase
@@ -15,12 +16,16 @@ from relflat.estimate.subject import Memory, Subject
 from relflat.options import Options
 from relflat.rng import Rng
 
+_AVOIDABLE = ("scaled_dot_product", "compile", "aot_autograd", "donated buffers")
+"""Parts of what is said of kernels that a plain pass does without."""
+
 
 class Estimator:
     """Estimates kappa of layers in scenes, one after the other; remembers what it found out about their model."""
 
     def __init__(self, options: Options, seed: int) -> None:
         self.options, self.seed, self.memory = options, seed, Memory()
+        self.plain = False  # whether compiled code and fused attention are kept out
         self._wanted = named(options.method)
 
     @property
@@ -42,17 +47,46 @@ class Estimator:
         options = options or self.options
         if options.radius is not None:
             return {"+".join(scene.layers): increase(scene, options, self.seed, step)}
+        if self.plain and not scene.plain and scene.replay is not None:
+            scene = scene.plainly()
         try:
             return self._estimate(scene, step, options)
         except SecondDerivativeError as error:
+            found = None if self.plain else self._plainly(scene, step, options, error)
+            if found is not None:
+                return found
             if not self.may_repeat or scene.replay is None:
-                raise
+                raise SecondDerivativeError(f"{error}; {_remedy(scene, options, str(error))}") from error
             warn(
                 "kappa is estimated by finite differences from now on (noisy, and wrong where the network has kinks "
                 f"such as ReLU within a step), as {error}"
             )
             self._wanted = named("finite_difference")
             return self._estimate(scene, step, options)
+
+    def _plainly(
+        self, scene: Scene, step: int, options: Options, error: SecondDerivativeError
+    ) -> dict[str, Contributions] | None:
+        """By the pass run once more without compiled and fused kernels, from now on; None if that fails."""
+        if scene.replay is None or len(scene.replay.forwards) != 1:
+            return None
+        if not any(kernel in str(error) for kernel in _AVOIDABLE):
+            return None
+        try:
+            found = self._estimate(scene.plainly(), step, options)
+        except GraphError:  # no second derivative there either, or the criterion's input cannot be had again
+            return None
+        self.go_plain(error)
+        return found
+
+    def go_plain(self, error: SecondDerivativeError) -> None:
+        """From now on look at passes without compiled code and fused attention only, and say so."""
+        self.plain = True
+        again = "" if self.options.measuring else ", in a forward pass of its own for each penalty"
+        warn(
+            "kappa is computed without compiled code and with the math backend of attention from now on"
+            f"{again}, as {error}"
+        )
 
     def subjects(self, scene: Scene, options: Options | None = None, **how: Any) -> Iterator[Subject]:
         """The layers of a scene; ``how`` as for :class:`Subject`."""
@@ -69,7 +103,30 @@ class Estimator:
                 chosen.setdefault(method.name, (method, []))[1].append(subject)
             for method, subjects in chosen.values():
                 found |= method.run(subjects, rng)
+        asked = [
+            s
+            for m, subjects in chosen.values()
+            for s in subjects
+            if m.name not in ("closed_form", "finite_difference")
+        ]
         for layer in found.keys() - self.memory.smooth if options.full else ():
             check_differentiable_again(found[layer].kappa)
             self.memory.smooth.add(layer)
+        for subject in asked if options.full else ():
+            if subject.gradient_lost(found[subject.layer].kappa):
+                found[subject.layer] = replace(found[subject.layer], lost=True)
         return {layer: found[layer] for layer in scene.layers}
+
+
+def _remedy(scene: Scene, options: Options, text: str) -> str:
+    """What can be done where something has no second derivative: only what exists and helps there."""
+    known, ggn, again = scene.known is not None, options.curvature == "ggn", scene.replay is not None
+    ways = {
+        "run the model under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)": "scaled_dot_product" in text,
+        "compile what comes before the layer only": "compile" in text,
+        "gradient='frozen'": ggn and options.full and (known or "loss" in text),
+        "method='probe'": ggn and options.measuring and known,
+        "curvature='hessian' with method='finite_difference'": again,
+        "radius=, which needs no derivative": again and not options.measuring,
+    }
+    return f"use {', or '.join([way for way, helps in ways.items() if helps] or ['a layer after that operation'])}"

@@ -1,18 +1,29 @@
-"""A recorded forward pass and its loss, run once more with a change."""
+"""A recorded forward pass and its loss, run once more: with a change, or without compiled and fused kernels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 
 from relflat.capture.calls import Forward
 from relflat.capture.outputs import same_part
 from relflat.capture.tap import Inject, Tap
 from relflat.errors import GraphError
 from relflat.loss.criterion import Criterion
+from relflat.loss.reading import without_constants
 from relflat.rng import rng_preserved
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Within the block compiled code runs as it was written, and attention as products and a softmax."""
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,15 +31,28 @@ class Replay:
     """The passes behind a loss, of which a single one can be repeated, and what the loss was computed from.
 
     Dropout masks are those of the record (if the tap keeps random states); buffers such as BatchNorm statistics are
-    left alone, and so are the global random number generators. ``again`` makes outputs and targets from the model
-    anew, in place of the recorded call.
+    left alone, and so are the global random number generators.
+
+    Attributes:
+        outputs: what the criterion was given; without a criterion the loss itself, as the model returned it.
+        factor: what that was multiplied by since, without a criterion.
+        again: makes outputs and targets from the model anew, in place of the recorded call.
     """
 
     tap: Tap
     forwards: Sequence[Forward]
     outputs: Any
-    criterion: Criterion
+    criterion: Criterion | None
+    factor: float = 1.0
     again: Callable[[nn.Module], tuple[Any, Any]] | None = None
+
+    @classmethod
+    def of_loss(cls, tap: Tap, forwards: Sequence[Forward], loss: Tensor) -> "Replay | None":
+        """That of a loss among what the model returned, perhaps multiplied by constants; None for any other."""
+        leaves = [x for x in tree_leaves(forwards[-1].outputs) if isinstance(x, Tensor) and x.numel() == 1]
+        node, factor = without_constants(loss.grad_fn, until=[x.grad_fn for x in leaves])
+        given = next((x for x in leaves if x.grad_fn is node and node is not None), None)
+        return None if given is None or len(forwards) > 1 else cls(tap, forwards, given, None, factor)
 
     def loss(self, *, inject: Inject | None = None, change: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The loss of one more forward pass, with other inputs to tapped layers, or a tensor in a parameter's place.
@@ -36,6 +60,34 @@ class Replay:
         Raises:
             GraphError: several passes led to the loss.
         """
+        return self._run(inject, change)[1]
+
+    def plainly(self) -> tuple[Forward, Any, Tensor]:
+        """The pass once more by :func:`plain_kernels`, what of it the criterion is given, and the loss."""
+        layers = list(self.tap.layers)
+        tap = Tap(self.tap.model, layers, when=lambda: True)
+        try:
+            with plain_kernels():
+                part, loss = self._run(None, None)
+            tap.expect_none()
+            return tap.take()[-1], part, loss
+        finally:
+            tap.close()
+
+    def loss_of(self, outputs: Tensor, given: Tensor | None = None) -> Tensor | None:
+        """The loss with other outputs in the place of those ``given``, by default all; no pass; None if it cannot."""
+        if self.criterion is None:
+            return None
+        if isinstance(self.outputs, Tensor):
+            return self.criterion(outputs)
+        if given is None:
+            return None
+        if not any(x is given for x in tree_leaves(self.outputs)):
+            return None
+        return self.criterion(tree_map(lambda x: outputs if x is given else x, self.outputs))
+
+    def _run(self, inject: Inject | None, change: tuple[Tensor, Tensor] | None) -> tuple[Any, Tensor]:
+        """What the criterion takes of one more pass, and the loss."""
         if len(self.forwards) != 1 and self.again is None:
             raise GraphError(
                 f"radius and finite differences repeat one forward pass, and there were {len(self.forwards)} since "
@@ -45,17 +97,21 @@ class Replay:
         replaced = {name: b.clone() for name, b in model.named_buffers()}
         if change is not None:
             replaced |= {n: change[1] for n, p in model.named_parameters() if p is change[0]}
-        with self.tap.replaying(inject), rng_preserved(record.rng):
+        with ExitStack() as stack:
+            stack.enter_context(self.tap.replaying(inject))
+            stack.enter_context(rng_preserved(record.rng))
+            for device, (on, dtype) in record.autocast.items():
+                stack.enter_context(torch.autocast(device, dtype, enabled=on))
             if self.again is None:
                 replayed = torch.func.functional_call(model, replaced, record.args, record.kwargs)
-                return self.criterion(same_part(record.outputs, self.outputs, replayed))
-            named = {f"model.{name}": x for name, x in replaced.items()}
-            outputs, targets = torch.func.functional_call(_Again(model, self.again), named, ())
-        return replace(self.criterion, targets=(targets,))(outputs)
-
-    def loss_of(self, outputs: Tensor) -> Tensor | None:
-        """The loss of other outputs, if the model's is a single tensor; no pass."""
-        return self.criterion(outputs) if isinstance(self.outputs, Tensor) else None
+            else:
+                named = {f"model.{name}": x for name, x in replaced.items()}
+                outputs, targets = torch.func.functional_call(_Again(model, self.again), named, ())
+        if self.again is not None:
+            assert self.criterion is not None
+            return outputs, replace(self.criterion, targets=(targets,))(outputs)
+        part = same_part(record.outputs, self.outputs, replayed)
+        return part, self.factor * part if self.criterion is None else self.criterion(part)
 
 
 class _Again(nn.Module):

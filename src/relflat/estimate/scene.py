@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from relflat.capture.calls import Call, Forward, depends_on
+from relflat.capture.outputs import output_tensor
 from relflat.errors import GraphError
 from relflat.estimate.replay import Replay
 from relflat.loss.known import KnownLoss
+from relflat.loss.reading import read_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,7 @@ class Scene:
         mode: stands for which modules of the model are in training mode.
         scales: standard deviation of the features by layer, if they are to be normalised by a given one.
         replay: repeats the pass with a change; None where its loss cannot be computed again.
+        plain: whether the pass ran without compiled code and fused attention.
     """
 
     loss: Tensor
@@ -34,12 +37,31 @@ class Scene:
     mode: int = 0
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     replay: Replay | None = None
+    plain: bool = False
 
     @classmethod
     def of(cls, forwards: Sequence[Forward], loss: Tensor, **known: Any) -> "Scene":
         """The scene of passes that led to a loss; further attributes by name."""
         calls, last = calls_behind(forwards, loss), forwards[-1]
         return cls(loss, calls, parameters=last.parameters, mode=last.mode, **known)
+
+    def read(self) -> "Scene":
+        """With what the graph of the loss tells of it, where its function is not known."""
+        reading = None if self.known is not None else read_loss(self.loss, self.calls, self.outputs)
+        return self if reading is None else replace(self, known=reading.known)
+
+    def plainly(self) -> "Scene":
+        """The pass run once more without compiled code and fused attention, which cannot be differentiated twice."""
+        assert self.replay is not None
+        forward, part, loss = self.replay.plainly()
+        criterion, outputs = self.replay.criterion, output_tensor(forward.outputs)
+        known = None
+        if criterion is not None:
+            outputs, known = output_tensor(part), criterion.known(part)
+            outputs = None if known is None and criterion.trained_through else outputs
+        replay = replace(self.replay, forwards=[forward], outputs=part)
+        made = Scene.of([forward], loss, outputs=outputs, known=known, scales=self.scales, replay=replay, plain=True)
+        return made.read().only(self.layers)
 
     @property
     def layers(self) -> list[str]:

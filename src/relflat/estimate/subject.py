@@ -3,17 +3,20 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from relflat.capture.calls import Call, is_recurrent, same_values
-from relflat.capture.graph import ancestors
+from relflat.capture.graph import ancestors, compiled, leaves_between, operation, singular
 from relflat.capture.matrix import Matrix
-from relflat.curvature.operators import GGNOperator, HessianOperator, Operator
+from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, differentiate, slope_in
 from relflat.curvature.output_space import OutputSpace, feature_std
+from relflat.curvature.slope import AskedLoss, must_be_asked
 from relflat.curvature.space import Space
 from relflat.curvature.weight_space import WeightSpace
-from relflat.errors import ConfigError, GraphError, warn
+from relflat.errors import ConfigError, GraphError, LossError, SecondDerivativeError, warn
 from relflat.estimate.coupling import coupled_in_outputs, coupled_in_products
 from relflat.estimate.scene import Scene
 from relflat.loss.known import KnownLoss
@@ -33,6 +36,12 @@ class Memory:
     """The loss was seen to depend on it through the outputs only."""
     smooth: set[str] = field(default_factory=set)
     """Its kappa was seen to have a gradient."""
+    finite: set[str] = field(default_factory=set)
+    """Its kappa was seen to have a finite gradient, and nothing to make it otherwise later."""
+    plain: set[tuple[str, int, str]] = field(default_factory=set)
+    """Nothing compiled was seen between it and the loss, in a mode, for a kind of loss."""
+    asked: dict[tuple[int, str], bool] = field(default_factory=dict)
+    """Whether the loss must be asked for its curvature, as autograd has none or a wrong one: by mode and kind."""
 
 
 class Subject:
@@ -66,7 +75,8 @@ class Subject:
     @functools.cached_property
     def at_end(self) -> bool:
         """Whether the loss is computed from the layer's output as it is, so that Hessian and GGN are one."""
-        outputs = self.scene.outputs
+        known = self.scene.known
+        outputs = self.scene.outputs if known is None else known.outputs
         if self.in_weight or outputs is None:
             return False
         return same_values(self.calls[0], outputs, self.calls[0].output)
@@ -74,8 +84,11 @@ class Subject:
     @property
     def factors(self) -> KnownLoss | None:
         """The loss, if the Gauss-Newton matrix is wanted and may be taken from the known factors of its Hessian."""
-        wanted = self.options.curvature == "ggn" and self.options.method != "exact"
-        return self.scene.known if wanted else None
+        if self.options.curvature != "ggn" or self.options.method == "exact":
+            return None
+        if self.options.full:  # else first derivatives do
+            self._must_be_plain()
+        return self.scene.known
 
     @functools.cached_property
     def scale(self) -> Tensor | None:
@@ -108,15 +121,85 @@ class Subject:
     @functools.cached_property
     def operator(self) -> Operator:
         """Products with the curvature of the whole batch."""
-        loss, full = self.scene.loss.sum(), self.options.full
+        self._must_be_plain()
+        loss, full, known = self.scene.loss.sum(), self.options.full, self.scene.known
         calls = self._weight_space.calls if self.in_weight else self.calls
-        if self.options.curvature == "hessian" or self.at_end:
-            operator: Operator = HessianOperator(loss, calls, create_graph=full)
+        hessian = self.options.curvature == "hessian"
+        if known is not None and (self.at_end or not hessian):
+            curve = functools.partial(known.curve, constant=not full)
+            operator: Operator = GGNOperator(known.outputs, curve, calls, create_graph=full)
+        elif hessian or self.at_end:
+            slope = self._asked_slope()
+            of = loss if slope is None else self._outputs(calls)
+            operator = HessianOperator(of, calls, slope, create_graph=full)
         else:
-            operator = GGNOperator(loss, self._outputs(calls), calls, create_graph=full)
+            outputs, slope = self._outputs(calls), self._asked_slope()
+            slope = slope_in(outputs, loss) if slope is None else slope
+            operator = GGNOperator(outputs, slope, calls, create_graph=full)
         if not self.in_weight and self.layer not in self.memory.curved:
             self._warn_if_flat(operator)
         return operator
+
+    def gradient_lost(self, kappa: Tensor) -> bool:
+        """Whether the gradient of kappa is not finite in the layer's outputs or in what comes after it.
+
+        Asked once a layer, and each time where an operation after it has derivatives that are no numbers at 0.
+        """
+        if self.layer in self.memory.finite or not kappa.requires_grad:
+            return False
+        edges, loss = [c.edge for c in self.space.calls if c.edge is not None], self.scene.loss.grad_fn
+        ends = [e.node for e in edges]
+        inputs: list[Any] = [*edges, *leaves_between(loss, ends)]
+        found = differentiate([kappa.sum()], inputs, None, create_graph=False)
+        if not all(bool(torch.isfinite(g).all()) for g in found if g is not None):
+            return True
+        if not any(singular(node) for node in ancestors(loss, without=ends)):
+            self.memory.finite.add(self.layer)
+        return False
+
+    def _must_be_plain(self) -> None:
+        """Refuse compiled parts between the layer and the loss; looked for once a layer, mode and kind of loss."""
+        loss = self.scene.loss.grad_fn
+        key = (self.layer, self.scene.mode, "" if loss is None else loss.name())
+        if key in self.memory.plain:
+            return
+        for node in ancestors(loss, without=[c.edge.node for c in self.calls if c.edge is not None]):
+            if operation(node) == "SyncBatchNorm":
+                raise SecondDerivativeError(
+                    f"SyncBatchNorm after layer {self.layer!r} couples the samples of all ranks and cannot be "
+                    "differentiated twice (in training mode; its evaluation mode can)"
+                )
+            if compiled(node):
+                raise SecondDerivativeError(
+                    f"a part after layer {self.layer!r} is compiled, and has no second derivatives"
+                )
+        self.memory.plain.add(key)
+
+    def _asked_slope(self) -> Tensor | None:
+        """The slope of the loss in the outputs by differences, where autograd has no right derivative of it.
+
+        None where autograd is right, which is asked for once a mode and kind of loss.
+        """
+        scene, outputs = self.scene, self.scene.outputs
+        if outputs is None or outputs.grad_fn is None or scene.known is not None:
+            return None
+        key = (scene.mode, "" if scene.loss.grad_fn is None else scene.loss.grad_fn.name())
+        loss_of = None if scene.replay is None else functools.partial(scene.replay.loss_of, given=outputs)
+        if key not in self.memory.asked:
+            rng, only_products = Rng(self.seed, -3), not self.options.full
+            self.memory.asked[key] = must_be_asked(
+                scene.loss.sum(), outputs, loss_of, rng, only_products=only_products
+            )
+        if not self.memory.asked[key]:
+            return None
+        if self.options.full:
+            raise LossError(
+                "the derivative of the loss is an operation of its own that cannot be differentiated again (a fused "
+                "kernel, or a backward that takes for constant what is none); use the plain loss, gradient='frozen', "
+                "or FAM(..., radius=...)"
+            )
+        assert loss_of is not None
+        return AskedLoss.of(loss_of, outputs).as_tensor(outputs)
 
     def _outputs(self, calls: Sequence[Call]) -> Tensor:
         """The tensor the loss was computed from, and nothing else of the layer: else its GGN would lack that part."""

@@ -1,13 +1,13 @@
 """The user's loss: called, its errors explained, its Hessian looked up."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from relflat.errors import DataError, LossError
-from relflat.loss.known import KnownLoss, known_loss
+from relflat.loss.known import KnownLoss, known_loss, uncompiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,11 @@ class Criterion:
     def known(self, outputs: Any) -> KnownLoss | None:
         """What is known of it as a function of these outputs."""
         return known_loss(self.loss_fn, outputs, self.targets, self.kwargs)
+
+    @property
+    def eager(self) -> "Criterion":
+        """The same without ``torch.compile``."""
+        return replace(self, loss_fn=uncompiled(self.loss_fn))
 
     @property
     def trained_through(self) -> bool:

@@ -24,6 +24,9 @@ class LogitHessian(Protocol):
     def factor(self, eps: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
         """``S_p eps_p`` with ``S_p S_p' = A_p``."""
 
+    def product(self, v: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        """``A_p v_p``."""
+
     def times(self, constant: float) -> "LogitHessian":
         """``constant * A_p``, for a constant that is not negative."""
 
@@ -69,6 +72,12 @@ class SoftmaxHessian:
         along = (root * eps).sum(-1, keepdim=True)
         return self.mass.sqrt()[:, None] * (root * eps - self.log_p.exp() * along)
 
+    def product(self, v: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        """``p (v - <p, v>)`` times the mass; v counted from its entry k, so that what is left keeps its digits."""
+        away = v - v.gather(-1, self.k)
+        p, mean = self.log_p.exp(), (self.others * away).sum(-1, keepdim=True)
+        return self.mass[:, None] * p * (away - mean)
+
     def times(self, constant: float) -> "SoftmaxHessian":
         """The mass times the constant."""
         scaled = copy.copy(self)
@@ -98,6 +107,10 @@ class DiagonalHessian:
         """``sqrt(a) eps``; without the infinite slope of the root where ``a`` is 0."""
         live = self.a > 0
         return torch.where(live, torch.where(live, self.a, 1.0).sqrt(), 0.0) * eps
+
+    def product(self, v: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        """``a v``."""
+        return self.a * v
 
     def times(self, constant: float) -> "DiagonalHessian":
         """The entries times the constant."""

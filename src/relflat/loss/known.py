@@ -29,7 +29,7 @@ class KnownLoss:
     reduction: str  # "mean", "sum" or "none"
     class_dim: int  # the dimension of the logits that holds one row: 1 for cross-entropy, -1 for elementwise
     hessian_at: Callable[[Tensor], LogitHessian]  # of the loss as reduced; "none" counts as "sum"
-    divisor: Callable[[], Tensor]  # of a mean reduction: samples, class weights or tokens not ignored
+    divisor: Callable[[], Tensor] | None  # of a mean: samples, class weights, tokens not ignored; None: not known
     confidence: Callable[[], Tensor] | None  # of the most likely class, at each row that counts
     elementwise: bool  # whether a row may be cut anywhere, as each output stands alone
 
@@ -39,7 +39,15 @@ class KnownLoss:
 
     def times(self, constant: float) -> "KnownLoss":
         """The loss multiplied by a constant that is not negative."""
-        return replace(self, hessian_at=lambda outputs: self.hessian_at(outputs).times(constant))
+        if constant == 1:
+            return self  # of another, how losses of several batches add up is not known
+        return replace(self, hessian_at=lambda outputs: self.hessian_at(outputs).times(constant), divisor=None)
+
+    def curve(self, v: Float[Tensor, "..."], *, constant: bool) -> Float[Tensor, "..."]:
+        """``A v``, v shaped as the outputs."""
+        hessian, like = self.hessian(constant=constant), replace(self, outputs=v)
+        rows = like.rows()
+        return self.from_rows(hessian.product(rows.reshape(-1, rows.shape[-1] if rows.ndim else 1).to(_wide(v))))
 
     def rows(self) -> Float[Tensor, "... d"]:
         """The logits with one row in the last dimension."""
@@ -72,12 +80,13 @@ def known_loss(
     loss_fn: Callable[..., Any], outputs: Any, targets: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> KnownLoss | None:
     """What is known of ``loss_fn(outputs, *targets, **kwargs)``, a registered loss or a ``partial``; or None."""
+    loss_fn = uncompiled(loss_fn)
     if not _fit(outputs, targets):
         return None
     if isinstance(loss_fn, functools.partial) and not loss_fn.args:
         return known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
     for module, function, describe in _KNOWN:
-        if isinstance(loss_fn, nn.Module) and type(loss_fn).forward is module.forward and not kwargs:
+        if isinstance(loss_fn, nn.Module) and _runs(loss_fn, module.forward) and not kwargs:
             attributes = vars(loss_fn) | dict(loss_fn.named_buffers())
             return describe(
                 outputs, targets[0], **{k: attributes[k] for k in attributes.keys() & _parameters(function)}
@@ -85,6 +94,19 @@ def known_loss(
         if loss_fn is function and not {"size_average", "reduce"} & set(kwargs):
             return describe(outputs, targets[0], **kwargs)
     return None
+
+
+def uncompiled(function: Any) -> Any:
+    """What ``torch.compile`` was given, if this is what it made of it."""
+    inner = getattr(function, "_orig_mod", getattr(function, "_torchdynamo_orig_callable", None))
+    return function if inner is None else uncompiled(inner)
+
+
+def _runs(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether calling the module is this ``forward`` and nothing else: neither hooked nor patched."""
+    state = vars(module)
+    hooked = state["_forward_hooks"] or state["_forward_pre_hooks"]
+    return type(module).forward is forward and "forward" not in state and not hooked
 
 
 def _fit(outputs: Any, targets: tuple[Any, ...]) -> bool:
@@ -123,7 +145,7 @@ def _softmax_cross_entropy(
             t = target.movedim(dim, -1).reshape(-1, d).to(w.dtype)
             mass = (t * (1 - label_smoothing) + label_smoothing / d) @ w
             return mass, mass.new_tensor(float(mass.numel()))
-        y = target.reshape(-1)
+        y = target.reshape(-1).long()
         valid = y != ignore_index
         own = torch.where(valid, w[torch.where(valid, y, 0)], 0.0)
         # (1-s) w_y + s/C sum_c w_c
@@ -137,9 +159,19 @@ def _softmax_cross_entropy(
 
     def confidence() -> Tensor:
         top = outputs.detach().to(wide).softmax(dim).amax(dim)
-        return top if probabilities else top[target != ignore_index]
+        return top if probabilities else top[target.long() != ignore_index]
 
     return KnownLoss(outputs, reduction, dim, hessian_at, lambda: masses()[1], confidence, elementwise=False)
+
+
+def weighted_cross_entropy(logits: Float[Tensor, "... d"], mass: Float[Tensor, " p"]) -> KnownLoss:
+    """A sum of cross-entropies, each row's with its mass; classes in the last dimension."""
+
+    def hessian_at(logits: Tensor) -> LogitHessian:
+        wide = _wide(logits)
+        return SoftmaxHessian(logits.reshape(-1, logits.shape[-1]).to(wide), mass.to(wide))
+
+    return KnownLoss(logits, "sum", -1, hessian_at, None, None, elementwise=False)
 
 
 def _elementwise(

@@ -2,14 +2,16 @@
 
 Understood is ``c * loss(z)``: c constants by which the loss was multiplied or divided (accumulation, gradient
 scaling, number of tokens), loss one of those of :mod:`relflat.loss.known` with a mean or sum reduction, z the logits.
-Targets, class weights and ignored index are the ones autograd saved, so nothing about the batch is guessed. Anything
-else is not described, and goes through automatic differentiation.
+Targets, class weights and ignored index are the ones autograd saved, so nothing about the batch is guessed.
+
+Understood is too whatever is linear in ``log_softmax(z)`` (smoothed or soft labels, weights of tokens, gathered
+log-probabilities): with g its slope there, which does not change, the Hessian in z is that of a cross-entropy whose
+rows have the mass ``-sum_c g_c``. Anything else is not described, and goes through automatic differentiation.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,50 +20,76 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from relflat.capture.calls import Call
-from relflat.capture.graph import KEEPING, MOVING, SELECTING, follow, operation
-from relflat.loss.known import KnownLoss, known_loss
+from relflat.capture.graph import KEEPING, MOVING, SELECTING, follow, foreign, operation
+from relflat.loss.known import KnownLoss, known_loss, weighted_cross_entropy
+from relflat.rng import Rng
 
+_FEW = 64
+_SIDES = {"Mul": ([0], [1]), "Div": ([0],)}  # what a constant may multiply
 _REDUCTION = {1: "mean", 2: "sum"}
 _Found = tuple[Callable[..., Tensor], Tensor, Tensor, dict[str, Any], Call | None]
 """Function, outputs, targets and options of a loss; the call that gave the outputs."""
 
 
-@dataclass(frozen=True, eq=False)
-class Reading:
+class Reading(NamedTuple):
     """What a loss was computed from."""
 
     known: KnownLoss  # of the logits, or of log-probabilities, whose loss it is too; constants included
     call: Call | None  # which gave the logits, if it is one of those asked about
 
 
-def read_loss(loss: Tensor, calls: Sequence[Call]) -> Reading | None:
-    """Read the graph of a scalar loss, before it is freed, by calls recorded; None if it is not understood."""
-    if loss.numel() != 1 or not bool(torch.isfinite(loss.detach()).all()):
+def read_loss(loss: Tensor, calls: Sequence[Call], outputs: Tensor | None = None) -> Reading | None:
+    """Read the graph of a scalar loss, before it is freed, by calls recorded; None if it is not understood.
+
+    Nor if something is computed between ``outputs``, those of the model, and the logits: then the Gauss-Newton matrix
+    with respect to the two are different ones.
+    """
+    if loss.numel() != 1 or loss.grad_fn is None or not bool(torch.isfinite(loss.detach()).all()):
         return None
-    node, constant = _without_constants(loss.grad_fn)
-    reduction = _REDUCTION.get(getattr(node, "_saved_reduction", 0))
-    if node is None or reduction is None or not constant > 0:
-        return None
-    name = operation(node)
-    if name in ("NllLoss", "NllLoss2D"):
+    first, reading = _by_name(loss, calls)
+    if reading is None:
+        first = _softmax_above(loss.grad_fn)
+        reading = None if first is None else _linear(loss, first, calls)
+    return reading if reading is None or reading.call is not None or _led_by(first, outputs) else None
+
+
+def _by_name(loss: Tensor, calls: Sequence[Call]) -> tuple[Any, Reading | None]:
+    """One of the registered losses, and the first operation upon its logits."""
+    node, constant = without_constants(loss.grad_fn)
+    reduction = _REDUCTION.get(getattr(node, "_saved_reduction", 0), "")
+    name = operation(node) if node is not None and reduction and constant > 0 else ""
+    found = None
+    if name in _ELEMENTWISE:
+        found = _elementwise(node, reduction)
+    elif name in ("NllLoss", "NllLoss2D"):
         found = _cross_entropy(node, reduction, calls, float(loss.detach()) / constant)
-    else:
-        found = _elementwise(node, reduction) if name in _ELEMENTWISE else None
+        node = follow(node.next_functions[0][0], KEEPING)
     if found is None:
-        return None
+        return node, None
     function, outputs, targets, options, call = found
     known = known_loss(function, outputs, (targets,), options)
-    return None if known is None else Reading(known.times(constant), call)
+    return node, None if known is None else Reading(known.times(constant), call)
 
 
-def _without_constants(node: Node | None) -> tuple[Any, float]:
+def _led_by(node: Any, outputs: Tensor | None) -> bool:
+    """Whether what goes into the node is the outputs, or they were computed later than it."""
+    if outputs is None or outputs.grad_fn is None:
+        return True
+    end = outputs.grad_fn
+    if end._sequence_nr() >= node._sequence_nr():
+        return True
+    return follow(node.next_functions[0][0], KEEPING + MOVING + SELECTING, until=end) is end
+
+
+def without_constants(node: Node | None, until: Collection[Node | None] = ()) -> tuple[Any, float]:
     """The operation that made the loss, if it is clear, and the product of the constants that multiply it."""
     constant = 1.0
-    while node is not None and (kind := operation(node)) in (*KEEPING, "Mul", "Div"):
+    while node not in (None, *until) and (kind := operation(node)) in (*KEEPING, "Mul", "Div"):
         side = 0
+        assert node is not None
         if kind not in KEEPING:
             live = [i for i, (parent, _) in enumerate(node.next_functions) if parent is not None]
-            if live not in ([0], [1]) or (kind, live) == ("Div", [1]):
+            if live not in _SIDES[kind]:
                 return None, constant
             (side,) = live
             factor = getattr(node, ("_saved_other", "_saved_self")[side], None)
@@ -70,6 +98,53 @@ def _without_constants(node: Node | None) -> tuple[Any, float]:
             constant = constant * float(factor) if kind == "Mul" else constant / float(factor)
         node = node.next_functions[side][0]
     return node, constant
+
+
+def _softmax_above(root: Node) -> Any:
+    """The one LogSoftmax that all paths from the loss meet within a few operations; None if there is not one."""
+    stack: list[Node | None] = [root]
+    seen, found = {root}, set()
+    while stack:
+        node = stack.pop()
+        if node is None or operation(node) == "LogSoftmax":
+            found.add(node)
+        elif len(seen) > _FEW or not node.next_functions or foreign(node):
+            return None  # a long way, a parameter of the loss, or a slope that may only look constant
+        else:
+            new = {parent for parent, _ in node.next_functions} - seen
+            seen |= new  # type: ignore[arg-type]
+            stack += new
+    found.discard(None)
+    return found.pop() if len(found) == 1 else None
+
+
+def _linear(loss: Tensor, above: Any, calls: Sequence[Call]) -> Reading | None:
+    """A loss whose slope in the log-probabilities is constant."""
+    edge = (GradientEdge(above, 0),)
+    (slope,) = torch.autograd.grad(loss.sum(), edge, create_graph=True)
+    if (
+        slope.requires_grad
+    ):  # NllLoss has its input in the graph of its slope; what is curved answers to any direction
+        v = Rng(0, 0).normal(slope.detach())
+        (change,) = torch.autograd.grad(slope, edge, v, retain_graph=True, allow_unused=True)
+        if change is not None and bool(change.any()):
+            return None
+    saved, dim = above._saved_result, _signed(above._saved_dim)
+    mass = -slope.detach().sum(dim).reshape(-1)
+    if not bool((mass >= 0).all()):
+        return None
+    log_p = saved.movedim(dim, -1).reshape(len(mass), -1)
+    for call in calls:
+        rows = _rows_taken(call, above, log_p.detach(), classes_last=dim in (-1, saved.ndim - 1))
+        if rows is not None:
+            z = call.outputs_last()
+            masses = mass.new_zeros(z.shape[:-1].numel())
+            masses[rows] = mass
+            return Reading(weighted_cross_entropy(z, masses), call)
+    samples = calls[0].samples if calls else 1
+    if len(mass) != samples and len(mass) % samples == 0:
+        log_p = log_p.unflatten(0, (samples, -1))
+    return Reading(weighted_cross_entropy(log_p, mass), None)
 
 
 def _cross_entropy(node: Any, reduction: str, calls: Sequence[Call], value: float) -> _Found | None:

@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 
 import torch
 
-from relflat.errors import ConfigError, DataError, NonFiniteError
+from relflat.errors import ConfigError, DataError, NonFiniteError, SecondDerivativeError
 from relflat.estimate.scene import Scene
 from relflat.estimate.subject import Subject
 from relflat.measure.sums import Sum, Sums
@@ -40,10 +40,16 @@ def by_xtrace(measurement: Measurement, rtol: float | None) -> Sums:
     ``rtol`` there are 32 products or more, and layers whose error is larger are measured anew with twice the
     products, until none is.
     """
-    options = measurement.estimator.options
+    options, estimator = measurement.estimator.options, measurement.estimator
     products = options.probes if rtol is None else max(options.probes, _FEWEST_FOR_RTOL)
     sketches: dict[str, Sketch] = {}
-    sums = _sweep(measurement, sketches, products, None)
+    try:
+        sums = _sweep(measurement, sketches, products, None)
+    except SecondDerivativeError as error:
+        if estimator.plain:
+            raise
+        estimator.go_plain(error)
+        return by_xtrace(measurement, rtol)
     while True:
         while any(s.pending is not None for s in sketches.values()):
             _sweep(measurement, sketches, products, sums)

@@ -176,7 +176,7 @@ def weight_of(scene: Scene, reduction: str) -> Weight:
     """A mean is turned back into a sum, and divided at the end: by samples, class weights or tokens not ignored."""
     if reduction == "sum":
         return 1.0, 0.0
-    if scene.known is not None:
+    if scene.known is not None and scene.known.divisor is not None:
         divisor = float(scene.known.divisor())
     else:
         divisor = float(scene.loss.numel() if reduction == "none" else _samples(scene))
@@ -223,7 +223,7 @@ class Reduction:
 
     def of_one(self, scene: Scene) -> str:
         """The same for a batch by itself, from its loss when given twice."""
-        if scene.known is not None:
+        if scene.known is not None and scene.known.divisor is not None:
             return scene.known.reduction
         if scene.loss.ndim > 0:
             return "none"
@@ -254,6 +254,8 @@ def _joint_loss(scene: Scene, other: Scene) -> float | None:
     one, two = scene.replay, other.replay
     assert one is not None
     assert two is not None
+    assert one.criterion is not None
+    assert two.criterion is not None
     pairs = (one.outputs, two.outputs), (one.criterion.targets[0], two.criterion.targets[0])
     with torch.no_grad():
         try:

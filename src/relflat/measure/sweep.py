@@ -4,7 +4,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from relflat.distributed import gathered, kept_whole, reshard, several
 from relflat.errors import DataError, GraphError, NonFiniteError
 from relflat.estimate.closed_form import seen_without_graph
 from relflat.estimate.estimator import Estimator
-from relflat.estimate.replay import Replay
+from relflat.estimate.replay import Replay, plain_kernels
 from relflat.estimate.scene import Scene
 from relflat.loss.criterion import Criterion
 from relflat.measure.batches import Batch, Batches, ForwardFn, Reduction, Weight, samples_in, weight_of
@@ -141,9 +141,12 @@ class Measurement:
             raise no_data(samples)
 
     def _scene(self, batch: Batch) -> Scene:
-        outputs, targets = self.batches.forward(self.model, batch)
-        forwards, criterion = self.tap.take(), Criterion(self.loss_fn, (targets,), remedy=_REMEDY)
-        loss, last, known = criterion(outputs), forwards[-1], criterion.known(outputs)
+        with plain_kernels() if self.estimator.plain else nullcontext():
+            outputs, targets = self.batches.forward(self.model, batch)
+            criterion = Criterion(self.loss_fn, (targets,), remedy=_REMEDY).eager
+            loss, known = criterion(outputs), criterion.known(outputs)
+        forwards = self.tap.take()
+        last = forwards[-1]
         calls = [c for f in forwards for c in f.calls]
         again = functools.partial(self.batches.forward, batch=batch)
         return Scene(
@@ -154,12 +157,13 @@ class Measurement:
             parameters=last.parameters,
             mode=last.mode,
             scales=self.scales,
-            replay=Replay(self.tap, forwards, outputs, criterion, again),
-        )
+            replay=Replay(self.tap, forwards, outputs, criterion, again=again),
+            plain=self.estimator.plain,
+        ).read()
 
     def _reduction_of(self, scene: Scene, before: Scene | None, later: Iterator[Batch]) -> str:
         """``"mean"``, ``"sum"`` or ``"none"``; an unknown loss is tried on batches to come until they tell."""
-        if scene.known is not None or scene.loss.ndim > 0:
+        if (scene.known is not None and scene.known.divisor is not None) or scene.loss.ndim > 0:
             return self.reduction.of_one(scene)
         if before is not None:
             self.reduction.compare(before, scene)
@@ -219,5 +223,8 @@ class Measurement:
 
 def _recognised(scene: Scene) -> bool:
     """Whether closed forms are seen to apply without a graph, so that later batches need none."""
-    one_pass = scene.replay is not None and len(scene.replay.forwards) == 1
-    return one_pass and all(seen_without_graph(c, scene.known) for c in scene.calls)
+    replay = scene.replay
+    if replay is None or len(replay.forwards) != 1 or replay.criterion is None:
+        return False
+    by_function = replay.criterion.known(replay.outputs) is not None  # not by the graph
+    return by_function and all(seen_without_graph(c, scene.known) for c in scene.calls)

@@ -122,7 +122,7 @@ def linear_cross_entropy_fam(
     _check_shapes(features, weight, bias, targets)
     _check_probes(probes, step, weight)
     d, m = weight.shape
-    phi, y = features.reshape(-1, m), targets.reshape(-1)
+    phi, y = features.reshape(-1, m), targets.reshape(-1).long()
     counted = y != ignore_index
     count = int(counted.sum())
     if count < len(y):
@@ -159,7 +159,7 @@ def _check_shapes(features: Tensor, weight: Tensor, bias: Tensor | None, targets
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise LayerError(f"the bias has shape {tuple(bias.shape)}, not {tuple(weight.shape[:1])}")
-    if targets.is_floating_point() or targets.shape != features.shape[:-1]:
+    if targets.is_floating_point() or targets.dtype == torch.bool or targets.shape != features.shape[:-1]:
         raise DataError(
             f"targets of shape {tuple(targets.shape)} and type {targets.dtype} for features of shape "
             f"{tuple(features.shape)}: one class index a token is needed"
