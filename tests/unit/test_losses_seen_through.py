@@ -325,6 +325,19 @@ def test_targets_of_a_byte_are_those_of_a_long(classes: int, ignored: int) -> No
     assert [f.value for f in flats] == pytest.approx([exact, exact], rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("layer", ["output", "0"])
+def test_an_empty_batch_leaves_the_gradients_finite_and_the_next_as_it_is(layer: str, reduction: str) -> None:
+    net, (x, y) = mlp(), data()
+    with FAM(CE(reduction=reduction), net, layer, strength=1.0, method="exact") as fam:
+        fam(net(x[:0]), y[:0]).backward()
+        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in net.parameters())
+        fam(net(x), y)
+        want = relative_flatness(net, CE(reduction=reduction), (x, y), layer=layer, curvature="ggn", method="exact")
+        assert fam.last["kappa"] == pytest.approx(want.value, rel=1e-9)
+
+
 # -- derivatives that are no numbers -------------------------------------------------------------------------
 
 

@@ -69,6 +69,8 @@ def compiled(node: Any) -> bool:
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether both read the same numbers in the same row-major order from the same memory."""
+    if not a.numel():
+        return a is b  # none has memory of its own
     if a.numel() != b.numel() or a.data_ptr() != b.data_ptr() or a.dtype != b.dtype:
         return False
     return (a.is_contiguous() and b.is_contiguous()) or (a.shape == b.shape and a.stride() == b.stride())

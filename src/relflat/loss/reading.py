@@ -118,17 +118,22 @@ def _softmax_above(root: Node) -> Any:
     return found.pop() if len(found) == 1 else None
 
 
+def _unchanging(slope: Tensor, edge: tuple[GradientEdge]) -> bool:
+    """Whether nothing comes of a random direction, to which any curvature would answer."""
+    try:
+        v = Rng(0, 0).normal(slope.detach())
+        (change,) = torch.autograd.grad(slope, edge, v, retain_graph=True, allow_unused=True)
+    except RuntimeError:  # an operation without a second derivative (CTC)
+        return False
+    return change is None or not bool(change.any())
+
+
 def _linear(loss: Tensor, above: Any, calls: Sequence[Call]) -> Reading | None:
     """A loss whose slope in the log-probabilities is constant."""
     edge = (GradientEdge(above, 0),)
     (slope,) = torch.autograd.grad(loss.sum(), edge, create_graph=True)
-    if (
-        slope.requires_grad
-    ):  # NllLoss has its input in the graph of its slope; what is curved answers to any direction
-        v = Rng(0, 0).normal(slope.detach())
-        (change,) = torch.autograd.grad(slope, edge, v, retain_graph=True, allow_unused=True)
-        if change is not None and bool(change.any()):
-            return None
+    if slope.requires_grad and not _unchanging(slope, edge):  # NllLoss has its input in the graph of its slope
+        return None
     saved, dim = above._saved_result, _signed(above._saved_dim)
     mass = -slope.detach().sum(dim).reshape(-1)
     if not bool((mass >= 0).all()):
