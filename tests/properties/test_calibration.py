@@ -74,12 +74,12 @@ def test_the_spread_of_few_shares_is_widened_and_that_of_many_groups_is_not() ->
     few, many = torch.randn(2000, 4, 1).square(), torch.randn(300, 4, 200).square()
     for shares, groups in ((few, 1), (many, 200)):
         sums = [Sum.of(v, exact=False) for v in shares]
-        z = torch.tensor([(s.value - groups) / s.error(4) for s in sums])
+        z = torch.tensor([(s.value - groups) / s.error for s in sums])
         assert float((z.abs() > 2).double().mean()) < 0.09
     assert float(z.square().mean()) > 0.7
     one, two = sums[0], sums[1]
     both = one * 0.5 + two * 0.5
-    assert both.error(8) < 0.8 * min(one.error(4), two.error(4))
+    assert both.error < 0.8 * min(one.error, two.error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -102,9 +102,8 @@ class Measurement:
         parts = self.estimator(scene, (drawn << 32) + i, replace(self.estimator.options, probes=sums.probes))
         self._without_graph = _recognised(scene) and all(p.method == "closed_form" for p in parts.values())
         for name, p in parts.items():
-            known = p.variances or (None, None)
-            kappa = Sum.of(p.kappa, exact=p.exact, variance=known[0], bias=p.bias)
-            trace = Sum.of(p.trace, exact=p.exact, variance=known[1])
+            kappa = Sum.of(p.kappa, exact=p.exact, variances=p.variances[0], bias=p.bias)
+            trace = Sum.of(p.trace, exact=p.exact, variances=p.variances[1])
             sums.layers[name] += LayerSums(kappa * factor, trace * factor, method=p.method, exact=p.exact)
 
     def scenes(self, sums: Sums | None = None) -> Iterator[tuple[Scene, Weight]]:
