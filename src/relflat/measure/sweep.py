@@ -113,10 +113,8 @@ class Measurement:
             for each batch the pass and its loss, with what the loss is multiplied by to be added up and what
             it adds to the divisor of the sum. Batches whose every target is ignored only go into ``sums``.
         """
-        self._without_graph, before, samples, yielded = False, None, 0, False
+        self._without_graph, before, samples = False, None, 0
         for batch, later in self.batches:
-            if samples_in(batch) == 0:
-                continue
             with torch.set_grad_enabled(not self._without_graph):
                 scene = self._scene(batch)
             if self._without_graph and not _recognised(scene):
@@ -128,15 +126,10 @@ class Measurement:
                 sums.samples += n
             if scene.known and scene.known.reduction == "mean" and weight_of(scene, "mean")[1] == 0:
                 continue  # every target is ignored, and the mean over none is not a number
-            if not bool(torch.isfinite(scene.loss.detach()).all()):
-                raise NonFiniteError(
-                    f"the loss is {float(scene.loss.detach().sum())} on a batch: check the model's weights, inputs, "
-                    "targets"
-                )
-            yielded = True
+            _must_be_finite(scene.loss.detach())
             yield scene, weight_of(scene, self._reduction_of(scene, before, later))
             before = scene
-        if not yielded and sums is None:  # those that add up see it from their sums
+        if before is None and sums is None:  # those that add up see it from their sums
             raise no_data(samples)
 
     def _scene(self, batch: Batch) -> Scene:
@@ -207,7 +200,7 @@ class Measurement:
 
     def _moments(self) -> dict[str, Moments]:
         found: dict[str, Moments] = {}
-        for batch in (b for b, _ in self.batches if samples_in(b) != 0):
+        for batch, _ in self.batches:
             with torch.no_grad():
                 self.batches.forward(self.model, batch)
             for call in [c for record in self.tap.take() for c in record.calls]:
@@ -220,3 +213,10 @@ def _recognised(scene: Scene) -> bool:
     """Whether closed forms are seen to apply without a graph, so that later batches need none."""
     one_pass = scene.replay is not None and len(scene.replay.forwards) == 1
     return one_pass and all(seen_without_graph(c, scene.known) for c in scene.calls)
+
+
+def _must_be_finite(loss: Tensor) -> None:
+    if not bool(torch.isfinite(loss).all()):
+        raise NonFiniteError(
+            f"the loss is {float(loss.sum())} on a batch: check the model's weights, inputs, targets"
+        )
