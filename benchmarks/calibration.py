@@ -1,17 +1,18 @@
-"""Are the standard errors of measurements honest? Estimates over many seeds against the exact value, on trained networks.
+"""Are standard errors honest? Estimates over many seeds against the exact value, on trained networks.
 
     python benchmarks/calibration.py [--seeds 100] [--only NAME] [--method NAME]
 
-For each network and stochastic method it prints the share of seeds in which the estimate is more than 2, and more than
-4, standard errors from the exact value (normal: 4.6 % and .006 %), and the root mean square of that distance (1 for
-errors that are neither too small nor too large). Every network is a small one, trained for seconds on data that come
-with scikit-learn, on up to 96 samples, float64.
+For each network and stochastic method it prints the share of seeds in which the estimate is more than 2, and more
+than 4, standard errors from the exact value (normal: 4.6 % and .006 %), and the root mean square of that distance (1
+for errors that are neither too small nor too large). Every network is a small one, trained for seconds on data that
+come with scikit-learn, on up to 96 samples, in float64.
 """
 
 import argparse
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ Network = tuple[str, nn.Module, nn.Module, tuple[Tensor, Tensor], str]
 
 def _mlp(sizes: list[int], activation: type[nn.Module], norm: bool = False) -> nn.Sequential:
     parts: list[nn.Module] = []
-    for a, b in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for a, b in pairwise(sizes[:-1]):
         parts += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), activation()]
     return nn.Sequential(*parts, nn.Linear(*sizes[-2:]))
 

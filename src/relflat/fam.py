@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,8 +35,7 @@ class FAM(nn.Module):
     ``state_dict`` is that of the criterion.
 
     Args:
-        loss_fn: the criterion, called as ``loss_fn(outputs, *targets, **kwargs)``; None if only :meth:`penalty` is
-            used.
+        loss_fn: the criterion, called as ``loss_fn(outputs, *targets, **kwargs)``; None for :meth:`penalty` alone.
         model: the module that is called in the training loop.
         layer: a module of the model, a qualified name, a glob, a list of those, or ``"output"``. The kappas of
             several layers are added. A weight shared with another module counts as used in this layer only; if the
@@ -176,8 +175,8 @@ class FAM(nn.Module):
             GraphError: if there was no forward pass since the last call, or the outputs are not its.
             LossError: if the loss has no curvature, or a target lies outside the classes.
         """
-        if self.loss_fn is None:
-            raise LossError("there is no criterion (loss_fn=None), so only penalty(loss) can be used; give one")
+        check(loss_fn=self.loss_fn)
+        assert self.loss_fn is not None
         criterion = Criterion(self.loss_fn, targets, kwargs)
         active = self._active()
         task, tensor = criterion(outputs), output_tensor(outputs)
@@ -216,8 +215,7 @@ class FAM(nn.Module):
         Args:
             loss: any scalar that the model's last forward pass led to, or what was run since :meth:`watch`.
         """
-        if not isinstance(loss, Tensor):
-            raise LossError(f"penalty(loss) takes the loss as a tensor with its graph, not {type(loss).__name__}")
+        check(**{"penalty of loss": loss})
         if not self._active():
             self._forget()
             return loss.new_zeros(())
@@ -283,12 +281,7 @@ class FAM(nn.Module):
     def extra_repr(self) -> str:
         """Show what is regularised and how."""
         layer = "output" if self._tap.searching else self.layers
-        set_ = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
-        shown = {f.name: set_[f.name] for f in fields(self.options) if set_[f.name] != f.default}
-        if self.options.radius is None:
-            shown = {"curvature": self.options.curvature} | shown
-        options = ", ".join(f"{name}={value!r}" for name, value in shown.items())
-        return f"layer={layer!r}, strength={self.strength}, {options}"
+        return f"layer={layer!r}, strength={self.strength}, {self.options}"
 
     def _active(self) -> bool:
         return self.training and self._tap.training

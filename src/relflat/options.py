@@ -48,22 +48,6 @@ def _number(x: object) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def _positive(x: Any) -> bool:
-    return _number(x) and x > 0
-
-
-def _whole(x: Any) -> bool:
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
-
-
-def _from_one(x: Any) -> bool:
-    return _whole(x) and x >= 1
-
-
-def _truth(x: object) -> bool:
-    return isinstance(x, bool) or type(x).__name__ == "bool_" or (type(x).__module__, str(x)) == ("numpy", "True")
-
-
 def _function(x: object) -> bool:
     """Whether it can be called to compute something; a class would only be built."""
     return callable(x) and not isinstance(x, type)
@@ -107,20 +91,26 @@ def _device(x: Any) -> bool:
     return not isinstance(x, bool)
 
 
-def _group(x: object) -> bool:
-    return dist.is_available() and isinstance(x, dist.ProcessGroup)
-
-
 def _one_of(choices: Any) -> Check:
     return Check(f"choose one of {list(get_args(choices))}", lambda x: isinstance(x, str) and x in get_args(choices))
 
 
-_AT_LEAST_ONE = Check("a whole number from 1 on is needed", _from_one)
-_TRUTH = Check("True or False is needed", _truth)
+def _whole(least: float = -math.inf, needed: str = "a whole number is needed") -> Check:
+    return Check(needed, lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool) and int(x) >= least)
+
+
+def _tensor(needed: str, dims: int | None = None) -> Check:
+    return Check(
+        needed, lambda x: isinstance(x, Tensor) and x.is_floating_point() and dims in (None, x.ndim), DataError
+    )
+
+
+_NUMBER = Check("a finite number is needed", _number)
+_POSITIVE = Check("a positive number is needed", lambda x: _number(x) and x > 0)
+_COUNT = _whole(1, "a whole number from 1 on is needed")
+_TRUTH = Check("True or False is needed", lambda x: type(x).__name__ in ("bool", "bool_"))
 _FUNCTION = Check("a function is needed (an instance, not a class)", _function)
-_REAL_TENSOR = Check(
-    "a tensor of real numbers is needed", lambda x: isinstance(x, Tensor) and x.is_floating_point(), DataError
-)
+_REAL = _tensor("a tensor of real numbers is needed")
 _ARGUMENTS = {
     "model": Check(
         "the network is needed, a torch.nn.Module and not a criterion: are the two swapped? FAM takes the criterion "
@@ -142,34 +132,30 @@ _ARGUMENTS = {
     "gradient": _one_of(Gradient),
     "reduction": _one_of(Reduction),
     "method": Check("the name of a method is needed", lambda x: isinstance(x, str)),
-    "probes": Check("at least one product is needed, as a whole number", _from_one),
-    "rtol": Check("a positive number is needed", _positive),
-    "radius": Check("a positive number is needed, or None for kappa itself", _positive),
-    "every": Check("a number of steps from 1 on is needed", _from_one),
-    "layers_per_step": Check("a whole number of layers from 1 on is needed, or None for all", _from_one),
-    "warmup_steps": Check("a whole number from 0 on is needed", lambda x: _whole(x) and x >= 0),
+    "probes": _whole(1, "at least one product is needed, as a whole number"),
+    "radius": _POSITIVE._replace(needed="a positive number is needed, or None for kappa itself"),
+    "every": _whole(1, "a number of steps from 1 on is needed"),
+    "layers_per_step": _whole(1, "a whole number of layers from 1 on is needed, or None for all"),
+    "warmup_steps": _whole(0, "a whole number from 0 on is needed"),
     "strength": Check("a finite number is needed, or a function of the step that gives one", _strength),
-    "seed": Check("a whole number is needed", _whole),
-    "step": Check("the number of a step is needed", _whole),
     "device": Check("a device that is there is needed, such as 'cpu' or 'cuda:0'", _device),
-    "process_group": Check("a process group of torch.distributed is needed, or None", _group),
-    "label_smoothing": Check("a number from 0 to 1 is needed", lambda x: _number(x) and 0 <= x <= 1),
-    "ignore_index": Check("a whole number is needed", _whole),
-    "bandwidth": Check("a positive number is needed", _positive),
-    "factor": Check("a positive and finite number is needed, for a negative one changes a ReLU", _positive),
-    "delta": Check("a finite number is needed", _number),
-    "W": Check(
-        "a matrix of real numbers is needed",
-        lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 2,
-        DataError,
+    "process_group": Check(
+        "a process group of torch.distributed is needed, or None",
+        lambda x: dist.is_available() and isinstance(x, dist.ProcessGroup),
     ),
+    "label_smoothing": Check("a number from 0 to 1 is needed", lambda x: _number(x) and 0 <= x <= 1),
+    "factor": _POSITIVE._replace(needed="a positive and finite number is needed, for a negative one changes a ReLU"),
+    "delta": _NUMBER,
+    "penalty of loss": _tensor("the loss is needed as a tensor with its graph"),
+    "W": _tensor("a matrix of real numbers is needed", 2),
     "between": Check("a module or a list of modules is needed", _modules, LayerError),
     "generator": Check("a torch.Generator is needed, or None", lambda x: isinstance(x, torch.Generator)),
-    **dict.fromkeys(("low", "high"), Check("a positive and finite number is needed", _positive)),
-    **dict.fromkeys(("draws", "max_products", "chunk_tokens", "chunk_classes", "exact_up_to"), _AT_LEAST_ONE),
+    **dict.fromkeys(("rtol", "bandwidth", "low", "high"), _POSITIVE),
+    **dict.fromkeys(("seed", "step", "ignore_index"), _whole()),
+    **dict.fromkeys(("draws", "max_products", "chunk_tokens", "chunk_classes", "exact_up_to"), _COUNT),
     **dict.fromkeys(("adaptive", "normalize_features", "measuring", "trace"), _TRUTH),
     **dict.fromkeys(("forward", "output", "loss", "outputs", "loss_of_outputs"), _FUNCTION),
-    **dict.fromkeys(("H", "phi", "H_z", "std", "scales", "features", "rotation", "vector", "factors"), _REAL_TENSOR),
+    **dict.fromkeys(("H", "phi", "H_z", "std", "scales", "features", "rotation", "vector", "factors"), _REAL),
 }
 
 
@@ -235,6 +221,12 @@ class Options:
         check(**{name: value for name, (value, default) in given.items() if value is not None or default is not None})
         for problem in self._wrong_together():
             raise ConfigError(problem)
+
+    def __str__(self) -> str:
+        """What is not as it is by default, and the curvature, which a finite radius has none of."""
+        shown = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        first = ["curvature"] if self.radius is None and "curvature" not in shown else []
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in first + shown)
 
     @property
     def full(self) -> bool:

@@ -203,7 +203,8 @@ class TestError:
             z.append(off[-1] / flat.stderr)
         off = torch.tensor(off)
         assert abs(float(off.mean())) < 4 * float(off.std()) / math.sqrt(200)
-        assert 0.6 < float(torch.tensor(z).abs().median()) / 0.77 < 1.6  # 0.77: Student, 3 degrees of freedom
+        assert float((torch.tensor(z).abs() > 4).double().mean()) < 0.01  # of four numbers: Student's tail is long
+        assert float(torch.tensor(z).abs().median()) > 0.05
 
     def test_repeatable_from_the_seed(self) -> None:
         net, (x, y) = mlp(), data()

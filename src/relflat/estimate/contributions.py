@@ -26,8 +26,8 @@ class Contributions:
         trace: likewise for ``Tr H``, or None if it was not asked for.
         method: what was done, in words.
         exact: whether a single row holds the exact value.
-        variances: of the mean over probes, of the sums over groups of kappa and of ``Tr H``, where more is known of
-            it than the spread of the shares; nan for what there is not.
+        variances: of each group's mean over probes, of kappa and of ``Tr H``, where it is known from more than the
+            spread of the shares.
         bias: what the mean over any number of probes may be off by (rounding and truncation of differences).
         lost: whether the gradient of kappa is not finite.
     """
@@ -36,7 +36,7 @@ class Contributions:
     trace: Values | None
     method: str
     exact: bool
-    variances: tuple[float, float] | None = None
+    variances: tuple[Float[Tensor, " g"] | None, Float[Tensor, " g"] | None] = (None, None)
     bias: float = 0.0
     lost: bool = False
 

@@ -40,7 +40,10 @@ def finite_difference(
         values.append((4 * near - far) / 3)
         differences.append((near - far).detach())
     method = f"finite_difference(hessian, {options.probes})"
-    bias = 7 / 3 * float(torch.stack(differences).square().mean().sqrt()) if options.measuring else 0.0
+    bias = 0.0
+    if options.measuring:
+        least = torch.finfo(loss.dtype).eps * abs(float(base.detach())) / h**2  # where no difference shows at all
+        bias = math.hypot(7 / 3 * float(torch.stack(differences).square().mean().sqrt()), least)
     return Contributions(torch.stack(values)[:, None], None, method, False, bias=bias)
 
 

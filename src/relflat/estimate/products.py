@@ -1,6 +1,5 @@
 """Kappa from products with a curvature: exact sums over a basis, and random directions (I3 to I7, I9)."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -54,12 +53,12 @@ def sampled(operator: Operator, space: Space, options: Options, rng: Rng, name: 
             image = space.product(operator, signs)
             traces.append(space.inner(signs, image).detach())
             _, trace_square = space.squared_norms(image, rng, adaptive=options.adaptive, trace=True)
-        squares.append(torch.stack([square, trace_square]).sum(-1))
+        squares.append(torch.stack([square, trace_square]))
     found = _of_probes(kappas, traces if options.trace else None, name, space, options)
     if not measuring or options.probes == 1:
         return found
-    kappa, trace = (2 * torch.stack(squares).double().mean(0) / options.probes).tolist()
-    return replace(found, variances=(kappa, trace if options.trace else math.nan))
+    kappa, trace = 2 * torch.stack(squares).double().mean(0) / options.probes
+    return replace(found, variances=(kappa, trace))
 
 
 def factored(spaces: Sequence[Space], known: KnownLoss, options: Options, rng: Rng) -> list[Contributions]:

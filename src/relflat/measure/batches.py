@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from relflat.errors import ConfigError, DataError, LossError, RelflatError
+from relflat.errors import ConfigError, DataError, LossError
 from relflat.estimate.scene import Scene
 from relflat.options import takes
 
@@ -39,24 +39,17 @@ def default_forward(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
 
 def _called(model: nn.Module, inputs: Any) -> Any:
     """The model's outputs: of keywords or several arguments where its forward pass takes them, else of one."""
-    found = leaves(inputs)
-    if any(hasattr(x, "__array__") for x in found if not isinstance(x, Tensor)) or (
-        found and all(isinstance(x, numbers.Number) for x in found)
-    ):
+    found = [x for x in leaves(inputs) if not isinstance(x, Tensor)]
+    if any(hasattr(x, "__array__") for x in found) or (found and all(isinstance(x, numbers.Number) for x in found)):
         raise DataError(
             f"the inputs of a batch are no tensors ({type(inputs).__name__} of {type(found[0]).__name__}); convert "
             "them (torch.as_tensor), or pass forward="
         )
-    ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((inputs,), {})]
-    if isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs):
-        ways.insert(0, ((), dict(inputs)))
-    elif isinstance(inputs, list | tuple):
-        ways.insert(0, (tuple(inputs), {}))
-    args, kwargs = next((way for way in ways if takes(model.forward, *way[0], **way[1])), ways[0])
+    args, kwargs = _arguments(model, inputs)
     try:
         return model(*args, **kwargs)
-    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        if isinstance(error, RelflatError) or type(error) not in _WRONG_INPUTS:
+    except _WRONG_INPUTS as error:
+        if type(error) not in _WRONG_INPUTS:
             raise
         raise DataError(
             f"{type(model).__name__} cannot take the inputs of a batch ({type(inputs).__name__}): "
@@ -67,11 +60,23 @@ def _called(model: nn.Module, inputs: Any) -> Any:
 _WRONG_INPUTS = TypeError, ValueError, IndexError, AttributeError, RuntimeError  # themselves, no class under them
 
 
+def _arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the model."""
+    several: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    if isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs):
+        several = (), dict(inputs)
+    elif isinstance(inputs, list | tuple):
+        several = tuple(inputs), {}
+    if several is None or (takes(model.forward, inputs) and not takes(model.forward, *several[0], **several[1])):
+        return (inputs,), {}
+    return several
+
+
 class Batches:
     """The data as batches on a device."""
 
     def __init__(self, data: Any, forward: ForwardFn | None, device: torch.device | str | None) -> None:
-        single = isinstance(data, tuple | Mapping) or _as_one(data)
+        single = isinstance(data, tuple | Mapping) or _as_one(data) or _is_record(data)
         self.data: Iterable[Batch] = [data] if single else data
         self.device, self._forward = device, forward or default_forward
         if not isinstance(self.data, Iterable) or isinstance(data, str):
@@ -95,8 +100,8 @@ class Batches:
             raise DataError(f"{why} goes over the data more than once, and it is an iterator; give a list or loader")
 
     def __iter__(self) -> Iterator[tuple[Batch, Iterator[Batch]]]:
-        """Yield every batch, with those after it, which may be looked at before their turn."""
-        source, ahead = iter(self.data), deque[Batch]()
+        """Yield every batch with samples, and those after it, which may be looked at before their turn."""
+        source, ahead = (batch for batch in self.data if samples_in(batch) != 0), deque[Batch]()
 
         def later() -> Iterator[Batch]:
             yield from tuple(ahead)
@@ -113,48 +118,49 @@ class Batches:
 
 
 def _as_one(x: Any) -> bool:
-    """Whether an object is moved as a whole, by its own ``to`` or field by field."""
-    if isinstance(x, type | nn.Module):
-        return False
-    return callable(getattr(x, "to", None)) or dataclasses.is_dataclass(x)
+    """Whether an object is moved as a whole, by a ``to`` of its own."""
+    return callable(getattr(x, "to", None)) and not isinstance(x, type | nn.Module | Mapping)
+
+
+def _is_record(x: Any) -> bool:
+    return dataclasses.is_dataclass(x) and not isinstance(x, type)
+
+
+def _mapped(change: Callable[[Any], Any], batch: Batch) -> Batch:
+    """A copy of a batch with every leaf changed: of mappings, dataclasses, named and other tuples, and lists."""
+    if isinstance(batch, Mapping):
+        clone: Any = copy.copy(batch) if isinstance(batch, MutableMapping) else {}  # it may hold more than its items
+        clone.update({k: _mapped(change, v) for k, v in batch.items()})
+        return clone
+    if _as_one(batch):
+        return change(batch)
+    if isinstance(batch, list | tuple):
+        found = [_mapped(change, x) for x in batch]
+        return batch._make(found) if hasattr(batch, "_make") else type(batch)(found)
+    if not _is_record(batch):
+        return change(batch)
+    clone = copy.copy(batch)
+    for name in (field.name for field in dataclasses.fields(batch)):
+        object.__setattr__(clone, name, _mapped(change, getattr(batch, name)))
+    return clone
 
 
 def moved(batch: Batch, device: Any, dtype: torch.dtype | None = None) -> Batch:
-    """A copy of a batch with its tensors on a device (None: where they are), real ones in ``dtype`` if given.
+    """A copy of a batch with its tensors on a device (None: where they are), real ones in ``dtype`` if given."""
 
-    Tensors are found in mappings, dataclasses, named and other tuples, lists, and in what has a ``to`` of its own.
-    """
-    if isinstance(batch, Tensor):
-        return batch.to(device, dtype if batch.is_floating_point() else None)
-    if isinstance(batch, Mapping):
-        parts = {k: moved(v, device, dtype) for k, v in batch.items()}
-        if not isinstance(batch, MutableMapping):
-            return parts
-        clone: Any = copy.copy(batch)  # a subclass may hold more than its items
-        clone.update(parts)
-        return clone
-    if _as_one(batch):
-        clone = copy.copy(batch)
-        if callable(getattr(batch, "to", None)):
-            return clone if device is None else clone.to(device)  # some move themselves, hence the copy
-        for field in dataclasses.fields(batch):
-            object.__setattr__(clone, field.name, moved(getattr(batch, field.name), device, dtype))
-        return clone
-    if isinstance(batch, list | tuple):
-        found = [moved(x, device, dtype) for x in batch]
-        return type(batch)(*found) if hasattr(batch, "_fields") else type(batch)(found)
-    return batch
+    def move(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.to(device, dtype if x.is_floating_point() else None)
+        return copy.copy(x).to(device) if _as_one(x) and device is not None else x  # some move themselves
+
+    return _mapped(move, batch)
 
 
 def leaves(batch: Batch) -> list[Any]:
-    """What a batch holds, at the ends of what :func:`moved` goes into."""
-    if isinstance(batch, Mapping):
-        return [x for part in batch.values() for x in leaves(part)]
-    if isinstance(batch, list | tuple):
-        return [x for part in batch for x in leaves(part)]
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return [x for field in dataclasses.fields(batch) for x in leaves(getattr(batch, field.name))]
-    return [batch]
+    """What a batch holds, at its ends."""
+    found: list[Any] = []
+    _mapped(found.append, batch)
+    return found
 
 
 def samples_in(batch: Batch) -> int | None:

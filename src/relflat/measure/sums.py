@@ -23,32 +23,38 @@ class Sum:
     value: float = 0.0
     variance: float = 0.0
     bias: float = 0.0  # what more probes do not make smaller
-    doubt: float = 0.0  # the variance squared over its degrees of freedom, group by group (Satterthwaite 1946)
+    doubt: float = 0.0  # what to add to the variance, times the variance, as that is not well known
 
     @classmethod
-    def of(cls, values: Values | None, *, exact: bool, variance: float | None = None, bias: float = 0.0) -> "Sum":
-        """The sum over groups of the mean over probes; its variance from their spread, if it is not given."""
+    def of(
+        cls, values: Values | None, *, exact: bool, variances: Float[Tensor, " g"] | None = None, bias: float = 0.0
+    ) -> "Sum":
+        """The sum over groups of the mean over probes; variances from the spread over probes, if they are not given.
+
+        The variance is low where the value is: a single direction of curvature, the hardest case, has shares that
+        are chi squared of one degree of freedom. So is what is made of images then, and the spread is worse. Both
+        doubts, which many groups make small, are such that about one in a thousand is beyond four errors
+        (benchmarks/calibration.py).
+        """
         if values is None:
             return cls(math.nan, math.nan)
         v = values.detach().double()
-        k = v.shape[0]
-        if exact or variance is not None or k == 1:
-            known = 0.0 if exact else math.nan if variance is None else variance
-            return cls(float(v.mean(0).sum()), known, bias)
-        each = v.var(0) / k
-        return cls(float(v.mean(0).sum()), float(each.sum()), bias, float(each.square().sum()) / (k - 1))
+        k, value = v.shape[0], float(v.mean(0).sum())
+        if exact or k == 1:
+            return cls(value, 0.0 if exact else math.nan, bias)
+        doubt = 64 / k**2 if variances is not None else 30 / (k - 1)
+        each = v.var(0) / k if variances is None else variances
+        return cls(value, float(each.sum()), bias, doubt * float(each.square().sum()))
 
-    def error(self, probes: int) -> float:
-        """The standard error, wider where the variance is not well known: it is low where the value is.
-
-        A single direction of curvature is the hardest case: the shares are chi squared of one degree of freedom.
-        Where the variance comes from images, so is its estimate; from the spread of the shares, it is worse. Both
-        factors are such that about one in a thousand is beyond four errors then (benchmarks/calibration.py).
-        """
-        if not self.variance > 0:
-            return self.variance + self.bias
-        widening = 1 + 30 * self.doubt / self.variance**2 if self.doubt else 1 + 64 / probes**2
-        return math.hypot(math.sqrt(self.variance * widening), self.bias)
+    @property
+    def error(self) -> float:
+        """The standard error."""
+        more = self.doubt / self.variance if self.variance > 0 else 0.0
+        return (
+            math.nan
+            if math.isnan(self.variance)
+            else math.hypot(math.sqrt(max(self.variance, 0.0) + more), self.bias)
+        )
 
     def __add__(self, other: "Sum") -> "Sum":
         bias, doubt = self.bias + other.bias, self.doubt + other.doubt
@@ -179,11 +185,10 @@ class Sums:
     def short_of(self, rtol: float) -> dict[str, str]:
         """The layers whose error exceeds ``rtol`` of the value, each with its value and error in words."""
         kappas = {name: self._over_all(x.kappa) for name, x in self.layers.items() if not x.exact}
-        errors = {name: kappa.error(self.probes) for name, kappa in kappas.items()}
         return {
-            name: f"kappa({name}) = {kappa.value:.4g} ± {errors[name]:.2g}"
+            name: f"kappa({name}) = {kappa.value:.4g} ± {kappa.error:.2g}"
             for name, kappa in kappas.items()
-            if not errors[name] <= rtol * abs(kappa.value)
+            if not kappa.error <= rtol * abs(kappa.value)
         }
 
     def needed(self, rtol: float) -> float:
@@ -192,8 +197,7 @@ class Sums:
         A value may be larger than it was found by two errors, and is taken to be.
         """
         kappas = [x.kappa for x in self.layers.values() if not x.exact and x.kappa.variance > 0]
-        errors = [(k.error(self.probes), abs(k.value)) for k in kappas]
-        share = max((error / (value + 2 * error) for error, value in errors), default=0.0)
+        share = max((k.error / (abs(k.value) + 2 * k.error) for k in kappas), default=0.0)
         return self.probes * (share / rtol) ** 2
 
     def merge(self, other: "Sums") -> None:
@@ -248,12 +252,12 @@ class Sums:
                 )
             found[name] = Flatness(
                 value=kappa.value,
-                stderr=kappa.error(self.probes),
+                stderr=kappa.error,
                 method=x.method,
                 layer=name,
                 curvature=curvature,
                 trace=trace.value,
-                trace_stderr=0.0 if x.exact else trace.error(self.probes),
+                trace_stderr=0.0 if x.exact else trace.error,
                 layerwise=x.weight_norm**2 * trace.value,
                 weight_norm=x.weight_norm,
                 feature_norm2=x.energy / self.samples,

@@ -102,9 +102,8 @@ class Measurement:
         parts = self.estimator(scene, (drawn << 32) + i, replace(self.estimator.options, probes=sums.probes))
         self._without_graph = _recognised(scene) and all(p.method == "closed_form" for p in parts.values())
         for name, p in parts.items():
-            known = p.variances or (None, None)
-            kappa = Sum.of(p.kappa, exact=p.exact, variance=known[0], bias=p.bias)
-            trace = Sum.of(p.trace, exact=p.exact, variance=known[1])
+            kappa = Sum.of(p.kappa, exact=p.exact, variances=p.variances[0], bias=p.bias)
+            trace = Sum.of(p.trace, exact=p.exact, variances=p.variances[1])
             sums.layers[name] += LayerSums(kappa * factor, trace * factor, method=p.method, exact=p.exact)
 
     def scenes(self, sums: Sums | None = None) -> Iterator[tuple[Scene, Weight]]:
@@ -114,10 +113,8 @@ class Measurement:
             for each batch the pass and its loss, with what the loss is multiplied by to be added up and what
             it adds to the divisor of the sum. Batches whose every target is ignored only go into ``sums``.
         """
-        self._without_graph, before, samples, yielded = False, None, 0, False
+        self._without_graph, before, samples = False, None, 0
         for batch, later in self.batches:
-            if samples_in(batch) == 0:
-                continue
             with torch.set_grad_enabled(not self._without_graph):
                 scene = self._scene(batch)
             if self._without_graph and not _recognised(scene):
@@ -129,15 +126,10 @@ class Measurement:
                 sums.samples += n
             if scene.known and scene.known.reduction == "mean" and weight_of(scene, "mean")[1] == 0:
                 continue  # every target is ignored, and the mean over none is not a number
-            if not bool(torch.isfinite(scene.loss.detach()).all()):
-                raise NonFiniteError(
-                    f"the loss is {float(scene.loss.detach().sum())} on a batch: check the model's weights, inputs, "
-                    "targets"
-                )
-            yielded = True
+            _must_be_finite(scene.loss.detach())
             yield scene, weight_of(scene, self._reduction_of(scene, before, later))
             before = scene
-        if not yielded and sums is None:  # those that add up see it from their sums
+        if before is None and sums is None:  # those that add up see it from their sums
             raise no_data(samples)
 
     def _scene(self, batch: Batch) -> Scene:
@@ -212,7 +204,7 @@ class Measurement:
 
     def _moments(self) -> dict[str, Moments]:
         found: dict[str, Moments] = {}
-        for batch in (b for b, _ in self.batches if samples_in(b) != 0):
+        for batch, _ in self.batches:
             with torch.no_grad():
                 self.batches.forward(self.model, batch)
             for call in [c for record in self.tap.take() for c in record.calls]:
@@ -228,3 +220,10 @@ def _recognised(scene: Scene) -> bool:
         return False
     by_function = replay.criterion.known(replay.outputs) is not None  # not by the graph
     return by_function and all(seen_without_graph(c, scene.known) for c in scene.calls)
+
+
+def _must_be_finite(loss: Tensor) -> None:
+    if not bool(torch.isfinite(loss).all()):
+        raise NonFiniteError(
+            f"the loss is {float(loss.sum())} on a batch: check the model's weights, inputs, targets"
+        )

@@ -126,7 +126,7 @@ class Sketch:
         it is as uncertain as Student's distribution says, whose tail of one in a thousand the factor follows.
         """
         k = len(self._estimates)
-        return 0.0 if self.exact else 2.2 * (1 + 20 / (k - 1) ** 2) ** 2 * float(self._estimates.var()) / k
+        return 0.0 if self.exact else 3 * (1 + 20 / (k - 1) ** 2) ** 2 * float(self._estimates.var()) / k
 
     def method(self, curvature: str) -> str:
         """What was done, in words."""

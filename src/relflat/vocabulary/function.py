@@ -119,6 +119,7 @@ def linear_cross_entropy_fam(
     if callable(strength):
         raise ConfigError(f"strength={strength!r}: a finite number is needed, that of this step")
     options = Options(strength, gradient, reduction, label_smoothing, chunk_tokens, chunk_classes)
+    _check_tensors(features, weight, bias, targets)
     _check_shapes(features, weight, bias, targets)
     _check_probes(probes, step, weight)
     d, m = weight.shape
@@ -140,13 +141,16 @@ def linear_cross_entropy_fam(
     return LinearCrossEntropy(*(x.reshape(targets.shape) for x in everywhere))
 
 
-def _check_shapes(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
+def _check_tensors(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
     given = {"features": features, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, x in given.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise DataError(f"{name} must be a tensor of real numbers, not {getattr(x, 'dtype', type(x).__name__)}")
     if not isinstance(targets, Tensor):
         raise DataError(f"targets must be a tensor, not {type(targets).__name__}; convert it with torch.as_tensor")
+
+
+def _check_shapes(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
     if hasattr(weight, "full_tensor"):
         raise LayerError(
             "the weight is sharded (DTensor) here; call linear_cross_entropy_fam inside the forward pass of the "
