@@ -19,7 +19,7 @@ from relflat.estimate.contributions import shaped
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import Noise
 from relflat.estimate.replay import Replay
-from relflat.estimate.scene import Scene
+from relflat.estimate.scene import Scene, calls_behind
 from relflat.guards import Guards
 from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.loss.reading import read_loss
@@ -115,6 +115,7 @@ class FAM(nn.Module):
         self._guards = Guards()
         self._last: dict[str, Any] = {}
         self._tap = Tap(model, layer)
+        self._tap.needs_features = normalize_features or radius is not None
         try:
             self._check_layers()
         except Exception:
@@ -133,7 +134,7 @@ class FAM(nn.Module):
                 f"layers_per_step={wanted}: a number from 1 to {count} is needed, as the layers are "
                 f"{list(self._tap.layers)}; None takes all of them"
             )
-        if self._tap.searching:
+        if self._tap.unsettled:
             return
         if options.normalize_features or options.radius is not None:
             self._tap.must_have_features("normalize_features" if options.normalize_features else "radius=")
@@ -178,10 +179,14 @@ class FAM(nn.Module):
             self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
             return task
         forwards, known = self._tap.take(), criterion.known(outputs)
+        if self._tap.unsettled:
+            calls_behind(forwards, task)
+            self._tap.settle(forwards, task, tensor)
         scene = Scene.of(
             forwards,
             task,
             outputs=None if known is None and criterion.trained_through else tensor,
+            given=outputs,
             known=known,
             replay=Replay(self._tap, forwards, outputs, criterion),
         )
@@ -213,12 +218,13 @@ class FAM(nn.Module):
             return loss.new_zeros(())  # one of several losses, and not one of these layers
         scene = Scene.of(forwards, loss)
         reading = read_loss(loss, scene.calls)
-        if self._tap.searching:
-            scene = replace(scene, calls=self._tap.settle(scene.calls, reading.call if reading else None))
-        if reading is not None:
-            scene = replace(scene, outputs=reading.known.outputs, known=reading.known)
-        elif len(forwards) == 1:
-            scene = replace(scene, outputs=output_tensor(last.outputs))
+        outputs = output_tensor(last.outputs) if len(forwards) == 1 else None
+        known, call = (None, None) if reading is None else (reading.known, reading.call)
+        outputs = outputs if known is None else known.outputs
+        if self._tap.unsettled:
+            self._tap.settle(forwards, loss, outputs, call)
+            scene = Scene.of(forwards, loss)
+        scene = replace(scene, outputs=outputs, given=[outputs, *(f.outputs for f in forwards)], known=known)
         penalty = self._penalty(scene)
         return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
 
@@ -267,7 +273,7 @@ class FAM(nn.Module):
         """Show what is regularised and how."""
         radius = self.options.radius
         what = f"radius={radius}" if radius else f"curvature={self.options.curvature!r}"
-        return f"layer={self.layers}, strength={self.strength}, {what}"
+        return f"layer={self._tap.named}, strength={self.strength}, {what}"
 
     def _active(self) -> bool:
         return self.training and self._tap.training
@@ -320,7 +326,7 @@ class FAM(nn.Module):
     def _perturb_the_forward_pass(self) -> None:
         """Do so, unless the last layer is meant, whose perturbed loss is as cheap computed from its output."""
         last = list(supported_layers(self._tap.model))[-1:]
-        if self.layers == last or self._tap.searching:
+        if self.layers == last or self._tap.unsettled:
             return
         me = weakref.ref(self)  # no cycle: dropping the criterion removes its hooks at once
 

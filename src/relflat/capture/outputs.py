@@ -1,13 +1,11 @@
-"""What a model returned: which tensor of it a loss takes, and which layer made that."""
+"""What a model returned: which tensor of it a loss takes."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from relflat.capture.calls import Call, Forward, same_values
-from relflat.errors import GraphError, LayerError
+from relflat.errors import GraphError
 
 
 def output_tensor(outputs: Any) -> Tensor | None:
@@ -19,26 +17,6 @@ def output_tensor(outputs: Any) -> Tensor | None:
         return logits
     tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
     return tensors[0] if len(tensors) == 1 else None
-
-
-def output_layer(record: Forward, names: Iterable[str]) -> str:
-    """The layer among the recorded calls whose output the model returned; the last one called if none was."""
-    tensors = [t for t in tree_leaves(record.outputs) if isinstance(t, Tensor)]
-    ends = {c.layer for c in record.calls if any(_ends_in(c, t) for t in tensors)}
-    ends = ends or {c.layer for c in record.calls[-1:]}
-    if len(ends) != 1:
-        raise LayerError(
-            f"'output' is ambiguous: {sorted(ends) or list(names)} "
-            f"{'all feed' if ends else 'were not called, none feeds'} the output; name one of them"
-        )
-    return ends.pop()
-
-
-def _ends_in(call: Call, tensor: Tensor) -> bool:
-    """Whether the tensor is the output of the call, perhaps with the classes moved."""
-    moved = tensor.movedim(1, -1) if tensor.ndim > 2 else tensor
-    pairs = ((tensor, call.output), (moved, call.output), (moved, call.outputs_last()))
-    return any(same_values(call, mine, other) for mine, other in pairs)
 
 
 def same_part(recorded: Any, given: Any, replayed: Any) -> Any:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from relflat.capture.matrix import Matrix
 from relflat.errors import ConfigError, LossError
 from relflat.estimate import closed_form, products
 from relflat.estimate.contributions import Contributions
@@ -77,6 +76,8 @@ def choose(subject: Subject, wanted: Method | None) -> Method:
 
 
 def _why_no_closed_form(subject: Subject) -> str | None:
+    if subject.scene.known is not None and subject.calls and subject.in_weight:
+        return "the loss depends on its weight in other ways than by its outputs too"
     return closed_form.why_not(subject.calls, subject.scene.known)
 
 
@@ -129,8 +130,7 @@ def _differences(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributio
     for s in subjects:
         assert s.scene.replay is not None
         with torch.set_grad_enabled(not s.options.measuring):
-            matrix = Matrix.of(s.layer, s.target)
-            found[s.layer] = finite_difference(s.scene.replay, s.scene.loss, matrix, s.scale, s.options, rng)
+            found[s.layer] = finite_difference(s.scene.replay, s.scene.loss, s.matrix, s.scale, s.options, rng)
     return found
 
 

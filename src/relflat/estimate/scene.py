@@ -1,12 +1,17 @@
 """A forward pass and its loss: everything an estimate is made from."""
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils._pytree import tree_leaves
 
 from relflat.capture.calls import Call, Forward, depends_on
+from relflat.capture.graph import ancestors
+from relflat.capture.uses import Uses
 from relflat.errors import GraphError
 from relflat.estimate.replay import Replay
 from relflat.loss.known import KnownLoss
@@ -20,7 +25,8 @@ class Scene:
         calls: the tapped calls that the loss depends on.
         outputs: the tensor the loss was computed from, if there is one.
         known: what is known of the loss.
-        parameters: tapped parameters, whose curvature is taken in themselves.
+        given: what the loss was computed from, whatever its structure; None if that is not known.
+        parameters: tapped parameters and modules whose curvature is taken in the weight.
         mode: stands for which modules of the model are in training mode.
         scales: standard deviation of the features by layer, if they are to be normalised by a given one.
         replay: repeats the pass with a change; None where its loss cannot be computed again.
@@ -29,17 +35,38 @@ class Scene:
     loss: Tensor
     calls: Sequence[Call]
     outputs: Tensor | None = None
+    given: Any = None
     known: KnownLoss | None = None
-    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    parameters: Mapping[str, nn.Module | nn.Parameter] = field(default_factory=dict)
     mode: int = 0
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     replay: Replay | None = None
 
     @classmethod
-    def of(cls, forwards: Sequence[Forward], loss: Tensor, **known: Any) -> "Scene":
-        """The scene of passes that led to a loss; further attributes by name."""
-        calls, last = calls_behind(forwards, loss), forwards[-1]
-        return cls(loss, calls, parameters=last.parameters, mode=last.mode, **known)
+    def of(
+        cls, forwards: Sequence[Forward], loss: Tensor, calls: Sequence[Call] | None = None, **known: Any
+    ) -> "Scene":
+        """The scene of passes that led to a loss, by default with the calls behind it; further attributes by name."""
+        calls, last = calls_behind(forwards, loss) if calls is None else calls, forwards[-1]
+        other = {c.layer: c.module for c in calls if not c.linear}
+        calls = [c for c in calls if c.layer not in other]
+        return cls(loss, calls, parameters={**last.parameters, **other}, mode=last.mode, **known)
+
+    @functools.cached_property
+    def uses(self) -> Uses:
+        """Where parameters go; a walk over all of the graph."""
+        return Uses(self.loss)
+
+    @functools.cached_property
+    def beside(self) -> set[Node]:
+        """What leads to the loss neither by what it was computed from nor by a call: the part that is the loss's own.
+
+        A few operations, or with an explicit weight decay the parameters too.
+        """
+        given = [t for t in tree_leaves(self.given) if isinstance(t, Tensor) and t.ndim]
+        ends = {t.grad_fn for t in given if t.grad_fn is not None}
+        edges = {c.edge.node for c in self.calls if c.edge is not None}
+        return set(ancestors(self.loss.grad_fn, ends | edges)) if ends else set()
 
     @property
     def layers(self) -> list[str]:

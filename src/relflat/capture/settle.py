@@ -1,0 +1,117 @@
+"""What ``"output"`` and globs stand for, found in the graph of the first loss."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from relflat.capture.calls import Call, same_values
+from relflat.capture.graph import KEEPING, MOVING, operation
+from relflat.capture.kinds import own_weights, weight_of
+from relflat.capture.resolve import Target
+from relflat.capture.uses import Uses, inside, parameter_behind
+from relflat.errors import GraphError, LayerError
+
+# Operations that take a parameter of two dimensions or more and are no layer for it: positions, scales, norms.
+_PASSED = (*KEEPING, *MOVING, "Add", "Cat", "Div", "Expand", "Index", "Mul", "Select", "Slice", "Sub", "Where")
+
+
+def output_layer(tensor: Tensor, calls: Sequence[Call], names: Mapping[int, str]) -> str:
+    """The layer that a loss was computed from.
+
+    Args:
+        tensor: what the loss was computed from, or the loss.
+        calls: all calls that were recorded.
+        names: of the model's parameters, by their ids.
+
+    Raises:
+        LayerError: it is not one of the layers that were called, or not one alone.
+    """
+    ends = {c.layer: None for c in calls if _ends_in(c, tensor)} or dict.fromkeys(_reached(tensor, calls, names))
+    if not ends:
+        raise GraphError(
+            "'output' is not found: the loss does not depend on a layer in the last forward pass of the model; give "
+            "the criterion the outputs of that very pass, not detached and not of another model, or name the layer"
+        )
+    only = next(iter(ends))
+    if len(ends) > 1:
+        raise LayerError(
+            f"'output' is ambiguous: {sorted(ends)} all feed what the loss was computed from; name one of them"
+        )
+    if only not in {c.layer for c in calls}:
+        raise LayerError(
+            f"'output' is no layer that was called: the loss was computed from a product with parameter {only!r}; "
+            f"name that: layer={only!r}"
+        )
+    return only
+
+
+def _reached(tensor: Tensor, calls: Sequence[Call], names: Mapping[int, str]) -> Iterator[str]:
+    """The layers and multiplied parameters that come first on the ways back from a tensor."""
+    edges = {c.edge.node: c.layer for c in calls if c.edge is not None}
+    stack: list[Node | None] = [tensor.grad_fn]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if node in edges:
+            yield edges[node]
+            continue
+        parents = [parent for parent, _ in node.next_functions]
+        weights = [] if operation(node) in _PASSED else [parameter_behind(p) for p in parents]
+        named = [names[id(w)] for w in weights if w is not None and id(w) in names]
+        if named:
+            yield named[-1]
+            continue
+        stack += [p for p in parents if p not in seen]
+        seen.update(parents)
+
+
+def _ends_in(call: Call, tensor: Tensor) -> bool:
+    """Whether the tensor is the output of the call, perhaps with the classes moved."""
+    moved = tensor.movedim(1, -1) if tensor.ndim > 2 else tensor
+    pairs = ((tensor, call.output), (moved, call.output), (moved, call.outputs_last()))
+    return any(same_values(call, mine, other) for mine, other in pairs)
+
+
+def taking_part(
+    candidates: Mapping[str, Target], calls: Sequence[Call], uses: Uses, *, features: bool
+) -> dict[str, Target]:
+    """Every weight matrix among candidates that the loss depends on, once: modules that were called, and parameters.
+
+    A weight that several modules share, or that is multiplied beside the calls of its module too, stands as a
+    parameter, with all of its uses. A parameter that is not multiplied with features (a position, a token) is none.
+
+    Args:
+        candidates: by name.
+        calls: those that the loss depends on.
+        uses: of the parameters in its graph.
+        features: whether only modules that were called with features of real numbers will do.
+    """
+    found: dict[str, Target] = {}
+    seen: set[int] = set()
+    for name, target in candidates.items():
+        mine = [c for c in calls if c.layer == name]
+        weight = target if isinstance(target, nn.Parameter) else weight_of(target)
+        free = isinstance(weight, nn.Parameter) and weight.requires_grad and not hasattr(target, "lora_A")
+        if id(weight) in seen or any(c.kind.problem(c.module) or not (c.linear or free) for c in mine):
+            continue
+        if features:
+            if mine and all(c.phi.is_floating_point() for c in mine):
+                seen, found[name] = seen | {id(weight)}, target
+        else:
+            beside = uses.products(weight, inside(mine)) if free else []
+            shared = isinstance(weight, nn.Parameter) and beside and (mine or _shared(weight, candidates))
+            if mine or beside:
+                seen = seen | {id(weight)}
+                if shared and isinstance(weight, nn.Parameter) and weight is not target:
+                    found[f"{name}.weight".lstrip(".")] = weight
+                else:
+                    found[name] = target
+    return found
+
+
+def _shared(weight: Tensor, candidates: Mapping[str, Target]) -> bool:
+    modules = [m for m in candidates.values() if isinstance(m, nn.Module)]
+    return sum(any(w is weight for w in own_weights(m)) for m in modules) > 1
