@@ -26,7 +26,17 @@ def same_part(recorded: Any, given: Any, replayed: Any) -> Any:
     for leaf, replacement in zip(tree_leaves(recorded), tree_leaves(replayed), strict=True):
         if leaf is given:
             return replacement
+        if isinstance(given, Tensor) and isinstance(leaf, Tensor) and _views(given, leaf):
+            start = replacement.storage_offset() + given.storage_offset() - leaf.storage_offset()
+            if replacement.stride() == leaf.stride():
+                return replacement.as_strided(given.shape, given.stride(), start)
     raise GraphError(
         "the criterion was given something computed from the model's outputs, which a perturbed forward pass "
         "cannot repeat; move that computation into the model or the loss function"
     )
+
+
+def _views(given: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor reads the memory of another, in another order or in part."""
+    same = given.dtype == leaf.dtype and given.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
+    return same and leaf.numel() > 0 and given._version == leaf._version

@@ -104,8 +104,8 @@ class Uses:
     def view(self, parameter: Tensor) -> View:
         """A parameter as W of shape (d, m), or a stack of such: what a product sums over is the features.
 
-        A first dimension that is not summed over, beside another one, counts matrices (experts). Where uses disagree, or
-        nothing is known of them, it is taken as it is stored, with rows in the first dimension.
+        A first dimension that is not summed over, beside another one, counts matrices (experts). Where uses disagree,
+        or nothing is known of them, it is taken as it is stored, with rows in the first dimension.
         """
         found = {_summed(use, parameter) for use in self.products(parameter)}
         if len(found) != 1:

@@ -72,7 +72,9 @@ def _leaks(calls: Sequence[Call], response: Sequence[Tensor], own: Bool[Tensor, 
 def _splits(call: Call, rng: Rng, once: bool) -> Iterator[Bool[Tensor, " n"]]:
     """Splits of the samples in two, by the binary digits of their numbers; or one, at random."""
     if once:
-        yield rng.signs((call.samples,), call.output.detach().float()) > 0
+        half = rng.signs((call.samples,), call.output.detach().float()) > 0
+        half[0], half[-1] = True, False
+        yield half
         return
     numbers = torch.arange(call.samples, device=call.output.device)
     for digit in range((call.samples - 1).bit_length()):

@@ -109,6 +109,7 @@ def calls_behind(forwards: Sequence[Forward], loss: Tensor) -> list[Call]:
     if not needed:
         raise GraphError(
             f"the loss does not depend on the output of layer {calls[0].layer!r} in the last forward pass of the "
-            "model; give the criterion the outputs of that very pass, not detached and not of another model"
+            "model; give the criterion the outputs of that very pass, not detached, not of another model and not "
+            "through quantised layers, which have no derivative"
         )
     return needed
