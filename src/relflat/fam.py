@@ -273,7 +273,7 @@ class FAM(nn.Module):
         """Show what is regularised and how."""
         radius = self.options.radius
         what = f"radius={radius}" if radius else f"curvature={self.options.curvature!r}"
-        return f"layer={self._tap.named}, strength={self.strength}, {what}"
+        return f"layer={self.layers}, strength={self.strength}, {what}"
 
     def _active(self) -> bool:
         return self.training and self._tap.training

@@ -264,12 +264,6 @@ class Tap:
         return self._watched is not None
 
     @property
-    def named(self) -> list[str]:
-        """The layers, with ``"output"`` for what is not found yet."""
-        found = self._asked_for | self._matched
-        return [n for n in self.layers if n in found] + ["output"] if self.searching else list(self.layers)
-
-    @property
     def unsettled(self) -> bool:
         """Whether it is yet to be found what ``"output"`` or a glob stands for."""
         return self.searching or bool(self._matched)
