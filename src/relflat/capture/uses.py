@@ -1,6 +1,7 @@
 """Where the weights go in the graph behind a loss: what multiplies them, along which dimension, and what else."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -113,17 +114,11 @@ class Uses:
         ((features, groups),) = found
         if groups:
             return lambda w: transposed_matrix(groups, w)
-        rest = [k for k in range(parameter.ndim) if k not in features]
-        if not rest or not features:
-            return as_stored
-        stack = rest[:1] if rest[0] == 0 and len(rest) > 1 else []
-        outputs = rest[len(stack) :]
-        order = (*stack, *outputs, *sorted(features))
-        if not stack and order == tuple(range(parameter.ndim)) and len(outputs) == 1:
-            return as_stored
-        shape = [parameter.shape[k] for k in stack]
-        d = functools.reduce(lambda n, k: n * parameter.shape[k], outputs, 1)
-        return lambda w: w.permute(order).reshape(*shape, d, -1)
+        rest = [k for k, size in enumerate(parameter.shape) if size > 1 and k not in features]
+        stack, outputs = (rest[:1], rest[1:]) if len(rest) > 1 and rest[0] == 0 else ([], rest)
+        order = *rest, *(k for k in range(parameter.ndim) if k not in rest)
+        sizes = [[parameter.shape[k] for k in dims] for dims in (stack, outputs)]
+        return lambda w: w.permute(order).reshape(*sizes[0], math.prod(sizes[1]), -1)
 
 
 def inside(calls: Sequence[Call]) -> set[Node]:
