@@ -120,7 +120,7 @@ def test_a_decayed_bias_changes_nothing() -> None:
 def test_refused_where_a_part_would_be_missing() -> None:
     net, (x, y) = mlp(), batch()
     loss = lambda out, y: l2(net, out, y)
-    with pytest.raises(GraphError, match="penalty on the weight.*curvature='hessian'"):
+    with pytest.raises(GraphError, match=r"penalty on the weight.*curvature='hessian'"):
         FAM(loss, net, "0", strength=1.0)(net(x), y)
     parametrizations.weight_norm(net[0])
     with pytest.raises(LayerError, match=r"'0' is computed from other parameters.*name one of those"):

@@ -299,5 +299,5 @@ class TestGlobs:
         net, (x, y) = mlp(), batch()
         net.spare = nn.Linear(2, 2)
         net.forward = lambda x: net[2](net[1](net[0](x)))
-        with pytest.raises(LayerError, match="none of .'spare'. took part"):
+        with pytest.raises(LayerError, match=r"none of .'spare'. took part"):
             relative_flatness_by_layer(net, CE, (x, y), layer="spar*")

@@ -75,19 +75,20 @@ def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
         return {name: _target(model, name, parts[name])}
     if name == "output":
         return _possible_outputs(model, supported)
-    if set(name) & set("*?["):
-        modules = [n for n, m in model.named_modules() if kind_of(m)]
-        apart = [n for n in others if not any(not s or n.startswith(f"{s}.") for s in supported)]
-        for group in ((*supported, *apart), modules, others):  # a layer once, not by its parts too
-            if matches := _matching(name, group):
-                return {n: _target(model, n, parts[n]) for n in matches}
+    if set(name) & set("*?[") and (matches := _matching(model, name)):
+        return {n: _target(model, n, parts[n]) for n in matches}
     near = nearest(name, [*supported, *others])
     hint = f"did you mean {near}? " if near else ""
     raise LayerError(f"no layer named {name!r}; {hint}{_candidates(model)}")
 
 
-def _matching(pattern: str, names: Iterable[str]) -> list[str]:
-    return [n for n in names if fnmatchcase(n, pattern)]
+def _matching(model: nn.Module, pattern: str) -> list[str]:
+    """The layers and the parameters of none; if none matches, the parts of layers, then their parameters."""
+    supported, others = supported_layers(model), matrices(model)
+    apart = [n for n in others if not any(not s or n.startswith(f"{s}.") for s in supported)]
+    modules = [n for n, m in model.named_modules() if kind_of(m)]
+    groups = ([n for n in names if fnmatchcase(n, pattern)] for names in ((*supported, *apart), modules, others))
+    return next(filter(None, groups), [])
 
 
 def _possible_outputs(model: nn.Module, supported: dict[str, nn.Module]) -> dict[str, Target]:

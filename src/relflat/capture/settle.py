@@ -6,27 +6,29 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from relflat.capture.calls import Call, same_values
-from relflat.capture.graph import KEEPING, MOVING, operation
+from relflat.capture.graph import KEEPING, MOVING, ancestors, operation
 from relflat.capture.kinds import own_weights, weight_of
 from relflat.capture.resolve import Target
 from relflat.capture.uses import Uses, inside, parameter_behind
-from relflat.errors import GraphError, LayerError
+from relflat.errors import GraphError, LayerError, warn
 
 # Operations that take a parameter of two dimensions or more and are no layer for it: positions, scales, norms.
 _PASSED = (*KEEPING, *MOVING, "Add", "Cat", "Div", "Expand", "Index", "Mul", "Select", "Slice", "Sub", "Where")
 
 
-def output_layer(tensor: Tensor, calls: Sequence[Call], names: Mapping[int, str]) -> str:
+def output_layer(loss: Tensor, source: Tensor | None, calls: Sequence[Call], names: Mapping[int, str]) -> str:
     """The layer that a loss was computed from.
 
     Args:
-        tensor: what the loss was computed from, or the loss.
+        loss: the loss.
+        source: what it was computed from, if known.
         calls: all calls that were recorded.
         names: of the model's parameters, by their ids.
 
     Raises:
         LayerError: it is not one of the layers that were called, or not one alone.
     """
+    tensor = source if source is not None and source.grad_fn in set(ancestors(loss.grad_fn)) else loss
     ends = {c.layer: None for c in calls if _ends_in(c, tensor)} or dict.fromkeys(_reached(tensor, calls, names))
     if not ends:
         raise GraphError(
@@ -55,17 +57,21 @@ def _reached(tensor: Tensor, calls: Sequence[Call], names: Mapping[int, str]) ->
         node = stack.pop()
         if node is None:
             continue
-        if node in edges:
-            yield edges[node]
-            continue
-        parents = [parent for parent, _ in node.next_functions]
-        weights = [] if operation(node) in _PASSED else [parameter_behind(p) for p in parents]
-        named = [names[id(w)] for w in weights if w is not None and id(w) in names]
-        if named:
-            yield named[-1]
-            continue
-        stack += [p for p in parents if p not in seen]
-        seen.update(parents)
+        found = edges[node] if node in edges else _parameter_of(node, names)
+        if found is not None:
+            yield found
+        else:
+            new = {parent for parent, _ in node.next_functions} - seen
+            stack += new
+            seen |= new
+
+
+def _parameter_of(node: Node, names: Mapping[int, str]) -> str | None:
+    """The name of the parameter that an operation multiplies with; None if it does not."""
+    if operation(node) in _PASSED:
+        return None
+    weights = [parameter_behind(parent) for parent, _ in node.next_functions]
+    return next((names[id(w)] for w in reversed(weights) if id(w) in names), None)
 
 
 def _ends_in(call: Call, tensor: Tensor) -> bool:
@@ -90,26 +96,35 @@ def taking_part(
         features: whether only modules that were called with features of real numbers will do.
     """
     found: dict[str, Target] = {}
-    seen: set[int] = set()
+    left, seen = [], set()
     for name, target in candidates.items():
-        mine = [c for c in calls if c.layer == name]
-        weight = target if isinstance(target, nn.Parameter) else weight_of(target)
+        mine, weight = [c for c in calls if c.layer == name], weight_of(target)
         free = isinstance(weight, nn.Parameter) and weight.requires_grad and not hasattr(target, "lora_A")
-        if id(weight) in seen or any(c.kind.problem(c.module) or not (c.linear or free) for c in mine):
-            continue
-        if features:
-            if mine and all(c.phi.is_floating_point() for c in mine):
-                seen, found[name] = seen | {id(weight)}, target
-        else:
-            beside = uses.products(weight, inside(mine)) if free else []
-            shared = isinstance(weight, nn.Parameter) and beside and (mine or _shared(weight, candidates))
-            if mine or beside:
-                seen = seen | {id(weight)}
-                if shared and isinstance(weight, nn.Parameter) and weight is not target:
-                    found[f"{name}.weight".lstrip(".")] = weight
-                else:
-                    found[name] = target
+        beside = uses.products(weight, inside(mine)) if free and not features else []
+        if not (mine or beside) or not _fit(mine, free=free, features=features):
+            left.append(name)
+        elif id(weight) not in seen:
+            seen.add(id(weight))
+            several = beside and (mine or _shared(weight, candidates))
+            found |= _as_parameter(name, weight) if several and weight is not target else {name: target}
+    if not found:
+        raise LayerError(f"none of {left} took part in the first forward pass as a layer; name another")
+    if left:
+        warn(f"left out, as the first loss does not depend on them by a product of their own: {left}")
     return found
+
+
+def _as_parameter(name: str, weight: Tensor) -> dict[str, Target]:
+    assert isinstance(weight, nn.Parameter)
+    return {f"{name}.weight".lstrip("."): weight}
+
+
+def _fit(calls: Sequence[Call], *, free: bool, features: bool) -> bool:
+    """Whether a layer's kappa can be taken as it was called."""
+    return all(
+        not c.kind.problem(c.module) and (c.linear or free) and (c.phi.is_floating_point() or not features)
+        for c in calls
+    )
 
 
 def _shared(weight: Tensor, candidates: Mapping[str, Target]) -> bool:

@@ -7,7 +7,7 @@ checkpointing, another model that shares it, a forward in evaluation mode.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,14 +17,13 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
 
 from relflat.capture.calls import Call, Forward, Pending, depends_on
-from relflat.capture.graph import ancestors
 from relflat.capture.hooks import WeakHook, remove
 from relflat.capture.kinds import Kind, is_linear, kind_of, own_weights, weight_of
 from relflat.capture.resolve import Layer, Target, is_pattern, part, resolve, supported_layers
 from relflat.capture.settle import output_layer, taking_part
 from relflat.capture.uses import Uses
 from relflat.distributed import freed_after_forward
-from relflat.errors import ConfigError, GraphError, LayerError, warn
+from relflat.errors import ConfigError, GraphError, LayerError
 from relflat.rng import RngState
 
 Inject = Callable[[nn.Module, Tensor], Tensor]
@@ -154,18 +153,20 @@ class Tap:
             if output is None:
                 return None
             replaced, phi = _with_graph(output), args[0] if args else next(iter(kwargs.values()))
-            output = output if replaced is None else replaced
-            edge = get_gradient_edge(output) if output.requires_grad else None
-            kind, whole = self._kinds[name], self._whole.pop(name, None)
-            weight = kind.matrix(module, weight_of(module)) if whole is None else whole
-            versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
-            linear = kind.trusted(module) or is_linear(kind, module, phi, weight, output)
-            more = name in self._tied, phi.grad_fn, linear
-            self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions, *more))
+            self._open.calls.append(self._call(name, module, phi, output if replaced is None else replaced))
             return replaced
         finally:
             if self._caches and parametrize.is_parametrized(module):
                 self._caches.pop().__exit__(None, None, None)
+
+    def _call(self, name: str, module: nn.Module, phi: Tensor, output: Tensor) -> Call:
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        kind, whole = self._kinds[name], self._whole.pop(name, None)
+        weight = kind.matrix(module, weight_of(module)) if whole is None else whole
+        versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
+        linear = kind.trusted(module) or is_linear(kind, module, phi, weight, output)
+        tied = name in self._tied
+        return Call(name, module, kind, phi, weight, output, edge, versions, tied, phi.grad_fn, linear)
 
     def _follow(self, model: nn.Module) -> None:
         """Watch the layer that has a name now, where another one was put in its place."""
@@ -183,16 +184,16 @@ class Tap:
                 remove({name: self._handles.pop(name)})
                 self._hook(name, now)
 
-    def _keep(self, wanted: Mapping[str, Target], forwards: Sequence[Forward]) -> None:
+    def _keep(self, wanted: dict[str, Target], forwards: Sequence[Forward]) -> None:
         """Watch those layers from now on and no others, and forget the calls of others."""
-        called = {c.layer for f in forwards for c in f.calls}
-        for name in set(self._handles) - {"<model>"} - {n for n, t in wanted.items() if n in called}:
+        called = {c.layer for f in forwards for c in f.calls}.intersection(wanted)
+        for name in self._handles.keys() - called - {"<model>"}:
             remove({name: self._handles.pop(name)})
-        self.layers = {n: wanted[n] for n in (*(n for n in self.layers if n in wanted), *wanted)}
+        self.layers = {n: t for n, t in (self.layers | wanted).items() if n in wanted}
         self._parameters.clear()
-        self._parameters.update({n: t for n, t in wanted.items() if n not in self._handles})
+        self._parameters.update({n: t for n, t in self.layers.items() if n not in called})
         for record in forwards:
-            record.calls = [c for c in record.calls if c.layer in self._handles]
+            record.calls = [c for c in record.calls if c.layer in called]
 
     # -- use -----------------------------------------------------------------------------------------
 
@@ -283,18 +284,11 @@ class Tap:
         wanted = {n: t for n, t in self.layers.items() if n in self._asked_for}
         if self.searching:
             names = {id(p): n for n, p in self.model.named_parameters()}
-            start = source if source is not None and source.grad_fn in set(ancestors(loss.grad_fn)) else loss
-            output = output_layer(start, calls, names) if end is None else end.layer
+            output = output_layer(loss, source, calls, names) if end is None else end.layer
             wanted[output] = self.layers[output]
         if self._matched:
             given = {n: t for n, t in self.layers.items() if n in self._matched}
-            found = taking_part(given, depends_on(loss, calls), Uses(loss), features=self.needs_features)
-            left = [n for n in given if n not in found and f"{n}.weight" not in found]
-            if not found:
-                raise LayerError(f"none of {left} took part in the first forward pass as a layer; name another")
-            if left:
-                warn(f"left out, as the first loss does not depend on them by a product of their own: {left}")
-            wanted |= found
+            wanted |= taking_part(given, depends_on(loss, calls), Uses(loss), features=self.needs_features)
         self.searching, self._matched = False, set()
         self._keep(wanted, forwards)
 

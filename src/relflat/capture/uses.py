@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -91,16 +91,18 @@ class Uses:
         one with its transpose.
         """
         inner = inside(calls)
-        for weight in {w for c in calls for w in own_weights(c.module) if w.requires_grad}:
-            beside = list(self.of(weight, inner))
-            if any(not is_product(use) for use in beside) or (beside and self._derived):
-                return True
-            start = leaf(weight)
-            assert start is not None
-            turned = [v for v in self._views(start) if v in inner and operation(v) in MOVING]
-            if any(use.node not in inner for v in turned for use in self._users[v]):
-                return True
-        return False
+        weights = {w for c in calls for w in own_weights(c.module) if w.requires_grad}
+        return any(self._elsewhere(w, inner) or self._turned_back(w, inner) for w in weights)
+
+    def _elsewhere(self, weight: Tensor, inner: set[Node]) -> bool:
+        beside = list(self.of(weight, inner))
+        return any(not is_product(use) for use in beside) or (bool(beside) and self._derived)
+
+    def _turned_back(self, weight: Tensor, inner: set[Node]) -> bool:
+        """Whether a transpose that a call made is used elsewhere too: only the layer's derivative does that."""
+        start = leaf(weight)
+        turned = [v for v in self._views(start) if v in inner and operation(v) in MOVING] if start else []
+        return any(use.node not in inner for v in turned for use in self._users[v])
 
     def view(self, parameter: Tensor) -> View:
         """A parameter as W of shape (d, m), or a stack of such: what a product sums over is the features.
@@ -114,11 +116,15 @@ class Uses:
         ((features, groups),) = found
         if groups:
             return lambda w: transposed_matrix(groups, w)
-        rest = [k for k, size in enumerate(parameter.shape) if size > 1 and k not in features]
-        stack, outputs = (rest[:1], rest[1:]) if len(rest) > 1 and rest[0] == 0 else ([], rest)
-        order = *rest, *(k for k in range(parameter.ndim) if k not in rest)
-        sizes = [[parameter.shape[k] for k in dims] for dims in (stack, outputs)]
-        return lambda w: w.permute(order).reshape(*sizes[0], math.prod(sizes[1]), -1)
+        return _with_features_last(parameter.shape, features)
+
+
+def _with_features_last(shape: Sequence[int], features: Collection[int]) -> View:
+    rest = [k for k, size in enumerate(shape) if size > 1 and k not in features]
+    stack = rest[:1] if len(rest) > 1 and rest[0] == 0 else []
+    order = *rest, *(k for k in range(len(shape)) if k not in rest)
+    sizes, d = [shape[k] for k in stack], math.prod(shape[k] for k in rest[len(stack) :])
+    return lambda w: w.permute(order).reshape(*sizes, d, -1)
 
 
 def inside(calls: Sequence[Call]) -> set[Node]:

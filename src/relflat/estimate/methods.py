@@ -96,7 +96,7 @@ def _why_no_exact_sum(subject: Subject) -> str | None:
         return None
     if subject.factors is not None:
         return "probes of a known loss take one pull-back for all layers"
-    if not (options.measuring or subject.at_end):
+    if not (options.measuring or subject.last):
         return "in training only output layers are summed, whose products cost nothing but the loss"
     count = subject.space.products_for_exact(adaptive=options.adaptive, trace=options.trace)
     return None if count <= options.exact_up_to else f"it takes {count} products"

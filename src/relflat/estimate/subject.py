@@ -95,12 +95,15 @@ class Subject:
         return Matrix.of(self.layer, target, self.memory.views[key])
 
     @functools.cached_property
-    def at_end(self) -> bool:
-        """Whether the loss is computed from the layer's output as it is, so that Hessian and GGN are one."""
+    def last(self) -> bool:
+        """Whether the layer's output as it is is what the loss was computed from."""
         outputs = self.scene.outputs
-        if self.in_weight or outputs is None:
-            return False
-        return same_values(self.calls[0], outputs, self.calls[0].output)
+        return bool(self.calls) and outputs is not None and same_values(self.calls[0], outputs, self.calls[0].output)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the loss is a function of that alone, so that Hessian and GGN are one."""
+        return self.last and not self.in_weight
 
     @property
     def factors(self) -> KnownLoss | None:
