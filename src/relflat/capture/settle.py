@@ -98,15 +98,13 @@ def taking_part(
     found: dict[str, Target] = {}
     left, seen = [], set()
     for name, target in candidates.items():
-        mine, weight = [c for c in calls if c.layer == name], weight_of(target)
-        free = isinstance(weight, nn.Parameter) and weight.requires_grad and not hasattr(target, "lora_A")
-        beside = uses.products(weight, inside(mine)) if free and not features else []
-        if not (mine or beside) or not _fit(mine, free=free, features=features):
+        mine = [c for c in calls if c.layer == name]
+        stands = _stands_as(name, target, mine, candidates, None if features else uses)
+        if not stands:
             left.append(name)
-        elif id(weight) not in seen:
-            seen.add(id(weight))
-            several = beside and (mine or _shared(weight, candidates))
-            found |= _as_parameter(name, weight) if several and weight is not target else {name: target}
+        elif id(weight_of(target)) not in seen:
+            seen.add(id(weight_of(target)))
+            found |= stands
     if not found:
         raise LayerError(f"none of {left} took part in the first forward pass as a layer; name another")
     if left:
@@ -114,9 +112,18 @@ def taking_part(
     return found
 
 
-def _as_parameter(name: str, weight: Tensor) -> dict[str, Target]:
-    assert isinstance(weight, nn.Parameter)
-    return {f"{name}.weight".lstrip("."): weight}
+def _stands_as(
+    name: str, target: Target, mine: Sequence[Call], candidates: Mapping[str, Target], uses: Uses | None
+) -> dict[str, Target]:
+    """A candidate under its name or that of its weight; empty if it took no part."""
+    weight = weight_of(target)
+    free = isinstance(weight, nn.Parameter) and weight.requires_grad and not hasattr(target, "lora_A")
+    beside = uses.products(weight, inside(mine)) if free and uses is not None else []
+    if not (mine or beside) or not _fit(mine, free=free, features=uses is None):
+        return {}
+    if isinstance(weight, nn.Parameter) and beside and (mine or _shared(weight, candidates)):
+        return {name if weight is target else f"{name}.weight".lstrip("."): weight}
+    return {name: target}
 
 
 def _fit(calls: Sequence[Call], *, free: bool, features: bool) -> bool:

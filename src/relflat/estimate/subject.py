@@ -81,8 +81,9 @@ class Subject:
             return self.memory.past.get(key, False)
         if key not in self.memory.past:
             self.memory.past[key] = self.scene.uses.past(self.calls)
-        beside = self.scene.beside
-        return self.memory.past[key] or any(leaf(w) in beside for w in own_weights(self.calls[0].module))
+        if self.memory.past[key] or self.scene.known is not None:  # a known loss is one of the outputs alone
+            return self.memory.past[key]
+        return any(leaf(w) in self.scene.beside for w in own_weights(self.calls[0].module))
 
     @functools.cached_property
     def matrix(self) -> Matrix:
