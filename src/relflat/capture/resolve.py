@@ -19,12 +19,14 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
     """Map what the user calls a layer to ``{qualified name: module or parameter}``.
 
     A module of a known kind stands for itself. A parameter, or the only matrix of a module of another kind,
-    is differentiated directly, whatever the network does with it.
+    is differentiated directly, whatever the network does with it; what a product in the graph sums over are its
+    features, and where none tells, its rows are its outputs, as it is stored.
 
     Args:
         model: the network.
         layer: a module or parameter of it, a qualified name, a glob, or a list of those. ``"output"`` maps to
-            every supported layer; :class:`relflat.capture.tap.Tap` narrows it down during the first forward pass.
+            every supported layer, a glob to all that match; :class:`relflat.capture.tap.Tap` narrows them down by the
+            first loss.
 
     Raises:
         LayerError: if nothing matches, or a match has no weight matrix; names the candidates.

@@ -1,6 +1,7 @@
 """What ``"output"`` and globs stand for, found in the graph of the first loss."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
@@ -116,12 +117,12 @@ def _stands_as(
     name: str, target: Target, mine: Sequence[Call], candidates: Mapping[str, Target], uses: Uses | None
 ) -> dict[str, Target]:
     """A candidate under its name or that of its weight; empty if it took no part."""
-    weight = weight_of(target)
+    weight: Any = weight_of(target)
     free = isinstance(weight, nn.Parameter) and weight.requires_grad and not hasattr(target, "lora_A")
     beside = uses.products(weight, inside(mine)) if free and uses is not None else []
     if not (mine or beside) or not _fit(mine, free=free, features=uses is None):
         return {}
-    if isinstance(weight, nn.Parameter) and beside and (mine or _shared(weight, candidates)):
+    if beside and (mine or _shared(weight, candidates)):
         return {name if weight is target else f"{name}.weight".lstrip("."): weight}
     return {name: target}
 
