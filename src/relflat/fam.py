@@ -38,9 +38,9 @@ class FAM(nn.Module):
         loss_fn: the criterion, called as ``loss_fn(outputs, *targets, **kwargs)``.
         model: the module that is called in the training loop.
         layer: a module of the model, a qualified name, a glob, a list of those, or ``"output"``, the
-            one that the loss is computed from. A parameter is turned as its product has it, else its rows are first
-            (:meth:`relflat.capture.uses.Uses.view`). The kappas of several layers are added. A weight shared with another module counts as used in this layer only; if the
-            layer is recurrent too, or with ``"finite_difference"``, all its uses count.
+            one that the loss is computed from. A parameter is turned as its product has it, else rows come first.
+            The kappas of several layers are added. A weight shared with another module counts as used in this layer
+            only; if the layer is recurrent too, or with ``"finite_difference"``, all its uses count.
         strength: the paper's lambda, on the paper's kappa (not divided by m). May be negative. Or a function of the
             step (calls in training, from 0), which estimates nothing where it is 0.
         radius: if given, the penalty is ``E[L(phi + radius ||phi|| u) - L(phi)]``, u a random unit vector, in
