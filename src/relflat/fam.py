@@ -3,7 +3,6 @@
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer, supported_layers
 from relflat.capture.tap import Inject, Tap
 from relflat.distributed import kept_whole
-from relflat.errors import ConfigError, LayerError, LossError
+from relflat.errors import ConfigError, LayerError
 from relflat.estimate.contributions import shaped, without_gradient
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import Noise
 from relflat.estimate.replay import Replay
-from relflat.estimate.scene import Scene
+from relflat.estimate.scene import Scene, calls_behind
 from relflat.guards import Guards
 from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.loss.reading import read_loss
@@ -37,9 +36,10 @@ class FAM(nn.Module):
     Args:
         loss_fn: the criterion, called as ``loss_fn(outputs, *targets, **kwargs)``; None for :meth:`penalty` alone.
         model: the module that is called in the training loop.
-        layer: a module of the model, a qualified name, a glob, a list of those, or ``"output"``. The kappas of
-            several layers are added. A weight shared with another module counts as used in this layer only; if the
-            layer is recurrent too, or with ``"finite_difference"``, all its uses count.
+        layer: a module of the model, a qualified name, a glob, a list of those, or ``"output"``, the
+            one that the loss is computed from. A parameter is turned as its product has it, else rows come first.
+            The kappas of several layers are added. A weight shared with another module counts as used in this layer
+            only; if the layer is recurrent too, or with ``"finite_difference"``, all its uses count.
         strength: the paper's lambda, on the paper's kappa (not divided by m). May be negative. Or a function of the
             step (calls in training, from 0), which estimates nothing where it is 0.
         radius: if given, the penalty is ``E[L(phi + radius ||phi|| u) - L(phi)]``, u a random unit vector, in
@@ -116,6 +116,7 @@ class FAM(nn.Module):
         self._guards = Guards()
         self._last: dict[str, Any] = {}
         self._tap = Tap(model, layer)
+        self._tap.needs_features = normalize_features or radius is not None
         try:
             self._check_layers()
         except Exception:
@@ -144,7 +145,7 @@ class FAM(nn.Module):
                 f"layers_per_step={wanted}: a number from 1 to {count} is needed, as the layers are "
                 f"{list(self._tap.layers)}; None takes all of them"
             )
-        if self._tap.searching:
+        if self._tap.unsettled:
             return
         if options.normalize_features or options.radius is not None:
             self._tap.must_have_features("normalize_features" if options.normalize_features else "radius=")
@@ -191,6 +192,9 @@ class FAM(nn.Module):
             self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
             return task
         forwards, known = self._tap.take(), criterion.known(outputs)
+        if self._tap.unsettled:
+            calls_behind(forwards, task)
+            self._tap.settle(forwards, task, tensor)
         eager, loss = criterion.eager, task
         if eager.loss_fn is not self.loss_fn and (known is None or self.options.curvature == "hessian"):
             loss = eager(outputs)  # what is compiled cannot be differentiated twice
@@ -198,6 +202,7 @@ class FAM(nn.Module):
             forwards,
             loss,
             outputs=None if known is None and criterion.trained_through else tensor,
+            given=outputs,
             known=known,
             replay=Replay(self._tap, forwards, outputs, eager),
         )
@@ -229,11 +234,11 @@ class FAM(nn.Module):
         if self._tap.watching and not last.parameters and not depends_on(loss, last.calls):
             return loss.new_zeros(())  # one of several losses, and not one of these layers
         outputs = output_tensor(last.outputs, other_than=loss) if len(forwards) == 1 else None
-        scene = Scene.of(forwards, loss, outputs=outputs, replay=Replay.of_loss(self._tap, forwards, loss))
-        known, call = read_loss(loss, scene.calls, outputs) or (None, None)
-        if self._tap.searching:
-            scene = replace(scene, calls=self._tap.settle(scene.calls, call))
-        scene = replace(scene, known=known)
+        known, call = read_loss(loss, calls_behind(forwards, loss), outputs) or (None, None)
+        if self._tap.unsettled:
+            self._tap.settle(forwards, loss, outputs if known is None else known.outputs, call)
+        given, replay = [outputs, *(f.outputs for f in forwards)], Replay.of_loss(self._tap, forwards, loss)
+        scene = Scene.of(forwards, loss, outputs=outputs, given=given, known=known, replay=replay)
         penalty = self._penalty(scene)
         return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
 
@@ -336,7 +341,7 @@ class FAM(nn.Module):
     def _perturb_the_forward_pass(self) -> None:
         """Do so, unless the last layer is meant, whose perturbed loss is as cheap computed from its output."""
         last = list(supported_layers(self._tap.model))[-1:]
-        if self.layers == last or self._tap.searching:
+        if self.layers == last or self._tap.unsettled:
             return
         me = weakref.ref(self)  # no cycle: dropping the criterion removes its hooks at once
 

@@ -84,10 +84,17 @@ class TestOutput:
 
     def test_two_heads_are_ambiguous(self) -> None:
         net = Branches()
-        fam = FAM(nn.CrossEntropyLoss(), net, "output", strength=1.0)
+        fam = FAM(lambda out, y: out["a"].square().mean() + out["b"].square().mean(), net, "output", strength=1.0)
+        out = net(torch.randn(2, 4))
         with pytest.raises(LayerError, match=r"ambiguous.*heads\.a.*heads\.b"):
-            net(torch.randn(2, 4))
+            fam(out, None)
         assert len(fam.layers) > 1
+
+    def test_the_head_that_the_loss_is_computed_from(self) -> None:
+        net = Branches()
+        fam = FAM(nn.CrossEntropyLoss(), net, "output", strength=1.0)
+        fam(net(torch.randn(2, 4))["b"], torch.tensor([0, 1]))
+        assert fam.layers == ["heads.b"]
 
     def test_softmax_at_the_end_still_finds_the_last_linear(self) -> None:
         net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.LogSoftmax(-1)).double()

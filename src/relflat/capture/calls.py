@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from relflat.capture.graph import KEEPING, MOVING, ancestors, follow, same_memory
 from relflat.capture.kinds import Kind, as_rows
@@ -30,6 +30,8 @@ class Call:
     edge: GradientEdge | None  # where to take gradients in the output, overwritten or not; None under no_grad
     versions: tuple[int, int]  # of input and output at that moment
     tied: bool = False  # whether another module has the same weight
+    source: Node | None = None  # what made the input, before anything overwrote it
+    linear: bool = True  # whether the output is W phi + b; if not, curvature is taken in the weight
 
     @property
     def samples(self) -> int:
@@ -84,7 +86,7 @@ class Forward:
     kwargs: dict[str, Any]
     rng: RngState | None = None
     calls: list[Call] = field(default_factory=list)
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    parameters: dict[str, nn.Module | nn.Parameter] = field(default_factory=dict)
     mode: int = 0  # stands for which modules were in training mode
     outputs: Any = None
     grad: bool = True

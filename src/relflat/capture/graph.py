@@ -1,7 +1,7 @@
 """The autograd graph behind a tensor: names of operations, where they lead, and which of them compute nothing."""
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +65,25 @@ def leaves_between(root: Node | None, ends: Collection[Node]) -> list[Tensor]:
 def compiled(node: Any) -> bool:
     """Whether the operation is a compiled part, which takes what it saved for constants."""
     return node.name().startswith("CompiledFunction")
+
+
+class Use(NamedTuple):
+    """One place where a node's output goes: the node that takes it, as which input, and which output it is."""
+
+    node: Any
+    position: int
+    of: Any
+    number: int
+
+
+def users(root: Node | None) -> dict[Node, list[Use]]:
+    """Of every node that a node leads to: where its outputs go."""
+    found: dict[Node, list[Use]] = {}
+    for node in ancestors(root):
+        for position, (parent, number) in enumerate(node.next_functions):
+            if parent is not None:
+                found.setdefault(parent, []).append(Use(node, position, parent, number))
+    return found
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class Kind:
             forming phi.
         outputs_last: ``(module, output) -> (n, ..., d)``, a view.
         outputs_back: undoes ``outputs_last``.
+        trusted: whether a module computes what its class says. If not, each call is compared with ``W phi + b``,
+            and a layer that gives something else is taken in its weight (:func:`is_linear`).
         problem: ``module ->`` why the layer as it is now is not one linear map of its input, with ``{layer}`` for
             its name; or None.
     """
@@ -45,6 +48,7 @@ class Kind:
     project: Callable[[Any, Tensor, Tensor], Tensor] = lambda module, x, b: (as_rows(x) @ b.mT).unsqueeze(2)
     outputs_last: Callable[[Any, Tensor], Tensor] = lambda module, z: z
     outputs_back: Callable[[Any, Tensor], Tensor] = lambda module, z: z
+    trusted: Callable[[Any], bool] = lambda module: "forward" not in vars(module)
     problem: Callable[[Any], str | None] = lambda module: None
 
 
@@ -71,27 +75,53 @@ def kind_of(module: nn.Module) -> Kind | None:
     return next((k for k in _KINDS if k.matches(module)), None)
 
 
+def is_linear(kind: Kind, module: Any, x: Tensor, weight: Float[Tensor, "d m"], output: Tensor) -> bool:
+    """Whether the first sample of an output is ``W phi + b`` of the input, in the precision of both."""
+    try:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            rows, groups = as_rows(kind.outputs_last(module, output)), getattr(module, "groups", 1)
+            x, wide = x[:1] if rows.shape[0] > 1 else x, torch.promote_types(output.dtype, torch.float32)
+            eps = max(torch.finfo(t.dtype).eps for t in (x, weight, output) if t.is_floating_point())
+            x, w = x.to(wide) if x.is_floating_point() else x, weight.to(wide)
+            if groups == 1:
+                z = kind.project(module, x, w[None]).squeeze(2)
+            else:
+                by_group = w.reshape(groups, -1, w.shape[1])
+                z = torch.einsum("ntcm,com->ntco", kind.features(module, x), by_group).flatten(2)
+            bias = getattr(getattr(module, "base_layer", module), "bias", None)
+            z, rows = z if bias is None else z + bias, rows[:1].to(wide)
+            error = min(2 * math.sqrt(eps), 0.03) * torch.maximum(z.norm(), rows.norm())
+            return z.shape == rows.shape and bool((z - rows).norm() <= error)
+    except (RuntimeError, IndexError, AttributeError):  # other shapes than the kind has
+        return False
+
+
 def weight_of(module: Any) -> Tensor:
-    """The weight tensor of a module of a known kind."""
-    return getattr(module, "base_layer", module).weight
+    """The weight tensor of a module of a known kind; a parameter is its own."""
+    return module if isinstance(module, nn.Parameter) else getattr(module, "base_layer", module).weight
 
 
 def own_weights(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters the weight is made of: itself, or what its parametrization starts from."""
-    named = getattr(module, "base_layer", module).named_parameters()
-    return [p for name, p in named if name == "weight" or name.startswith("parametrizations.weight.")]
+    """The parameters the weight is made of: itself, or what it is computed from in the module."""
+    return [p for p in module.parameters() if p.ndim > 1]
 
 
 def _runs(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
-    """Match modules that run the forward of one of the classes, not one of their own."""
-    return lambda module: any(isinstance(module, c) and type(module).forward is c.forward for c in classes)
+    """Trust modules that run the forward of one of the classes, not one of their own."""
+    return lambda module: "forward" not in vars(module) and type(module).forward in [c.forward for c in classes]
 
 
-_LINEAR = Kind(_runs(nn.Linear), lambda module, w: w)
+def _from(*packages: str) -> Callable[[nn.Module], bool]:
+    return lambda module: "forward" not in vars(module) and type(module).__module__.startswith(packages)
+
+
+_LINEAR = Kind(lambda module: isinstance(module, nn.Linear), lambda module, w: w, trusted=_runs(nn.Linear))
 
 # Conv1D of GPT-2 (transformers), a dense layer whose weight is stored as (m, d).
 _TRANSPOSED_LINEAR = Kind(
-    lambda module: type(module).__name__ == "Conv1D" and hasattr(module, "nf"), lambda module, w: w.mT
+    lambda module: type(module).__name__ == "Conv1D" and hasattr(module, "nf"),
+    lambda module, w: w.mT,
+    trusted=_from("transformers."),
 )
 
 
@@ -128,6 +158,7 @@ _LORA = Kind(
         and not getattr(module, "lora_magnitude_vector", None)  # DoRA has another effective weight
     ),
     _lora_matrix,
+    trusted=_from("peft."),
     problem=_lora_problem,
 )
 
@@ -148,10 +179,11 @@ def _embedding_project(module: nn.Embedding, ids: Tensor, b: Tensor) -> Float[Te
 
 
 _EMBEDDING = Kind(
-    lambda module: _runs(nn.Embedding)(module) and getattr(module, "max_norm", None) is None,
+    lambda module: isinstance(module, nn.Embedding),  # max_norm has changed the weight before it is read
     lambda module, w: w.mT,
     _embedding_features,
     _embedding_project,
+    trusted=_runs(nn.Embedding),
 )
 
 
@@ -202,9 +234,9 @@ def _convolved(
     return s.reshape(n, c, q, -1).permute(0, 3, 1, 2)
 
 
-def _transpose_matrix(module: Any, w: Tensor) -> Float[Tensor, "d m"]:
+def transposed_matrix(groups: int, w: Tensor) -> Float[Tensor, "d m"]:
     """From (in, out / c, *k) to (out, in / c * k): a window of the stretched input sees the kernel flipped."""
-    w = w.reshape(module.groups, -1, *w.shape[1:]).transpose(1, 2).flip(tuple(range(3, w.ndim + 1)))
+    w = w.reshape(groups, -1, *w.shape[1:]).transpose(1, 2).flip(tuple(range(3, w.ndim + 1)))
     return w.flatten(0, 1).flatten(1)
 
 
@@ -214,18 +246,21 @@ def _convolution(
     over: Callable[[Any, Tensor], tuple[Tensor, tuple[int, ...]]],
 ) -> Kind:
     return Kind(
-        _runs(*classes),
+        lambda module: isinstance(module, classes),
         matrix,
         lambda module, x: _windows(module, *over(module, x)),
         lambda module, x, b: _convolved(module, b, *over(module, x)),
         lambda module, z: _batched(module, z).movedim(1, -1),
         lambda module, z: z.movedim(-1, 1),
+        trusted=_runs(*classes),
     )
 
 
 _CONVOLUTION = _convolution((nn.Conv1d, nn.Conv2d, nn.Conv3d), lambda module, w: w.flatten(1), _padded)
 _TRANSPOSED_CONVOLUTION = _convolution(
-    (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transpose_matrix, _stretched
+    (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    lambda module, w: transposed_matrix(module.groups, w),
+    _stretched,
 )
 
 for _kind in (_TRANSPOSED_CONVOLUTION, _LORA, _TRANSPOSED_LINEAR, _EMBEDDING, _CONVOLUTION, _LINEAR):

@@ -1,6 +1,5 @@
 """A parameter seen as the matrix W of shape (d, m)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,36 +10,44 @@ from torch.autograd.graph import get_gradient_edge
 
 from relflat.capture.calls import Call
 from relflat.capture.kinds import kind_of, weight_of
+from relflat.capture.uses import View, as_stored
 from relflat.errors import LayerError
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A parameter seen as W of shape (d, m) by ``view``, which moves entries only."""
+    """A parameter seen as W of shape (d, m), or as a stack of such, by ``view``, which moves entries only."""
 
     layer: str
     parameter: Tensor
-    view: Callable[[Tensor], Tensor]
+    view: View
 
     @classmethod
-    def of(cls, layer: str, target: nn.Module | nn.Parameter) -> "Matrix":
-        """The matrix of a tapped module or parameter."""
+    def of(cls, layer: str, target: nn.Module | nn.Parameter, view: View = as_stored) -> "Matrix":
+        """The matrix of a tapped module, or parameter by a view of it."""
         if isinstance(target, nn.Parameter):
-            return cls(layer, target, lambda w: w.flatten(1))
+            return cls(layer, target, view)
         kind, weight = kind_of(target), weight_of(target)
         assert kind is not None
-        if not isinstance(weight, nn.Parameter) or hasattr(target, "lora_A"):
+        whole = weight._base if weight._is_view() else weight  # a weight may be a view of a parameter (Keras)
+        if not isinstance(whole, nn.Parameter) or whole.numel() != weight.numel() or hasattr(target, "lora_A"):
             raise LayerError(
                 f"the weight of layer {layer!r} is computed from other parameters (parametrization, adapter), so it "
-                "cannot be changed or differentiated as a whole; name one of those parameters instead"
+                "cannot be changed or differentiated as a whole, which is needed as the loss depends on it in other "
+                "ways than by the layer's outputs, or all of its uses count; name one of those parameters instead"
             )
-        return cls(layer, weight, lambda w: kind.matrix(target, w))
+        as_weight = (weight.shape, weight.stride())
+        return cls(layer, whole, lambda w: kind.matrix(target, w if whole is weight else w.as_strided(*as_weight)))
 
-    def weight(self) -> Float[Tensor, "d m"]:
+    def weight(self) -> Float[Tensor, "*s d m"]:
         """W itself."""
         return self.view(self.parameter)
 
-    def back(self, direction: Float[Tensor, "d m"]) -> Tensor:
+    def one(self) -> "Matrix":
+        """The same as one matrix, the rows of a stack below each other."""
+        return Matrix(self.layer, self.parameter, lambda w: self.view(w).flatten(0, -2))
+
+    def back(self, direction: Float[Tensor, "*s d m"]) -> Tensor:
         """A direction in the shape and type of the parameter: the inverse of ``view``, which is its transpose."""
         blank, graph = torch.zeros_like(self.parameter, requires_grad=True), direction.requires_grad
         with torch.enable_grad():

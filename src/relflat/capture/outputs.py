@@ -1,13 +1,11 @@
-"""What a model returned: which tensor of it a loss takes, and which layer made that."""
+"""What a model returned: which tensor of it a loss takes."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from relflat.capture.calls import Call, Forward, same_values
-from relflat.errors import GraphError, LayerError
+from relflat.errors import GraphError
 
 
 def output_tensor(outputs: Any, other_than: Tensor | None = None) -> Tensor | None:
@@ -27,26 +25,6 @@ def output_tensor(outputs: Any, other_than: Tensor | None = None) -> Tensor | No
     return tensors[0] if len(tensors) == 1 else None
 
 
-def output_layer(record: Forward, names: Iterable[str]) -> str:
-    """The layer among the recorded calls whose output the model returned; the last one called if none was."""
-    tensors = [t for t in tree_leaves(record.outputs) if isinstance(t, Tensor)]
-    ends = {c.layer for c in record.calls if any(_ends_in(c, t) for t in tensors)}
-    ends = ends or {c.layer for c in record.calls[-1:]}
-    if len(ends) != 1:
-        raise LayerError(
-            f"'output' is ambiguous: {sorted(ends) or list(names)} "
-            f"{'all feed' if ends else 'were not called, none feeds'} the output; name one of them"
-        )
-    return ends.pop()
-
-
-def _ends_in(call: Call, tensor: Tensor) -> bool:
-    """Whether the tensor is the output of the call, perhaps with the classes moved."""
-    moved = tensor.movedim(1, -1) if tensor.ndim > 2 else tensor
-    pairs = ((tensor, call.output), (moved, call.output), (moved, call.outputs_last()))
-    return any(same_values(call, mine, other) for mine, other in pairs)
-
-
 def same_part(recorded: Any, given: Any, replayed: Any) -> Any:
     """The part of a replayed output that ``given`` was of the recorded one."""
     if given is recorded:
@@ -54,7 +32,17 @@ def same_part(recorded: Any, given: Any, replayed: Any) -> Any:
     for leaf, replacement in zip(tree_leaves(recorded), tree_leaves(replayed), strict=True):
         if leaf is given:
             return replacement
+        if isinstance(given, Tensor) and isinstance(leaf, Tensor) and _views(given, leaf):
+            start = replacement.storage_offset() + given.storage_offset() - leaf.storage_offset()
+            if replacement.stride() == leaf.stride():
+                return replacement.as_strided(given.shape, given.stride(), start)
     raise GraphError(
         "the criterion was given something computed from the model's outputs, which a perturbed forward pass "
         "cannot repeat; move that computation into the model or the loss function"
     )
+
+
+def _views(given: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor reads the memory of another, in another order or in part."""
+    same = given.dtype == leaf.dtype and given.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
+    return same and leaf.numel() > 0 and given._version == leaf._version

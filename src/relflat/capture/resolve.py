@@ -19,12 +19,14 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
     """Map what the user calls a layer to ``{qualified name: module or parameter}``.
 
     A module of a known kind stands for itself. A parameter, or the only matrix of a module of another kind,
-    is differentiated directly, whatever the network does with it.
+    is differentiated directly, whatever the network does with it; what a product in the graph sums over are its
+    features, and where none tells, its rows are its outputs, as it is stored.
 
     Args:
         model: the network.
         layer: a module or parameter of it, a qualified name, a glob, or a list of those. ``"output"`` maps to
-            every supported layer; :class:`relflat.capture.tap.Tap` narrows it down during the first forward pass.
+            every supported layer, a glob to all that match; :class:`relflat.capture.tap.Tap` narrows them down by the
+            first loss.
 
     Raises:
         LayerError: if nothing matches, or a match has no weight matrix; names the candidates.
@@ -36,9 +38,29 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
         if name is None:
             raise LayerError(f"the given {type(layer).__name__} is not part of this model; {_candidates(model)}")
         return {name: _target(model, name, layer)}
+    if not isinstance(layer, Iterable):
+        raise LayerError(
+            f"layer={layer!r}: a {type(layer).__name__} names no layer; give a name, a module, a parameter or a list "
+            f"of those; {_candidates(model)}"
+        )
     if not layer:
         raise LayerError(f"the list of layers is empty; {_candidates(model)}")
     return {name: target for one in layer for name, target in resolve(model, one).items()}
+
+
+def is_pattern(model: nn.Module, layer: object) -> str | None:
+    """Whether what the user calls a layer stands for what is found later: ``"output"`` or ``"glob"``."""
+    if not isinstance(layer, str) or (layer != "output" and layer in _parts(model)):
+        return None
+    return "output" if layer == "output" else "glob" if set(layer) & set("*?[") else None
+
+
+def part(model: nn.Module, name: str) -> nn.Module | None:
+    """The module that is in the model under a name; None if there is none."""
+    at: nn.Module | None = model
+    for step in name.split(".") if name else ():
+        at = None if at is None else at._modules.get(step)
+    return at
 
 
 def _parts(model: nn.Module) -> dict[str, Target]:
@@ -51,21 +73,24 @@ def _parts(model: nn.Module) -> dict[str, Target]:
 
 def _by_name(model: nn.Module, name: str) -> dict[str, Target]:
     parts, supported, others = _parts(model), supported_layers(model), matrices(model)
-    if name in parts and (name or kind_of(model)):
+    if name in parts and name != "output" and (name or kind_of(model)):
         return {name: _target(model, name, parts[name])}
     if name == "output":
         return _possible_outputs(model, supported)
-    if set(name) & set("*?["):
-        matches = _matching(name, supported) or _matching(name, others)
-        if matches:
-            return {n: _target(model, n, parts[n]) for n in matches}
+    if set(name) & set("*?[") and (matches := _matching(model, name)):
+        return {n: _target(model, n, parts[n]) for n in matches}
     near = nearest(name, [*supported, *others])
     hint = f"did you mean {near}? " if near else ""
     raise LayerError(f"no layer named {name!r}; {hint}{_candidates(model)}")
 
 
-def _matching(pattern: str, names: Iterable[str]) -> list[str]:
-    return [n for n in names if fnmatchcase(n, pattern)]
+def _matching(model: nn.Module, pattern: str) -> list[str]:
+    """The layers and the parameters of none; if none matches, the parts of layers, then their parameters."""
+    supported, others = supported_layers(model), matrices(model)
+    apart = [n for n in others if not any(not s or n.startswith(f"{s}.") for s in supported)]
+    modules = [n for n, m in model.named_modules() if kind_of(m)]
+    groups = ([n for n in names if fnmatchcase(n, pattern)] for names in ((*supported, *apart), modules, others))
+    return next(filter(None, groups), [])
 
 
 def _possible_outputs(model: nn.Module, supported: dict[str, nn.Module]) -> dict[str, Target]:
@@ -75,7 +100,9 @@ def _possible_outputs(model: nn.Module, supported: dict[str, nn.Module]) -> dict
             "first, relative_flatness the model"
         )
     if not supported:
-        raise LayerError(f"{type(model).__name__} has no supported layer; {_candidates(model)}")
+        quantised = [n for n, m in model.named_modules() if ".quantized." in type(m).__module__]
+        why = f": {quantised} are quantised; take the model before" if quantised else ""
+        raise LayerError(f"{type(model).__name__} has no supported layer{why}; {_candidates(model)}")
     problems = {name: _unusable(name, module) for name, module in supported.items()}
     usable: dict[str, Target] = {n: m for n, m in supported.items() if problems[n] is None}
     if not usable:
@@ -137,13 +164,15 @@ def _problem(w: Tensor) -> str | None:
 def _candidates(model: nn.Module) -> str:
     layers = list(supported_layers(model))
     others = [n for n in matrices(model) if n.removesuffix(".weight") not in layers]
-    last = "" if "output" in layers else ", or 'output'"
+    last = ", or 'output'" if layers else ""
     return f"layers: {layers}{last}" + (f"; parameters: {others}" if others else "")
 
 
 def supported_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All layers of the model of a known kind, in order of registration."""
-    return {name: m for name, m in model.named_modules() if kind_of(m)}
+    """All layers of the model of a known kind, in order of registration; a layer made of others is one."""
+    found = {name: m for name, m in model.named_modules() if kind_of(m)}
+    inner = {part for m in found.values() for part in m.modules() if part is not m}
+    return {name: m for name, m in found.items() if m not in inner}
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:

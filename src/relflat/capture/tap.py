@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
 
-from relflat.capture.calls import Call, Forward, Pending
+from relflat.capture.calls import Call, Forward, Pending, depends_on
 from relflat.capture.hooks import WeakHook, remove
-from relflat.capture.kinds import Kind, kind_of, own_weights, weight_of
-from relflat.capture.outputs import output_layer
-from relflat.capture.resolve import Layer, Target, resolve, supported_layers
+from relflat.capture.kinds import Kind, is_linear, kind_of, own_weights, weight_of
+from relflat.capture.resolve import Layer, Target, is_pattern, part, resolve, supported_layers
+from relflat.capture.settle import output_layer, taking_part
+from relflat.capture.uses import Uses
 from relflat.distributed import freed_after_forward
 from relflat.errors import ConfigError, GraphError, LayerError
 from relflat.rng import RngState
@@ -36,6 +37,7 @@ class Tap:
     copy of the model carries inert hooks.
     """
 
+    needs_features = False  # whether layers that globs stand for must have been called with features
     searching = False  # whether the output layer is yet to be found by the first forward pass
     keep_rng = False  # whether each record keeps the state of the random number generators at its start
     copied = False  # whether this is a copy (deepcopy, pickle), which watches no model
@@ -49,15 +51,14 @@ class Tap:
     def __init__(self, model: nn.Module, layer: Layer, when: Callable[[], bool] | None = None) -> None:
         self.layers: dict[str, Target] = resolve(model, layer)
         named = [layer] if isinstance(layer, str | nn.Module | nn.Parameter) else list(layer)
-        others = [n for n in named if not (isinstance(n, str) and n == "output")]
-        self._asked_for = set(resolve(model, others)) if others else set()
-        self.searching = (
-            len(others) < len(named)
-            and len(set(self.layers) - self._asked_for) > 1
-            and "output" not in dict(model.named_modules())
+        self._asked_for, self._matched = (
+            set(resolve(model, some)) if (some := [n for n in named if is_pattern(model, n) is kind]) else set()
+            for kind in (None, "glob")
         )
+        self.searching = "output" in map(str, (n for n in named if isinstance(n, str)))
+        self._matched -= self._asked_for
         self._model, self._when = weakref.ref(model), when
-        self._parameters = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
+        self._parameters: dict[str, Target] = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
         self._called: set[str] = set()
         self._pending = Pending()
         self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
@@ -72,17 +73,23 @@ class Tap:
         uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         modules = {n: m for n, m in self.layers.items() if isinstance(m, nn.Module)}
         self._tied = {n for n, m in modules.items() if any(uses[id(w)] > 1 for w in own_weights(m))}
-        self._kinds: dict[str, Kind] = {n: kind for n, m in modules.items() if (kind := kind_of(m))}
+        self._kinds: dict[str, Kind] = {}
         for name, module in modules.items():
-            before, after = WeakHook(self, "_before_layer", name), WeakHook(self, "_after_layer", name)
-            always = parametrize.is_parametrized(module)
-            self._handles[name] = [
-                module.register_forward_pre_hook(before, with_kwargs=True),
-                module.register_forward_hook(after, with_kwargs=True, always_call=always),
-            ]
+            self._hook(name, module)
         begin = model.register_forward_pre_hook(WeakHook(self, "_begin"), with_kwargs=True, prepend=True)
         end = model.register_forward_hook(WeakHook(self, "_end"), always_call=True)
         self._handles["<model>"] = [begin, end]
+
+    def _hook(self, name: str, module: nn.Module) -> None:
+        """Watch a layer; its output is seen before other hooks change it."""
+        kind = kind_of(module)
+        assert kind is not None
+        self._kinds[name], always = kind, parametrize.is_parametrized(module)
+        before, after = WeakHook(self, "_before_layer", name), WeakHook(self, "_after_layer", name)
+        self._handles[name] = [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True, always_call=always, prepend=True),
+        ]
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self._depth += 1
@@ -92,6 +99,7 @@ class Tap:
         if self._replaying or _recomputing() or torch._C._are_functorch_transforms_active():
             return  # a pass of our own or of checkpointing, or one inside torch.func: no criterion call follows
         if model.training if self._when is None else self._when():
+            self._follow(model)
             rng = RngState.now() if self.keep_rng else None
             mode = hash(tuple(m.training for m in model.modules()))
             self._open = Forward(args, kwargs, rng, grad=torch.is_grad_enabled(), mode=mode)
@@ -107,8 +115,6 @@ class Tap:
             return
         record.outputs = output
         record.parameters = self._parameters
-        if self.searching:
-            record.calls = self._keep(output_layer(record, self.layers), record.calls)
         self._pending.put(record)
 
     def _before_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -147,26 +153,47 @@ class Tap:
             if output is None:
                 return None
             replaced, phi = _with_graph(output), args[0] if args else next(iter(kwargs.values()))
-            output = output if replaced is None else replaced
-            edge = get_gradient_edge(output) if output.requires_grad else None
-            kind, whole = self._kinds[name], self._whole.pop(name, None)
-            weight = kind.matrix(module, weight_of(module)) if whole is None else whole
-            versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
-            tied = name in self._tied
-            self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions, tied))
+            self._open.calls.append(self._call(name, module, phi, output if replaced is None else replaced))
             return replaced
         finally:
             if self._caches and parametrize.is_parametrized(module):
                 self._caches.pop().__exit__(None, None, None)
 
-    def _keep(self, keep: str, calls: Sequence[Call]) -> list[Call]:
-        """Remove the hooks of all layers but one and those asked for by name, and their calls."""
-        wanted = {keep} | self._asked_for
-        for name in set(self.layers) - wanted:
+    def _call(self, name: str, module: nn.Module, phi: Tensor, output: Tensor) -> Call:
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        kind, whole = self._kinds[name], self._whole.pop(name, None)
+        weight = kind.matrix(module, weight_of(module)) if whole is None else whole
+        versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
+        linear = kind.trusted(module) or is_linear(kind, module, phi, weight, output)
+        tied = name in self._tied
+        return Call(name, module, kind, phi, weight, output, edge, versions, tied, phi.grad_fn, linear)
+
+    def _follow(self, model: nn.Module) -> None:
+        """Watch the layer that has a name now, where another one was put in its place."""
+        for name, old in list(self.layers.items()):
+            now = part(model, name) if isinstance(old, nn.Module) else old
+            if now is old:
+                continue
+            if not isinstance(now, nn.Module) or kind_of(now) is None:
+                what = "is gone from the model" if now is None else f"was replaced by a {type(now).__name__}"
+                raise LayerError(f"layer {name!r} {what} since it was named; build a new criterion for the model")
+            self.layers[name] = now
+            if name in self._parameters:
+                self._parameters[name] = now
+            if name in self._handles:
+                remove({name: self._handles.pop(name)})
+                self._hook(name, now)
+
+    def _keep(self, wanted: dict[str, Target], forwards: Sequence[Forward]) -> None:
+        """Watch those layers from now on and no others, and forget the calls of others."""
+        called = {c.layer for f in forwards for c in f.calls}.intersection(wanted)
+        for name in self._handles.keys() - called - {"<model>"}:
             remove({name: self._handles.pop(name)})
-            del self.layers[name]
-        self.searching = False
-        return [c for c in calls if c.layer in wanted]
+        self.layers = {n: t for n, t in (self.layers | wanted).items() if n in wanted}
+        self._parameters.clear()
+        self._parameters.update({n: t for n, t in self.layers.items() if n not in called})
+        for record in forwards:
+            record.calls = [c for c in record.calls if c.layer in called]
 
     # -- use -----------------------------------------------------------------------------------------
 
@@ -202,11 +229,11 @@ class Tap:
         records = self._pending.take(type(model).__name__)
         self._called |= {c.layer for r in records for c in r.calls}
         # a layer that rests in one step, such as an expert, has kappa 0 there
-        unused = [n for n, m in self.layers.items() if isinstance(m, nn.Module) and n not in self._called]
+        unused = [n for n in self._asked_for if n in self._handles and n not in self._called]
         if unused:
             raise LayerError(
                 f"layer {unused[0]!r} was not called in the forward pass; candidates: "
-                f"{list(supported_layers(model))}. "
+                f"{[n for n in supported_layers(model) if n not in unused]}. "
                 f"If its weight is used all the same (as in attention), name the parameter: {unused[0] + '.weight'!r}"
             )
         return records
@@ -217,7 +244,7 @@ class Tap:
 
     def must_have_features(self, option: str) -> None:
         """Refuse tapped parameters."""
-        for name in self._parameters:
+        for name in self._parameters.keys() - self._matched:
             raise ConfigError(f"{option} needs features, and {name!r} is a parameter; name a layer")
 
     @contextmanager
@@ -241,9 +268,33 @@ class Tap:
         """Whether :meth:`watch` is in force."""
         return self._watched is not None
 
-    def settle(self, calls: Sequence[Call], end: Call | None) -> list[Call]:
-        """Find the output layer by what a loss was computed from: ``end`` if known, else the last call."""
-        return self._keep((calls[-1] if end is None else end).layer, calls)
+    @property
+    def unsettled(self) -> bool:
+        """Whether it is yet to be found what ``"output"`` or a glob stands for."""
+        return self.searching or bool(self._matched)
+
+    def settle(
+        self, forwards: Sequence[Forward], loss: Tensor, source: Tensor | None, end: Call | None = None
+    ) -> None:
+        """Find once what ``"output"`` and globs stand for, and forget the rest.
+
+        Args:
+            forwards: the passes behind the loss.
+            loss: with its graph.
+            source: what it was computed from, if known.
+            end: the call whose output that was, if known.
+        """
+        calls = [c for f in forwards for c in f.calls]
+        wanted = {n: t for n, t in self.layers.items() if n in self._asked_for}
+        if self.searching:
+            names = {id(p): n for n, p in self.model.named_parameters()}
+            output = output_layer(loss, source, calls, names) if end is None else end.layer
+            wanted[output] = self.layers[output]
+        if self._matched:
+            given = {n: t for n, t in self.layers.items() if n in self._matched}
+            wanted |= taking_part(given, depends_on(loss, calls), Uses(loss), features=self.needs_features)
+        self.searching, self._matched = False, set()
+        self._keep(wanted, forwards)
 
     def reset(self) -> None:
         """Forget the records kept so far, and stop watching."""
@@ -276,5 +327,6 @@ def _with_graph(output: Tensor) -> Tensor | None:
 def _closed_tap() -> Tap:
     tap = object.__new__(Tap)
     tap.layers, tap._parameters, tap._handles, tap._pending, tap.copied = {}, {}, {}, Pending(), True
+    tap._matched = set()
     tap._model = lambda: None  # type: ignore[assignment]
     return tap

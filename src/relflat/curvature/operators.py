@@ -132,7 +132,8 @@ def pull(
     if required and all(g is None for g in found):
         raise GraphError(
             f"the loss does not depend on the output of layer {calls[0].layer!r} in the last forward pass of the "
-            "model; give the criterion the outputs of that very pass, not detached and not of another model"
+            "model; give the criterion the outputs of that very pass, not detached, not of another model and not "
+            "through quantised layers, which have no derivative"
         )
     for g, c in zip(found, calls, strict=True):
         if g is not None and g.layout != torch.strided:

@@ -28,7 +28,7 @@ def finite_difference(
     by 5/3 for the rounding of the loss in the middle; by less for other rounding and truncation.
     """
     base, weight = loss.double().sum(), matrix.weight()
-    m, eps = weight.shape[1], torch.finfo(weight.dtype).eps
+    m, eps = weight.shape[-1], torch.finfo(weight.dtype).eps
     h = eps ** (1 / 4 if weight.dtype == torch.float64 else 1 / 6) / (1.0 if options.adaptive else math.sqrt(m))
     scale = weight.new_ones(()) if scale is None else scale.to(weight.dtype)
     values, differences = [], []

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from relflat.capture.matrix import Matrix
 from relflat.errors import ConfigError, LossError
 from relflat.estimate import closed_form, products
 from relflat.estimate.contributions import Contributions
@@ -77,6 +76,8 @@ def choose(subject: Subject, wanted: Method | None) -> Method:
 
 
 def _why_no_closed_form(subject: Subject) -> str | None:
+    if subject.scene.known is not None and subject.calls and subject.in_weight:
+        return "the loss depends on its weight in other ways than by its outputs too"
     return closed_form.why_not(subject.calls, subject.scene.known)
 
 
@@ -95,7 +96,7 @@ def _why_no_exact_sum(subject: Subject) -> str | None:
         return None
     if subject.factors is not None:
         return "probes of a known loss take one pull-back for all layers"
-    if not (options.measuring or subject.at_end):
+    if not (options.measuring or subject.last):
         return "in training only output layers are summed, whose products cost nothing but the loss"
     count = subject.space.products_for_exact(adaptive=options.adaptive, trace=options.trace)
     return None if count <= options.exact_up_to else f"it takes {count} products"
@@ -129,8 +130,7 @@ def _differences(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributio
     for s in subjects:
         assert s.scene.replay is not None
         with torch.set_grad_enabled(not s.options.measuring):
-            matrix = Matrix.of(s.layer, s.target)
-            found[s.layer] = finite_difference(s.scene.replay, s.scene.loss, matrix, s.scale, s.options, rng)
+            found[s.layer] = finite_difference(s.scene.replay, s.scene.loss, s.matrix, s.scale, s.options, rng)
     return found
 
 

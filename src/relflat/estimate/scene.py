@@ -1,13 +1,18 @@
 """A forward pass and its loss: everything an estimate is made from."""
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils._pytree import tree_leaves
 
 from relflat.capture.calls import Call, Forward, depends_on
+from relflat.capture.graph import ancestors
 from relflat.capture.outputs import output_tensor
+from relflat.capture.uses import Uses
 from relflat.errors import GraphError
 from relflat.estimate.replay import Replay
 from relflat.loss.known import KnownLoss
@@ -22,7 +27,8 @@ class Scene:
         calls: the tapped calls that the loss depends on.
         outputs: the tensor the loss was computed from, if there is one.
         known: what is known of the loss.
-        parameters: tapped parameters, whose curvature is taken in themselves.
+        given: what the loss was computed from, whatever its structure; None if that is not known.
+        parameters: tapped parameters and modules whose curvature is taken in the weight.
         mode: stands for which modules of the model are in training mode.
         scales: standard deviation of the features by layer, if they are to be normalised by a given one.
         replay: repeats the pass with a change; None where its loss cannot be computed again.
@@ -32,18 +38,39 @@ class Scene:
     loss: Tensor
     calls: Sequence[Call]
     outputs: Tensor | None = None
+    given: Any = None
     known: KnownLoss | None = None
-    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    parameters: Mapping[str, nn.Module | nn.Parameter] = field(default_factory=dict)
     mode: int = 0
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     replay: Replay | None = None
     plain: bool = False
 
     @classmethod
-    def of(cls, forwards: Sequence[Forward], loss: Tensor, **known: Any) -> "Scene":
-        """The scene of passes that led to a loss; further attributes by name."""
-        calls, last = calls_behind(forwards, loss), forwards[-1]
-        return cls(loss, calls, parameters=last.parameters, mode=last.mode, **known)
+    def of(
+        cls, forwards: Sequence[Forward], loss: Tensor, calls: Sequence[Call] | None = None, **known: Any
+    ) -> "Scene":
+        """The scene of passes that led to a loss, by default with the calls behind it; further attributes by name."""
+        calls, last = calls_behind(forwards, loss) if calls is None else calls, forwards[-1]
+        other = {c.layer: c.module for c in calls if not c.linear}
+        calls = [c for c in calls if c.layer not in other]
+        return cls(loss, calls, parameters={**last.parameters, **other}, mode=last.mode, **known)
+
+    @functools.cached_property
+    def uses(self) -> Uses:
+        """Where parameters go; a walk over all of the graph."""
+        return Uses(self.loss)
+
+    @functools.cached_property
+    def beside(self) -> set[Node]:
+        """What leads to the loss neither by what it was computed from nor by a call: the part that is the loss's own.
+
+        A few operations, or with an explicit weight decay the parameters too.
+        """
+        given = [t for t in tree_leaves(self.given) if isinstance(t, Tensor) and t.ndim]
+        ends = {t.grad_fn for t in given if t.grad_fn is not None}
+        edges = {c.edge.node for c in self.calls if c.edge is not None}
+        return set(ancestors(self.loss.grad_fn, ends | edges)) if ends else set()
 
     def read(self) -> "Scene":
         """With what the graph of the loss tells of it, where its function is not known."""
@@ -60,7 +87,9 @@ class Scene:
             outputs, known = output_tensor(part), criterion.known(part)
             outputs = None if known is None and criterion.trained_through else outputs
         replay = replace(self.replay, forwards=[forward], outputs=part)
-        made = Scene.of([forward], loss, outputs=outputs, known=known, scales=self.scales, replay=replay, plain=True)
+        made = Scene.of(
+            [forward], loss, outputs=outputs, given=part, known=known, scales=self.scales, replay=replay, plain=True
+        )
         return made.read().only(self.layers)
 
     @property
@@ -104,6 +133,7 @@ def calls_behind(forwards: Sequence[Forward], loss: Tensor) -> list[Call]:
     if not needed:
         raise GraphError(
             f"the loss does not depend on the output of layer {calls[0].layer!r} in the last forward pass of the "
-            "model; give the criterion the outputs of that very pass, not detached and not of another model"
+            "model; give the criterion the outputs of that very pass, not detached, not of another model and not "
+            "through quantised layers, which have no derivative"
         )
     return needed

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from relflat.capture.calls import Call, is_recurrent, same_values
 from relflat.capture.graph import ancestors, compiled, leaves_between, operation, singular
+from relflat.capture.kinds import own_weights
 from relflat.capture.matrix import Matrix
+from relflat.capture.uses import View, leaf
 from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, differentiate, slope_in
 from relflat.curvature.output_space import OutputSpace, feature_std
 from relflat.curvature.slope import AskedLoss, must_be_asked
 from relflat.curvature.space import Space
 from relflat.curvature.weight_space import WeightSpace
 from relflat.errors import ConfigError, GraphError, LossError, SecondDerivativeError, warn
-from relflat.estimate.coupling import coupled_in_outputs, coupled_in_products
+from relflat.estimate.coupling import coupled_in_outputs, coupled_in_products, may_reorder
 from relflat.estimate.scene import Scene
 from relflat.loss.known import KnownLoss
 from relflat.options import Options
@@ -28,10 +30,16 @@ from relflat.rng import Rng
 class Memory:
     """What was found out about a model in earlier steps and need not be asked again, by layer."""
 
-    coupled: dict[tuple[str, int], bool] = field(default_factory=dict)
-    """Whether samples are coupled after it, in a training mode of all modules."""
+    coupled: dict[tuple[str, int, int], bool] = field(default_factory=dict)
+    """Whether samples are coupled after it, in a training mode of all modules and by these operations."""
+    tries: int = 0
+    """How often that was asked again, as an operation may put samples in another order each time."""
     curved: set[str] = field(default_factory=set)
     """The loss was seen to have a curvature in its output, or said to have none."""
+    past: dict[tuple[str, int], bool] = field(default_factory=dict)
+    """Whether its weight leads to the loss in other ways than by its outputs, in a training mode of all modules."""
+    views: dict[tuple[str, int], View] = field(default_factory=dict)
+    """A parameter as a matrix, in a training mode of all modules."""
     through: set[str] = field(default_factory=set)
     """The loss was seen to depend on it through the outputs only."""
     smooth: set[str] = field(default_factory=set)
@@ -63,23 +71,50 @@ class Subject:
 
     @functools.cached_property
     def in_weight(self) -> bool:
-        """Whether kappa is taken in the weight, not in the outputs: a parameter, or a recurrent layer.
+        """Whether kappa is taken in the weight, not in the outputs, which are not all of its ways to the loss.
 
-        The Hessian of a recurrent layer has terms through its later inputs. The Gauss-Newton matrix has none, and is
+        So for a parameter, a weight that the loss or a derivative in the network depends on, and a recurrent layer:
+        the Hessian of a recurrent layer has terms through its later inputs. The Gauss-Newton matrix has none, and is
         taken in the weight only where that is tied to another module's, so that both are of all the uses.
         """
         if not self.calls:
             return True
+        if self._past():
+            return True
         return (self.options.curvature == "hessian" or self.calls[0].tied) and is_recurrent(self.calls)
 
+    def _past(self) -> bool:
+        """Whether the weight leads past the outputs: by the loss itself, looked at each time, or in the network."""
+        key = self.layer, self.scene.mode
+        if self.scene.loss.grad_fn is None:
+            return self.memory.past.get(key, False)
+        if key not in self.memory.past:
+            self.memory.past[key] = self.scene.uses.past(self.calls)
+        if self.memory.past[key] or self.scene.known is not None:  # a known loss is one of the outputs alone
+            return self.memory.past[key]
+        return any(leaf(w) in self.scene.beside for w in own_weights(self.calls[0].module))
+
     @functools.cached_property
-    def at_end(self) -> bool:
-        """Whether the loss is computed from the layer's output as it is, so that Hessian and GGN are one."""
+    def matrix(self) -> Matrix:
+        """The weight by itself."""
+        target, key = self.target, (self.layer, self.scene.mode)
+        if isinstance(target, nn.Module):
+            return Matrix.of(self.layer, target)
+        if key not in self.memory.views:
+            self.memory.views[key] = self.scene.uses.view(target)
+        return Matrix.of(self.layer, target, self.memory.views[key])
+
+    @functools.cached_property
+    def last(self) -> bool:
+        """Whether the layer's output as it is is what the loss was computed from."""
         known = self.scene.known
         outputs = self.scene.outputs if known is None else known.outputs
-        if self.in_weight or outputs is None:
-            return False
-        return same_values(self.calls[0], outputs, self.calls[0].output)
+        return bool(self.calls) and outputs is not None and same_values(self.calls[0], outputs, self.calls[0].output)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the loss is a function of that alone, so that Hessian and GGN are one."""
+        return self.last and not self.in_weight
 
     @property
     def factors(self) -> KnownLoss | None:
@@ -116,7 +151,7 @@ class Subject:
                 f"gradient='frozen' keeps the gradient through the features, and those of layer {self.layer!r} are "
                 "not seen as its curvature is taken in its weight; use gradient='full' or 'weights'"
             )
-        return WeightSpace(Matrix.of(self.layer, self.target), self.scale)
+        return WeightSpace(self.matrix, self.scale)
 
     @functools.cached_property
     def operator(self) -> Operator:
@@ -209,12 +244,13 @@ class Subject:
                 "curvature='ggn' needs the tensor that the loss was computed from, and the model's outputs are "
                 "no single tensor; use curvature='hessian' or call the criterion with (outputs, targets)"
             )
-        if self.layer not in self.memory.through and outputs.grad_fn is not None:
+        if (self.in_weight or self.layer not in self.memory.through) and outputs.grad_fn is not None:
             past = set(ancestors(loss.grad_fn, without=[outputs.grad_fn]))
             if any(c.edge is not None and c.edge.node in past for c in calls):
                 raise GraphError(
                     f"the loss depends on layer {self.layer!r} also past the tensor taken for the outputs (an "
-                    "auxiliary loss, a second head), so there is no Gauss-Newton matrix; use curvature='hessian'"
+                    "auxiliary loss, a second head, a penalty on the weight or on a gradient), so there is no "
+                    "Gauss-Newton matrix; use curvature='hessian'"
                 )
         self.memory.through.add(self.layer)
         return outputs
@@ -231,13 +267,20 @@ class Subject:
         self.memory.curved.add(self.layer)
 
     def _coupled(self) -> bool:
-        """Ask once for each layer and mode of all modules of its model, when a batch first has two samples."""
+        """Ask once for each layer, mode of all modules and kind of graph, when a batch first has two samples.
+
+        Where they were not, and an operation may order samples in another way each time, one split is tried again.
+        """
         if self.calls[0].samples < 2 or len({c.samples for c in self.calls}) > 1:
             return False
-        key, rng = (self.layer, self.scene.mode), Rng(self.seed, -1)
-        if key not in self.memory.coupled:
+        after = list(ancestors(self.scene.loss.grad_fn, {c.edge.node for c in self.calls if c.edge is not None}))
+        known, key = self.memory.coupled, (self.layer, self.scene.mode, hash(tuple(map(type, after))))
+        again = known.get(key) is False and any(map(may_reorder, after))
+        if key not in known or again:
+            self.memory.tries += again
+            rng = Rng(self.seed, -4 - self.memory.tries if again else -1)
             if self.factors is not None:
-                self.memory.coupled[key] = coupled_in_outputs(self.factors.outputs, self.calls, rng)
+                known[key] = coupled_in_outputs(self.factors.outputs, self.calls, rng, once=again)
             else:
-                self.memory.coupled[key] = coupled_in_products(self.operator, self.calls, rng)
-        return self.memory.coupled[key]
+                known[key] = coupled_in_products(self.operator, self.calls, rng, once=again)
+        return known[key]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from relflat.capture.calls import depends_on
-from relflat.capture.matrix import Matrix
+from relflat.capture.kinds import weight_of as weight_tensor
 from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer
 from relflat.capture.tap import Tap
@@ -56,6 +56,7 @@ def measuring(
     tap = Tap(model, layer, when=lambda: True)
     modes = [(m, m.training) for m in model.modules()]
     try:
+        tap.needs_features = options.normalize_features
         if options.normalize_features:
             tap.must_have_features("normalize_features")
         place = getattr(next(model.parameters(), None), "device", None) if device is None else device
@@ -137,17 +138,18 @@ class Measurement:
             outputs, targets = self.batches.forward(self.model, batch)
             criterion = Criterion(self.loss_fn, (targets,), remedy=_REMEDY).eager
             loss, known = criterion(outputs), criterion.known(outputs)
-        forwards = self.tap.take()
-        last = forwards[-1]
+        forwards, tensor = self.tap.take(), output_tensor(outputs)
+        if self.tap.unsettled:
+            self.tap.settle(forwards, loss, tensor)
         calls = [c for f in forwards for c in f.calls]
         again = functools.partial(self.batches.forward, batch=batch)
-        return Scene(
-            loss=loss,
-            calls=calls if len(forwards) == 1 else depends_on(loss, calls),
-            outputs=output_tensor(outputs),
+        return Scene.of(
+            forwards,
+            loss,
+            calls if len(forwards) == 1 else depends_on(loss, calls),
+            outputs=tensor,
+            given=outputs,
             known=known,
-            parameters=last.parameters,
-            mode=last.mode,
             scales=self.scales,
             replay=Replay(self.tap, forwards, outputs, criterion, again=again),
             plain=self.estimator.plain,
@@ -174,7 +176,7 @@ class Measurement:
             x, calls = sums.layers.setdefault(name, LayerSums()), scene.calls_of(name)
             space = OutputSpace.of(calls, scale=self.scales.get(name), constant=True) if calls else None
             x.energy += math.nan if space is None else space.energy()
-            weight = Matrix.of(name, scene.parameters[name]).weight() if space is None else space.weight
+            weight = weight_tensor(scene.parameters[name]) if space is None else space.weight
             x.weight_norm = x.weight_norm or float(torch.linalg.vector_norm(weight.detach().double()))
         if scene.known is not None and scene.known.confidence is not None:
             each = scene.known.confidence()
@@ -193,6 +195,8 @@ class Measurement:
     def measure_scales(self) -> None:
         """Standard deviation of features over the data, by one extra pass; 0 for those that never vary."""
         self.batches.must_be_repeatable("normalize_features")
+        if self.tap.unsettled:
+            next(self.scenes())
         total = functools.reduce(added, gathered(self._moments, self.group))
         for name, x in total.items():
             if x.count < 2:

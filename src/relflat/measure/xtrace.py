@@ -25,10 +25,10 @@ class Coordinates:
 
     ``kappa = Tr((F (x) I)' H (F (x) I))`` for any F with ``F F' = W W'``: by the definition with F = W, n = m m (I4).
     F from a QR decomposition of W' has min(d, m) columns, so that ``n = min(d, m) m``. If adaptive, x is the
-    diagonal of R, and n = m (I9).
+    diagonal of R, and n = m (I9). For a stack of matrices x holds those of each.
     """
 
-    weight: Float[Tensor, "d m"]  # with feature scales if there are any
+    weight: Float[Tensor, "*s d m"]  # with feature scales if there are any
     adaptive: bool
 
     @functools.cached_property
@@ -39,17 +39,19 @@ class Coordinates:
     @property
     def size(self) -> int:
         """The number of coordinates."""
-        d, m = self.weight.shape
-        return m if self.adaptive else min(d, m) * m
+        *stack, d, m = self.weight.shape
+        return math.prod(stack) * m * (1 if self.adaptive else min(d, m))
 
     def change(self, x: Float[Tensor, " n"]) -> Float[Tensor, "d m"]:
         """The change of W that the coordinates stand for."""
         x = x.to(self.weight.dtype)
-        return self.weight * x if self.adaptive else self.factor @ x.reshape(-1, self.weight.shape[1])
+        *stack, _, m = self.weight.shape
+        x = x.reshape(*stack, -1, m)
+        return self.weight * x if self.adaptive else self.factor @ x
 
     def seen(self, gradient: Float[Tensor, "d m"]) -> Float[Tensor, " n"]:
         """The transpose of :meth:`change`."""
-        found = (self.weight * gradient).sum(0) if self.adaptive else self.factor.mT @ gradient
+        found = (self.weight * gradient).sum(-2) if self.adaptive else self.factor.mT @ gradient
         return found.flatten().double()
 
     def add_images(

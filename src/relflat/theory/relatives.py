@@ -129,10 +129,10 @@ def max_eigenvalue_flatness(
     value = error = 0.0
     with measuring(model, loss_fn, data, layer, options, forward, device, seed) as measurement:
         measurement.batches.must_be_repeatable("Lanczos")
-        if measurement.tap.searching:
-            next(measurement.scenes())
-        name, rng = _one_of(measurement.tap.layers, layer), Rng(seed, 0)
-        matrix = Matrix.of(name, measurement.tap.layers[name])
+        scene, _ = next(measurement.scenes())
+        name, rng = _one_of(scene.layers, layer), Rng(seed, 0)
+        (subject,) = measurement.estimator.subjects(scene.only([name]))
+        matrix = subject.matrix.one()
         for row, w in enumerate(matrix.weight().detach()):
             product = functools.partial(_product, measurement, matrix, row)
             top, residual = _largest(product, rng.normal(w).double(), rtol, max_products)
