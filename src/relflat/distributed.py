@@ -72,6 +72,25 @@ def reshard(model: nn.Module) -> None:
         part.reshard()
 
 
+@contextmanager
+def not_taken_for_backward() -> Iterator[None]:
+    """Within the block DDP does not take a differentiation for the backward pass.
+
+    With ``static_graph=True`` it reduces all gradients at the end of the first backward pass through the outputs,
+    ``torch.autograd.grad`` included, which has none to reduce; those of the real one would be left as they are.
+    """
+    sink = getattr(sys.modules.get("torch.nn.parallel.distributed"), "_DDPSink", None)
+    if sink is None or not (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    backward = sink.backward
+    sink.backward = staticmethod(lambda ctx, *gradients: (None, *gradients))
+    try:
+        yield
+    finally:
+        sink.backward = staticmethod(backward)
+
+
 def _parts(model: nn.Module) -> list[Any]:
     sharded = _class()
     return [] if sharded is None else [m for m in model.modules() if isinstance(m, sharded)]

@@ -2,14 +2,14 @@
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from relflat.capture.calls import depends_on
+from relflat.capture.calls import Forward, depends_on
 from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer, supported_layers
 from relflat.capture.tap import Inject, Tap
@@ -168,16 +168,17 @@ class FAM(nn.Module):
         active = self._active()
         task, tensor = criterion(outputs), output_tensor(outputs)
         if active and self._perturbs():  # task loss plus penalty is the loss of the perturbed pass
-            self._tap.take()
+            forwards = self._tap.take(task)
             method = f"radius({self.options.radius:g}), perturbed forward"
             report = {"task": math.nan, "penalty": math.nan, "total": task.detach().mean(), "strength": 1.0}
-            self._finish({} if tensor is None else {"the outputs": tensor}, report | {"method": method})
-            return task
+            watched = {} if tensor is None else {"the outputs": tensor}
+            self._finish(self._step_of(forwards), watched, report | {"method": method})
+            return self._left(forwards, task)
         if not active:
             self._forget()
             self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
             return task
-        forwards, known = self._tap.take(), criterion.known(outputs)
+        forwards, known = self._tap.take(task), criterion.known(outputs)
         scene = Scene.of(
             forwards,
             task,
@@ -185,8 +186,8 @@ class FAM(nn.Module):
             known=known,
             replay=Replay(self._tap, forwards, outputs, criterion),
         )
-        penalty = self._penalty(scene)
-        return task if penalty is None else task + penalty.to(task.dtype)
+        penalty = self._penalty(scene, self._step_of(forwards))
+        return self._left(forwards, task if penalty is None else task + penalty.to(task.dtype))
 
     def penalty(self, loss: Tensor) -> Tensor:
         """The penalty for a loss that was computed elsewhere: add it to that loss.
@@ -207,7 +208,7 @@ class FAM(nn.Module):
                 "penalty(loss) cannot compute the loss of a perturbed pass; use criterion(outputs, targets) with "
                 "radius= or method='finite_difference'"
             )
-        forwards = self._tap.take()
+        forwards = self._tap.take(loss)
         last = forwards[-1]
         if self._tap.watching and not last.parameters and not depends_on(loss, last.calls):
             return loss.new_zeros(())  # one of several losses, and not one of these layers
@@ -219,7 +220,8 @@ class FAM(nn.Module):
             scene = replace(scene, outputs=reading.known.outputs, known=reading.known)
         elif len(forwards) == 1:
             scene = replace(scene, outputs=output_tensor(last.outputs))
-        penalty = self._penalty(scene)
+        penalty = self._penalty(scene, self._step_of(forwards))
+        self._left(forwards, loss)
         return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
 
     @property
@@ -277,9 +279,21 @@ class FAM(nn.Module):
         if not (self._tap.copied or self._tap.watching):
             self._tap.reset()
 
-    def _penalty(self, scene: Scene) -> Tensor | None:
+    def _step_of(self, forwards: Sequence[Forward]) -> int:
+        """This step, or that in which a loss was computed from all of the passes before."""
+        steps = [f.step for f in forwards if f.step is not None]
+        return max(steps) if len(steps) == len(forwards) else self.step
+
+    def _left(self, forwards: Sequence[Forward], loss: Tensor) -> Tensor:
+        """Leave the passes to the loss that was computed from them."""
+        step = self._step_of(forwards)
+        self._tap.leave(forwards, loss, step)
+        self.step = max(self.step, step + 1)
+        return loss
+
+    def _penalty(self, scene: Scene, step: int) -> Tensor | None:
         """``strength * kappa``, or None where this step has none; reports in ``last``."""
-        step, task = self.step, scene.loss.detach().mean()
+        task = scene.loss.detach().mean()
         strength = 0.0 if step % self.options.every else strength_at(self.strength, step)
         penalty: Tensor | None = None
         report: dict[str, Any] = {"task": task, "penalty": 0.0, "total": task, "strength": strength}
@@ -290,7 +304,7 @@ class FAM(nn.Module):
                 penalty = strength * kappa
                 report["kappa"], report["penalty"] = kappa.detach().mean(), penalty.detach().mean()
                 report["total"] = task + report["penalty"]
-        self._finish(scene.watched(), report)
+        self._finish(step, scene.watched(), report)
         return penalty
 
     def _kappa(self, scene: Scene, step: int, strength: float, report: dict[str, Any]) -> Tensor | None:
@@ -312,10 +326,9 @@ class FAM(nn.Module):
             return None
         return share * shaped(kappas, scene.loss)
 
-    def _finish(self, watched: dict[str, Tensor], report: dict[str, Any]) -> None:
-        self._guards.collapse(self.step, watched)
+    def _finish(self, step: int, watched: dict[str, Tensor], report: dict[str, Any]) -> None:
+        self._guards.collapse(step, watched)
         self._last = report | {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
-        self.step += 1
 
     def _perturb_the_forward_pass(self) -> None:
         """Do so, unless the last layer is meant, whose perturbed loss is as cheap computed from its output."""

@@ -1,7 +1,13 @@
 """Hooks on modules that neither keep their owner alive nor outlive it."""
 
+import sys
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 
 class WeakHook:
@@ -12,9 +18,20 @@ class WeakHook:
         self._method, self._args = method, args
 
     def __call__(self, *args: Any) -> Any:
-        """Call the owner's method, if it is alive."""
-        owner = self._owner()
-        return getattr(owner, self._method)(*self._args, *args) if owner is not None else None
+        """Call the owner's method, if it is alive; a graph that is exported has nothing of it."""
+        owner = None if torch.compiler.is_exporting() else self._owner()
+        if owner is None:
+            return None
+        run = call_close_of_the_FAM_for_a_model_in_one_graph if torch.compiler.is_dynamo_compiling() else _run
+        return run(getattr(owner, self._method), *self._args, *args)
+
+    @property
+    def __name__(self) -> str:
+        """None, as what asks for it (``torch.jit.script``) would compile the hook."""
+        raise AttributeError(
+            "a FAM watches this model, and its hooks cannot be compiled by torch.jit.script: call its close() first "
+            "(before the model is copied, if this is a copy)"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WeakHook, (None, self._method, *self._args)
@@ -25,3 +42,66 @@ def remove(handles: dict[str, list[Any]]) -> None:
     while handles:
         for handle in handles.popitem()[1]:
             handle.remove()
+
+
+def _run(method: Callable[..., Any], *args: Any) -> Any:
+    return method(*args)
+
+
+@torch._disable_dynamo  # type: ignore[misc, untyped-decorator]  # not typed; torch.compiler.disable loads the compiler
+def call_close_of_the_FAM_for_a_model_in_one_graph(method: Callable[..., Any], *args: Any) -> Any:  # noqa: N802
+    """Run a hook outside of compiled graphs; its name is what ``fullgraph=True`` says where it cannot."""
+    return method(*args)
+
+
+def traced() -> bool:
+    """Whether a call of a module is written down as a program, with no numbers in it."""
+    return torch.jit.is_tracing() or getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)
+
+
+def recomputing() -> bool:
+    """Whether this runs inside a backward pass, as the recomputation of gradient checkpointing does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def buffers_kept() -> Iterator[None]:
+    """Within the block recomputations of gradient checkpointing leave buffers, such as running averages, as they are.
+
+    They are written past the version counters, as normalisations do: graphs have them saved.
+    """
+    found: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+
+    def look(module: nn.Module, args: Any) -> None:
+        if module.training and recomputing():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and (module, name) not in found:
+                    found[module, name] = buffer, buffer.detach().clone()
+
+    handle = nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for (module, name), (buffer, before) in found.items():
+            buffer.data.copy_(before)
+            module._buffers[name] = buffer
+
+
+def runs(model: nn.Module) -> bool:
+    """Whether a call of the model is under way, other than the one whose hooks run: it called itself."""
+    count, frame = 0, sys._getframe(1)
+    while frame is not None and count < 2:
+        count += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is model
+        frame = frame.f_back
+    return count > 1
+
+
+@contextmanager
+def saved_by_us() -> Iterator[None]:
+    """Within the block autograd saves tensors past hooks in force: checkpointing counts those that it will repeat."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        yield

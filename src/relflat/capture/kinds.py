@@ -76,6 +76,12 @@ def weight_of(module: Any) -> Tensor:
     return getattr(module, "base_layer", module).weight
 
 
+def parametrization_of(module: Any) -> nn.Module | None:
+    """What computes the weight of a module of a known kind (``torch.nn.utils.parametrize``), if anything does."""
+    found = getattr(getattr(module, "base_layer", module), "parametrizations", None)
+    return found["weight"] if found is not None and "weight" in found else None
+
+
 def own_weights(module: nn.Module) -> list[nn.Parameter]:
     """The parameters the weight is made of: itself, or what its parametrization starts from."""
     named = getattr(module, "base_layer", module).named_parameters()

@@ -9,22 +9,23 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.utils import parametrize
 
 from relflat.capture.calls import Call, Forward, Pending
-from relflat.capture.hooks import WeakHook, remove
-from relflat.capture.kinds import Kind, kind_of, own_weights, weight_of
+from relflat.capture.hooks import WeakHook, recomputing, remove, runs, saved_by_us, traced
+from relflat.capture.kinds import Kind, kind_of, own_weights, parametrization_of, weight_of
 from relflat.capture.outputs import output_layer
 from relflat.capture.resolve import Layer, Target, resolve, supported_layers
 from relflat.distributed import freed_after_forward
 from relflat.errors import ConfigError, GraphError, LayerError
 from relflat.rng import RngState
 
+_LEAVING = "<leaving>"
 Inject = Callable[[nn.Module, Tensor], Tensor]
 """What to give a tapped layer in place of its input: ``(layer, input) -> input``."""
 
@@ -61,8 +62,10 @@ class Tap:
         self._called: set[str] = set()
         self._pending = Pending()
         self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
-        self._caches: list[Any] = []
+        self._computed: dict[tuple[str, int], Tensor] = {}  # weights by layer and thread, as it computed them
+        self._seen: dict[str, weakref.ref[nn.Module]] = {}  # what computes them, with a hook
         self._handles: dict[str, list[Any]] = {}
+        self._pending.quiet = when is not None
         self._attach(model)
         weakref.finalize(self, remove, self._handles)
 
@@ -75,26 +78,30 @@ class Tap:
         self._kinds: dict[str, Kind] = {n: kind for n, m in modules.items() if (kind := kind_of(m))}
         for name, module in modules.items():
             before, after = WeakHook(self, "_before_layer", name), WeakHook(self, "_after_layer", name)
-            always = parametrize.is_parametrized(module)
             self._handles[name] = [
                 module.register_forward_pre_hook(before, with_kwargs=True),
-                module.register_forward_hook(after, with_kwargs=True, always_call=always),
+                module.register_forward_hook(after, with_kwargs=True),
             ]
         begin = model.register_forward_pre_hook(WeakHook(self, "_begin"), with_kwargs=True, prepend=True)
         end = model.register_forward_hook(WeakHook(self, "_end"), always_call=True)
         self._handles["<model>"] = [begin, end]
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._depth and self._watched is None and not runs(model):
+            self._depth = 0  # an interrupt (Ctrl-C) ended the last pass, and hooks do not run after that
         self._depth += 1
         if self._depth > 1:
             return
         self._open = None
-        if self._replaying or _recomputing() or torch._C._are_functorch_transforms_active():
-            return  # a pass of our own or of checkpointing, or one inside torch.func: no criterion call follows
-        if model.training if self._when is None else self._when():
+        for handle in self._handles.pop(_LEAVING, ()):
+            handle.remove()
+        if self._replaying or recomputing() or torch._C._are_functorch_transforms_active() or traced():
+            return  # a pass of our own, of checkpointing, inside torch.func, written down: no criterion call follows
+        if (model.training and torch.is_grad_enabled()) if self._when is None else self._when():
+            self._pending.begin()
             rng = RngState.now() if self.keep_rng else None
             mode = hash(tuple(m.training for m in model.modules()))
-            self._open = Forward(args, kwargs, rng, grad=torch.is_grad_enabled(), mode=mode)
+            self._open = Forward(args, kwargs, rng, mode=mode)
             self._inject = None if self.injector is None else self.injector()
             self._changed = False
 
@@ -112,7 +119,7 @@ class Tap:
         self._pending.put(record)
 
     def _before_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if _recomputing():
+        if recomputing():
             if self._changed:
                 raise GraphError(
                     f"gradient checkpointing recomputes layer {name!r} without the change that radius= or "
@@ -131,39 +138,44 @@ class Tap:
         return args, kwargs | {first: self._inject(module, kwargs[first])}
 
     def _prepare(self, name: str, module: nn.Module) -> None:
-        """Have the layer's weight read once, by itself and the record, and keep what FSDP2 frees after the layer."""
-        if parametrize.is_parametrized(module):
-            self._caches.append(parametrize.cached())  # power iteration, for one, counts evaluations
-            self._caches[-1].__enter__()
-        if freed_after_forward(self.model, name):
+        """Have a weight that is computed be seen as the layer gets it; keep one that FSDP2 frees after the layer."""
+        computed = parametrization_of(module)
+        if computed is not None:
+            self._computed.pop((name, get_ident()), None)
+            if name not in self._seen or self._seen[name]() is not computed:
+                self._seen[name] = weakref.ref(computed)
+                hook = computed.register_forward_hook(WeakHook(self, "_after_parametrization", name))
+                self._handles[name].append(hook)
+        elif freed_after_forward(self.model, name):
             self._whole[name] = self._kinds[name].matrix(module, weight_of(module)).clone()
 
+    def _after_parametrization(self, name: str, computed: nn.Module, args: Any, weight: Tensor) -> None:
+        if self._open is not None:
+            self._computed[name, get_ident()] = weight
+
     def _after_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-        if _recomputing():
+        if recomputing():
             return None if output is None else _with_graph(output)
-        if self._open is None:
+        if self._open is None or output is None or name not in self.layers:
             return None
-        try:
-            if output is None:
-                return None
-            replaced, phi = _with_graph(output), args[0] if args else next(iter(kwargs.values()))
-            output = output if replaced is None else replaced
-            edge = get_gradient_edge(output) if output.requires_grad else None
-            kind, whole = self._kinds[name], self._whole.pop(name, None)
-            weight = kind.matrix(module, weight_of(module)) if whole is None else whole
-            versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
-            tied = name in self._tied
-            self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions, tied))
-            return replaced
-        finally:
-            if self._caches and parametrize.is_parametrized(module):
-                self._caches.pop().__exit__(None, None, None)
+        replaced, phi = _with_graph(output), args[0] if args else next(iter(kwargs.values()))
+        output = output if replaced is None else replaced
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        kind, weight = self._kinds[name], self._whole.pop(name, None)
+        if weight is None:
+            weight = self._computed.pop((name, get_ident()), None)
+            with saved_by_us():
+                weight = kind.matrix(module, weight_of(module) if weight is None else weight)
+        versions, tied = (_version(phi), _version(output)), name in self._tied
+        self._open.calls.append(Call(name, module, kind, phi, weight, output, edge, versions, tied))
+        return replaced
 
     def _keep(self, keep: str, calls: Sequence[Call]) -> list[Call]:
         """Remove the hooks of all layers but one and those asked for by name, and their calls."""
         wanted = {keep} | self._asked_for
         for name in set(self.layers) - wanted:
-            remove({name: self._handles.pop(name)})
+            # checkpointing repeats the pass in its backward pass, where they must do what they did
+            self._handles.setdefault(_LEAVING, []).extend(self._handles.pop(name))
             del self.layers[name]
         self.searching = False
         return [c for c in calls if c.layer in wanted]
@@ -194,12 +206,13 @@ class Tap:
         """How many forward passes wait for their criterion call."""
         return len(self._pending)
 
-    def take(self) -> list[Forward]:
-        """Hand over the records since the last call, oldest first, and forget them; there must be one."""
+    def take(self, loss: Tensor | None = None) -> list[Forward]:
+        """The records that a loss was computed from, oldest first; without one all, which are forgotten."""
         model = self.model
         if self._watched is not None:
             return [self._watched]
-        records = self._pending.take(type(model).__name__)
+        name = type(model).__name__
+        records = self._pending.take(name) if loss is None else self._pending.behind(loss, name)
         self._called |= {c.layer for r in records for c in r.calls}
         # a layer that rests in one step, such as an expert, has kappa 0 there
         unused = [n for n, m in self.layers.items() if isinstance(m, nn.Module) and n not in self._called]
@@ -210,6 +223,13 @@ class Tap:
                 f"If its weight is used all the same (as in attention), name the parameter: {unused[0] + '.weight'!r}"
             )
         return records
+
+    def leave(self, records: Sequence[Forward], loss: Tensor, step: int) -> None:
+        """Leave records to a loss that was computed from them at a step; they can be taken until its backward pass."""
+        if self._watched is None:
+            for record in records:
+                record.step = step
+            self._pending.use(records, loss)
 
     def must_have_features(self, option: str) -> None:
         """Refuse tapped parameters."""
@@ -244,7 +264,7 @@ class Tap:
     def reset(self) -> None:
         """Forget the records kept so far, and stop watching."""
         self._pending.clear()
-        self._whole = {}
+        self._whole, self._computed = {}, {}
         self._depth, self._open, self._watched = 0, None, None
 
     def close(self) -> None:
@@ -257,16 +277,16 @@ class Tap:
         return _closed_tap, ()
 
 
-def _recomputing() -> bool:
-    """Whether this runs inside a backward pass, as the recomputation of gradient checkpointing does."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def _with_graph(output: Tensor) -> Tensor | None:
     """In place of a frozen layer's output on constant input: one with a graph, so that the tail has one."""
     if not torch.is_grad_enabled() or output.requires_grad:
         return None
     return output.detach().requires_grad_().clone()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _closed_tap() -> Tap:
