@@ -171,8 +171,11 @@ class FAM(nn.Module):
             forwards = self._tap.take(task)
             method = f"radius({self.options.radius:g}), perturbed forward"
             report = {"task": math.nan, "penalty": math.nan, "total": task.detach().mean(), "strength": 1.0}
-            watched = {} if tensor is None else {"the outputs": tensor}
-            self._finish(self._step_of(forwards), watched, report | {"method": method})
+            self._finish(
+                self._step_of(forwards),
+                {} if tensor is None else {"the outputs": tensor},
+                report | {"method": method},
+            )
             return self._left(forwards, task)
         if not active:
             self._forget()

@@ -1,7 +1,7 @@
 """What a forward pass leaves behind: the calls of the tapped layers, and what was computed from them."""
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -94,12 +94,10 @@ class Forward:
 class Used:
     """Passes that led to a loss, kept by that loss until its backward pass begins or it is gone."""
 
-    __torch_unserializable__ = True  # no warning where such a loss is saved
-
     def __init__(self, records: Sequence[Forward]) -> None:
         self.records = list(records)
 
-    def __call__(self, gradient: Tensor) -> None:
+    def __call__(self, gradients: Any) -> None:
         """The hook on the loss: let go of the passes, so that its backward pass finds their memory free."""
         self.records.clear()
 
@@ -165,20 +163,17 @@ class Pending:
         if not loss.requires_grad:
             raise no_graph()
         self._check_overflow()
-        alive = [used for ref in self._used if (used := ref()) is not None and used.records]
-        self._used = [weakref.ref(used) for used in alive]
-        records = [*dict.fromkeys(r for used in alive for r in used.records), *self._fresh]
+        records = [*dict.fromkeys(self._alive()), *self._fresh]
         if len(records) < 2:
             return records or self._none(model)
         found = set(ancestors(loss.grad_fn))
-        records = [r for r in records if r.leads_to(found)]
-        if not records:
-            raise GraphError(
-                "the loss was computed from none of the forward passes recorded since the last backward pass, or "
-                "their backward pass is over; give the criterion the outputs of a pass of the model in training mode, "
-                "not detached and not of another model"
-            )
-        return records
+        return [r for r in records if r.leads_to(found)] or self._none(model)
+
+    def _alive(self) -> Iterator[Forward]:
+        """Passes that are still with the losses they led to."""
+        self._used = [ref for ref in self._used if (used := ref()) is not None and used.records]
+        for used in filter(None, [ref() for ref in self._used]):
+            yield from used.records
 
     def use(self, records: Sequence[Forward], loss: Tensor) -> None:
         """Leave passes to the loss they led to; further losses may be computed from them as long as it lasts."""
@@ -188,7 +183,8 @@ class Pending:
         self._fresh = [r for r in self._fresh if r not in records]
         used, self._any = Used(records), True
         self._used.append(weakref.ref(used))
-        loss.register_hook(used)
+        if loss.grad_fn is not None:
+            loss.grad_fn.register_prehook(used)
 
     def _check_overflow(self) -> None:
         overflow, self._overflow = self._overflow, False
@@ -200,16 +196,22 @@ class Pending:
             )
 
     def _none(self, model: str) -> NoReturn:
-        raise GraphError(
-            "no training forward pass to go with this criterion call: "
-            + (
+        if self._fresh or any(self._alive()):
+            why = (
+                "the loss was computed from none of those recorded (detached, or of another model), or their backward "
+                "pass is over"
+            )
+        elif self._any:
+            why = (
                 "the backward pass of those it was called for is over; call it for all losses of a pass before that, "
                 "or run the model again"
-                if self._any
-                else f"call the model ({model}, as given to FAM, in training mode, with gradients enabled, and not one "
-                "of its parts) first, and the criterion after it"
             )
-        )
+        else:
+            why = (
+                f"call the model ({model}, as given to FAM, in training mode, with gradients enabled, and not one of "
+                "its parts) first, and the criterion after it"
+            )
+        raise GraphError(f"no training forward pass to go with this criterion call: {why}")
 
 
 def no_graph() -> GraphError:

@@ -4,10 +4,12 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 
 class WeakHook:
@@ -48,15 +50,16 @@ def _run(method: Callable[..., Any], *args: Any) -> Any:
     return method(*args)
 
 
-@torch._disable_dynamo  # type: ignore[misc, untyped-decorator]  # not typed; torch.compiler.disable loads the compiler
-def call_close_of_the_FAM_for_a_model_in_one_graph(method: Callable[..., Any], *args: Any) -> Any:  # noqa: N802
+@_disable_dynamo  # torch.compiler.disable would load the compiler with this module
+def call_close_of_the_FAM_for_a_model_in_one_graph(method: Callable[..., Any], *args: Any) -> Any:
     """Run a hook outside of compiled graphs; its name is what ``fullgraph=True`` says where it cannot."""
     return method(*args)
 
 
 def traced() -> bool:
     """Whether a call of a module is written down as a program, with no numbers in it."""
-    return torch.jit.is_tracing() or getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)
+    by_fx = getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)
+    return by_fx or torch._C._get_tracing_state() is not None
 
 
 def recomputing() -> bool:
@@ -90,7 +93,8 @@ def buffers_kept() -> Iterator[None]:
 
 def runs(model: nn.Module) -> bool:
     """Whether a call of the model is under way, other than the one whose hooks run: it called itself."""
-    count, frame = 0, sys._getframe(1)
+    count = 0
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and count < 2:
         count += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is model
         frame = frame.f_back

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from relflat.capture.calls import Call, Forward, same_values
+from relflat.capture.graph import operation
 from relflat.errors import GraphError, LayerError
 
 
@@ -43,12 +44,27 @@ def _ends_in(call: Call, tensor: Tensor) -> bool:
 
 def same_part(recorded: Any, given: Any, replayed: Any) -> Any:
     """The part of a replayed output that ``given`` was of the recorded one."""
-    if given is recorded:
+    if _passed_on(recorded, given):
         return replayed
     for leaf, replacement in zip(tree_leaves(recorded), tree_leaves(replayed), strict=True):
-        if leaf is given:
+        if _passed_on(leaf, given):
             return replacement
     raise GraphError(
         "the criterion was given something computed from the model's outputs, which a perturbed forward pass "
         "cannot repeat; move that computation into the model or the loss function"
     )
+
+
+def _passed_on(made: Any, given: Any) -> bool:
+    """Whether what is given is what was made, as it is or as DDP hands it on."""
+    if made is given:
+        return True
+    (ours, shape), (theirs, same) = tree_flatten(made), tree_flatten(given)
+    return shape == same and all(a is b or _through_ddp(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _through_ddp(made: Any, given: Any) -> bool:
+    node = getattr(given, "grad_fn", None)
+    if node is None or operation(node) != "_DDPSink":
+        return False
+    return node.next_functions[given.output_nr] == (made.grad_fn, made.output_nr)

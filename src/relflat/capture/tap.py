@@ -60,6 +60,7 @@ class Tap:
         self._model, self._when = weakref.ref(model), when
         self._parameters = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
         self._called: set[str] = set()
+        self._given: set[str] = set()  # layers whose output was given a graph
         self._pending = Pending()
         self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
         self._computed: dict[tuple[str, int], Tensor] = {}  # weights by layer and thread, as it computed them
@@ -93,17 +94,20 @@ class Tap:
         if self._depth > 1:
             return
         self._open = None
-        for handle in self._handles.pop(_LEAVING, ()):
-            handle.remove()
-        if self._replaying or recomputing() or torch._C._are_functorch_transforms_active() or traced():
-            return  # a pass of our own, of checkpointing, inside torch.func, written down: no criterion call follows
-        if (model.training and torch.is_grad_enabled()) if self._when is None else self._when():
+        remove({_LEAVING: self._handles.pop(_LEAVING, [])})
+        if self._wants(model):
             self._pending.begin()
             rng = RngState.now() if self.keep_rng else None
             mode = hash(tuple(m.training for m in model.modules()))
             self._open = Forward(args, kwargs, rng, mode=mode)
             self._inject = None if self.injector is None else self.injector()
             self._changed = False
+
+    def _wants(self, model: nn.Module) -> bool:
+        """Whether a criterion call may follow a pass: not one of our own, recomputed, in torch.func, or traced."""
+        if self._replaying or recomputing() or traced() or torch._C._are_functorch_transforms_active():
+            return False
+        return (model.training and torch.is_grad_enabled()) if self._when is None else self._when()
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -159,7 +163,9 @@ class Tap:
         if self._open is None or output is None or name not in self.layers:
             return None
         replaced, phi = _with_graph(output), args[0] if args else next(iter(kwargs.values()))
-        output = output if replaced is None else replaced
+        if replaced is not None:
+            self._given.add(name)
+            output = replaced
         edge = get_gradient_edge(output) if output.requires_grad else None
         kind, weight = self._kinds[name], self._whole.pop(name, None)
         if weight is None:
@@ -174,8 +180,10 @@ class Tap:
         """Remove the hooks of all layers but one and those asked for by name, and their calls."""
         wanted = {keep} | self._asked_for
         for name in set(self.layers) - wanted:
-            # checkpointing repeats the pass in its backward pass, where they must do what they did
-            self._handles.setdefault(_LEAVING, []).extend(self._handles.pop(name))
+            if name in self._given:  # a recomputation in the backward pass must give the same graph once more
+                self._handles.setdefault(_LEAVING, []).extend(self._handles.pop(name))
+            else:
+                remove({name: self._handles.pop(name)})
             del self.layers[name]
         self.searching = False
         return [c for c in calls if c.layer in wanted]
@@ -225,7 +233,7 @@ class Tap:
         return records
 
     def leave(self, records: Sequence[Forward], loss: Tensor, step: int) -> None:
-        """Leave records to a loss that was computed from them at a step; they can be taken until its backward pass."""
+        """Leave records to a loss computed from them at a step; they can be taken until its backward pass."""
         if self._watched is None:
             for record in records:
                 record.step = step
