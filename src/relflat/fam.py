@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relflat.capture.calls import Forward, depends_on
+from relflat.capture.calls import Forward, depends_on, step_of
 from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer, supported_layers
 from relflat.capture.tap import Inject, Tap
@@ -153,7 +153,8 @@ class FAM(nn.Module):
         """Task loss of ``outputs``, plus the penalty while the model trains.
 
         Args:
-            outputs: what the model returned in its last forward pass (or the part of it the criterion takes).
+            outputs: what the model returned (or the part of it the criterion takes). Further losses may be computed
+                from the same pass until the backward pass; they belong to the same step.
             *targets: passed on to the criterion.
             **kwargs: passed on to the criterion.
 
@@ -161,7 +162,7 @@ class FAM(nn.Module):
             A scalar, or one loss a sample if the criterion does not reduce; then each carries its own share.
 
         Raises:
-            GraphError: if there was no forward pass since the last call, or the outputs are not its.
+            GraphError: if the loss was not computed from a forward pass whose backward pass is yet to come.
             LossError: if the loss has no curvature, or a target lies outside the classes.
         """
         criterion = Criterion(self.loss_fn, targets, kwargs)
@@ -171,11 +172,8 @@ class FAM(nn.Module):
             forwards = self._tap.take(task)
             method = f"radius({self.options.radius:g}), perturbed forward"
             report = {"task": math.nan, "penalty": math.nan, "total": task.detach().mean(), "strength": 1.0}
-            self._finish(
-                self._step_of(forwards),
-                {} if tensor is None else {"the outputs": tensor},
-                report | {"method": method},
-            )
+            watched = {} if tensor is None else {"the outputs": tensor}
+            self._finish(step_of(forwards, self.step), watched, report | {"method": method})
             return self._left(forwards, task)
         if not active:
             self._forget()
@@ -189,7 +187,7 @@ class FAM(nn.Module):
             known=known,
             replay=Replay(self._tap, forwards, outputs, criterion),
         )
-        penalty = self._penalty(scene, self._step_of(forwards))
+        penalty = self._penalty(scene, step_of(forwards, self.step))
         return self._left(forwards, task if penalty is None else task + penalty.to(task.dtype))
 
     def penalty(self, loss: Tensor) -> Tensor:
@@ -223,7 +221,7 @@ class FAM(nn.Module):
             scene = replace(scene, outputs=reading.known.outputs, known=reading.known)
         elif len(forwards) == 1:
             scene = replace(scene, outputs=output_tensor(last.outputs))
-        penalty = self._penalty(scene, self._step_of(forwards))
+        penalty = self._penalty(scene, step_of(forwards, self.step))
         self._left(forwards, loss)
         return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
 
@@ -282,14 +280,9 @@ class FAM(nn.Module):
         if not (self._tap.copied or self._tap.watching):
             self._tap.reset()
 
-    def _step_of(self, forwards: Sequence[Forward]) -> int:
-        """This step, or that in which a loss was computed from all of the passes before."""
-        steps = [f.step for f in forwards if f.step is not None]
-        return max(steps) if len(steps) == len(forwards) else self.step
-
     def _left(self, forwards: Sequence[Forward], loss: Tensor) -> Tensor:
-        """Leave the passes to the loss that was computed from them."""
-        step = self._step_of(forwards)
+        """Leave the passes to the loss that was computed from them; the step is over."""
+        step = step_of(forwards, self.step)
         self._tap.leave(forwards, loss, step)
         self.step = max(self.step, step + 1)
         return loss

@@ -138,12 +138,13 @@ def ddp(rank: int, ranks: int) -> dict[str, Any]:
         pieces: int = 1,
         compiled: bool = False,
         tap_ddp: bool = False,
+        wrap: dict[str, bool] | None = None,
         **options: Any,
     ) -> None:
         net = Net(**options)
         if compiled:
             net.trunk = torch.compile(net.trunk, backend="aot_eager")
-        model = DistributedDataParallel(net)
+        model = DistributedDataParallel(net, **wrap or {})
         at = share_of(rank, ranks, uneven=uneven)
         x, y = (t[at] for t in data(options.get("dtype", torch.float64)))
         given = {**CASES[case]}
@@ -162,6 +163,10 @@ def ddp(rank: int, ranks: int) -> dict[str, Any]:
         one(f"{case}, accumulated", case, pieces=3)
         one(f"{case}, checkpointed", case, checkpointed=True)
         one(f"{case}, compiled", case, compiled=True)
+    for case in CASES:
+        one(f"{case}, static graph", case, wrap={"static_graph": True})
+    one("unused parameters looked for", "hidden, ggn", wrap={"find_unused_parameters": True})
+    one("static graph, tapped through the wrapper", "hidden, ggn", tap_ddp=True, wrap={"static_graph": True})
     return found
 
 

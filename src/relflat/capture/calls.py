@@ -198,7 +198,7 @@ class Pending:
     def _none(self, model: str) -> NoReturn:
         if self._fresh or any(self._alive()):
             why = (
-                "the loss was computed from none of those recorded (detached, or of another model), or their backward "
+                "the loss was computed from none of those recorded (detached, or of another model), or the backward "
                 "pass is over"
             )
         elif self._any:
@@ -212,6 +212,12 @@ class Pending:
                 "its parts) first, and the criterion after it"
             )
         raise GraphError(f"no training forward pass to go with this criterion call: {why}")
+
+
+def step_of(records: Sequence[Forward], now: int) -> int:
+    """This step, or that in which an earlier loss was computed from the same passes."""
+    steps = [r.step for r in records if r.step is not None]
+    return max(steps) if len(steps) == len(records) else now
 
 
 def no_graph() -> GraphError:
