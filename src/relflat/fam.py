@@ -153,8 +153,7 @@ class FAM(nn.Module):
         """Task loss of ``outputs``, plus the penalty while the model trains.
 
         Args:
-            outputs: what the model returned (or the part of it the criterion takes). Further losses may be computed
-                from the same pass until the backward pass; they belong to the same step.
+            outputs: what the model returned (or a part of it); losses of one pass before its backward are one step.
             *targets: passed on to the criterion.
             **kwargs: passed on to the criterion.
 
@@ -282,8 +281,7 @@ class FAM(nn.Module):
 
     def _left(self, forwards: Sequence[Forward], loss: Tensor) -> Tensor:
         """Leave the passes to the loss that was computed from them; the step is over."""
-        step = step_of(forwards, self.step)
-        self._tap.leave(forwards, loss, step)
+        self._tap.leave(forwards, loss, step := step_of(forwards, self.step))
         self.step = max(self.step, step + 1)
         return loss
 
