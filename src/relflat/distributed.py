@@ -53,6 +53,8 @@ def freed_after_forward(model: nn.Module, name: str) -> bool:
 def kept_whole(model: nn.Module) -> Iterator[None]:
     """Keep sharded weights whole over the differentiations of a block, for the backward pass that follows it.
 
+    DDP does not take them for that, see :func:`not_taken_for_backward`.
+
     FSDP2 shards a weight again at the end of every backward pass, ``torch.autograd.grad`` included, and the graph
     of second derivatives still reads it. Leaves ``reshard_after_backward`` on, as ``fully_shard`` sets it.
     """
@@ -60,7 +62,8 @@ def kept_whole(model: nn.Module) -> Iterator[None]:
     for part in parts:
         part.set_reshard_after_backward(False, recurse=False)
     try:
-        yield
+        with not_taken_for_backward():
+            yield
     finally:
         for part in parts:
             part.set_reshard_after_backward(True, recurse=False)

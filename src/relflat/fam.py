@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from relflat.capture.calls import Forward, depends_on, step_of
+from relflat.capture.hooks import buffers_kept
 from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer, supported_layers
 from relflat.capture.tap import Inject, Tap
@@ -233,8 +234,7 @@ class FAM(nn.Module):
         (penalties left out so far as they were not finite) and ``collapsed`` (features or outputs that did not
         depend on the input when last looked at, every tenth step). With ``layers_per_step``, ``layers`` are those
         drawn, ``by_layer`` has their kappas, and ``kappa`` is the estimate of the sum over all. Where the forward
-        pass itself was perturbed (``radius`` on a hidden layer with strength 1) only ``total`` is known: ``task``
-        and ``penalty`` are nan.
+        pass itself was perturbed (``radius`` on a hidden layer, strength 1) ``task`` and ``penalty`` are nan.
         """
         return {k: _number(v) for k, v in self._last.items()}
 
@@ -308,7 +308,7 @@ class FAM(nn.Module):
             share = len(names) / size
             report["layers"] = names = [names[i] for i in subset(self._estimator.seed, step, len(names), size)]
             scene = scene.only(names)
-        with kept_whole(self._tap.model):
+        with kept_whole(self._tap.model), buffers_kept():
             parts = self._estimator(scene, step)
         kappas = {layer: part.kappa for layer, part in parts.items()}
         rows = max(1, scene.loss.numel())  # shares of samples average as their losses do

@@ -78,17 +78,22 @@ def buffers_kept() -> Iterator[None]:
     def look(module: nn.Module, args: Any) -> None:
         if module.training and recomputing():
             for name, buffer in module._buffers.items():
-                if buffer is not None and (module, name) not in found:
-                    found[module, name] = buffer, buffer.detach().clone()
+                if buffer is not None:
+                    found.setdefault((module, name), (buffer, buffer.detach().clone()))
+            restore(module)
+
+    def restore(only: nn.Module | None = None) -> None:
+        for (module, name), (buffer, before) in found.items():
+            if only is None or module is only:
+                buffer.data.copy_(before)
+                module._buffers[name] = buffer
 
     handle = nn.modules.module.register_module_forward_pre_hook(look)
     try:
         yield
     finally:
         handle.remove()
-        for (module, name), (buffer, before) in found.items():
-            buffer.data.copy_(before)
-            module._buffers[name] = buffer
+        restore()
 
 
 def runs(model: nn.Module) -> bool:

@@ -14,9 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from relflat.capture.calls import Call
 from relflat.capture.graph import ancestors
-from relflat.capture.hooks import buffers_kept
 from relflat.curvature.torch_norms import norms_mended
-from relflat.distributed import not_taken_for_backward
 from relflat.errors import GraphError, LossError, SecondDerivativeError
 
 Direction = Sequence[Tensor]
@@ -143,7 +141,7 @@ def differentiate(
             return [None] * len(at)
         of, along = [f for f, _ in live], [v for _, v in live]
     try:
-        with norms_mended(of, at) if create_graph else nullcontext(), buffers_kept(), not_taken_for_backward():
+        with norms_mended(of, at) if create_graph else nullcontext():
             return torch.autograd.grad(of, at, along, create_graph=create_graph, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise _explained(error) from error
