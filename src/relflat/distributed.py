@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -75,17 +75,18 @@ def reshard(model: nn.Module) -> None:
         part.reshard()
 
 
-@contextmanager
-def not_taken_for_backward() -> Iterator[None]:
+def not_taken_for_backward() -> AbstractContextManager[None]:
     """Within the block DDP does not take a differentiation for the backward pass.
 
     With ``static_graph=True`` it reduces all gradients at the end of the first backward pass through the outputs,
     ``torch.autograd.grad`` included, which has none to reduce; those of the real one would be left as they are.
     """
     sink = getattr(sys.modules.get("torch.nn.parallel.distributed"), "_DDPSink", None)
-    if sink is None or not (dist.is_available() and dist.is_initialized()):
-        yield
-        return
+    return nullcontext() if sink is None or not (dist.is_available() and dist.is_initialized()) else _silenced(sink)
+
+
+@contextmanager
+def _silenced(sink: Any) -> Iterator[None]:
     backward = sink.backward
     sink.backward = staticmethod(lambda ctx, *gradients: (None, *gradients))
     try:

@@ -172,9 +172,9 @@ class FAM(nn.Module):
             forwards = self._tap.take(task)
             method = f"radius({self.options.radius:g}), perturbed forward"
             report = {"task": math.nan, "penalty": math.nan, "total": task.detach().mean(), "strength": 1.0}
-            watched = {} if tensor is None else {"the outputs": tensor}
-            self._finish(step_of(forwards, self.step), watched, report | {"method": method})
-            return self._left(forwards, task)
+            watched, step = {} if tensor is None else {"the outputs": tensor}, step_of(forwards, self.step)
+            self._finish(step, watched, report | {"method": method})
+            return self._left(forwards, task, step)
         if not active:
             self._forget()
             self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
@@ -187,8 +187,8 @@ class FAM(nn.Module):
             known=known,
             replay=Replay(self._tap, forwards, outputs, criterion),
         )
-        penalty = self._penalty(scene, step_of(forwards, self.step))
-        return self._left(forwards, task if penalty is None else task + penalty.to(task.dtype))
+        penalty = self._penalty(scene, step := step_of(forwards, self.step))
+        return self._left(forwards, task if penalty is None else task + penalty.to(task.dtype), step)
 
     def penalty(self, loss: Tensor) -> Tensor:
         """The penalty for a loss that was computed elsewhere: add it to that loss.
@@ -221,8 +221,8 @@ class FAM(nn.Module):
             scene = replace(scene, outputs=reading.known.outputs, known=reading.known)
         elif len(forwards) == 1:
             scene = replace(scene, outputs=output_tensor(last.outputs))
-        penalty = self._penalty(scene, step_of(forwards, self.step))
-        self._left(forwards, loss)
+        penalty = self._penalty(scene, step := step_of(forwards, self.step))
+        self._left(forwards, loss, step)
         return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
 
     @property
@@ -279,9 +279,9 @@ class FAM(nn.Module):
         if not (self._tap.copied or self._tap.watching):
             self._tap.reset()
 
-    def _left(self, forwards: Sequence[Forward], loss: Tensor) -> Tensor:
+    def _left(self, forwards: Sequence[Forward], loss: Tensor, step: int) -> Tensor:
         """Leave the passes to the loss that was computed from them; the step is over."""
-        self._tap.leave(forwards, loss, step := step_of(forwards, self.step))
+        self._tap.leave(forwards, loss, step)
         self.step = max(self.step, step + 1)
         return loss
 

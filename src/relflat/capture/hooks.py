@@ -3,7 +3,7 @@
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -24,8 +24,9 @@ class WeakHook:
         owner = None if torch.compiler.is_exporting() else self._owner()
         if owner is None:
             return None
-        run = call_close_of_the_FAM_for_a_model_in_one_graph if torch.compiler.is_dynamo_compiling() else _run
-        return run(getattr(owner, self._method), *self._args, *args)
+        if torch.compiler.is_dynamo_compiling():
+            return call_close_of_the_FAM_for_a_model_in_one_graph(getattr(owner, self._method), *self._args, *args)
+        return getattr(owner, self._method)(*self._args, *args)
 
     @property
     def __name__(self) -> str:
@@ -44,10 +45,6 @@ def remove(handles: dict[str, list[Any]]) -> None:
     while handles:
         for handle in handles.popitem()[1]:
             handle.remove()
-
-
-def _run(method: Callable[..., Any], *args: Any) -> Any:
-    return method(*args)
 
 
 @_disable_dynamo  # torch.compiler.disable would load the compiler with this module
@@ -106,11 +103,11 @@ def runs(model: nn.Module) -> bool:
     return count > 1
 
 
-@contextmanager
-def saved_by_us() -> Iterator[None]:
+def saved_by_us() -> AbstractContextManager[None]:
     """Within the block autograd saves tensors past hooks in force: checkpointing counts those that it will repeat."""
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        yield
+        return _NOTHING
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+_NOTHING = nullcontext()

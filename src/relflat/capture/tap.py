@@ -94,7 +94,8 @@ class Tap:
         if self._depth > 1:
             return
         self._open = None
-        remove({_LEAVING: self._handles.pop(_LEAVING, [])})
+        if _LEAVING in self._handles:
+            remove({_LEAVING: self._handles.pop(_LEAVING)})
         if self._wants(model):
             self._pending.begin()
             rng = RngState.now() if self.keep_rng else None
