@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -53,6 +53,8 @@ def freed_after_forward(model: nn.Module, name: str) -> bool:
 def kept_whole(model: nn.Module) -> Iterator[None]:
     """Keep sharded weights whole over the differentiations of a block, for the backward pass that follows it.
 
+    DDP does not take them for that, see :func:`not_taken_for_backward`.
+
     FSDP2 shards a weight again at the end of every backward pass, ``torch.autograd.grad`` included, and the graph
     of second derivatives still reads it. Leaves ``reshard_after_backward`` on, as ``fully_shard`` sets it.
     """
@@ -60,7 +62,8 @@ def kept_whole(model: nn.Module) -> Iterator[None]:
     for part in parts:
         part.set_reshard_after_backward(False, recurse=False)
     try:
-        yield
+        with not_taken_for_backward():
+            yield
     finally:
         for part in parts:
             part.set_reshard_after_backward(True, recurse=False)
@@ -70,6 +73,26 @@ def reshard(model: nn.Module) -> None:
     """Shard again what :func:`kept_whole` left whole, where no backward pass follows."""
     for part in _parts(model):
         part.reshard()
+
+
+def not_taken_for_backward() -> AbstractContextManager[None]:
+    """Within the block DDP does not take a differentiation for the backward pass.
+
+    With ``static_graph=True`` it reduces all gradients at the end of the first backward pass through the outputs,
+    ``torch.autograd.grad`` included, which has none to reduce; those of the real one would be left as they are.
+    """
+    sink = getattr(sys.modules.get("torch.nn.parallel.distributed"), "_DDPSink", None)
+    return nullcontext() if sink is None or not (dist.is_available() and dist.is_initialized()) else _silenced(sink)
+
+
+@contextmanager
+def _silenced(sink: Any) -> Iterator[None]:
+    backward = sink.backward
+    sink.backward = staticmethod(lambda ctx, *gradients: (None, *gradients))
+    try:
+        yield
+    finally:
+        sink.backward = staticmethod(backward)
 
 
 def _parts(model: nn.Module) -> list[Any]:

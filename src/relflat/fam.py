@@ -2,13 +2,14 @@
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from relflat.capture.calls import depends_on
+from relflat.capture.calls import Forward, depends_on, step_of
+from relflat.capture.hooks import buffers_kept
 from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer, supported_layers
 from relflat.capture.tap import Inject, Tap
@@ -165,7 +166,7 @@ class FAM(nn.Module):
         """Task loss of ``outputs``, plus the penalty while the model trains.
 
         Args:
-            outputs: what the model returned in its last forward pass (or the part of it the criterion takes).
+            outputs: what the model returned (or a part of it); losses of one pass before its backward are one step.
             *targets: passed on to the criterion.
             **kwargs: passed on to the criterion.
 
@@ -173,7 +174,7 @@ class FAM(nn.Module):
             A scalar, or one loss a sample if the criterion does not reduce; then each carries its own share.
 
         Raises:
-            GraphError: if there was no forward pass since the last call, or the outputs are not its.
+            GraphError: if the loss was not computed from a forward pass whose backward pass is yet to come.
             LossError: if the loss has no curvature, or a target lies outside the classes.
         """
         check(loss_fn=self.loss_fn)
@@ -182,16 +183,17 @@ class FAM(nn.Module):
         active = self._active()
         task, tensor = criterion(outputs), output_tensor(outputs)
         if active and self._perturbs():  # task loss plus penalty is the loss of the perturbed pass
-            self._tap.take()
+            forwards = self._tap.take(task)
             method = f"radius({self.options.radius:g}), perturbed forward"
             report = {"task": math.nan, "penalty": math.nan, "total": task.detach().mean(), "strength": 1.0}
-            self._finish({} if tensor is None else {"the outputs": tensor}, report | {"method": method})
-            return task
+            watched, step = {} if tensor is None else {"the outputs": tensor}, step_of(forwards, self.step)
+            self._finish(step, watched, report | {"method": method})
+            return self._left(forwards, task, step)
         if not active:
             self._forget()
             self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
             return task
-        forwards, known = self._tap.take(), criterion.known(outputs)
+        forwards, known = self._tap.take(task), criterion.known(outputs)
         if self._tap.unsettled:
             calls_behind(forwards, task)
             self._tap.settle(forwards, task, tensor)
@@ -206,8 +208,8 @@ class FAM(nn.Module):
             known=known,
             replay=Replay(self._tap, forwards, outputs, eager),
         )
-        penalty = self._penalty(scene.read())
-        return task if penalty is None else task + penalty.to(task.dtype)
+        penalty = self._penalty(scene.read(), step := step_of(forwards, self.step))
+        return self._left(forwards, task if penalty is None else task + penalty.to(task.dtype), step)
 
     def penalty(self, loss: Tensor) -> Tensor:
         """The penalty for a loss that was computed elsewhere: add it to that loss.
@@ -229,7 +231,7 @@ class FAM(nn.Module):
                 "penalty(loss) cannot compute the loss of a perturbed pass; use criterion(outputs, targets) with "
                 "radius= or method='finite_difference'"
             )
-        forwards = self._tap.take()
+        forwards = self._tap.take(loss)
         last = forwards[-1]
         if self._tap.watching and not last.parameters and not depends_on(loss, last.calls):
             return loss.new_zeros(())  # one of several losses, and not one of these layers
@@ -239,7 +241,8 @@ class FAM(nn.Module):
             self._tap.settle(forwards, loss, outputs if known is None else known.outputs, call)
         given, replay = [outputs, *(f.outputs for f in forwards)], Replay.of_loss(self._tap, forwards, loss)
         scene = Scene.of(forwards, loss, outputs=outputs, given=given, known=known, replay=replay)
-        penalty = self._penalty(scene)
+        penalty = self._penalty(scene, step := step_of(forwards, self.step))
+        self._left(forwards, loss, step)
         return loss.new_zeros(()) if penalty is None else penalty.to(loss.dtype)
 
     @property
@@ -251,8 +254,7 @@ class FAM(nn.Module):
         (penalties left out so far as they were not finite) and ``collapsed`` (features or outputs that did not
         depend on the input when last looked at, every tenth step). With ``layers_per_step``, ``layers`` are those
         drawn, ``by_layer`` has their kappas, and ``kappa`` is the estimate of the sum over all. Where the forward
-        pass itself was perturbed (``radius`` on a hidden layer with strength 1) only ``total`` is known: ``task``
-        and ``penalty`` are nan.
+        pass itself was perturbed (``radius`` on a hidden layer, strength 1) ``task`` and ``penalty`` are nan.
         """
         return {k: _number(v) for k, v in self._last.items()}
 
@@ -296,9 +298,15 @@ class FAM(nn.Module):
         if not (self._tap.copied or self._tap.watching):
             self._tap.reset()
 
-    def _penalty(self, scene: Scene) -> Tensor | None:
+    def _left(self, forwards: Sequence[Forward], loss: Tensor, step: int) -> Tensor:
+        """Leave the passes to the loss that was computed from them; the step is over."""
+        self._tap.leave(forwards, loss, step)
+        self.step = max(self.step, step + 1)
+        return loss
+
+    def _penalty(self, scene: Scene, step: int) -> Tensor | None:
         """``strength * kappa``, or None where this step has none; reports in ``last``."""
-        step, task = self.step, scene.loss.detach().mean()
+        task = scene.loss.detach().mean()
         strength = 0.0 if step % self.options.every else strength_at(self.strength, step)
         penalty: Tensor | None = None
         report: dict[str, Any] = {"task": task, "penalty": 0.0, "total": task, "strength": strength}
@@ -309,7 +317,7 @@ class FAM(nn.Module):
                 penalty = strength * kappa
                 report["kappa"], report["penalty"] = kappa.detach().mean(), penalty.detach().mean()
                 report["total"] = task + report["penalty"]
-        self._finish(scene.watched(), report)
+        self._finish(step, scene.watched(), report)
         return penalty
 
     def _kappa(self, scene: Scene, step: int, strength: float, report: dict[str, Any]) -> Tensor | None:
@@ -319,7 +327,7 @@ class FAM(nn.Module):
             share = len(names) / size
             report["layers"] = names = [names[i] for i in subset(self._estimator.seed, step, len(names), size)]
             scene = scene.only(names)
-        with kept_whole(self._tap.model):
+        with kept_whole(self._tap.model), buffers_kept():
             parts = self._estimator(scene, step)
         self._tap.keep_rng = self._tap.keep_rng or self._estimator.plain
         kappas = {layer: part.kappa for layer, part in parts.items()}
@@ -333,10 +341,9 @@ class FAM(nn.Module):
             return None
         return share * shaped(kappas, scene.loss)
 
-    def _finish(self, watched: dict[str, Tensor], report: dict[str, Any]) -> None:
-        self._guards.collapse(self.step, watched)
+    def _finish(self, step: int, watched: dict[str, Tensor], report: dict[str, Any]) -> None:
+        self._guards.collapse(step, watched)
         self._last = report | {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
-        self.step += 1
 
     def _perturb_the_forward_pass(self) -> None:
         """Do so, unless the last layer is meant, whose perturbed loss is as cheap computed from its output."""

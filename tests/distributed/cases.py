@@ -1,6 +1,8 @@
 """What the ranks do: gradients of FAM on their share of a batch, to be compared with those of one process."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,7 +117,9 @@ def weighted(loss: Tensor, y: Tensor) -> Tensor:
     return loss * (mine.item() / total.item() * dist.get_world_size())
 
 
-def step(model: nn.Module, criterion: FAM, x: Tensor, y: Tensor, pieces: int = 1, sync: Any = None) -> None:
+def step(
+    model: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: Tensor, pieces: int = 1, sync: Any = None
+) -> None:
     """Forward and backward of a rank's share, in one piece or with gradients accumulated over several."""
     total = (y != -100).sum()
     dist.all_reduce(total)
@@ -124,6 +128,12 @@ def step(model: nn.Module, criterion: FAM, x: Tensor, y: Tensor, pieces: int = 1
         with contextlib.nullcontext() if last or sync is None else sync():
             share = (ys != -100).sum().item() / total.item() * dist.get_world_size()
             (criterion(model(xs), ys) * share).backward()
+
+
+def with_penalty(fam: FAM, outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss that is computed elsewhere, with its penalty."""
+    loss = fam.loss_fn(outputs, targets)
+    return loss + fam.penalty(loss)
 
 
 def ddp(rank: int, ranks: int) -> dict[str, Any]:
@@ -138,18 +148,21 @@ def ddp(rank: int, ranks: int) -> dict[str, Any]:
         pieces: int = 1,
         compiled: bool = False,
         tap_ddp: bool = False,
+        wrap: dict[str, bool] | None = None,
+        by_loss: bool = False,
         **options: Any,
     ) -> None:
         net = Net(**options)
         if compiled:
             net.trunk = torch.compile(net.trunk, backend="aot_eager")
-        model = DistributedDataParallel(net)
+        model = DistributedDataParallel(net, **wrap or {})
         at = share_of(rank, ranks, uneven=uneven)
         x, y = (t[at] for t in data(options.get("dtype", torch.float64)))
         given = {**CASES[case]}
         if tap_ddp:
             given["layer"] = f"module.{given['layer']}"
-        with FAM(nn.CrossEntropyLoss(), model if tap_ddp else net, strength=STRENGTH, **given) as criterion:
+        with FAM(nn.CrossEntropyLoss(), model if tap_ddp else net, strength=STRENGTH, **given) as fam:
+            criterion = functools.partial(with_penalty, fam) if by_loss else fam
             step(model, criterion, x, y, pieces, model.no_sync)
         found[name] = (case, grads(net))
 
@@ -162,6 +175,12 @@ def ddp(rank: int, ranks: int) -> dict[str, Any]:
         one(f"{case}, accumulated", case, pieces=3)
         one(f"{case}, checkpointed", case, checkpointed=True)
         one(f"{case}, compiled", case, compiled=True)
+    for case in CASES:
+        one(f"{case}, static graph", case, wrap={"static_graph": True})
+    one("unused parameters looked for", "hidden, ggn", wrap={"find_unused_parameters": True})
+    for case in ("output", "hidden, hessian"):
+        one(f"{case}, static graph, penalty(loss)", case, by_loss=True, wrap={"static_graph": True})
+    one("static graph, tapped through the wrapper", "hidden, ggn", tap_ddp=True, wrap={"static_graph": True})
     return found
 
 

@@ -254,3 +254,29 @@ class TestMonitor:
     def test_every(self) -> None:
         with pytest.raises(ConfigError, match="every=0"):
             FlatnessMonitor("output", nn.CrossEntropyLoss(), every=0)
+
+
+def test_each_of_several_callbacks_regularises_the_plain_loss() -> None:
+    hidden = {"curvature": "hessian", "method": "exact"}
+    found = {}
+    for names in (["net.0"], ["net.2"], ["net.0", "net.2"], ["net.2", "net.0"]):
+        module = Module()
+        run = trainer(*(FAMCallback(n, strength=0.5, **(hidden if n == "net.0" else {})) for n in names), max_steps=1)
+        run.fit(module, loader())
+        found[tuple(names)] = (module.found, run.callback_metrics)
+    both, other = found["net.0", "net.2"], found["net.2", "net.0"]
+    assert_same(both[0], other[0])
+    for name in ("net.0", "net.2"):
+        alone = float(found[name,][1]["fam/kappa"])
+        assert float(both[1][f"fam/kappa/{name}"]) == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_the_monitor_converts_batches_as_training_does(precision: str) -> None:
+    module = Module(torch.float32)
+    run = trainer(FlatnessMonitor("net.2", nn.CrossEntropyLoss()), max_epochs=1, precision=precision)
+    run.fit(module, loader(dtype=torch.float32), loader(dtype=torch.float32))
+    dtype = next(module.parameters()).dtype
+    batches = [(x.to(dtype), y) for x, y in loader(dtype=torch.float32)]
+    want = relative_flatness(module, nn.CrossEntropyLoss(), batches, layer="net.2").value
+    assert float(run.callback_metrics["flatness/net.2"]) == pytest.approx(want, rel=1e-6)

@@ -1,20 +1,22 @@
 """What a forward pass leaves behind: the calls of the tapped layers, and what was computed from them."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils._pytree import tree_leaves
 
 from relflat.capture.graph import KEEPING, MOVING, ancestors, follow, same_memory
 from relflat.capture.kinds import Kind, as_rows
-from relflat.errors import GraphError, LayerError
+from relflat.errors import GraphError, LayerError, warn
 from relflat.rng import RngState
 
-_MOST = 8
+_FEW, _MANY, _MOST = 8, 64, 1024  # waiting passes: kept as they are, worth a warning, too many
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +80,7 @@ def autocast_now() -> dict[str, tuple[bool, torch.dtype]]:
     return {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Forward:
     """What one forward pass of the model left."""
 
@@ -89,53 +91,155 @@ class Forward:
     parameters: dict[str, nn.Module | nn.Parameter] = field(default_factory=dict)
     mode: int = 0  # stands for which modules were in training mode
     outputs: Any = None
-    grad: bool = True
     autocast: dict[str, tuple[bool, torch.dtype]] = field(default_factory=autocast_now)
+    step: int | None = None  # at which a loss was first computed from it
+    passed_over: bool = False  # by one that began later and led to a loss
+
+    def ends(self) -> list[Node]:
+        """Where the graphs of the outputs end."""
+        return [t.grad_fn for t in tree_leaves(self.outputs) if isinstance(t, Tensor) and t.grad_fn is not None]
+
+    def leads_to(self, nodes: Collection[Node]) -> bool:
+        """Whether some of a graph's nodes are of this pass; it is taken for granted where there are none to tell."""
+        own = [c.edge.node for c in self.calls if c.edge is not None] + self.ends()
+        return not own or any(node in nodes for node in own)
+
+
+class Used:
+    """Passes that led to a loss, kept by that loss until its backward pass begins or it is gone."""
+
+    def __init__(self, records: Sequence[Forward]) -> None:
+        self.records = list(records)
+
+    def __call__(self, gradients: Any) -> None:
+        """The hook on the loss: let go of the passes, so that its backward pass finds their memory free."""
+        self.records.clear()
 
 
 class Pending:
-    """A queue of recorded passes: each call of the criterion takes all of them."""
+    """The recorded passes that a loss may still be computed from; its graph says from which it was.
+
+    A pass that led to no loss yet is forgotten when another begins after a newer one led to one.
+    """
+
+    quiet = False  # whether no warning is given where many wait
 
     def __init__(self) -> None:
         self.clear()
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._fresh)
 
     def clear(self) -> None:
         """Forget all, and that there were any."""
-        self._records: list[Forward] = []
-        self._overflow = self._used = False
+        self._fresh: list[Forward] = []
+        self._used: list[weakref.ref[Used]] = []
+        self._overflow = self._any = False
+
+    def begin(self) -> None:
+        """Another pass begins: forget those that were passed over."""
+        self._fresh = [r for r in self._fresh if not r.passed_over]
 
     def put(self, record: Forward) -> None:
-        """Add a pass; when too many wait they are dropped, and the next :meth:`take` says so."""
-        if len(self._records) == _MOST:
-            self._records, self._overflow = [], True
-        self._records.append(record)
-        self._used = False
+        """Add a pass; when too many wait they are dropped, and the next criterion call says so."""
+        if len(self._fresh) == _MOST:
+            self._fresh, self._overflow = [], True
+        self._fresh.append(record)
+        if len(self._fresh) > _FEW:
+            self._drop_when_freed(record)
+        if len(self._fresh) == _MANY and not self.quiet:
+            self.quiet = True
+            warn(
+                f"{_MANY} training forward passes wait for a criterion call, and their activations are kept for it; "
+                "run those that are for something else under torch.no_grad(), or call the criterion's reset()"
+            )
+
+    def _drop_when_freed(self, record: Forward) -> None:
+        """No loss can be computed from a pass any more once a backward pass has freed its graph."""
+        me, one = weakref.ref(self), weakref.ref(record)
+
+        def freed(gradients: Any) -> None:
+            pending = me()
+            if pending is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+                pending._fresh = [r for r in pending._fresh if r is not one()]
+
+        for node in record.ends():
+            node.register_prehook(freed)
 
     def take(self, model: str) -> list[Forward]:
-        """Hand over the passes since the last call, oldest first; ``model`` is its class, for the error."""
-        records, overflow, used = self._records, self._overflow, self._used
-        self._records, self._overflow, self._used = [], False, used or bool(records)
+        """Hand over all passes, oldest first, and forget them; ``model`` is its class, for the error."""
+        self._check_overflow()
+        records, self._fresh = self._fresh, []
+        return records or self._none(model)
+
+    def behind(self, loss: Tensor, model: str) -> list[Forward]:
+        """The passes that a loss was computed from, oldest first; as :meth:`take`."""
+        if not loss.requires_grad:
+            raise no_graph()
+        self._check_overflow()
+        records = [*dict.fromkeys(self._alive()), *self._fresh]
+        if len(records) < 2:
+            return records or self._none(model)
+        found = set(ancestors(loss.grad_fn))
+        return [r for r in records if r.leads_to(found)] or self._none(model)
+
+    def _alive(self) -> Iterator[Forward]:
+        """Passes that are still with the losses they led to."""
+        self._used = [ref for ref in self._used if (used := ref()) is not None and used.records]
+        for used in filter(None, [ref() for ref in self._used]):
+            yield from used.records
+
+    def use(self, records: Sequence[Forward], loss: Tensor) -> None:
+        """Leave passes to the loss they led to; further losses may be computed from them as long as it lasts."""
+        newest = max((i for i, r in enumerate(self._fresh) if r in records), default=-1)
+        for record in self._fresh[: newest + 1]:
+            record.passed_over = True
+        self._fresh = [r for r in self._fresh if r not in records]
+        used, self._any = Used(records), True
+        self._used.append(weakref.ref(used))
+        if loss.grad_fn is not None:
+            loss.grad_fn.register_prehook(used)
+
+    def _check_overflow(self) -> None:
+        overflow, self._overflow = self._overflow, False
         if overflow:
             raise GraphError(
                 f"more than {_MOST} training forward passes since the criterion was last called, so the older ones "
-                "were dropped; call it once after each, run unused ones under torch.no_grad() with model.eval(), or "
-                "call its reset() first"
+                "were dropped; call it once after each, run unused ones under torch.no_grad(), or call its reset() "
+                "first"
             )
-        if not records:
-            raise GraphError(
-                "no training forward pass to go with this criterion call: "
-                + (
-                    "an earlier call used the last one; run the model again before each call, or add the losses and "
-                    "call the criterion once"
-                    if used
-                    else f"call the model ({model}, as given to FAM, in training mode and not one of its parts) "
-                    "first, and the criterion once after it"
-                )
+
+    def _none(self, model: str) -> NoReturn:
+        if self._fresh or any(self._alive()):
+            why = (
+                "the loss was computed from none of those recorded (detached, or of another model), or the backward "
+                "pass is over"
             )
-        return records
+        elif self._any:
+            why = (
+                "the backward pass of those it was called for is over; call it for all losses of a pass before that, "
+                "or run the model again"
+            )
+        else:
+            why = (
+                f"call the model ({model}, as given to FAM, in training mode, with gradients enabled, and not one of "
+                "its parts) first, and the criterion after it"
+            )
+        raise GraphError(f"no training forward pass to go with this criterion call: {why}")
+
+
+def step_of(records: Sequence[Forward], now: int) -> int:
+    """This step, or that in which an earlier loss was computed from the same passes."""
+    steps = [r.step for r in records if r.step is not None]
+    return max(steps) if len(steps) == len(records) else now
+
+
+def no_graph() -> GraphError:
+    """The error where a loss of a training model has no graph."""
+    return GraphError(
+        "the model is in training mode but the loss carries no graph (torch.no_grad() or detached outputs); "
+        "call model.eval() to evaluate, or compute outputs and loss with gradients enabled"
+    )
 
 
 def same_values(call: Call, tensor: Float[Tensor, "..."], output: Float[Tensor, "..."]) -> bool:

@@ -101,6 +101,12 @@ def weight_of(module: Any) -> Tensor:
     return module if isinstance(module, nn.Parameter) else getattr(module, "base_layer", module).weight
 
 
+def parametrization_of(module: Any) -> nn.Module | None:
+    """What computes the weight of a module of a known kind (``torch.nn.utils.parametrize``), if anything does."""
+    found = getattr(getattr(module, "base_layer", module), "parametrizations", None)
+    return found["weight"] if found is not None and "weight" in found else None
+
+
 def own_weights(module: nn.Module) -> list[nn.Parameter]:
     """The parameters the weight is made of: itself, or what it is computed from in the module."""
     return [p for p in module.parameters() if p.ndim > 1]

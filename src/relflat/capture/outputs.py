@@ -3,8 +3,9 @@
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
+from relflat.capture.graph import operation
 from relflat.errors import GraphError
 
 
@@ -27,10 +28,10 @@ def output_tensor(outputs: Any, other_than: Tensor | None = None) -> Tensor | No
 
 def same_part(recorded: Any, given: Any, replayed: Any) -> Any:
     """The part of a replayed output that ``given`` was of the recorded one."""
-    if given is recorded:
+    if _passed_on(recorded, given):
         return replayed
     for leaf, replacement in zip(tree_leaves(recorded), tree_leaves(replayed), strict=True):
-        if leaf is given:
+        if _passed_on(leaf, given):
             return replacement
         if isinstance(given, Tensor) and isinstance(leaf, Tensor) and _views(given, leaf):
             start = replacement.storage_offset() + given.storage_offset() - leaf.storage_offset()
@@ -46,3 +47,18 @@ def _views(given: Tensor, leaf: Tensor) -> bool:
     """Whether a tensor reads the memory of another, in another order or in part."""
     same = given.dtype == leaf.dtype and given.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
     return same and leaf.numel() > 0 and given._version == leaf._version
+
+
+def _passed_on(made: Any, given: Any) -> bool:
+    """Whether what is given is what was made, as it is or as DDP hands it on."""
+    if made is given:
+        return True
+    (ours, shape), (theirs, same) = tree_flatten(made), tree_flatten(given)
+    return shape == same and all(a is b or _through_ddp(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _through_ddp(made: Any, given: Any) -> bool:
+    node = getattr(given, "grad_fn", None)
+    if node is None or operation(node) != "_DDPSink":
+        return False
+    return node.next_functions[given.output_nr] == (made.grad_fn, made.output_nr)

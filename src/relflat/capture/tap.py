@@ -9,16 +9,16 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.utils import parametrize
 
 from relflat.capture.calls import Call, Forward, Pending, depends_on
-from relflat.capture.hooks import WeakHook, remove
-from relflat.capture.kinds import Kind, is_linear, kind_of, own_weights, weight_of
+from relflat.capture.hooks import WeakHook, recomputing, remove, runs, saved_by_us, traced
+from relflat.capture.kinds import Kind, is_linear, kind_of, own_weights, parametrization_of, weight_of
 from relflat.capture.resolve import Layer, Target, is_pattern, part, resolve, supported_layers
 from relflat.capture.settle import output_layer, taking_part
 from relflat.capture.uses import Uses
@@ -26,6 +26,7 @@ from relflat.distributed import freed_after_forward
 from relflat.errors import ConfigError, GraphError, LayerError
 from relflat.rng import RngState
 
+_LEAVING = "<leaving>"
 Inject = Callable[[nn.Module, Tensor], Tensor]
 """What to give a tapped layer in place of its input: ``(layer, input) -> input``."""
 
@@ -60,10 +61,13 @@ class Tap:
         self._model, self._when = weakref.ref(model), when
         self._parameters: dict[str, Target] = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
         self._called: set[str] = set()
+        self._given: set[str] = set()  # layers whose output was given a graph
         self._pending = Pending()
         self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
-        self._caches: list[Any] = []
+        self._computed: dict[tuple[str, int], Tensor] = {}  # weights by layer and thread, as it computed them
+        self._seen: dict[str, weakref.ref[nn.Module]] = {}  # what computes them, with a hook
         self._handles: dict[str, list[Any]] = {}
+        self._pending.quiet = when is not None
         self._attach(model)
         weakref.finalize(self, remove, self._handles)
 
@@ -84,27 +88,36 @@ class Tap:
         """Watch a layer; its output is seen before other hooks change it."""
         kind = kind_of(module)
         assert kind is not None
-        self._kinds[name], always = kind, parametrize.is_parametrized(module)
+        self._kinds[name] = kind
         before, after = WeakHook(self, "_before_layer", name), WeakHook(self, "_after_layer", name)
         self._handles[name] = [
             module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after, with_kwargs=True, always_call=always, prepend=True),
+            module.register_forward_hook(after, with_kwargs=True, prepend=True),
         ]
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._depth and self._watched is None and not runs(model):
+            self._depth = 0  # an interrupt (Ctrl-C) ended the last pass, and hooks do not run after that
         self._depth += 1
         if self._depth > 1:
             return
         self._open = None
-        if self._replaying or _recomputing() or torch._C._are_functorch_transforms_active():
-            return  # a pass of our own or of checkpointing, or one inside torch.func: no criterion call follows
-        if model.training if self._when is None else self._when():
+        if _LEAVING in self._handles:
+            remove({_LEAVING: self._handles.pop(_LEAVING)})
+        if self._wants(model):
             self._follow(model)
+            self._pending.begin()
             rng = RngState.now() if self.keep_rng else None
             mode = hash(tuple(m.training for m in model.modules()))
-            self._open = Forward(args, kwargs, rng, grad=torch.is_grad_enabled(), mode=mode)
+            self._open = Forward(args, kwargs, rng, mode=mode)
             self._inject = None if self.injector is None else self.injector()
             self._changed = False
+
+    def _wants(self, model: nn.Module) -> bool:
+        """Whether a criterion call may follow a pass: not one of our own, recomputed, in torch.func, or traced."""
+        if self._replaying or recomputing() or traced() or torch._C._are_functorch_transforms_active():
+            return False
+        return (model.training and torch.is_grad_enabled()) if self._when is None else self._when()
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -118,7 +131,7 @@ class Tap:
         self._pending.put(record)
 
     def _before_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if _recomputing():
+        if recomputing():
             if self._changed:
                 raise GraphError(
                     f"gradient checkpointing recomputes layer {name!r} without the change that radius= or "
@@ -137,35 +150,41 @@ class Tap:
         return args, kwargs | {first: self._inject(module, kwargs[first])}
 
     def _prepare(self, name: str, module: nn.Module) -> None:
-        """Have the layer's weight read once, by itself and the record, and keep what FSDP2 frees after the layer."""
-        if parametrize.is_parametrized(module):
-            self._caches.append(parametrize.cached())  # power iteration, for one, counts evaluations
-            self._caches[-1].__enter__()
-        if freed_after_forward(self.model, name):
+        """Have a weight that is computed be seen as the layer gets it; keep one that FSDP2 frees after the layer."""
+        computed = parametrization_of(module)
+        if computed is not None:
+            self._computed.pop((name, get_ident()), None)
+            if name not in self._seen or self._seen[name]() is not computed:
+                self._seen[name] = weakref.ref(computed)
+                hook = computed.register_forward_hook(WeakHook(self, "_after_parametrization", name))
+                self._handles[name].append(hook)
+        elif freed_after_forward(self.model, name):
             self._whole[name] = self._kinds[name].matrix(module, weight_of(module)).clone()
 
+    def _after_parametrization(self, name: str, computed: nn.Module, args: Any, weight: Tensor) -> None:
+        if self._open is not None:
+            self._computed[name, get_ident()] = weight
+
     def _after_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-        if _recomputing():
+        if recomputing():
             return None if output is None else _with_graph(output)
-        if self._open is None:
+        if self._open is None or output is None or name not in self.layers:
             return None
-        try:
-            if output is None:
-                return None
-            replaced, phi = _with_graph(output), args[0] if args else next(iter(kwargs.values()))
-            self._open.calls.append(self._call(name, module, phi, output if replaced is None else replaced))
-            return replaced
-        finally:
-            if self._caches and parametrize.is_parametrized(module):
-                self._caches.pop().__exit__(None, None, None)
+        replaced, phi = _with_graph(output), args[0] if args else next(iter(kwargs.values()))
+        if replaced is not None:
+            self._given.add(name)
+        self._open.calls.append(self._call(name, module, phi, output if replaced is None else replaced))
+        return replaced
 
     def _call(self, name: str, module: nn.Module, phi: Tensor, output: Tensor) -> Call:
         edge = get_gradient_edge(output) if output.requires_grad else None
-        kind, whole = self._kinds[name], self._whole.pop(name, None)
-        weight = kind.matrix(module, weight_of(module)) if whole is None else whole
-        versions = (phi._version, output._version) if not phi.is_inference() else (0, 0)
+        kind, weight = self._kinds[name], self._whole.pop(name, None)
+        if weight is None:
+            weight = self._computed.pop((name, get_ident()), None)
+            with saved_by_us():
+                weight = kind.matrix(module, weight_of(module) if weight is None else weight)
+        versions, tied = (_version(phi), _version(output)), name in self._tied
         linear = kind.trusted(module) or is_linear(kind, module, phi, weight, output)
-        tied = name in self._tied
         return Call(name, module, kind, phi, weight, output, edge, versions, tied, phi.grad_fn, linear)
 
     def _follow(self, model: nn.Module) -> None:
@@ -182,13 +201,17 @@ class Tap:
                 self._parameters[name] = now
             if name in self._handles:
                 remove({name: self._handles.pop(name)})
+                self._seen.pop(name, None)
                 self._hook(name, now)
 
     def _keep(self, wanted: dict[str, Target], forwards: Sequence[Forward]) -> None:
         """Watch those layers from now on and no others, and forget the calls of others."""
         called = {c.layer for f in forwards for c in f.calls}.intersection(wanted)
-        for name in self._handles.keys() - called - {"<model>"}:
-            remove({name: self._handles.pop(name)})
+        for name in self._handles.keys() - called - {"<model>", _LEAVING}:
+            if name in self._given:  # a recomputation in the backward pass must give the same graph once more
+                self._handles.setdefault(_LEAVING, []).extend(self._handles.pop(name))
+            else:
+                remove({name: self._handles.pop(name)})
         self.layers = {n: t for n, t in (self.layers | wanted).items() if n in wanted}
         self._parameters.clear()
         self._parameters.update({n: t for n, t in self.layers.items() if n not in called})
@@ -221,12 +244,13 @@ class Tap:
         """How many forward passes wait for their criterion call."""
         return len(self._pending)
 
-    def take(self) -> list[Forward]:
-        """Hand over the records since the last call, oldest first, and forget them; there must be one."""
+    def take(self, loss: Tensor | None = None) -> list[Forward]:
+        """The records that a loss was computed from, oldest first; without one all, which are forgotten."""
         model = self.model
         if self._watched is not None:
             return [self._watched]
-        records = self._pending.take(type(model).__name__)
+        name = type(model).__name__
+        records = self._pending.take(name) if loss is None else self._pending.behind(loss, name)
         self._called |= {c.layer for r in records for c in r.calls}
         # a layer that rests in one step, such as an expert, has kappa 0 there
         unused = [n for n in self._asked_for if n in self._handles and n not in self._called]
@@ -241,6 +265,13 @@ class Tap:
     def expect_none(self) -> None:
         """Let :meth:`take` pass layers that were not called."""
         self._called.update(self.layers)
+
+    def leave(self, records: Sequence[Forward], loss: Tensor, step: int) -> None:
+        """Leave records to a loss computed from them at a step; they can be taken until its backward pass."""
+        if self._watched is None:
+            for record in records:
+                record.step = step
+            self._pending.use(records, loss)
 
     def must_have_features(self, option: str) -> None:
         """Refuse tapped parameters."""
@@ -299,7 +330,7 @@ class Tap:
     def reset(self) -> None:
         """Forget the records kept so far, and stop watching."""
         self._pending.clear()
-        self._whole = {}
+        self._whole, self._computed = {}, {}
         self._depth, self._open, self._watched = 0, None, None
 
     def close(self) -> None:
@@ -312,16 +343,16 @@ class Tap:
         return _closed_tap, ()
 
 
-def _recomputing() -> bool:
-    """Whether this runs inside a backward pass, as the recomputation of gradient checkpointing does."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def _with_graph(output: Tensor) -> Tensor | None:
     """In place of a frozen layer's output on constant input: one with a graph, so that the tail has one."""
     if not torch.is_grad_enabled() or output.requires_grad:
         return None
     return output.detach().requires_grad_().clone()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _closed_tap() -> Tap:

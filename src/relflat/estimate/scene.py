@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
-from relflat.capture.calls import Call, Forward, depends_on
+from relflat.capture.calls import Call, Forward, depends_on, no_graph
 from relflat.capture.graph import ancestors
 from relflat.capture.outputs import output_tensor
 from relflat.capture.uses import Uses
@@ -122,11 +122,8 @@ def calls_behind(forwards: Sequence[Forward], loss: Tensor) -> list[Call]:
         GraphError: if the forward pass or the loss recorded no graph.
     """
     calls = [c for f in forwards for c in f.calls]
-    if not loss.requires_grad or not any(f.grad for f in forwards):
-        raise GraphError(
-            "the model is in training mode but the loss carries no graph (torch.no_grad() or detached outputs); "
-            "call model.eval() to evaluate, or compute outputs and loss with gradients enabled"
-        )
+    if not loss.requires_grad:
+        raise no_graph()
     if len(calls) <= 1:
         return calls
     needed = depends_on(loss, calls)

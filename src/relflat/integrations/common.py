@@ -109,6 +109,23 @@ class Monitor:
         return metrics(relative_flatness_by_layer(model, loss_fn, data, layer=self.layer, **self.options))
 
 
+class Converted:
+    """Batches, each converted as a framework does it; can be gone over as often as the batches."""
+
+    def __init__(self, data: Iterable[Batch], convert: Callable[[Batch], Batch]) -> None:
+        self.data, self.convert = data, convert
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.convert, self.data)
+
+
+def converted(data: Any, convert: Callable[[Batch], Batch]) -> Any:
+    """Data with their batches converted: one batch, batches, or an iterator."""
+    if isinstance(data, tuple | Mapping):
+        return convert(data)
+    return map(convert, data) if isinstance(data, Iterator) else Converted(data, convert)
+
+
 def metrics(by_layer: Mapping[str, Flatness]) -> dict[str, float]:
     """Measured values by name, kappa never alone: with its error, and the loss and confidence it depends on."""
     found: dict[str, float] = {}

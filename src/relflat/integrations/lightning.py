@@ -1,5 +1,6 @@
 """Lightning: ``FAMCallback`` adds the penalty to any module's loss, ``FlatnessMonitor`` logs relative flatness."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from relflat.errors import GraphError, LayerError
 from relflat.fam import FAM
-from relflat.integrations.common import Monitor, check_options, extra, fam_for_computed_loss
+from relflat.integrations.common import Monitor, check_options, converted, extra, fam_for_computed_loss
 
 with extra("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,9 +20,10 @@ class FAMCallback(Callback):
 
     The module stays as it is. What is logged as its loss is the plain task loss; the penalty is logged as
     ``fam/penalty`` and kappa as ``fam/kappa``, both of the plain loss, whatever accumulation and gradient scaling
-    made of it. Precision, accumulation, gradient clipping, several optimisers and manual optimisation work as
-    without it; with several losses, those that depend on the layers count. Steps are calls of backward. The step
-    and the seed are kept in checkpoints, so that a resumed run is the uninterrupted one.
+    made of it; with several such callbacks, each of which regularises the plain loss, also as ``fam/kappa/LAYER``.
+    Precision, accumulation, gradient clipping, several optimisers and manual optimisation work as without it; with
+    several losses, those that depend on the layers count. Steps are calls of backward. The step and the seed are
+    kept in checkpoints, so that a resumed run is the uninterrupted one.
 
     Args:
         layer: qualified name, glob, or list of those, within the LightningModule (or ``module``), or ``"output"``:
@@ -102,14 +104,26 @@ class FAMCallback(Callback):
             self.criterion.watch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Add the penalty, in place: Lightning passes on the tensor it gave."""
-        assert self.criterion is not None
+        """Add the penalties of all such callbacks, in place: Lightning passes on the tensor it gave.
+
+        The first does so for all, as each penalty is that of the plain loss.
+        """
+        all_of_them = _all(trainer)
+        if all_of_them[0] is not self:
+            return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._scale = 1.0 if scaler is None else scaler.get_scale()
+        scale = 1.0 if scaler is None else scaler.get_scale()
         if pl_module.automatic_optimization:
-            self._scale /= trainer.accumulate_grad_batches
+            scale /= trainer.accumulate_grad_batches
+        penalties = [callback._penalty(loss, scale) for callback in all_of_them]
+        for penalty in penalties:
+            loss.add_(penalty)
+
+    def _penalty(self, loss: Tensor, scale: float) -> Tensor:
+        assert self.criterion is not None
+        self._scale = scale
         self._losses += 1
-        loss.add_(self.criterion.penalty(loss))
+        return self.criterion.penalty(loss)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -128,8 +142,9 @@ class FAMCallback(Callback):
             )
         last = self.criterion.last
         if batch_idx % (getattr(trainer, "log_every_n_steps", 0) or 1) == 0 and "kappa" in last:
-            for name in ("kappa", "penalty"):
-                pl_module.log(f"fam/{name}", last[name] / self._scale)
+            endings = ["", *("/" + "+".join(self.criterion.layers) for _ in _all(trainer)[1:2])]
+            for name, ending in itertools.product(("kappa", "penalty"), endings):
+                pl_module.log(f"fam/{name}{ending}", last[name] / self._scale)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks; the step is kept."""
@@ -138,12 +153,17 @@ class FAMCallback(Callback):
         self._close()
 
 
+def _all(trainer: Trainer) -> list[FAMCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, FAMCallback)]  # type: ignore[attr-defined]
+
+
 class FlatnessMonitor(Monitor, Callback):
     """Measures layers every so many epochs and logs them through the module's loggers.
 
     Logged are ``flatness/LAYER``, its standard error where it has one, the norm of its weight, and loss and mean
-    confidence over the same data. With several processes each measures its share of the data and the values are
-    averaged, which is exact for equal shares.
+    confidence over the same data. Batches are converted as in training (``Trainer(precision="64-true")``). With
+    several processes each measures its share of the data and the values are averaged, which is exact for equal
+    shares.
 
     Args:
         layer: as for :func:`relflat.relative_flatness_by_layer`, within the LightningModule.
@@ -162,5 +182,9 @@ class FlatnessMonitor(Monitor, Callback):
         if data is None:
             loaders = trainer.val_dataloaders
             data = loaders[0] if isinstance(loaders, list | tuple) else loaders
-        found = self.measure(pl_module, self.loss_fn, data, "there is no validation loader")
+        plugin = trainer.precision_plugin
+        if data is not None:
+            data = converted(data, plugin.convert_input)
+        with plugin.tensor_init_context():
+            found = self.measure(pl_module, self.loss_fn, data, "there is no validation loader")
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1)

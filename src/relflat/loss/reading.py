@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from relflat.capture.calls import Call
 from relflat.capture.graph import KEEPING, MOVING, SELECTING, follow, foreign, operation
+from relflat.distributed import not_taken_for_backward
 from relflat.loss.known import KnownLoss, known_loss, weighted_cross_entropy
 from relflat.rng import Rng
 
@@ -207,7 +208,8 @@ def _rows_marked(call: Call, log_softmax: Any) -> Tensor | None:
     """Rows of the call's output that reach the softmax, as a gradient of ones comes back to them; None if twice."""
     start, ones = GradientEdge(*log_softmax.next_functions[0]), torch.ones_like(log_softmax._saved_result)
     assert call.edge is not None
-    (marked,) = torch.autograd.grad((start,), (call.edge,), (ones,), retain_graph=True)
+    with not_taken_for_backward():
+        (marked,) = torch.autograd.grad((start,), (call.edge,), (ones,), retain_graph=True)
     mark = call.kind.outputs_last(call.module, marked).reshape(-1, call.weight.shape[0])[:, 0]
     return None if bool((mark > 1).any()) else mark.nonzero()[:, 0]
 

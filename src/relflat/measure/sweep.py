@@ -27,6 +27,7 @@ from relflat.estimate.scene import Scene
 from relflat.loss.criterion import Criterion
 from relflat.measure.batches import Batch, Batches, ForwardFn, Reduction, Weight, samples_in, weight_of
 from relflat.measure.sums import LayerSums, Moments, Sum, Sums, added, no_data
+from relflat.measure.undisturbed import backward_passes, evaluating
 from relflat.options import Options
 from relflat.rng import rng_preserved
 
@@ -54,19 +55,15 @@ def measuring(
         raise GraphError("torch.inference_mode() is on, and curvature needs gradients; leave it out")
     estimator = Estimator(options, seed)
     tap = Tap(model, layer, when=lambda: True)
-    modes = [(m, m.training) for m in model.modules()]
     try:
         tap.needs_features = options.normalize_features
         if options.normalize_features:
             tap.must_have_features("normalize_features")
         place = getattr(next(model.parameters(), None), "device", None) if device is None else device
         batches = Batches(data, forward, place)
-        with rng_preserved(), torch.enable_grad():
-            model.eval()
+        with evaluating(model), rng_preserved(), torch.enable_grad():
             yield Measurement(model, loss_fn, tap, batches, estimator, group)
     finally:
-        for module, training in modes:
-            module.training = training
         tap.close()
         reshard(model)
 
@@ -83,6 +80,7 @@ class Measurement:
     group: Any  # ranks that measure other shares of the data, or None
     scales: dict[str, Tensor] = field(default_factory=dict)  # of features by layer, for normalize_features
     _without_graph: bool = False  # whether later batches can run under no_grad
+    _differentiates: bool | None = None  # whether the model's own forward does; not known before its first
     reduction: Reduction = field(default_factory=Reduction)  # how an unknown loss adds up over batches
 
     def sweep(self, look: Look, probes: int) -> Sums:
@@ -116,7 +114,7 @@ class Measurement:
         """
         self._without_graph, before, samples = False, None, 0
         for batch, later in self.batches:
-            with torch.set_grad_enabled(not self._without_graph):
+            with self._graph(needed=not self._without_graph):
                 scene = self._scene(batch)
             if self._without_graph and not _recognised(scene):
                 scene = self._scene(batch)
@@ -133,9 +131,21 @@ class Measurement:
         if before is None and sums is None:  # those that add up see it from their sums
             raise no_data(samples)
 
+    def _graph(self, *, needed: bool) -> torch.set_grad_enabled:
+        """Record a graph where it is needed: also for a model whose forward differentiates, or may do so."""
+        return torch.set_grad_enabled(needed or self._differentiates is not False)
+
+    def _run(self, batch: Batch) -> tuple[Any, Any]:
+        if self._differentiates is not None:
+            return self.batches.forward(self.model, batch)
+        before = backward_passes()
+        found = self.batches.forward(self.model, batch)
+        self._differentiates = backward_passes() > before + 1
+        return found
+
     def _scene(self, batch: Batch) -> Scene:
         with plain_kernels() if self.estimator.plain else nullcontext():
-            outputs, targets = self.batches.forward(self.model, batch)
+            outputs, targets = self._run(batch)
             criterion = Criterion(self.loss_fn, (targets,), remedy=_REMEDY).eager
             loss, known = criterion(outputs), criterion.known(outputs)
         forwards, tensor = self.tap.take(), output_tensor(outputs)
@@ -162,7 +172,7 @@ class Measurement:
         if before is not None:
             self.reduction.compare(before, scene)
         alone = before is None
-        with torch.no_grad():
+        with self._graph(needed=False):
             while self.reduction.found is None and (other := next(later, None)) is not None:
                 alone = False
                 self.reduction.compare(scene, self._scene(other))
@@ -209,8 +219,8 @@ class Measurement:
     def _moments(self) -> dict[str, Moments]:
         found: dict[str, Moments] = {}
         for batch, _ in self.batches:
-            with torch.no_grad():
-                self.batches.forward(self.model, batch)
+            with self._graph(needed=False):
+                self._run(batch)
             for call in [c for record in self.tap.take() for c in record.calls]:
                 features = OutputSpace.of([call], constant=True).features
                 found = added(found, {call.layer: Moments.of(features.flatten(0, 2))})

@@ -7,6 +7,7 @@ subspace, samples what is missing. Where the spectrum decays the error falls far
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
