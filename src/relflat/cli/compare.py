@@ -1,14 +1,13 @@
 """``relflat compare`` and ``relflat report``."""
 
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from relflat.cli.console import err, out, print_json
+from relflat.cli.console import aside, err, fail, out, print_json
 from relflat.cli.options import TaskName, common_values
 from relflat.lab.compare.arms import ARMS, Budget
 from relflat.lab.compare.engines import Engine
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 else:
     CommonValues = common_values()
 
+LEFT_OUT = 3  # exit code of a comparison that some arm could not take part in
 ARMS_HELP = (
     f"what to compare; the first is what the others are held against. Known (docs/compare.md): {', '.join(ARMS)}."
 )
@@ -47,6 +47,9 @@ def compare(
     The same number of settings of each arm is tried on validation data; the best setting of each runs on fresh seeds
     and is tested once. Interrupted, the same command goes on where it stopped; finished runs are used again.
 
+    An arm that cannot run on the task is left out: the others are compared, report and stderr say why, and the exit
+    code is 3.
+
     Args:
         task: name of a task, or path/to/file.py:name for one of your own.
         arms: what to compare; the first is what the others are held against.
@@ -58,31 +61,43 @@ def compare(
         json: print one JSON object.
     """
     from relflat.lab.report import study
+    from relflat.lab.report.verdict import left_out
 
-    plan = study.plan_for(task, arms, budget, **common)
+    with aside():
+        plan = study.plan_for(task, arms, budget, **common)
     folder = out or study.folder_for(plan, runs)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     pool = engine.pool(runs)
     study.open_study(folder, plan, runs, study.describe_plan(plan))
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         line = bar.add_task("runs", total=plan.runs)
-        with redirect_stdout(sys.stderr):  # what a task's file or Ray print is no part of the answer
+        with aside():
             found = study.carry_out(folder, plan, runs, pool, lambda trial: bar.advance(line))
     answer(folder, found, json)
+    if found.comparison.failed:
+        fail(f"not all arms ran: {'; '.join(left_out(found.comparison))}")
+        sys.exit(LEFT_OUT)
 
 
 def report(
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")], /, *, json: bool = False
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
+    /,
+    *,
+    task: str | None = None,
+    json: bool = False,
 ) -> None:
     """Write the report of a comparison again from its runs: HTML, Markdown, CSV, LaTeX and JSON.
 
     Args:
         folder: of the comparison.
+        task: path/to/file.py:name, to import the task file of a comparison from elsewhere, which you trust.
         json: print one JSON object.
     """
     from relflat.lab.report import study
 
-    answer(folder, study.rebuild(folder), json)
+    with aside():
+        found = study.rebuild(folder, task)
+    answer(folder, found, json)
 
 
 def answer(folder: Path, found: "Summary", json: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from relflat.cli.console import out, print_json
+from relflat.cli.console import aside, out, print_json
 from relflat.options import Curvature, Method
 
 
@@ -14,6 +14,7 @@ def measure(
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     /,
     *,
+    task: str | None = None,
     layer: str | None = None,
     split: Literal["train", "validation", "test"] = "train",
     samples: int | None = None,
@@ -30,6 +31,7 @@ def measure(
 
     Args:
         run: the run's folder.
+        task: path/to/file.py:name, to import the task file of a run from elsewhere, which you trust.
         layer: name or glob of layers or parameters ("conv2", "*", "fc,output"); by default the output layer.
         split: which samples to measure on.
         samples: the first so many of them only.
@@ -45,19 +47,21 @@ def measure(
     from relflat.lab.train.measuring import measure_run
     from relflat.lab.train.session import this_process
 
-    found = measure_run(
-        run,
-        layer=layer,
-        split=split,
-        samples=samples,
-        curvature=curvature,
-        method=method,
-        probes=probes,
-        rtol=rtol,
-        adaptive=adaptive,
-        normalize_features=normalize_features,
-        seed=seed,
-    )
+    with aside():
+        found = measure_run(
+            run,
+            task=task,
+            layer=layer,
+            split=split,
+            samples=samples,
+            curvature=curvature,
+            method=method,
+            probes=probes,
+            rtol=rtol,
+            adaptive=adaptive,
+            normalize_features=normalize_features,
+            seed=seed,
+        )
     if not this_process().is_main_process:
         return
     if json:

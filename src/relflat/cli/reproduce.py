@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from relflat.cli.console import err, out, print_json, print_table, say
+from relflat.cli.console import aside, err, out, print_json, print_table, say
 
 
 def reproduce(
@@ -41,8 +41,9 @@ def reproduce(
     experiment = experiment_named(name)
     folder = out or runs / f"reproduce-{name}-{scale}"
     context = Context(scale, folder, runs, workers, say if err.is_terminal else lambda line: None)
-    open_folders(context)
-    values = write(experiment, context, experiment.run(context))
+    with aside():
+        open_folders(context)
+        values = write(experiment, context, experiment.run(context))
     if json:
         print_json({"folder": str(folder), **values})
     else:

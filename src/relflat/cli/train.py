@@ -1,12 +1,10 @@
 """``relflat train``."""
 
-import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relflat.cli.console import out, print_json, progress, say
+from relflat.cli.console import aside, out, print_json, progress, say
 from relflat.cli.options import TaskName, run_values
 
 if TYPE_CHECKING:
@@ -48,14 +46,15 @@ def train(
     from relflat.lab.train.store import folder_of, result_of
 
     from_file = read_file(config) if config else {}
-    resolved = make({**from_file, **run, "task": task})
+    with aside():
+        resolved = make({**from_file, **run, "task": task})
     folder = folder_of(resolved, runs, name)
     metric = task_named(task).metric
     before = not fresh and result_of(folder) is not None
     with (
         joined() as process,
         progress(resolved.epochs, metric.name, shown=process.is_main_process) as on_epoch,
-        redirect_stdout(sys.stderr),  # what a task's file prints is no part of the answer
+        aside(),
     ):
         result = loop.train(resolved, folder, test=not no_test, fresh=fresh, on_epoch=on_epoch)
     if not process.is_main_process:

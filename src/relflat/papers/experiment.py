@@ -58,7 +58,9 @@ class Experiment:
 
 
 def open_folders(context: Context) -> None:
-    """Make the folders of the report and of the runs."""
+    """Make the folders of the report and of the runs; the report's must be new, or one of before."""
+    known = (context.out / "report.json").is_file() and "experiment" in store.read_json(context.out / "report.json")
+    store.require_ours(context.out, store.REPORT_MARK, known, "a report's folder; choose another --out")
     for option, folder in (("--out", context.out), ("--runs", context.runs)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +68,8 @@ def open_folders(context: Context) -> None:
             raise ConfigError(
                 f"Cannot write to {folder}: {error.strerror}. Choose another place with {option}."
             ) from error
+    with store.writing(context.out, "--out"):
+        (context.out / store.REPORT_MARK).touch()
 
 
 def write(experiment: Experiment, context: Context, outcome: Outcome) -> dict[str, Any]:

@@ -7,17 +7,19 @@ that was interrupted goes on where it stopped.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from relflat.errors import ConfigError
 from relflat.lab.compare.arms import Arm, Values
-from relflat.lab.compare.trials import Job, OnTrial, Trial, run_all
+from relflat.lab.compare.trials import Failure, Job, OnTrial, Trial, attempt, each
 from relflat.lab.tasks.catalogue import task_named
 from relflat.lab.tasks.metrics import ACCURACY
 from relflat.lab.train.config import RunConfig, make
+
+Do = Callable[[Sequence[Job]], Sequence[Trial | None]]
 
 
 @dataclass(frozen=True)
@@ -82,33 +84,76 @@ class Comparison:
     candidates: Sequence[Candidate]
     chosen: Mapping[str, Candidate]
     finals: Mapping[str, Sequence[Trial]]
+    failed: Mapping[str, str] = field(default_factory=dict)  # arms that cannot run on the task, and why
+
+    @property
+    def arms(self) -> list[Arm]:
+        """Those that ran; the others are held against the first of them."""
+        return [arm for arm in self.plan.arms if arm.name not in self.failed]
 
 
 def compare(plan: Plan, runs: Path, pool: Executor, on_trial: OnTrial) -> Comparison:
-    """Search on validation data, then test the chosen settings once on the fresh seeds."""
-    return conclude(plan, runs, lambda jobs: run_all(pool, jobs, on_trial))
+    """Search on validation data, then test the chosen settings once on the fresh seeds.
+
+    An arm that cannot run on the task is left out; where all cannot, that is an error.
+    """
+    failed: dict[str, str] = {}
+
+    def note(found: Trial | Failure) -> None:
+        if isinstance(found, Failure):
+            failed.setdefault(found.job.arm, found.reason)
+        else:
+            on_trial(found)
+
+    def do(jobs: Sequence[Job]) -> list[Trial | None]:
+        return [found if isinstance(found, Trial) else None for found in each(pool, attempt, jobs, note)]
+
+    return conclude(plan, runs, do, failed)
 
 
-def conclude(plan: Plan, runs: Path, do: Callable[[Sequence[Job]], list[Trial]]) -> Comparison:
-    """All trials of the search first, then the tested runs of what was chosen; ``do`` does the runs or reads them."""
-    candidates = search(plan, runs, do)
-    chosen = {arm.name: choose(candidates, arm.name) for arm in plan.arms}
-    pairs = [(seed, arm) for seed in plan.seeds for arm in plan.arms]
-    trials = do([Job(plan.config(arm, chosen[arm.name].settings, seed), runs, test=True) for seed, arm in pairs])
-    finals = {arm.name: trials[place :: len(plan.arms)] for place, arm in enumerate(plan.arms)}
-    return Comparison(plan, candidates, chosen, finals)
+def conclude(plan: Plan, runs: Path, do: Do, failed: Mapping[str, str]) -> Comparison:
+    """All trials of the search first, then the tested runs of what was chosen; ``do`` does the runs or reads them.
+
+    What ``do`` finds out about arms that cannot run is in ``failed`` afterwards; it gives None for their runs.
+    """
+
+    def by_arm(jobs: Sequence[Job]) -> dict[str, list[Trial]]:
+        trials = do(jobs)
+        if len(failed) == len(plan.arms):
+            raise ConfigError(f"No arm can run on {plan.task}. {next(iter(failed.values()))}")
+        found: dict[str, list[Trial]] = {job.arm: [] for job in jobs if job.arm not in failed}
+        for job, trial in zip(jobs, trials, strict=True):
+            if trial is not None and job.arm in found:
+                found[job.arm].append(trial)
+        return found
+
+    arms = {arm.name: arm for arm in plan.arms if arm.name not in failed}
+    searched = by_arm(
+        [
+            Job(plan.config(arm, settings, seed), runs, False, arm.name)
+            for arm in arms.values()
+            for settings in arm.grid
+            for seed in plan.search_seeds
+        ]
+    )
+    candidates = [each for name, trials in searched.items() for each in judged(plan, arms[name], trials)]
+    chosen = {name: choose(candidates, name) for name in searched}
+    finals = by_arm(
+        [
+            Job(plan.config(arms[name], chosen[name].settings, seed), runs, True, name)
+            for seed in plan.seeds
+            for name in chosen
+        ]
+    )
+    kept = [each for each in candidates if each.arm in finals]
+    return Comparison(plan, kept, {name: chosen[name] for name in finals}, finals, failed)
 
 
-def search(plan: Plan, runs: Path, do: Callable[[Sequence[Job]], list[Trial]]) -> list[Candidate]:
-    """Try every setting on the search seeds; the test split is not evaluated."""
-    pairs = [(arm, settings) for arm in plan.arms for settings in arm.grid]
-    configs = [plan.config(arm, settings, seed) for arm, settings in pairs for seed in plan.search_seeds]
-    trials = do([Job(config, runs, test=False) for config in configs])
+def judged(plan: Plan, arm: Arm, trials: Sequence[Trial]) -> list[Candidate]:
+    """The settings of an arm, given its trials on the search seeds, setting by setting."""
     metric, size = task_named(plan.task).metric.name, len(plan.search_seeds)
-    return [
-        judge(arm.name, settings, trials[place * size : (place + 1) * size], metric)
-        for place, (arm, settings) in enumerate(pairs)
-    ]
+    parts = [trials[start : start + size] for start in range(0, len(trials), size)]
+    return [judge(arm.name, settings, part, metric) for settings, part in zip(arm.grid, parts, strict=True)]
 
 
 def judge(arm: str, settings: Values, trials: Sequence[Trial], metric: str = ACCURACY.name) -> Candidate:

@@ -4,9 +4,9 @@ The data order of an epoch follows from the seed and the epoch's number, so the 
 it. Weights are safetensors; the rest is a torch file read with ``weights_only=True``.
 """
 
+import hashlib
 import io
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,77 +17,106 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from relflat.errors import DataError
-from relflat.lab.train.session import Session
 from relflat.lab.train.steps import get_counter, set_counter
-from relflat.lab.train.store import put_in_place
-
-WEIGHTS, STATE = "model.safetensors", "state.pt"
+from relflat.lab.train.store import CHECKPOINT, CHECKPOINT_FILES, STATE, SUMS, WEIGHTS, put_in_place, remove_files
 
 
-def save(run: Path, session: Session, history: list[dict[str, Any]]) -> None:
-    """Write the checkpoint of the last epoch in the history, then remove older ones; an OSError leaves those."""
+def save(
+    run: Path, *, epoch: int, model: nn.Module, criterion: nn.Module, history: list[dict[str, Any]], **parts: Any
+) -> None:
+    """Write the checkpoint of an epoch, then remove older ones; an OSError leaves those.
+
+    ``parts`` are what else has a state: optimizer, scheduler and scaler, where there is one.
+    """
     state = {
-        "criterion_step": get_counter(session.learner.criterion),
+        "criterion_step": get_counter(criterion),
         "rng": _rng_state(),
         "history": history,
-        **{name: part.state_dict() for name, part in _parts(session).items()},
+        **{name: part.state_dict() for name, part in parts.items() if part is not None},
     }
 
     def fill(folder: Path) -> None:
         folder.mkdir()
         try:
-            save_model(session.model, str(folder / WEIGHTS))
+            save_model(model, str(folder / WEIGHTS))
         except SafetensorError as error:
             raise OSError(str(error)) from error
         content = io.BytesIO()  # torch.save into a file that fails ends in an error that does not say why
         torch.save(state, content)
         (folder / STATE).write_bytes(content.getbuffer())
+        (folder / SUMS).write_text(_sums(folder), "utf-8")
 
-    put_in_place(run / f"checkpoint-{len(history):04d}", fill)
+    place = run / f"checkpoint-{epoch:04d}"
+    remove_files(place, *CHECKPOINT_FILES)
+    put_in_place(place, fill)
     remove_old(run)
 
 
-def load(run: Path, session: Session) -> list[dict[str, Any]]:
+def load(run: Path, *, model: nn.Module, criterion: nn.Module, **parts: Any) -> list[dict[str, Any]]:
     """Put everything back as the newest checkpoint has it; return the history, empty without a checkpoint."""
     found = checkpoints(run)
     if not found:
         return []
+    load_weights(run, model)
     try:
         state = torch.load(found[-1] / STATE, weights_only=True, map_location="cpu")
-        load_model(session.model, str(found[-1] / WEIGHTS))
-        for name, part in _parts(session).items():
-            part.load_state_dict(state[name])
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])
     except Exception as error:  # torch.load and load_state_dict let through whatever damaged files raise
-        raise DataError(f"The checkpoint {found[-1]} cannot be read ({error}). Run again with --fresh.") from error
-    set_counter(session.learner.criterion, state["criterion_step"])
+        raise _damaged(found[-1], error) from error
+    set_counter(criterion, state["criterion_step"])
     _set_rng_state(state["rng"])
     return list(state["history"])
 
 
-def _parts(session: Session) -> dict[str, Any]:
-    """What keeps a state of its own between epochs, beside the model."""
-    parts = {"optimizer": session.learner.optimizer, "scheduler": session.scheduler}
-    scaler = session.accelerator.scaler
-    return parts if scaler is None else {**parts, "scaler": scaler}
-
-
 def load_weights(run: Path, model: nn.Module) -> None:
-    """Load the weights of the newest checkpoint, which there must be."""
+    """Load the weights of the newest checkpoint, which there must be, after comparing its files with their sums."""
     found = checkpoints(run)
     if not found:
         raise DataError(f"{run} has no checkpoint yet; train it first.")
-    load_model(model, str(found[-1] / WEIGHTS))
+    if (found[-1] / SUMS).is_file() and (found[-1] / SUMS).read_bytes() != _sums(found[-1]).encode():
+        raise _damaged(found[-1], f"its files are not those of {SUMS}")  # older versions wrote none
+    read_weights(found[-1] / WEIGHTS, model, _damaged)
+
+
+def read_weights(path: Path, model: nn.Module, damaged: Any) -> None:
+    """Load a file of weights; ``damaged`` makes the error for a file that cannot be read, of its folder and why."""
+    try:
+        load_model(model, str(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise damaged(path.parent, error) from error
+
+
+def _sums(folder: Path) -> str:
+    """The SHA-256 of both files, as ``sha256sum`` writes them."""
+    return "".join(f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in (WEIGHTS, STATE))
+
+
+def _damaged(place: Path, why: object) -> DataError:
+    return DataError(
+        f"The checkpoint {place} cannot be read ({' '.join(str(why).split())}). Remove its folder {place.parent} and "
+        "train again, or give relflat train --fresh."
+    )
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(run.glob("checkpoint-*"))
+    """The complete checkpoints of a run, oldest first; copies of them under other names do not count."""
+    return [place for place in _numbered(run) if all((place / name).is_file() for name in (WEIGHTS, STATE))]
+
+
+def _numbered(run: Path) -> list[Path]:
+    """All folders with the name of a checkpoint, by number."""
+    found = [place for place in run.glob("checkpoint-*") if CHECKPOINT.fullmatch(place.name)]
+    return sorted(found, key=lambda place: int(place.name.rpartition("-")[2]))
 
 
 def remove_old(run: Path) -> None:
-    """Remove all checkpoints but the newest."""
-    for old in checkpoints(run)[:-1]:
-        shutil.rmtree(old)
+    """Remove the files of all checkpoints but the newest complete one."""
+    newest = checkpoints(run)[-1:]
+    for old in _numbered(run):
+        if old not in newest:
+            remove_files(old, *CHECKPOINT_FILES)
 
 
 def _rng_state() -> dict[str, Any]:

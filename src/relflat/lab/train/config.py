@@ -167,7 +167,7 @@ def check(key: str, value: Any, hint: Any) -> Any:
 def read_file(path: Path) -> dict[str, Any]:
     """Read the keys and values of a TOML or JSON file."""
     try:
-        values = (json if path.suffix == ".json" else tomllib).loads(path.read_text())
+        values = (json if path.suffix == ".json" else tomllib).loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"Cannot read the config file {path}: {error.strerror}.") from error
     except ValueError as error:
