@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from synthetic import COSTS, comparison
 
+from relflat.cli.compare import show
 from relflat.lab.compare.arms import ARMS
 from relflat.lab.compare.statistics import Difference
 from relflat.lab.report import document, drawing, figures, study
 from relflat.lab.report.figures import merged_bins
 from relflat.lab.report.formats import named, number, percent
-from relflat.lab.report.report import files, show
+from relflat.lab.report.report import files
 from relflat.lab.report.summary import Summary
 from relflat.lab.report.summary import score_differences as compared
 from relflat.lab.report.verdict import at_the_edge, findings, verdict

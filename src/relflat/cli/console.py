@@ -22,8 +22,8 @@ err = Console(stderr=True, markup=False, emoji=False)
 def aside() -> Iterator[None]:
     """Send to stderr what is printed meanwhile, by a task's file, Ray or a program they start: it is no answer."""
     with ExitStack() as back:
-        if sys.stdout is not None and sys.stdout is sys.__stdout__:  # and not something that stands in for it
-            sys.stdout.flush()
+        if sys.stdout is sys.__stdout__:  # and not something that stands in for it
+            print(end="", flush=True)
             kept = os.dup(1)
             back.callback(os.close, kept)
             back.callback(os.dup2, kept, 1)

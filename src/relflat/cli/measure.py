@@ -1,11 +1,13 @@
 """``relflat measure``."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from relflat import Flatness
 from relflat.cli.console import aside, out, print_json
 from relflat.options import Curvature, Method
 
@@ -62,12 +64,16 @@ def measure(
             normalize_features=normalize_features,
             seed=seed,
         )
-    if not this_process().is_main_process:
-        return
-    if json:
+    if this_process().is_main_process:
+        show(found, {"run": str(run), "split": split} if json else None)
+
+
+def show(found: Mapping[str, Flatness], about: Mapping[str, str] | None) -> None:
+    """Print what was measured of each layer, for people or, with what is said about it, as one JSON object."""
+    if about is not None:
         layers = {name: asdict(flat) for name, flat in found.items()}
         only = next(iter(layers.values())) if len(layers) == 1 else {"layers": layers}
-        print_json({"run": str(run), "split": split, **only})
+        print_json({**about, **only})
         return
     for flat in found.values():
         out.print(str(flat), soft_wrap=True)

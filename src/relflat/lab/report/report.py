@@ -7,11 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import rich.table
-from rich import box
-from rich.console import Console
-from rich.text import Text
-
 from relflat.lab.common import jsonable
 from relflat.lab.report.document import Document, Section, Table
 from relflat.lab.report.figures import figures
@@ -116,23 +111,3 @@ def latex(table: Table) -> str:
 def latex_text(text: str) -> str:
     """Escape what LaTeX reads as a command."""
     return re.sub("|".join(map(re.escape, SPECIAL)), lambda found: SPECIAL[found[0]], " ".join(text.split()))
-
-
-def show(summary: Summary, console: Console) -> None:
-    """Print the table, the chosen settings and the verdict, for 80 columns."""
-    plan, shown = summary.comparison.plan, table(summary, "t")
-    noise = plan.common.get("label_noise")
-    what = title_of(plan.task) + (f", {100 * noise:g} % label noise" if noise else "")
-    what += ": mean ± sd over n seeds" + ("; n = 1: no spread" if len(plan.seeds) == 1 else "")
-    columns = [rich.table.Column(Text(heading)) for heading in shown.headings]
-    grid = rich.table.Table(*columns, title=Text(what), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for cells in shown.rows:
-        grid.add_row(*map(Text, cells))
-    console.print(grid)
-    names = [named(line.title, line.arm) for line in summary.rows]
-    width = max(map(len, names))
-    console.print("chosen on validation data:")
-    for name, line in zip(names, summary.rows, strict=True):
-        console.print(f"  {name:<{width}}  {settings_text(line.settings)}", highlight=False, markup=False)
-    for text in findings(summary):
-        console.print(f"- {text}", highlight=False, markup=False)

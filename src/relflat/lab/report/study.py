@@ -25,7 +25,7 @@ from relflat.lab.report import report
 from relflat.lab.report.summary import Summary
 from relflat.lab.report.verdict import judgement
 from relflat.lab.tasks import own
-from relflat.lab.tasks.catalogue import full_name, short_name, source_of, task_named
+from relflat.lab.tasks.catalogue import full_name, short_name, source_of
 from relflat.lab.train import store
 from relflat.lab.train.config import require_unchanged
 from relflat.lab.train.environment import describe
@@ -66,17 +66,6 @@ def folder_for(plan: Plan, runs: Path) -> Path:
     """Where the report of a comparison goes by default: a name made of its task and a hash of the plan."""
     text = json.dumps({**plan.flat(), "source": source_of(plan.task)}, sort_keys=True)
     return runs / f"compare-{short_name(plan.task)}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-
-def describe_plan(plan: Plan) -> str:
-    """What is run, in a few sentences."""
-    config = plan.config(plan.arms[0], plan.arms[0].grid[0], plan.seeds[0])
-    size = "All training samples" if config.train_size is None else f"{config.train_size:,} training samples"
-    noise = f", each training label redrawn with probability {config.label_noise:g}" if config.label_noise else ""
-    return (
-        f"{task_named(plan.task).summary}. {size}{noise}; {config.epochs} epochs, batches of {config.batch_size}. "
-        "Settings were chosen on validation data, the same number for each arm, and tested once on fresh seeds."
-    )
 
 
 def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:

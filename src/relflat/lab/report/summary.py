@@ -125,7 +125,8 @@ def at_equal_time(trial: Trial, cost: StepCost, metric: str) -> float:
     """
     share = 1.0 if cost.ratio < 1.1 else 1 / cost.ratio
     last = max(1, int(share * len(trial.history) + 1e-9))
-    return float(trial.history[last - 1][f"validation_{metric}"])
+    found = trial.history[last - 1][f"validation_{metric}"]
+    return math.nan if found is None else float(found)
 
 
 def score_differences(comparison: Comparison) -> list[Difference]:

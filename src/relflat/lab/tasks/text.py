@@ -111,7 +111,8 @@ def read_glue(name: str) -> RawData:
         tokens = TOKENS if len(texts) == 1 else PAIR_TOKENS
         return Arrays(encode(*texts, tokens=tokens), torch.tensor(rows[source.label][:]))
 
-    train, test = hub.splits(source, files(name))
+    with reading(name) as folder:
+        train, test = hub.splits(source, folder)
     return RawData(part(train), part(test), source.classes)
 
 

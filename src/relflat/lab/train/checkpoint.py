@@ -4,7 +4,6 @@ The data order of an epoch follows from the seed and the epoch's number, so the 
 it. Weights are safetensors; the rest is a torch file read with ``weights_only=True``.
 """
 
-import hashlib
 import io
 import random
 from pathlib import Path
@@ -17,17 +16,24 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from relflat.errors import DataError
+from relflat.lab.common.sums import changed, sums
 from relflat.lab.train.steps import get_counter, set_counter
-from relflat.lab.train.store import CHECKPOINT, CHECKPOINT_FILES, STATE, SUMS, WEIGHTS, put_in_place, remove_files
+from relflat.lab.train.store import (
+    CHECKPOINT,
+    CHECKPOINT_FILES,
+    STATE,
+    SUMS,
+    WEIGHTS,
+    damaged,
+    put_in_place,
+    remove_files,
+)
 
 
 def save(
     run: Path, *, epoch: int, model: nn.Module, criterion: nn.Module, history: list[dict[str, Any]], **parts: Any
 ) -> None:
-    """Write the checkpoint of an epoch, then remove older ones; an OSError leaves those.
-
-    ``parts`` are what else has a state: optimizer, scheduler and scaler, where there is one.
-    """
+    """Write the checkpoint of an epoch, with what else has a state, then remove older ones; an OSError leaves those."""
     state = {
         "criterion_step": get_counter(criterion),
         "rng": _rng_state(),
@@ -44,7 +50,7 @@ def save(
         content = io.BytesIO()  # torch.save into a file that fails ends in an error that does not say why
         torch.save(state, content)
         (folder / STATE).write_bytes(content.getbuffer())
-        (folder / SUMS).write_text(_sums(folder), "utf-8")
+        (folder / SUMS).write_text(sums(folder, (WEIGHTS, STATE)), "utf-8")
 
     place = run / f"checkpoint-{epoch:04d}"
     remove_files(place, *CHECKPOINT_FILES)
@@ -64,7 +70,7 @@ def load(run: Path, *, model: nn.Module, criterion: nn.Module, **parts: Any) -> 
             if part is not None:
                 part.load_state_dict(state[name])
     except Exception as error:  # torch.load and load_state_dict let through whatever damaged files raise
-        raise _damaged(found[-1], error) from error
+        raise damaged(found[-1] / STATE, error) from error
     set_counter(criterion, state["criterion_step"])
     _set_rng_state(state["rng"])
     return list(state["history"])
@@ -75,29 +81,17 @@ def load_weights(run: Path, model: nn.Module) -> None:
     found = checkpoints(run)
     if not found:
         raise DataError(f"{run} has no checkpoint yet; train it first.")
-    if (found[-1] / SUMS).is_file() and (found[-1] / SUMS).read_bytes() != _sums(found[-1]).encode():
-        raise _damaged(found[-1], f"its files are not those of {SUMS}")  # older versions wrote none
-    read_weights(found[-1] / WEIGHTS, model, _damaged)
+    if changed(found[-1]):
+        raise damaged(found[-1] / SUMS, "the files are others")
+    read_weights(found[-1] / WEIGHTS, model)
 
 
-def read_weights(path: Path, model: nn.Module, damaged: Any) -> None:
-    """Load a file of weights; ``damaged`` makes the error for a file that cannot be read, of its folder and why."""
+def read_weights(path: Path, model: nn.Module) -> None:
+    """Load a file of weights, which may turn out to be damaged."""
     try:
         load_model(model, str(path))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise damaged(path.parent, error) from error
-
-
-def _sums(folder: Path) -> str:
-    """The SHA-256 of both files, as ``sha256sum`` writes them."""
-    return "".join(f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in (WEIGHTS, STATE))
-
-
-def _damaged(place: Path, why: object) -> DataError:
-    return DataError(
-        f"The checkpoint {place} cannot be read ({' '.join(str(why).split())}). Remove its folder {place.parent} and "
-        "train again, or give relflat train --fresh."
-    )
+        raise damaged(path, " ".join(str(error).split())) from error
 
 
 def checkpoints(run: Path) -> list[Path]:

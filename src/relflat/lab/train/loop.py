@@ -175,13 +175,17 @@ def final(session: Session, before: float, history: list[Record], diverged: str 
             found["test"] = judge(session, splits.test())
         if test and splits.shifts:
             found["shifts"] = {name: judge(session, other()) for name, other in splits.shifts.items()}
-        name, shifts = session.task.metric.name, found.get("shifts", {})
-        for where, judged in {**found, **shifts}.items():
-            if where in (*SPLITS, *shifts) and not math.isfinite(judged[name]):
-                raise NonFiniteError(f"The task's metric {name} is {judged[name]} on {where} data.")
+        require_metric(session.task.metric.name, {**found, **found.get("shifts", {})})
     except NonFiniteError as error:
         found = {"status": "diverged", "reason": str(error)}
     return result | found
+
+
+def require_metric(name: str, found: Record) -> None:
+    """See that the metric is a number on each split, as what is not cannot be compared."""
+    for split, judged in found.items():
+        if not math.isfinite(judged.get(name, 0.0)):
+            raise NonFiniteError(f"The task's metric {name} is {judged[name]} on {split} data.")
 
 
 def kappa(session: Session, samples: Arrays) -> Flatness:

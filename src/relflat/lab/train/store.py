@@ -85,7 +85,7 @@ def writing(place: Path, option: str = "--runs") -> Iterator[None]:
 
 
 def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
-    """Make the folder of a run that ``check_folder`` let through and that is held, if need be without an earlier run."""
+    """Make the folder of a run that ``check_folder`` let through; ``fresh`` removes an earlier one, so hold it."""
     with writing(folder):
         if fresh:
             remove_run(folder)
@@ -238,7 +238,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def damaged(path: Path, why: object) -> DataError:
     """The error about a file that does not hold what it should, with what mends it."""
+    again = f"Remove {path.parent.parent} and train again, or give relflat train --fresh."
     remedy = {
+        **dict.fromkeys(CHECKPOINT_FILES, again),
         CONFIG: f"Remove {path.parent} and train again, or give relflat train --fresh.",
         METRICS: f"Remove {path.with_name(RESULT)}, if it is there, and give the same command again: both files are "
         "made anew from the checkpoint.",
