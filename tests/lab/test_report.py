@@ -112,7 +112,7 @@ def test_the_title_of_an_own_task_is_what_it_calls_itself(tmp_path):
     )
     one = comparison(CLEAR)
     forms = all_forms(replace(one, plan=replace(one.plan, task=f"{path}:mine")))
-    assert "help on [my] <digits>?" in forms["markdown"]
+    assert r"help on \[my\] &lt;digits\>?" in forms["markdown"]
     assert "[my] <digits>, 20 % label noise" in forms["terminal"]
     assert "help on [my] &lt;digits&gt;?" in forms["html"]
     forms = all_forms(replace(one, plan=replace(one.plan, task=f"{path}:same")))

@@ -104,16 +104,12 @@ class Comparison:
 
 def compare(plan: Plan, runs: Path, pool: Executor, on_trial: OnTrial) -> Comparison:
     """Search on validation data, then test the chosen settings once on the fresh seeds; some arm must be able to."""
-
-    def note(found: Trial | str) -> None:
-        if isinstance(found, Trial):
-            on_trial(found)
-
+    note: Callable[[Trial | str], object] = lambda found: isinstance(found, Trial) and on_trial(found)
     return conclude(plan, runs, lambda jobs: each(pool, attempt, jobs, note), {})
 
 
 def conclude(plan: Plan, runs: Path, do: Do, failed: Mapping[str, str]) -> Comparison:
-    """All trials of the search first, then the tested runs of what was chosen, but for arms that are known to fail."""
+    """All trials of the search first, then the tested runs of what was chosen, without arms that are said to fail."""
     reasons = dict(failed)
     arms = {arm.name: arm for arm in plan.arms if arm.name not in failed}
     searched = by_arm(plan.searching(runs, arms.values()), do, reasons)

@@ -33,7 +33,7 @@ from relflat.lab.train.store import (
 def save(
     run: Path, *, epoch: int, model: nn.Module, criterion: nn.Module, history: list[dict[str, Any]], **parts: Any
 ) -> None:
-    """Write the checkpoint of an epoch, with what else has a state, then remove older ones; an OSError leaves those."""
+    """Write the checkpoint of an epoch, with what else has a state, and then remove older ones."""
     state = {
         "criterion_step": get_counter(criterion),
         "rng": _rng_state(),
@@ -52,9 +52,7 @@ def save(
         (folder / STATE).write_bytes(content.getbuffer())
         (folder / SUMS).write_text(sums(folder, (WEIGHTS, STATE)), "utf-8")
 
-    place = run / f"checkpoint-{epoch:04d}"
-    remove_files(place, *CHECKPOINT_FILES)
-    put_in_place(place, fill)
+    put_in_place(run / f"checkpoint-{epoch:04d}", fill)
     remove_old(run)
 
 

@@ -274,7 +274,12 @@ def put_in_place(path: Path, make: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         make(temporary)
-        temporary.replace(path)
+        if path.is_dir():  # it holds something that is not ours
+            for part in sorted(temporary.iterdir()):
+                part.replace(path / part.name)
+            temporary.rmdir()
+        else:
+            temporary.replace(path)
     except BaseException:
         remove(temporary)
         raise
