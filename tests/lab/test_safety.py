@@ -202,11 +202,10 @@ def test_every_text_file_has_its_encoding_written_down():
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             words = {word.arg for word in node.keywords}
             modes = {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
-            encoded = "encoding" in words or (
-                name in ("read_text", "write_text") and len(node.args) > (name[0] == "w")
-            )
+            texts = name in ("read_text", "write_text")
+            encoded = "encoding" in words or (texts and len(node.args) > (name == "write_text"))
             opens = name == "open" and (isinstance(node.func, ast.Name) or modes & set("rwax"))
-            if not encoded and (name in ("read_text", "write_text") or opens or ("text" in words and name == "run")):
+            if not encoded and (texts or opens or ("text" in words and name == "run")):
                 found.append(f"{path.name}:{node.lineno}")
     assert found == []
 

@@ -104,7 +104,10 @@ class Comparison:
 
 def compare(plan: Plan, runs: Path, pool: Executor, on_trial: OnTrial) -> Comparison:
     """Search on validation data, then test the chosen settings once on the fresh seeds; some arm must be able to."""
-    note: Callable[[Trial | str], object] = lambda found: isinstance(found, Trial) and on_trial(found)
+
+    def note(found: Trial | str) -> object:
+        return isinstance(found, Trial) and on_trial(found)
+
     return conclude(plan, runs, lambda jobs: each(pool, attempt, jobs, note), {})
 
 
@@ -135,7 +138,7 @@ def by_arm(jobs: Sequence[Job], do: Do, failed: dict[str, str]) -> dict[str, lis
 
 
 def judged(plan: Plan, arm: Arm, trials: Sequence[Trial]) -> list[Candidate]:
-    """The settings of an arm, given its trials on the search seeds, setting by setting."""
+    """The settings of an arm, given its trials, setting by setting."""
     metric, size = task_named(plan.task).metric.name, len(plan.search_seeds)
     parts = [trials[start : start + size] for start in range(0, len(trials), size)]
     return [judge(arm.name, settings, part, metric) for settings, part in zip(arm.grid, parts, strict=True)]

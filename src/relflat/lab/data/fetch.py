@@ -26,6 +26,7 @@ from relflat.lab.data.arrays import RawData
 from relflat.lab.data.sources import SOURCES, Source
 
 Say = Callable[[str], None]
+unlike = cache(changed)  # of a folder of the cache; once in a process
 PACKAGES = {".deb", ".tgz", ".whl", ".zip", ".gz"}  # what the clients leave
 
 
@@ -76,9 +77,6 @@ def files(name: str) -> Path:
     if unlike(place):
         raise DataError(f"The files in {place} are not those that were fetched. Delete it and run: {source.command}")
     return place / source.folder
-
-
-unlike = cache(changed)  # of a folder of the cache; once in a process
 
 
 def require(*names: str) -> None:
