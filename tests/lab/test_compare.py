@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from synthetic import ARMS, PLAN, trial
 
+from relflat.cli.engines import Engine
 from relflat.errors import ConfigError
 from relflat.lab.compare import arms
-from relflat.lab.compare.engines import Engine
 from relflat.lab.compare.search import choose, compare, judge, plan_from
 from relflat.lab.compare.trials import workers
 from relflat.lab.data import splits

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from relflat.cli.train import read_file
 from relflat.errors import ConfigError, DataError
 from relflat.lab.train import store
 from relflat.lab.train.algorithms import ALGORITHMS, Algorithm, register
-from relflat.lab.train.config import SCHEMA, make, read_file
+from relflat.lab.train.config import SCHEMA, make
 
 
 def test_defaults_come_from_task_and_method():

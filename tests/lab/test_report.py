@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from synthetic import COSTS, comparison
 
+from relflat.cli.compare import show
 from relflat.lab.compare.arms import ARMS
 from relflat.lab.compare.statistics import Difference
 from relflat.lab.report import document, drawing, figures, study
 from relflat.lab.report.figures import merged_bins
 from relflat.lab.report.formats import named, number, percent
-from relflat.lab.report.report import files, show
+from relflat.lab.report.report import files
 from relflat.lab.report.summary import Summary
 from relflat.lab.report.summary import score_differences as compared
 from relflat.lab.report.verdict import at_the_edge, findings, verdict
@@ -111,7 +112,7 @@ def test_the_title_of_an_own_task_is_what_it_calls_itself(tmp_path):
     )
     one = comparison(CLEAR)
     forms = all_forms(replace(one, plan=replace(one.plan, task=f"{path}:mine")))
-    assert "help on [my] <digits>?" in forms["markdown"]
+    assert r"help on \[my\] &lt;digits\>?" in forms["markdown"]
     assert "[my] <digits>, 20 % label noise" in forms["terminal"]
     assert "help on [my] &lt;digits&gt;?" in forms["html"]
     forms = all_forms(replace(one, plan=replace(one.plan, task=f"{path}:same")))

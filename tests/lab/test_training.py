@@ -85,6 +85,7 @@ def test_run_folder_holds_what_it_promises(tmp_path, config):
     result = train(config(), tmp_path / "run", on_epoch=seen.append)
     folder = tmp_path / "run"
     assert {entry.name for entry in folder.iterdir()} == {
+        "relflat-run.lock",
         "config.json",
         "environment.json",
         "metrics.jsonl",

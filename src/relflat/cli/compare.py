@@ -1,25 +1,30 @@
 """``relflat compare`` and ``relflat report``."""
 
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import rich.table
 import tyro
+from rich import box
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-from relflat.cli.console import err, out, print_json
+from relflat.cli.console import aside, err, fail, out, print_json
+from relflat.cli.engines import Engine
 from relflat.cli.options import TaskName, common_values
 from relflat.lab.compare.arms import ARMS, Budget
-from relflat.lab.compare.engines import Engine
 
 if TYPE_CHECKING:
+    from relflat.lab.compare.search import Plan
     from relflat.lab.report.summary import Summary
 
     CommonValues = dict[str, Any]
 else:
     CommonValues = common_values()
 
+LEFT_OUT = 3  # exit code of a comparison that some arm could not take part in
 ARMS_HELP = (
     f"what to compare; the first is what the others are held against. Known (docs/compare.md): {', '.join(ARMS)}."
 )
@@ -47,6 +52,9 @@ def compare(
     The same number of settings of each arm is tried on validation data; the best setting of each runs on fresh seeds
     and is tested once. Interrupted, the same command goes on where it stopped; finished runs are used again.
 
+    An arm that cannot run on the task is left out: the others are compared, report and stderr say why, and the exit
+    code is 3.
+
     Args:
         task: name of a task, or path/to/file.py:name for one of your own.
         arms: what to compare; the first is what the others are held against.
@@ -58,36 +66,85 @@ def compare(
         json: print one JSON object.
     """
     from relflat.lab.report import study
+    from relflat.lab.report.verdict import left_out
 
-    plan = study.plan_for(task, arms, budget, **common)
+    with aside():
+        plan = study.plan_for(task, arms, budget, **common)
     folder = out or study.folder_for(plan, runs)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     pool = engine.pool(runs)
-    study.open_study(folder, plan, runs, study.describe_plan(plan))
+    study.open_study(folder, plan, runs, describe_plan(plan))
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         line = bar.add_task("runs", total=plan.runs)
-        with redirect_stdout(sys.stderr):  # what a task's file or Ray print is no part of the answer
+        with aside():
             found = study.carry_out(folder, plan, runs, pool, lambda trial: bar.advance(line))
     answer(folder, found, json)
+    if found.comparison.failed:
+        fail(f"not all arms ran: {'; '.join(left_out(found.comparison))}")
+        sys.exit(LEFT_OUT)
+
+
+def describe_plan(plan: "Plan") -> str:
+    """What is run, in a few sentences."""
+    from relflat.lab.tasks.catalogue import task_named
+
+    config = plan.config(plan.arms[0], plan.arms[0].grid[0], plan.seeds[0])
+    size = "All training samples" if config.train_size is None else f"{config.train_size:,} training samples"
+    noise = f", each training label redrawn with probability {config.label_noise:g}" if config.label_noise else ""
+    return (
+        f"{task_named(plan.task).summary}. {size}{noise}; {config.epochs} epochs, batches of {config.batch_size}. "
+        "Settings were chosen on validation data, the same number for each arm, and tested once on fresh seeds."
+    )
 
 
 def report(
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")], /, *, json: bool = False
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
+    /,
+    *,
+    task: str | None = None,
+    json: bool = False,
 ) -> None:
     """Write the report of a comparison again from its runs: HTML, Markdown, CSV, LaTeX and JSON.
 
     Args:
         folder: of the comparison.
+        task: path/to/file.py:name, to import the task file of a comparison from elsewhere, which you trust.
         json: print one JSON object.
     """
     from relflat.lab.report import study
 
-    answer(folder, study.rebuild(folder), json)
+    with aside():
+        found = study.rebuild(folder, task)
+    answer(folder, found, json)
+
+
+def show(summary: "Summary", console: Console) -> None:
+    """Print the table, the chosen settings and the verdict, for 80 columns."""
+    from relflat.lab.report.formats import named, settings_text
+    from relflat.lab.report.summary import table
+    from relflat.lab.report.verdict import findings
+    from relflat.lab.tasks.catalogue import title_of
+
+    plan, shown = summary.comparison.plan, table(summary, "t")
+    noise = plan.common.get("label_noise")
+    what = title_of(plan.task) + (f", {100 * noise:g} % label noise" if noise else "")
+    what += ": mean ± sd over n seeds" + ("; n = 1: no spread" if len(plan.seeds) == 1 else "")
+    columns = [rich.table.Column(Text(heading)) for heading in shown.headings]
+    grid = rich.table.Table(*columns, title=Text(what), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for cells in shown.rows:
+        grid.add_row(*map(Text, cells))
+    console.print(grid)
+    names = [named(line.title, line.arm) for line in summary.rows]
+    width = max(map(len, names))
+    console.print("chosen on validation data:")
+    for name, line in zip(names, summary.rows, strict=True):
+        console.print(f"  {name:<{width}}  {settings_text(line.settings)}", highlight=False, markup=False)
+    for text in findings(summary):
+        console.print(f"- {text}", highlight=False, markup=False)
 
 
 def answer(folder: Path, found: "Summary", json: bool) -> None:
     """Print what a comparison found and where its report is."""
-    from relflat.lab.report.report import show
     from relflat.lab.train import store
 
     if json:

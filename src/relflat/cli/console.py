@@ -1,9 +1,10 @@
 """What people see: tables and messages on a terminal, one JSON object with ``--json``."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 from rich.console import Console
@@ -13,8 +14,22 @@ from rich.text import Text
 
 from relflat.lab.common.jsonable import finite
 
-out = Console()
-err = Console(stderr=True)
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Send to stderr what is printed meanwhile, by a task's file, Ray or a program they start: it is no answer."""
+    with ExitStack() as back:
+        if sys.stdout is sys.__stdout__:  # and not something that stands in for it
+            print(end="", flush=True)
+            kept = os.dup(1)
+            back.callback(os.close, kept)
+            back.callback(os.dup2, kept, 1)
+            os.dup2(2, 1)
+        back.enter_context(redirect_stdout(sys.stderr))
+        yield
 
 
 def print_json(value: Mapping[str, Any]) -> None:

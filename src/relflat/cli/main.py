@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from inspect import Parameter, signature
+from io import TextIOWrapper
 from typing import get_type_hints, is_typeddict
 
 import tyro
@@ -24,6 +25,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command for command in (train, measure, compare, report, reproduce)
 }
 RENAMED = {"--regularize": "--layer", "--estimator": "--method"}  # what options were called once
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 nobody reads what is printed; 2 something to correct, said on stderr; 3 compared without "
+    "an arm that cannot run on the task; 130 interrupted."
+)
 app = SubcommandApp()
 for command in COMMANDS.values():
     app.command(command)
@@ -31,7 +36,9 @@ app.command(data, name="data", help="List and fetch data sets.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with 0, 1 (nobody reads on), 2 (something to correct) or 130 (interrupted)."""
+    """Run the command line and leave with an exit code of `EXIT_CODES`."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± shows ? and no error
     try:
         run(list(sys.argv[1:] if arguments is None else arguments))
     except BrokenPipeError:  # as after | head
@@ -59,7 +66,7 @@ def run(arguments: list[str]) -> None:
         app.cli(
             prog="relflat",
             description="Relative flatness of PyTorch networks: measure it, train with it. "
-            "relflat --version prints the version.",
+            f"relflat --version prints the version. {EXIT_CODES}",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
         )

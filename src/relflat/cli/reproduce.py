@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from relflat.cli.console import err, out, print_json, print_table, say
+from relflat.cli.console import aside, err, out, print_json, print_table, say
+from relflat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from relflat.papers.experiment import Context
 
 
 def reproduce(
@@ -32,7 +36,7 @@ def reproduce(
         json: print one JSON object.
     """
     from relflat.papers.catalogue import EXPERIMENTS, experiment_named
-    from relflat.papers.experiment import Context, open_folders, write
+    from relflat.papers.experiment import Context, write
 
     if name is None:
         summaries = {known: EXPERIMENTS[known].summary for known in EXPERIMENTS}
@@ -41,12 +45,30 @@ def reproduce(
     experiment = experiment_named(name)
     folder = out or runs / f"reproduce-{name}-{scale}"
     context = Context(scale, folder, runs, workers, say if err.is_terminal else lambda line: None)
-    open_folders(context)
-    values = write(experiment, context, experiment.run(context))
+    with aside():
+        open_folders(context)
+        values = write(experiment, context, experiment.run(context))
     if json:
         print_json({"folder": str(folder), **values})
     else:
         show(values, folder)
+
+
+def open_folders(context: "Context") -> None:
+    """Make the folders of the report and of the runs; the report's must be new, or one of before."""
+    from relflat.lab.train import store
+
+    known = (context.out / "report.json").is_file() and "experiment" in store.read_json(context.out / "report.json")
+    store.require_ours(context.out, store.REPORT_MARK, known, "a report's folder; choose another --out")
+    for option, folder in (("--out", context.out), ("--runs", context.runs)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot write to {folder}: {error.strerror}. Choose another place with {option}."
+            ) from error
+    with store.writing(context.out, "--out"):
+        (context.out / store.REPORT_MARK).touch()
 
 
 def show(values: Mapping[str, Any], folder: Path) -> None:

@@ -1,13 +1,14 @@
 """``relflat train``."""
 
-import sys
+import json as jsons  # an option is called json
+import tomllib
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relflat.cli.console import out, print_json, progress, say
+from relflat.cli.console import aside, out, print_json, progress, say
 from relflat.cli.options import TaskName, run_values
+from relflat.errors import ConfigError
 
 if TYPE_CHECKING:
     RunValues = dict[str, Any]
@@ -43,19 +44,20 @@ def train(
     """
     from relflat.lab.tasks.catalogue import task_named
     from relflat.lab.train import loop
-    from relflat.lab.train.config import make, read_file
+    from relflat.lab.train.config import make
     from relflat.lab.train.session import joined
     from relflat.lab.train.store import folder_of, result_of
 
     from_file = read_file(config) if config else {}
-    resolved = make({**from_file, **run, "task": task})
+    with aside():
+        resolved = make({**from_file, **run, "task": task})
     folder = folder_of(resolved, runs, name)
     metric = task_named(task).metric
     before = not fresh and result_of(folder) is not None
     with (
         joined() as process,
         progress(resolved.epochs, metric.name, shown=process.is_main_process) as on_epoch,
-        redirect_stdout(sys.stderr),  # what a task's file prints is no part of the answer
+        aside(),
     ):
         result = loop.train(resolved, folder, test=not no_test, fresh=fresh, on_epoch=on_epoch)
     if not process.is_main_process:
@@ -92,3 +94,17 @@ def without_bins(result: dict[str, Any]) -> dict[str, Any]:
         for name, value in result.items()
         if name != "bins"
     }
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read the keys and values of a TOML or JSON file."""
+    try:
+        values = (jsons if path.suffix == ".json" else tomllib).loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the config file {path}: {error.strerror}.") from error
+    except ValueError as error:
+        kind = path.suffix.lstrip(".") or "TOML"
+        raise ConfigError(f"The config file {path} is not valid {kind}: {error}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"The config file {path} must hold a table of keys and values.")
+    return values

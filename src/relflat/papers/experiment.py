@@ -9,7 +9,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from relflat.errors import ConfigError
 from relflat.lab.report.document import Document, Section
 from relflat.lab.report.document import Figure as Figure
 from relflat.lab.report.document import Table as Table
@@ -55,17 +54,6 @@ class Experiment:
     summary: str
     paper: str  # what the paper reports, with its numbers and the place
     run: Callable[[Context], Outcome]  # what is kept in ``Context.runs`` is not done twice
-
-
-def open_folders(context: Context) -> None:
-    """Make the folders of the report and of the runs."""
-    for option, folder in (("--out", context.out), ("--runs", context.runs)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"Cannot write to {folder}: {error.strerror}. Choose another place with {option}."
-            ) from error
 
 
 def write(experiment: Experiment, context: Context, outcome: Outcome) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def peak(work: Callable[[], object], device: torch.device) -> float | None:
         library = ctypes.CDLL(None)
         if hasattr(library, "malloc_trim"):
             library.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")
         before = _kilobytes("VmRSS")
         work()
         return max(0, _kilobytes("VmHWM") - before) / 2**10
@@ -165,5 +165,5 @@ def peak(work: Callable[[], object], device: torch.device) -> float | None:
 
 def _kilobytes(key: str) -> int:
     """A line of the process's status."""
-    lines = STATUS.read_text().splitlines()
+    lines = STATUS.read_text("utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1])

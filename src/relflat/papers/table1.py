@@ -119,7 +119,7 @@ def table(part: Part, comparison: Comparison) -> Table:
     against = {pair.second: pair for pair in score_differences(comparison)}
     places = (("test", "loss"), ("flatness", "value"), ("flatness", "confidence"))
     rows = []
-    for arm in comparison.plan.arms:
+    for arm in comparison.arms:
         trials = comparison.finals[arm.name]
         printed = PAPER[part.title].get(arm.name)
         row = (
@@ -139,7 +139,7 @@ def table(part: Part, comparison: Comparison) -> Table:
 def figures(part: Part, comparison: Comparison) -> list[Figure]:
     """One data set: the arms seed by seed, and over the epochs."""
     metric, words = metric_of(comparison), {"part": part.title, "metric": metric_of(comparison).title}
-    runs = {arm.title: comparison.finals[arm.name] for arm in comparison.plan.arms}
+    runs = {arm.title: comparison.finals[arm.name] for arm in comparison.arms}
     plain, *others = runs
     gains = {
         title: [

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from relflat.lab.common.names import look_up
@@ -24,6 +24,7 @@ from relflat.lab.data.arrays import Arrays
 from relflat.lab.data.splits import classification
 from relflat.lab.tasks.models import mlp
 from relflat.lab.train import store
+from relflat.lab.train.checkpoint import read_weights
 
 CHUNK = 2000  # samples at a time when evaluating
 
@@ -140,18 +141,18 @@ def trained(recipe: Recipe, folder: Path) -> Trained:
     """Train the network, or read it if that was done; the folder keeps results and weights."""
     result_file, weights = folder / f"{recipe.digest}.json", folder / f"{recipe.digest}.safetensors"
     make = look_up("network", recipe.network, NETWORKS)
-    if not result_file.is_file():
+    if not (result_file.is_file() and weights.is_file()):
         halves = samples(recipe.source)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             fresh = he_initialised(make())
             epochs, loss = fit(fresh, recipe, halves.train)
-        save_model(fresh, str(weights))
+        store.put_in_place(weights, lambda temporary: save_model(fresh, str(temporary)))
         result = {"recipe": asdict(recipe), "reached": loss < recipe.level, "epochs": epochs, **gap(fresh, halves)}
         store.write_json(result_file, result)
     with torch.random.fork_rng(devices=[]):
         network = make()
-    load_model(network, str(weights))
+    read_weights(weights, network)
     return Trained(network.eval(), store.read_json(result_file))
 
 

@@ -55,7 +55,7 @@ class Budget:
 
 ARMS = {
     name: Arm(name, **table)
-    for name, table in tomllib.loads(Path(__file__).with_name("arms.toml").read_text()).items()
+    for name, table in tomllib.loads(Path(__file__).with_name("arms.toml").read_text("utf-8")).items()
 }
 
 

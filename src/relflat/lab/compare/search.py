@@ -5,19 +5,22 @@ that was interrupted goes on where it stopped.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from relflat.errors import ConfigError
 from relflat.lab.compare.arms import Arm, Values
-from relflat.lab.compare.trials import Job, OnTrial, Trial, run_all
+from relflat.lab.compare.trials import Job, OnTrial, Trial, attempt, each
 from relflat.lab.tasks.catalogue import task_named
 from relflat.lab.tasks.metrics import ACCURACY
 from relflat.lab.train.config import RunConfig, make
+
+Do = Callable[[Sequence[Job]], Sequence[Trial | str]]  # does runs or reads them; gives the reason where it cannot
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,15 @@ class Plan:
         """The configuration of one run."""
         return make({"task": self.task, **self.common, "algorithm": arm.algorithm, **settings, "seed": seed})
 
+    def searching(self, runs: Path, arms: Iterable[Arm]) -> list[Job]:
+        """Every setting of these arms on the search seeds; the test split is not evaluated."""
+        tried = ((arm, *rest) for arm in arms for rest in product(arm.grid, self.search_seeds))
+        return [Job(self.config(*each), runs, False, each[0].name) for each in tried]
+
+    def testing(self, runs: Path, chosen: Sequence[tuple[Arm, Values]]) -> list[Job]:
+        """One setting an arm on the fresh seeds, seed by seed."""
+        return [Job(self.config(*each, seed), runs, True, each[0].name) for seed in self.seeds for each in chosen]
+
     def flat(self) -> dict[str, Any]:
         """As plain values; ``plan_from`` turns them back into the plan."""
         return asdict(self)
@@ -82,33 +94,54 @@ class Comparison:
     candidates: Sequence[Candidate]
     chosen: Mapping[str, Candidate]
     finals: Mapping[str, Sequence[Trial]]
+    failed: Mapping[str, str] = field(default_factory=dict)  # arms that cannot run on the task, and why
+
+    @property
+    def arms(self) -> list[Arm]:
+        """Those that ran; the others are held against the first of them."""
+        return [arm for arm in self.plan.arms if arm.name not in self.failed]
 
 
 def compare(plan: Plan, runs: Path, pool: Executor, on_trial: OnTrial) -> Comparison:
-    """Search on validation data, then test the chosen settings once on the fresh seeds."""
-    return conclude(plan, runs, lambda jobs: run_all(pool, jobs, on_trial))
+    """Search on validation data, then test the chosen settings once on the fresh seeds; some arm must be able to."""
+
+    def note(found: Trial | str) -> object:
+        return isinstance(found, Trial) and on_trial(found)
+
+    return conclude(plan, runs, lambda jobs: each(pool, attempt, jobs, note), {})
 
 
-def conclude(plan: Plan, runs: Path, do: Callable[[Sequence[Job]], list[Trial]]) -> Comparison:
-    """All trials of the search first, then the tested runs of what was chosen; ``do`` does the runs or reads them."""
-    candidates = search(plan, runs, do)
-    chosen = {arm.name: choose(candidates, arm.name) for arm in plan.arms}
-    pairs = [(seed, arm) for seed in plan.seeds for arm in plan.arms]
-    trials = do([Job(plan.config(arm, chosen[arm.name].settings, seed), runs, test=True) for seed, arm in pairs])
-    finals = {arm.name: trials[place :: len(plan.arms)] for place, arm in enumerate(plan.arms)}
-    return Comparison(plan, candidates, chosen, finals)
+def conclude(plan: Plan, runs: Path, do: Do, failed: Mapping[str, str]) -> Comparison:
+    """All trials of the search first, then the tested runs of what was chosen, without arms that are said to fail."""
+    reasons = dict(failed)
+    arms = {arm.name: arm for arm in plan.arms if arm.name not in failed}
+    searched = by_arm(plan.searching(runs, arms.values()), do, reasons)
+    candidates = [found for name, trials in searched.items() for found in judged(plan, arms[name], trials)]
+    chosen = {name: choose(candidates, name) for name in searched}
+    finals = by_arm(plan.testing(runs, [(arms[name], chosen[name].settings) for name in chosen]), do, reasons)
+    kept = [found for found in candidates if found.arm in finals]
+    return Comparison(plan, kept, {name: chosen[name] for name in finals}, finals, reasons)
 
 
-def search(plan: Plan, runs: Path, do: Callable[[Sequence[Job]], list[Trial]]) -> list[Candidate]:
-    """Try every setting on the search seeds; the test split is not evaluated."""
-    pairs = [(arm, settings) for arm in plan.arms for settings in arm.grid]
-    configs = [plan.config(arm, settings, seed) for arm, settings in pairs for seed in plan.search_seeds]
-    trials = do([Job(config, runs, test=False) for config in configs])
+def by_arm(jobs: Sequence[Job], do: Do, failed: dict[str, str]) -> dict[str, list[Trial]]:
+    """The trials of each arm, in the order of the jobs; arms that cannot do theirs are added to ``failed``."""
+    found: dict[str, list[Trial]] = {job.arm: [] for job in jobs}
+    for job, trial in zip(jobs, do(jobs), strict=True):
+        if isinstance(trial, Trial):
+            found[job.arm].append(trial)
+        else:
+            failed.setdefault(job.arm, trial)
+    done = {name: trials for name, trials in found.items() if name not in failed}
+    if not done:
+        raise ConfigError(f"No arm can run on this task. {next(iter(failed.values()))}")
+    return done
+
+
+def judged(plan: Plan, arm: Arm, trials: Sequence[Trial]) -> list[Candidate]:
+    """The settings of an arm, given its trials, setting by setting."""
     metric, size = task_named(plan.task).metric.name, len(plan.search_seeds)
-    return [
-        judge(arm.name, settings, trials[place * size : (place + 1) * size], metric)
-        for place, (arm, settings) in enumerate(pairs)
-    ]
+    parts = [trials[start : start + size] for start in range(0, len(trials), size)]
+    return [judge(arm.name, settings, part, metric) for settings, part in zip(arm.grid, parts, strict=True)]
 
 
 def judge(arm: str, settings: Values, trials: Sequence[Trial], metric: str = ACCURACY.name) -> Candidate:

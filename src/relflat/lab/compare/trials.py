@@ -2,9 +2,10 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from relflat.errors import ConfigError
+from relflat.errors import ConfigError, DataError, RelflatError
 from relflat.lab.train import store
 from relflat.lab.train.config import RunConfig
 from relflat.lab.train.loop import train
 
+BLOCKS = hasattr(signal, "pthread_sigmask")  # not on Windows
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -51,20 +53,46 @@ class Job:
     config: RunConfig
     runs: Path
     test: bool
+    arm: str = ""  # of a comparison
 
 
-def start_worker() -> None:
-    """Compute on one thread, as several processes share the machine, and end when the parent is gone."""
+class Workers(ProcessPoolExecutor):
+    """Processes of one thread each; left by an exception, they end at once, whatever they are doing."""
+
+    def __init__(self, count: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._stop = spawn.Event()
+        super().__init__(count, mp_context=spawn, initializer=start_worker, initargs=(self._stop,))
+
+    def submit(self, fn: Callable[..., B], /, *args: Any, **kwargs: Any) -> Future[B]:
+        """Hand it over; a process that starts for it leaves Ctrl-C to this one."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if BLOCKS else None
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            if before is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Wait for what is running, or after an exception end it."""
+        if kind is not None:
+            self._stop.set()
+        super().__exit__(kind, error, trace)
+
+
+def start_worker(stop: Any) -> None:
+    """Compute on one thread, as several processes share the machine, and end when the parent is gone or says so."""
+    os.dup2(2, 1)  # what is printed here is no part of an answer
     torch.set_num_threads(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Wait for the end of the parent, even by kill -9, then leave at once."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    for ends in (stop.wait, *([parent.join] if parent is not None else [])):
+        threading.Thread(target=end_after, args=(ends,), daemon=True).start()
+
+
+def end_after(wait: Callable[[], object]) -> None:
+    """Wait, for the end of the parent even by kill -9, then leave at once."""
+    wait()
+    os._exit(1)
 
 
 def run_job(job: Job) -> Trial:
@@ -74,13 +102,21 @@ def run_job(job: Job) -> Trial:
     return Trial(job.config, result, store.metrics_of(folder))
 
 
+def attempt(job: Job) -> Trial | str:
+    """Do one run, or say why it cannot be done; what concerns all runs, as data and disks do, is raised."""
+    try:
+        return run_job(job)
+    except (store.StorageError, DataError):
+        raise
+    except Exception as error:  # whatever an algorithm raises on a network that it cannot train
+        return str(error) if isinstance(error, RelflatError) else f"{type(error).__name__}: {error}"
+
+
 def read_trial(job: Job) -> Trial | None:
     """A finished run, or None; a run that was to be tested must have been."""
     folder = store.folder_of(job.config, job.runs)
-    result = store.result_of(folder)
-    if result is None or (job.test and result["test"] is None and result["status"] == "finished"):
-        return None
-    return Trial(job.config, result, store.metrics_of(folder))
+    result = store.finished(folder, job.test)
+    return None if result is None else Trial(job.config, result, store.metrics_of(folder))
 
 
 def each(pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Callable[[B], object]) -> list[B]:
@@ -98,10 +134,14 @@ def each(pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Ca
                 seen += 1
         for future in as_completed(futures[seen:]):
             on_done(future.result())
-    except BaseException:
+    except BrokenExecutor as error:
+        raise ConfigError(
+            "A worker process ended in the middle of a run: killed, perhaps for want of memory, or by its task. Try "
+            "fewer --workers; the same command goes on with what is kept."
+        ) from error
+    finally:
         for future in futures:
             future.cancel()
-        raise
     return [future.result() for future in futures]
 
 
@@ -141,4 +181,4 @@ def workers(count: int) -> Executor:
         raise ConfigError(f"workers={count} must be above 0.")
     if count == 1:
         return Here()
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
+    return Workers(count)

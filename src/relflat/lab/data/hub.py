@@ -51,10 +51,6 @@ def save(source: Source, folder: Path) -> None:
 
 def splits(source: Source, folder: Path) -> tuple["Dataset", "Dataset"]:
     """The training split and the one for testing, as `save` wrote them."""
-    datasets = client()
-    try:
-        found = datasets.load_from_disk(folder)
-        train, test = (found[split] for split in source.rows)
-    except Exception as error:  # damaged Arrow files and records raise errors of several libraries
-        raise DataError(f"{folder} cannot be read: {error}. Delete it and run: {source.command}") from error
+    found = client().load_from_disk(folder)
+    train, test = (found[split] for split in source.rows)
     return train, test

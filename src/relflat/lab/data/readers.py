@@ -44,7 +44,7 @@ def cifar10(source: Source, folder: Path) -> RawData:
     def part(pictures: list[str], labels: str) -> Arrays:
         rows = np.concatenate([np.asarray(Image.open(folder / name).convert("RGB")) for name in pictures])
         images = rows.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
-        return as_arrays(images, np.asarray(json.loads((folder / labels).read_text()), dtype=np.uint8))
+        return as_arrays(images, np.asarray(json.loads((folder / labels).read_text("utf-8")), dtype=np.uint8))
 
     train = [f"data_batch_{number}.png" for number in range(1, 6)]
     return RawData(part(train, "train_lables.json"), part(["test_batch.png"], "test_lables.json"), 10)

@@ -12,11 +12,24 @@ from relflat.lab.report.drawing import PALETTE, Paint, draw, inline
 
 TEMPLATES = Environment(
     loader=PackageLoader("relflat.lab.report"),
-    autoescape=select_autoescape(),  # whatever a page shows; Markdown stays as it is
+    autoescape=select_autoescape(),  # whatever a page shows; Markdown has `as_text`
     trim_blocks=True,
     undefined=StrictUndefined,
 )
 TEMPLATES.filters["inline"] = inline
+MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)")  # what Markdown and its HTML would read
+
+
+def as_text(text: str, *, begins: bool = False) -> str:
+    """Text as Markdown shows it: on one line, with nothing read as markup; ``begins``: nor as what begins a block."""
+    if begins and re.match(r"\s*([#+=-]|\d+[.)])", text):
+        text = f"\N{ZERO WIDTH SPACE}{text}"
+    return MARKUP.sub(
+        lambda found: {"&": "&amp;", "<": "&lt;"}.get(found[0], "\\" + found[0]), " ".join(text.split())
+    )
+
+
+TEMPLATES.filters["as_text"] = as_text
 
 
 @dataclass(frozen=True)

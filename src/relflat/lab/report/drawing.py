@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # else a circle: trials import tasks, those import papers, an
 T = TypeVar("T")
 Paint = Callable[[Axes], None]
 
-SHEET: dict[str, Any] = tomllib.loads(Path(__file__).with_name("style.toml").read_text())
+SHEET: dict[str, Any] = tomllib.loads(Path(__file__).with_name("style.toml").read_text("utf-8"))
 PALETTE: Mapping[str, tuple[str, str]] = SHEET["palette"]
 STYLE = SHEET["matplotlib"] | {key: PALETTE[name][0] for key, name in SHEET["colours"].items()}
 COLOURS = [PALETTE[f"c{place}"][0] for place in range(6)]

@@ -48,7 +48,7 @@ def validation_by_epoch(summary: Summary) -> Figure:
 @register
 def validation_by_time(summary: Summary) -> Figure:
     """The same curves, with what a step costs."""
-    seconds = {arm.title: summary.costs[arm.name].seconds for arm in summary.comparison.plan.arms}
+    seconds = {arm.title: summary.costs[arm.name].seconds for arm in summary.comparison.arms}
     return Figure(
         f"Validation {summary.metric.error} by training time",
         error_curves(summary, "validation", "validation", seconds),

@@ -2,14 +2,10 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
-import rich.table
-from rich import box
-from rich.console import Console
-from rich.markup import escape
 
 from relflat.lab.common import jsonable
 from relflat.lab.report.document import Document, Section, Table
@@ -20,7 +16,14 @@ from relflat.lab.report.verdict import findings
 from relflat.lab.tasks.catalogue import title_of
 
 PAIRS = ("score", "loss", "ece", "equal_time", "kappa", "kappa_before", "confidence", "weight_norm")
-SPECIAL = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "–": "--", "kappa": r"$\kappa$"}
+SPECIAL = {each: f"\\{each}" for each in "%_&#${}"} | {"±": r"$\pm$", "–": "--", "kappa": r"$\kappa$"}
+SPECIAL |= {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
 
 
 def files(summary: Summary, environment: Mapping[str, Any], notes: str) -> dict[str, str]:
@@ -69,7 +72,7 @@ def protocol(summary: Summary) -> str:
 def tried(summary: Summary) -> Table:
     """All settings of the search and how they did on validation data."""
     comparison = summary.comparison
-    titles = {arm.name: named(arm.title, arm.name) for arm in comparison.plan.arms}
+    titles = {arm.name: named(arm.title, arm.name) for arm in comparison.arms}
     rows = [
         (
             titles[each.arm],
@@ -87,7 +90,7 @@ def comma_separated(summary: Summary) -> str:
     """The table as CSV with all digits: a mean and a deviation of each number, nothing where there is none."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = [summary.metric.name if name == "score" else name for name in PAIRS]
+    names = [summary.metric.name.lstrip("=+-@\t\r") if name == "score" else name for name in PAIRS]
     titles = [f"{name}_{part}" for name in names for part in ("mean", "sd")]
     writer.writerow(["arm", "n", "diverged", *titles, "seconds_per_step", "step_ratio", "settings"])
     for line in summary.rows:
@@ -107,25 +110,4 @@ def latex(table: Table) -> str:
 
 def latex_text(text: str) -> str:
     """Escape what LaTeX reads as a command."""
-    for plain, command in SPECIAL.items():
-        text = text.replace(plain, command)
-    return text
-
-
-def show(summary: Summary, console: Console) -> None:
-    """Print the table, the chosen settings and the verdict, for 80 columns."""
-    plan, shown = summary.comparison.plan, table(summary, "t")
-    noise = plan.common.get("label_noise")
-    what = escape(title_of(plan.task)) + (f", {100 * noise:g} % label noise" if noise else "")
-    what += ": mean ± sd over n seeds" + ("; n = 1: no spread" if len(plan.seeds) == 1 else "")
-    grid = rich.table.Table(*shown.headings, title=what, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for cells in shown.rows:
-        grid.add_row(*cells)
-    console.print(grid)
-    names = [named(line.title, line.arm) for line in summary.rows]
-    width = max(map(len, names))
-    console.print("chosen on validation data:")
-    for name, line in zip(names, summary.rows, strict=True):
-        console.print(f"  {name:<{width}}  {settings_text(line.settings)}", highlight=False)
-    for text in findings(summary):
-        console.print(f"- {text}", highlight=False)
+    return re.sub("|".join(map(re.escape, SPECIAL)), lambda found: SPECIAL[found[0]], " ".join(text.split()))

@@ -1,7 +1,9 @@
 """A comparison on disk: its plan, its step costs, and the report in all its forms.
 
+relflat-report.lock   marks the folder as a report's
 plan.json          what is compared, and which folder keeps the runs
 costs.json         seconds a step
+failed.json        arms that cannot run on the task, and why
 environment.json   where it ran
 report.html, report.md, report.csv, report.tex, report.json; an SVG file for each figure of report.md
 """
@@ -21,15 +23,17 @@ from relflat.lab.compare.search import Comparison, Plan, compare, conclude, plan
 from relflat.lab.compare.trials import Job, OnTrial, Trial, one_thread, read_trial, workers
 from relflat.lab.report import report
 from relflat.lab.report.summary import Summary
-from relflat.lab.report.verdict import verdict
+from relflat.lab.report.verdict import judgement
 from relflat.lab.tasks import own
-from relflat.lab.tasks.catalogue import short_name, source_of, task_named
+from relflat.lab.tasks.catalogue import full_name, short_name, source_of
 from relflat.lab.train import store
 from relflat.lab.train.config import require_unchanged
 from relflat.lab.train.environment import describe
 from relflat.lab.train.timing import StepCost, step_costs
 
 PLAN, COSTS, ENVIRONMENT, REPORT = "plan.json", "costs.json", "environment.json", "report.json"
+FAILED = "failed.json"
+WRITTEN = r"(?:plan|costs|failed|environment)\.json|report\.\w+|[a-z0-9-]+\.svg"
 FIRST_SEARCH_SEED = 100
 
 
@@ -64,20 +68,10 @@ def folder_for(plan: Plan, runs: Path) -> Path:
     return runs / f"compare-{short_name(plan.task)}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
-def describe_plan(plan: Plan) -> str:
-    """What is run, in a few sentences."""
-    config = plan.config(plan.arms[0], plan.arms[0].grid[0], plan.seeds[0])
-    size = "All training samples" if config.train_size is None else f"{config.train_size:,} training samples"
-    noise = f", each training label redrawn with probability {config.label_noise:g}" if config.label_noise else ""
-    return (
-        f"{task_named(plan.task).summary}. {size}{noise}; {config.epochs} epochs, batches of {config.batch_size}. "
-        "Settings were chosen on validation data, the same number for each arm, and tested once on fresh seeds."
-    )
-
-
 def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
     """Write the plan of a comparison, or see that the folder holds the same one."""
     values = {**plan.flat(), "source": source_of(plan.task), "notes": notes, "runs": os.path.relpath(runs, folder)}
+    store.require_ours(folder, store.REPORT_MARK, _is_comparison(folder), "a report's folder; choose another --out")
     if (folder / PLAN).is_file():
         old, new = store.read_json(folder / PLAN), store.as_json(values)
         keys = [key for key in new if key != "notes" and old.get(key) != new[key]]
@@ -89,10 +83,15 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
             )
     with store.writing(folder, "--runs" if folder.parent == runs else "--out"):
         folder.mkdir(parents=True, exist_ok=True)
-        for pattern in (PLAN, COSTS, ENVIRONMENT, "report.*", "*.svg"):
-            store.remove_unfinished(folder, f".{pattern}-*")
+        (folder / store.REPORT_MARK).touch()
+        store.remove_unfinished(folder, WRITTEN)
         if not (folder / PLAN).is_file():
             store.write_json(folder / PLAN, values)
+
+
+def _is_comparison(folder: Path) -> bool:
+    """Whether what is in a folder without our mark is a comparison of an older version."""
+    return (folder / PLAN).is_file() and store.read_json(folder / PLAN).keys() >= {"task", "arms", "search_seeds"}
 
 
 def carry_out(folder: Path, plan: Plan, runs: Path, engine: int | Executor, on_trial: OnTrial) -> Summary:
@@ -102,6 +101,10 @@ def carry_out(folder: Path, plan: Plan, runs: Path, engine: int | Executor, on_t
     """
     with workers(engine) if isinstance(engine, int) else engine as pool:
         comparison = compare(plan, runs.absolute(), pool, on_trial)
+    with store.writing(folder, "--out"):
+        if comparison.failed != failed_of(folder):  # other arms are timed
+            (folder / COSTS).unlink(missing_ok=True)
+        store.write_json(folder / FAILED, comparison.failed)
     with own.blamed(plan.task):
         found = Summary(comparison, costs_of(folder, comparison))
     with store.writing(folder, "--out"):
@@ -111,9 +114,14 @@ def carry_out(folder: Path, plan: Plan, runs: Path, engine: int | Executor, on_t
     return found
 
 
+def failed_of(folder: Path) -> dict[str, Any]:
+    """Arms of a comparison that could not run, and why."""
+    return store.read_json(folder / FAILED) if (folder / FAILED).is_file() else {}
+
+
 def costs_of(folder: Path, comparison: Comparison) -> dict[str, StepCost]:
     """Seconds a step of each arm's chosen setting: those that were kept, else measured now and kept."""
-    plan, chosen, arms = comparison.plan, comparison.chosen, comparison.plan.arms
+    plan, chosen, arms = comparison.plan, comparison.chosen, comparison.arms
     if (folder / COSTS).is_file():
         try:
             kept = store.read_json(folder / COSTS)
@@ -143,9 +151,10 @@ def numbers(found: Summary) -> dict[str, Any]:
     comparison = found.comparison
     return {
         "plan": comparison.plan.flat(),
+        "failed": dict(comparison.failed),
         "arms": [asdict(line) for line in found.rows],
         "differences": [asdict(pair) for pair in found.differences],
-        "verdict": verdict(found.differences, found.metric),  # without times, which are with the arms
+        "verdict": judgement(found),  # without times, which are with the arms
         "search": [
             {
                 "arm": candidate.arm,
@@ -164,8 +173,11 @@ def numbers(found: Summary) -> dict[str, Any]:
     }
 
 
-def rebuild(folder: Path) -> Summary:
-    """Write the report of a finished comparison again, from its runs; nothing is trained."""
+def rebuild(folder: Path, task: str | None = None) -> Summary:
+    """Write the report of a finished comparison again, from its runs; nothing is trained.
+
+    A task file that only the comparison names is not imported; whoever trusts it gives it as ``task``.
+    """
     missing = [name for name in (PLAN, COSTS, ENVIRONMENT) if not (folder / name).is_file()]
     if PLAN in missing:
         raise DataError(
@@ -184,6 +196,10 @@ def rebuild(folder: Path) -> Summary:
             f"{folder / PLAN} is damaged or of another version ({type(error).__name__}: {error})."
             f"{store.written_by(folder)} Give its relflat compare command again with another --out."
         ) from error
+    if task is None:
+        own.require_known(plan.task, str(folder / PLAN))
+    elif full_name(task) != plan.task:
+        raise ConfigError(f"The comparison in {folder} is of the task {plan.task}, not of {full_name(task)}.")
     made = f"the comparison in {folder} was made. Give its relflat compare command again with another --out"
     require_unchanged(plan.task, values.get("source"), made)
 
@@ -196,7 +212,7 @@ def rebuild(folder: Path) -> Summary:
             )
         return done
 
-    comparison = conclude(plan, (folder / values["runs"]).resolve(), read)
+    comparison = conclude(plan, (folder / values["runs"]).resolve(), read, failed_of(folder))
     found = Summary(comparison, costs_of(folder, comparison))
     write_report(folder, found)
     return found

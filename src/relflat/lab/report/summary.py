@@ -53,7 +53,7 @@ class Summary:
     @cached_property
     def rows(self) -> list[Row]:
         """One for each arm."""
-        return [row(self.comparison, arm, self.costs[arm.name]) for arm in self.comparison.plan.arms]
+        return [row(self.comparison, arm, self.costs[arm.name]) for arm in self.comparison.arms]
 
     @cached_property
     def differences(self) -> list[Difference]:
@@ -63,7 +63,7 @@ class Summary:
     @cached_property
     def tested(self) -> dict[str, Sequence[Trial]]:
         """The tested runs of each arm, by title."""
-        return {arm.title: self.comparison.finals[arm.name] for arm in self.comparison.plan.arms}
+        return {arm.title: self.comparison.finals[arm.name] for arm in self.comparison.arms}
 
     @property
     def results(self) -> list[Mapping[str, Any]]:
@@ -73,7 +73,7 @@ class Summary:
     @property
     def tried(self) -> dict[str, list[Candidate]]:
         """The settings that were tried for each arm, by title."""
-        arms, candidates = self.comparison.plan.arms, self.comparison.candidates
+        arms, candidates = self.comparison.arms, self.comparison.candidates
         return {arm.title: [each for each in candidates if each.arm == arm.name] for arm in arms}
 
 
@@ -125,18 +125,19 @@ def at_equal_time(trial: Trial, cost: StepCost, metric: str) -> float:
     """
     share = 1.0 if cost.ratio < 1.1 else 1 / cost.ratio
     last = max(1, int(share * len(trial.history) + 1e-9))
-    return float(trial.history[last - 1][f"validation_{metric}"])
+    found = trial.history[last - 1][f"validation_{metric}"]
+    return math.nan if found is None else float(found)
 
 
 def score_differences(comparison: Comparison) -> list[Difference]:
     """Paired differences of the metric on test data to the first arm, over the seeds on which every arm finished."""
     metric = metric_of(comparison).name
-    by_seed = zip(*(comparison.finals[arm.name] for arm in comparison.plan.arms), strict=True)
+    by_seed = zip(*(comparison.finals[arm.name] for arm in comparison.arms), strict=True)
     whole = [trials for trials in by_seed if all(trial.finished for trial in trials)]
     if not whole:
         return []
     scores = zip(*([trial.result["test"][metric] for trial in trials] for trials in whole), strict=True)
-    return differences({arm.title: own for arm, own in zip(comparison.plan.arms, scores, strict=True)})
+    return differences({arm.title: own for arm, own in zip(comparison.arms, scores, strict=True)})
 
 
 def table(summary: Summary, where: str = "") -> Table:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from relflat.lab.compare.search import Comparison
 from relflat.lab.compare.statistics import LEVEL, Difference, seeds_needed
-from relflat.lab.report.formats import certainty
+from relflat.lab.report.formats import certainty, named
 from relflat.lab.report.summary import Summary
 from relflat.lab.tasks.metrics import ACCURACY, Metric
 from relflat.lab.train.timing import StepCost
@@ -13,7 +13,23 @@ from relflat.lab.train.timing import StepCost
 def findings(summary: Summary) -> list[str]:
     """The verdict, then what else one should know before believing the table."""
     costs = {line.title: line.cost for line in summary.rows}
-    return [*verdict(summary.differences, summary.metric, costs), *remarks(summary)]
+    return [*left_out(summary.comparison), *judgement(summary, costs), *remarks(summary)]
+
+
+def judgement(summary: Summary, costs: Mapping[str, StepCost] | None = None) -> list[str]:
+    """The verdict, where there is more than one arm to hold against another."""
+    if len(summary.rows) == 1:
+        return [f"Nothing can be compared: only {summary.rows[0].title} is left."]
+    return verdict(summary.differences, summary.metric, costs)
+
+
+def left_out(comparison: Comparison) -> list[str]:
+    """A sentence on each arm that cannot run on the task."""
+    names = {arm.name: named(arm.title, arm.name) for arm in comparison.plan.arms}
+    return [
+        f"{names[arm]} cannot run on this task and is left out: {' '.join(reason.split())}"
+        for arm, reason in comparison.failed.items()
+    ]
 
 
 def verdict(
@@ -58,7 +74,7 @@ def remarks(summary: Summary) -> Iterator[str]:
     if any("radius" in line.settings for line in summary.rows):
         yield "The radius arm adds noise to the features, scaled by their norm; it lowers kappa only by way of that."
     if lost := sum(candidate.diverged for candidate in comparison.candidates):
-        without = [arm.title for arm in comparison.plan.arms if comparison.chosen[arm.name].diverged]
+        without = [arm.title for arm in comparison.arms if comparison.chosen[arm.name].diverged]
         then = "their settings were not chosen"
         if without:
             then = f"of {', '.join(without)} there was no setting without, and the first was tested"
@@ -70,7 +86,7 @@ def flattest(summary: Summary) -> str:
     done = [line for line in summary.rows if line.n]
     lowest = min(done, key=lambda line: line.kappa[0])
     best = max(done, key=lambda line: line.score[0])
-    agree, other = ("is also", "") if lowest is best else ("is not", f", {best.title}")
+    agree, other = ("is also", "") if lowest.score[0] == best.score[0] else ("is not", f", {best.title}")
     return (
         f"The arm with the lowest kappa, {lowest.title}, {agree} the one with the highest mean test "
         f"{summary.metric.title}{other}."
@@ -81,7 +97,7 @@ def at_the_edge(comparison: Comparison) -> list[str]:
     """Titles of the arms whose chosen setting is the first or last of its grid."""
     return [
         arm.title
-        for arm in comparison.plan.arms
+        for arm in comparison.arms
         if len(arm.values) > 2
         and not comparison.chosen[arm.name].diverged
         and comparison.chosen[arm.name].settings[arm.key] in (arm.values[0], arm.values[-1])

@@ -67,7 +67,7 @@ def classify(model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dic
 
 def calibration(logits: Float[Tensor, "n d"], targets: Tensor) -> Float[Tensor, "bins 3"]:
     """By bins of confidence: how many samples, the sum of their confidences, how many are right."""
-    confidence, guess = logits.softmax(1).max(1)
+    confidence, guess = logits.nan_to_num().softmax(1).max(1)  # the loss says that some are not numbers
     place = (confidence * BINS).long().clamp(max=BINS - 1)
     columns = torch.stack([torch.ones_like(confidence), confidence, (guess == targets).float()], 1)
     table = torch.zeros(BINS, 3, dtype=torch.float64)

@@ -1,20 +1,23 @@
 """Tasks from a file of the user's: ``path/to/file.py:name``."""
 
 import hashlib
-import importlib.util
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from relflat.errors import ConfigError, RelflatError
+from relflat.errors import ConfigError, DataError, RelflatError
 from relflat.lab.common.names import look_up
+from relflat.lab.data.fetch import cache_folder
 from relflat.lab.tasks.task import Task
+
+KNOWN = "tasks-used-here"  # in the cache: digest and path of each file that was imported
 
 
 def split_name(task: str) -> tuple[Path, str] | None:
@@ -25,7 +28,7 @@ def split_name(task: str) -> tuple[Path, str] | None:
 
 def load(path: Path, name: str, task: str) -> Task:
     """The task of this name in a file, which the user calls ``task``; without a name, what may be meant is listed."""
-    found = {key: value for key, value in vars(module_of(path, fingerprint(path))).items() if isinstance(value, Task)}
+    found = {key: value for key, value in vars(module_of(path, digest_of(path))).items() if isinstance(value, Task)}
     if not found:
         raise ConfigError(
             f"{path} defines no Task; write  {name or 'task'} = Task(...)  in it "
@@ -39,29 +42,61 @@ def load(path: Path, name: str, task: str) -> Task:
 
 def fingerprint(path: Path) -> str:
     """Twelve hexadecimal digits that stand for the content of the file."""
+    return digest_of(path)[:12]
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of the file."""
+    return hashlib.sha256(content_of(path)).hexdigest()
+
+
+def content_of(path: Path) -> bytes:
+    """The file as it is."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"Cannot read the task file {path}: {error.strerror}. Check the path.") from error
 
 
 @cache
 def module_of(path: Path, digest: str) -> Any:
-    """Import the file, once for each content of it."""
-    name = f"relflat_task_{digest}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    """Import the file, once for each content of it: this content, and not what Python has compiled and kept of it."""
+    content = content_of(path)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ConfigError(f"The task file {path} was changed while it was read; try again.")
+    name = f"relflat_task_{digest[:12]}"
+    module = ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module  # so that classes defined in the file know their module
     try:
-        spec.loader.exec_module(module)
+        exec(compile(content, str(path), "exec"), vars(module))
     except RelflatError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, and be a script that ends
         del sys.modules[name]
         raise ConfigError(f"The task file {path} raises an error; mend it:\n{traceback_from(path, error)}") from error
+    with suppress(OSError):  # then it has to be named again
+        if not is_known(path):
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            with (cache_folder() / KNOWN).open("a", encoding="utf-8") as file:
+                file.write(f"{digest}  {path}\n")
     return module
+
+
+def is_known(path: Path) -> bool:
+    """Whether a command of this user has imported this file with this content before."""
+    known = cache_folder() / KNOWN
+    return known.is_file() and f"{digest_of(path)}  {path}" in known.read_text("utf-8", "replace").splitlines()
+
+
+def require_known(task: str, what: str) -> None:
+    """See that a task's file, where it has one, was named by this user before, not only by a run from elsewhere."""
+    place = split_name(task)
+    if place is not None and not is_known(place[0]):
+        raise DataError(
+            f"{what} names the task file {place[0]}, which was never used here as it is now, so it is not imported. "
+            f"If you trust that file, add --task {task}."
+        )
 
 
 @contextmanager
@@ -75,7 +110,7 @@ def blamed(task: str) -> Iterator[None]:
         yield
     except RelflatError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         if place is None:
             raise
         path = place[0]
@@ -87,7 +122,7 @@ def blamed(task: str) -> Iterator[None]:
         ) from error
 
 
-def traceback_from(path: Path, error: Exception) -> str:
+def traceback_from(path: Path, error: BaseException) -> str:
     """The traceback from the task file on, or its last frame; without torch's between a module's call and forward."""
     frames = traceback.extract_tb(error.__traceback__)
     start = next((at for at, frame in enumerate(frames) if frame.filename == str(path)), len(frames) - 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from relflat.errors import DataError
 from relflat.lab.data import hub, reviews
 from relflat.lab.data.arrays import Arrays, RawData
-from relflat.lab.data.fetch import files, require
+from relflat.lab.data.fetch import files, reading, require
 from relflat.lab.data.sources import SOURCES
 from relflat.lab.data.splits import classification
 from relflat.lab.tasks.task import AdamW, SplitFunction, Task, linear
@@ -37,7 +37,8 @@ def library() -> Any:
 
 def encode(texts: list[str], second: list[str] | None = None, *, tokens: int) -> dict[str, Int[Tensor, "n tokens"]]:
     """Texts, or pairs of texts, as MiniLM's token ids, cut or padded on the right to one length."""
-    tokenizer = library().AutoTokenizer.from_pretrained(files("minilm"), local_files_only=True)
+    with reading("minilm") as folder:
+        tokenizer = library().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     coded = tokenizer(texts, second, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt")
     names = ["input_ids", "attention_mask"] + (["token_type_ids"] if second is not None else [])
     return {name: coded[name] for name in names}
@@ -110,7 +111,8 @@ def read_glue(name: str) -> RawData:
         tokens = TOKENS if len(texts) == 1 else PAIR_TOKENS
         return Arrays(encode(*texts, tokens=tokens), torch.tensor(rows[source.label][:]))
 
-    train, test = hub.splits(source, files(name))
+    with reading(name) as folder:
+        train, test = hub.splits(source, folder)
     return RawData(part(train), part(test), source.classes)
 
 

@@ -6,7 +6,6 @@ it. Weights are safetensors; the rest is a torch file read with ``weights_only=T
 
 import io
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,77 +16,99 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from relflat.errors import DataError
-from relflat.lab.train.session import Session
+from relflat.lab.common.sums import changed, sums
 from relflat.lab.train.steps import get_counter, set_counter
-from relflat.lab.train.store import put_in_place
+from relflat.lab.train.store import (
+    CHECKPOINT,
+    CHECKPOINT_FILES,
+    STATE,
+    SUMS,
+    WEIGHTS,
+    damaged,
+    put_in_place,
+    remove_files,
+)
 
-WEIGHTS, STATE = "model.safetensors", "state.pt"
 
-
-def save(run: Path, session: Session, history: list[dict[str, Any]]) -> None:
-    """Write the checkpoint of the last epoch in the history, then remove older ones; an OSError leaves those."""
+def save(
+    run: Path, *, epoch: int, model: nn.Module, criterion: nn.Module, history: list[dict[str, Any]], **parts: Any
+) -> None:
+    """Write the checkpoint of an epoch, with what else has a state, and then remove older ones."""
     state = {
-        "criterion_step": get_counter(session.learner.criterion),
+        "criterion_step": get_counter(criterion),
         "rng": _rng_state(),
         "history": history,
-        **{name: part.state_dict() for name, part in _parts(session).items()},
+        **{name: part.state_dict() for name, part in parts.items() if part is not None},
     }
 
     def fill(folder: Path) -> None:
         folder.mkdir()
         try:
-            save_model(session.model, str(folder / WEIGHTS))
+            save_model(model, str(folder / WEIGHTS))
         except SafetensorError as error:
             raise OSError(str(error)) from error
         content = io.BytesIO()  # torch.save into a file that fails ends in an error that does not say why
         torch.save(state, content)
         (folder / STATE).write_bytes(content.getbuffer())
+        (folder / SUMS).write_text(sums(folder, (WEIGHTS, STATE)), "utf-8")
 
-    put_in_place(run / f"checkpoint-{len(history):04d}", fill)
+    put_in_place(run / f"checkpoint-{epoch:04d}", fill)
     remove_old(run)
 
 
-def load(run: Path, session: Session) -> list[dict[str, Any]]:
+def load(run: Path, *, model: nn.Module, criterion: nn.Module, **parts: Any) -> list[dict[str, Any]]:
     """Put everything back as the newest checkpoint has it; return the history, empty without a checkpoint."""
     found = checkpoints(run)
     if not found:
         return []
+    load_weights(run, model)
     try:
         state = torch.load(found[-1] / STATE, weights_only=True, map_location="cpu")
-        load_model(session.model, str(found[-1] / WEIGHTS))
-        for name, part in _parts(session).items():
-            part.load_state_dict(state[name])
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])
     except Exception as error:  # torch.load and load_state_dict let through whatever damaged files raise
-        raise DataError(f"The checkpoint {found[-1]} cannot be read ({error}). Run again with --fresh.") from error
-    set_counter(session.learner.criterion, state["criterion_step"])
+        raise damaged(found[-1] / STATE, error) from error
+    set_counter(criterion, state["criterion_step"])
     _set_rng_state(state["rng"])
     return list(state["history"])
 
 
-def _parts(session: Session) -> dict[str, Any]:
-    """What keeps a state of its own between epochs, beside the model."""
-    parts = {"optimizer": session.learner.optimizer, "scheduler": session.scheduler}
-    scaler = session.accelerator.scaler
-    return parts if scaler is None else {**parts, "scaler": scaler}
-
-
 def load_weights(run: Path, model: nn.Module) -> None:
-    """Load the weights of the newest checkpoint, which there must be."""
+    """Load the weights of the newest checkpoint, which there must be, after comparing its files with their sums."""
     found = checkpoints(run)
     if not found:
         raise DataError(f"{run} has no checkpoint yet; train it first.")
-    load_model(model, str(found[-1] / WEIGHTS))
+    if changed(found[-1]):
+        raise damaged(found[-1] / SUMS, "the files are others")
+    read_weights(found[-1] / WEIGHTS, model)
+
+
+def read_weights(path: Path, model: nn.Module) -> None:
+    """Load a file of weights, which may turn out to be damaged."""
+    try:
+        load_model(model, str(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise damaged(path, " ".join(str(error).split())) from error
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(run.glob("checkpoint-*"))
+    """The complete checkpoints of a run, oldest first; copies of them under other names do not count."""
+    return [place for place in _numbered(run) if all((place / name).is_file() for name in (WEIGHTS, STATE))]
+
+
+def _numbered(run: Path) -> list[Path]:
+    """All folders with the name of a checkpoint, by number."""
+    found = [place for place in run.glob("checkpoint-*") if CHECKPOINT.fullmatch(place.name)]
+    return sorted(found, key=lambda place: int(place.name.rpartition("-")[2]))
 
 
 def remove_old(run: Path) -> None:
-    """Remove all checkpoints but the newest."""
-    for old in checkpoints(run)[:-1]:
-        shutil.rmtree(old)
+    """Remove the files of all checkpoints but the newest complete one."""
+    newest = checkpoints(run)[-1:]
+    for old in _numbered(run):
+        if old not in newest:
+            remove_files(old, *CHECKPOINT_FILES)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -7,10 +7,8 @@ algorithm's defaults and rejects every key it does not know. Every field of `Run
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -162,17 +160,3 @@ def check(key: str, value: Any, hint: Any) -> Any:
         raise unknown(key, value, choices)
     names = ["none" if kind is NoneType else kind.__name__ for kind in kinds]
     raise ConfigError(f"{key}={value!r} is not a valid value; expected {' or '.join(names + choices)}.")
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """Read the keys and values of a TOML or JSON file."""
-    try:
-        values = (json if path.suffix == ".json" else tomllib).loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"Cannot read the config file {path}: {error.strerror}.") from error
-    except ValueError as error:
-        kind = path.suffix.lstrip(".") or "TOML"
-        raise ConfigError(f"The config file {path} is not valid {kind}: {error}.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"The config file {path} must hold a table of keys and values.")
-    return values

@@ -17,7 +17,9 @@ CPUS = Path("/proc/cpuinfo")  # names the processor's model, on Linux
 
 def describe() -> dict[str, Any]:
     """Describe this process and its machine as plain values."""
-    models = re.findall(r"^model name\s*:\s*(.*)$", CPUS.read_text(), re.M) if CPUS.is_file() else []
+    models = (
+        re.findall(r"^model name\s*:\s*(.*)$", CPUS.read_text("utf-8", "replace"), re.M) if CPUS.is_file() else []
+    )
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,

@@ -21,6 +21,7 @@ from relflat.lab.train import checkpoint, store
 from relflat.lab.train.config import RunConfig
 from relflat.lab.train.session import Session, build
 
+SPLITS = ("train", "validation", "test")
 Record = dict[str, Any]
 OnEpoch = Callable[[Record], None]
 
@@ -44,16 +45,17 @@ def train(
         DataError: the data set was not fetched.
     """
     store.check_folder(folder, config, fresh=fresh)
-    finished = None if fresh else store.result_of(folder)
-    if finished is not None and (finished["test"] is not None or not test or finished["status"] != "finished"):
-        return finished
+    if not fresh and (done := store.finished(folder, test)) is not None:
+        return done
     logs = folder if tensorboard else None
     with own.blamed(config.task), closing(build(config, logs)) as session, ExitStack() as held:
         if session.writes:
+            held.enter_context(store.alone_in(folder, 0 if fresh else store.PATIENCE))
+            store.check_folder(folder, config, fresh=fresh)  # once more: another process may have been here
             store.open_run(folder, config, fresh=fresh)
-            held.enter_context(store.alone_in(folder))
-            store.remove_unfinished(folder)
         session.accelerator.wait_for_everyone()  # until the folder is made and held
+        if (done := store.finished(folder, test)) is not None:
+            return done
         return _run(session, folder, test, on_epoch)
 
 
@@ -61,7 +63,7 @@ def _run(session: Session, folder: Path, test: bool, on_epoch: OnEpoch) -> Recor
     """Do what is left of the run in a folder that is held."""
     with session.full_precision():  # kappa of the untrained network; a resumed run takes it from the same one
         before = kappa(session, session.splits.train.take(slice(session.task.monitored))).value
-    history = checkpoint.load(folder, session)
+    history = checkpoint.load(folder, **session.parts)
     if history and session.writes:  # a process killed between the two leaves the checkpoint an epoch ahead
         with store.writing(folder):
             store.write_lines(folder / store.METRICS, history)
@@ -85,7 +87,7 @@ def _epochs(session: Session, folder: Path, history: list[Record], on_epoch: OnE
             history.append(record)
             if session.writes:
                 with store.writing(folder):
-                    checkpoint.save(folder, session, history)
+                    checkpoint.save(folder, epoch=len(history), history=history, **session.parts)
                     store.write_lines(folder / store.METRICS, history)
                     numbers = {name: value for name, value in record.items() if isinstance(value, float)}
                     session.accelerator.log(numbers, step=record["epoch"])
@@ -116,6 +118,8 @@ def run_epoch(session: Session, epoch: int) -> Record:
     seconds = time.perf_counter() - start
     if not math.isfinite(loss):
         raise NonFiniteError(f"The training loss of epoch {epoch + 1} is {loss}; lower lr or strength.")
+    if not all(bool(weight.isfinite().all()) for weight in session.model.parameters() if weight.requires_grad):
+        raise NonFiniteError(f"Weights are not finite after epoch {epoch + 1}; lower lr or strength.")
     return {
         "epoch": epoch + 1,
         "steps": (epoch + 1) * steps,
@@ -157,7 +161,7 @@ def final(session: Session, before: float, history: list[Record], diverged: str 
         "epochs": len(history),
         "steps": len(history) * len(session.order),
         "label_noise_changed": splits.changed,
-        **dict.fromkeys(("train", "validation", "test")),
+        **dict.fromkeys(SPLITS),
         "kappa_before": before,
         "flatness": None,
         "seconds_per_step": median_high(seconds) if seconds else None,
@@ -171,9 +175,17 @@ def final(session: Session, before: float, history: list[Record], diverged: str 
             found["test"] = judge(session, splits.test())
         if test and splits.shifts:
             found["shifts"] = {name: judge(session, other()) for name, other in splits.shifts.items()}
+        require_metric(session.task.metric.name, {**found, **found.get("shifts", {})})
     except NonFiniteError as error:
         found = {"status": "diverged", "reason": str(error)}
     return result | found
+
+
+def require_metric(name: str, found: Record) -> None:
+    """See that the metric is a number on each split, as what is not cannot be compared."""
+    for split, judged in found.items():
+        if not math.isfinite(judged.get(name, 0.0)):
+            raise NonFiniteError(f"The task's metric {name} is {judged[name]} on {split} data.")
 
 
 def kappa(session: Session, samples: Arrays) -> Flatness:

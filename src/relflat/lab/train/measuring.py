@@ -11,44 +11,50 @@ from relflat.lab.common.names import names_in, unknown
 from relflat.lab.data.batches import in_order
 from relflat.lab.tasks.catalogue import task_named
 from relflat.lab.train import checkpoint
+from relflat.lab.train.loop import SPLITS
 from relflat.lab.train.session import joined
 from relflat.lab.train.store import config_of
 
-SPLITS = ("train", "validation", "test")
-
 
 def measure_run(
-    run: Path, *, layer: str | None = None, split: str = "train", samples: int | None = None, **options: Any
+    run: Path,
+    *,
+    layer: str | None = None,
+    split: str = "train",
+    samples: int | None = None,
+    task: str | None = None,
+    **options: Any,
 ) -> dict[str, Flatness]:
     """Rebuild a run's data and network from its folder and measure some of its layers, by their qualified names.
 
     The first so many samples of the split are taken, with the labels the run saw. ``layer`` may be a glob or several
-    names with commas, by default the layer the task follows; further options are those of
-    `relflat.relative_flatness_by_layer`. Under ``torchrun`` each process measures its share, all get the same result.
+    names with commas, by default the layer the task follows; ``task`` trusts the task file of a run from elsewhere
+    (`config_of`); further options are those of `relflat.relative_flatness_by_layer`. Under ``torchrun`` each process
+    measures its share, all get the same result.
 
     Raises:
         DataError: the folder holds no run, no checkpoint, or the data set was not fetched.
         ConfigError: no such split, or fewer samples than 1.
         LayerError: no such layer.
     """
-    config = config_of(run)
+    config = config_of(run, task)
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     if samples is not None and samples < 1:
         raise ConfigError(f"samples={samples} must be above 0; leave it out to measure on all of them.")
-    task = task_named(config.task)
-    model = task.model()
+    learned = task_named(config.task)
+    model = learned.model()
     checkpoint.load_weights(run, model)
-    splits = task.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
+    splits = learned.splits(train_size=config.train_size, label_noise=config.label_noise, seed=config.seed)
     data = (splits.test() if split == "test" else getattr(splits, split)).take(slice(samples))
     with joined() as process:
         ranks, device = process.num_processes, process.device
         share = slice(*(len(data) * (process.process_index + i) // ranks for i in (0, 1)))
         return relative_flatness_by_layer(
             model.to(device),
-            task.loss(),
+            learned.loss(),
             list(in_order(data.take(share), device)),
-            layer=names_in(layer or task.layer),
+            layer=names_in(layer or learned.layer),
             device=device,
             process_group=dist.group.WORLD if ranks > 1 else None,
             **options,

@@ -69,6 +69,13 @@ class Session:
         """Whether this is the process that keeps the run's folder; always, where there is but one."""
         return bool(self.accelerator.is_main_process)
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What keeps a state of its own between epochs."""
+        learner = self.learner
+        parts = {"model": self.model, "criterion": learner.criterion, "optimizer": learner.optimizer}
+        return {**parts, "scheduler": self.scheduler, "scaler": self.accelerator.scaler}
+
     def training(self) -> None:
         """Set model and criterion to training mode."""
         self.learner.model.train()

@@ -1,18 +1,20 @@
 """The folder of a run, written so that a reader never sees half a file.
 
+relflat-run.lock   held by the process that trains; it marks the folder as a run's
 config.json        every value the numbers depend on
 environment.json   versions, machine, command
 metrics.jsonl      one line an epoch
 tensorboard/       the same as scalars
-checkpoint-0012/   model.safetensors and state.pt, after epoch 12
+checkpoint-0012/   model.safetensors and state.pt after epoch 12, and their SHA256SUMS
 result.json        there once the run is finished
 """
 
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +22,54 @@ from filelock import FileLock, Timeout
 
 from relflat.errors import ConfigError, DataError
 from relflat.lab.common.jsonable import finite
+from relflat.lab.tasks import own
 from relflat.lab.tasks.catalogue import short_name
 from relflat.lab.train.config import RENAMED, SCHEMA, RunConfig, make, require_unchanged
 from relflat.lab.train.environment import describe
 
 RESULT, CONFIG, METRICS, ENVIRONMENT = "result.json", "config.json", "metrics.jsonl", "environment.json"
+LOCK = "relflat-run.lock"  # made first and kept for good: it also says that the folder is a run's
+REPORT_MARK = "relflat-report.lock"  # the same in the folder of a report
+CHECKPOINT_FILES = WEIGHTS, STATE, SUMS = "model.safetensors", "state.pt", "SHA256SUMS"
+CHECKPOINT = re.compile(r"checkpoint-(\d{4}|[1-9]\d{4,})")
+WRITTEN = rf"{CHECKPOINT.pattern}|(?:result|config|environment)\.json|metrics\.jsonl"
+REQUIRED = {"task", "seed", "epochs", "batch_size", "lr", "weight_decay", "train_size", "label_noise"}  # in CONFIG
 PATIENCE = 120.0  # seconds: a network file system may take 90 to notice that the process that held a lock was killed
 
 
 def folder_of(config: RunConfig, root: Path, name: str | None = None) -> Path:
     """Where a run lives: ``root/<name>``, by default ``root/<task>-<algorithm>-<hash of the configuration>``."""
+    if name is not None and (name in ("", ".", "..") or set(name) & set("/\\:\0")):
+        raise ConfigError(
+            f"name={name!r} is not the name of a folder; put a path into --runs, and a plain name here."
+        )
     return root / (name or f"{short_name(config.task)}-{config.algorithm}-{config.digest}")
 
 
 def check_folder(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
     """See whether this run may live in the folder, or replace an earlier one there; nothing is written."""
-    if (folder / CONFIG).is_file():
-        if not fresh:
-            _same(folder, config)
-    elif folder.exists() and not (folder.is_dir() and all(map(_begins, folder.iterdir()))):
-        raise ConfigError(f"{folder} exists and is not a run's folder; choose another name.")
+    require_ours(folder, LOCK, _is_run(folder), "a run's folder; choose another name")
+    if (folder / CONFIG).is_file() and not fresh:
+        _same(folder, config)
 
 
-def _begins(entry: Path) -> bool:
-    """Whether this is what a process leaves that is killed while it makes a run's folder."""
-    return entry.name == ENVIRONMENT or entry.name.startswith((f".{ENVIRONMENT}-", f".{CONFIG}-"))
+def require_ours(folder: Path, mark: str, known: bool, kind: str) -> None:
+    """Refuse a folder that holds something, unless it has our mark or is known to be of a version without marks."""
+    ours = known or (folder / mark).is_file() or not folder.exists()
+    if not ours and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise ConfigError(f"{folder} exists and is not {kind}.")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the configuration in a folder is a run's, and not that of something else."""
+    try:
+        return read_json(folder / CONFIG).keys() >= REQUIRED
+    except (OSError, DataError):
+        return False
+
+
+class StorageError(ConfigError):
+    """Files cannot be written, or another process holds them: no other configuration will help."""
 
 
 @contextmanager
@@ -53,40 +78,68 @@ def writing(place: Path, option: str = "--runs") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(
+        raise StorageError(
             f"Cannot write to {place}: {error.strerror or error}. Free some space or choose another place with "
             f"{option}; the same command goes on with what is kept."
         ) from error
 
 
 def open_run(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
-    """Make the folder, if need be without an earlier run, for a run that ``check_folder`` let through."""
+    """Make the folder of a run that ``check_folder`` let through; ``fresh`` removes an earlier one, so hold it."""
     with writing(folder):
-        if fresh and (folder / CONFIG).is_file():
-            shutil.rmtree(folder)
+        if fresh:
+            remove_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+        remove_unfinished(folder)
         if not (folder / CONFIG).is_file():
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / ENVIRONMENT, describe())
             write_json(folder / CONFIG, {"schema": SCHEMA, **config.flat()})
 
 
 @contextmanager
 def alone_in(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Hold the folder of an opened run, once another process is done; the system lets go however this one ends."""
-    try:
-        held = FileLock(folder / CONFIG, preserve_lock_file=True).acquire(timeout=patience)
-    except Timeout as error:
-        raise ConfigError(
-            f"Another process is training in {folder}; wait for it, or end it, and try again."
-        ) from error
+    """Hold the folder of a run, once another process is done; the system lets go however this one ends.
+
+    The lock is on a file of its own, which nothing replaces or removes.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held = FileLock(folder / LOCK, preserve_lock_file=True).acquire(timeout=patience)
+        except Timeout as error:
+            raise StorageError(
+                f"Another process is training in {folder}; wait for it, or end it, and try again."
+            ) from error
     with held:
         yield
 
 
-def remove_unfinished(folder: Path, pattern: str = ".*") -> None:
-    """Remove what a killed process had begun to write; such names start with a dot. Hold a run's folder meanwhile."""
-    for entry in folder.glob(pattern):
-        remove(entry)
+def remove_run(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else, but for the lock."""
+    (folder / RESULT).unlink(missing_ok=True)
+    for entry in folder.glob("checkpoint-*"):
+        if CHECKPOINT.fullmatch(entry.name):
+            remove_files(entry, *CHECKPOINT_FILES)
+    remove_files(folder / "tensorboard", "events.out.tfevents.*")
+    for name in (METRICS, ENVIRONMENT, CONFIG):  # this last: nothing that is left may seem to be of another run
+        (folder / name).unlink(missing_ok=True)
+
+
+def remove_files(folder: Path, *patterns: str) -> None:
+    """Remove such files from a folder, and the folder if nothing else is left in it."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()
+    with suppress(OSError):  # it is not there, or holds something that is not ours
+        folder.rmdir()
+
+
+def remove_unfinished(folder: Path, names: str = WRITTEN) -> None:
+    """Remove what a killed process had begun to write under one of these names. Hold a run's folder meanwhile."""
+    for entry in folder.glob(".*"):
+        if re.fullmatch(rf"\.({names})-[0-9a-f]{{32}}", entry.name):
+            remove(entry)
 
 
 def _same(folder: Path, config: RunConfig) -> None:
@@ -106,8 +159,11 @@ def _same(folder: Path, config: RunConfig) -> None:
     raise ConfigError(f"{folder} holds a run with other values of {', '.join(keys)}. {advice}.")
 
 
-def config_of(folder: Path) -> RunConfig:
-    """Read the configuration of a run, also of one that was written under schema 1; its task must be unchanged."""
+def config_of(folder: Path, task: str | None = None) -> RunConfig:
+    """Read the configuration of a run, also of one that was written under schema 1; its task must be unchanged.
+
+    A task file that only the run names is not imported; whoever trusts it gives it as ``task``.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise DataError(f"{folder} is not a run: it has no {CONFIG}. Train one with: relflat train TASK --runs DIR")
@@ -118,6 +174,10 @@ def config_of(folder: Path) -> RunConfig:
     if schema == 1:
         names = {**RENAMED, "method": "algorithm"}  # a key that was left out had today's default
         values = {names.get(key, key): value for key, value in values.items()}
+    if task is None:
+        own.require_known(str(values.get("task")), str(path))
+    else:
+        values["task"] = task
     try:
         config = make({key: value for key, value in values.items() if key != "source"})
     except ConfigError as error:
@@ -146,11 +206,18 @@ def result_of(folder: Path) -> dict[str, Any] | None:
     return result
 
 
+def finished(folder: Path, test: bool) -> dict[str, Any] | None:
+    """The result of a run that needs nothing more, or None; one that is to be tested must have been."""
+    result = result_of(folder)
+    open_end = result is not None and test and result["test"] is None and result["status"] == "finished"
+    return None if open_end else result
+
+
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl``, none while there is no such file; a finished run has one an epoch."""
     path, result = folder / METRICS, result_of(folder)
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
     except ValueError as error:
         raise damaged(path, error) from error
     if result is not None and len(lines) != result["epochs"]:
@@ -161,7 +228,7 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object, which may turn out to be damaged."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise damaged(path, error) from error
     if not isinstance(value, dict):
@@ -171,7 +238,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def damaged(path: Path, why: object) -> DataError:
     """The error about a file that does not hold what it should, with what mends it."""
+    again = f"Remove {path.parent.parent} and train again, or give relflat train --fresh."
     remedy = {
+        **dict.fromkeys(CHECKPOINT_FILES, again),
         CONFIG: f"Remove {path.parent} and train again, or give relflat train --fresh.",
         METRICS: f"Remove {path.with_name(RESULT)}, if it is there, and give the same command again: both files are "
         "made anew from the checkpoint.",
@@ -197,7 +266,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file in one piece."""
-    put_in_place(path, lambda temporary: temporary.write_text(text))
+    put_in_place(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
 
 
 def put_in_place(path: Path, make: Callable[[Path], object]) -> None:
@@ -205,9 +274,12 @@ def put_in_place(path: Path, make: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         make(temporary)
-        if path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        if path.is_dir():  # it holds something that is not ours
+            for part in sorted(temporary.iterdir()):
+                part.replace(path / part.name)
+            temporary.rmdir()
+        else:
+            temporary.replace(path)
     except BaseException:
         remove(temporary)
         raise

@@ -41,12 +41,12 @@ class Shared:
             runs.mkdir(parents=True, exist_ok=True)
             if not (runs / MARK).is_file():
                 store.write_text(runs / MARK, uuid.uuid4().hex)
-            return cls(runs, (runs / MARK).read_text(), versions())
+            return cls(runs, (runs / MARK).read_text("utf-8"), versions())
 
     def check(self) -> None:
         """See, on a worker, that all of it is the same here."""
         here, path = platform.node(), self.runs / MARK
-        if not path.is_file() or path.read_text() != self.mark:
+        if not path.is_file() or path.read_text("utf-8") != self.mark:
             raise ConfigError(
                 f"The worker on {here} does not see the folder {self.runs} of the machine that started the trials. "
                 "Choose a folder with --runs that all machines share under the same path, on a network file system."

@@ -47,7 +47,7 @@ class Engine:
             raise ConfigError(f"workers={self.workers} must be above 0.")
         if not self.gpus >= 0:
             raise ConfigError(f"gpus={self.gpus} must not be negative.")
-        from relflat.lab.compare.cluster import OnRay
+        from relflat.integrations.ray import OnRay
 
         address = self.address or os.environ.get("RAY_ADDRESS")
         if address and address != "auto":
