@@ -1,0 +1,210 @@
+"""Kappa of every weight matrix of a model by plain double backward, without relflat.
+
+With ``W W' = F F'``, kappa is the sum of ``d2L/dW2`` along ``f_i e_j'`` over the columns of F and all j. Double
+backward itself is held against differences of gradients, along one direction of all parameters.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from published import Published
+from torch import Tensor, nn
+from torch.autograd import grad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+EXACT_UP_TO, PROBES = 1500, 64  # directions, and probes of a network with more of them
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of two or more dimensions.
+
+    Attributes:
+        view: the parameter as matrices (k, d, m).
+    """
+
+    name: str
+    parameter: Tensor
+    view: Callable[[Tensor], Tensor]
+
+    @functools.cached_property
+    def entries(self) -> Tensor:
+        """Where in the flat parameter the entries of the matrices are, (k, d, m)."""
+        return self.view(torch.arange(self.parameter.numel()).reshape(self.parameter.shape))
+
+    @property
+    def count(self) -> int:
+        """Of the directions."""
+        k, d, m = self.entries.shape
+        return k * min(d, m) * m
+
+    def probe(self, generator: torch.Generator) -> Tensor:
+        """A random sum of the directions, with signs for factors: its quadratic form has the mean kappa."""
+        V = torch.zeros(self.parameter.numel(), dtype=self.parameter.dtype)
+        W = self.view(self.parameter.detach())
+        signs = torch.randint(2, W.shape, generator=generator) * 2 - 1
+        U, s, _ = torch.linalg.svd(W, full_matrices=False)
+        V[self.entries] = (U * s[:, None]) @ signs[:, : s.shape[1]].to(V.dtype)
+        return V.reshape(self.parameter.shape)
+
+    def directions(self) -> Tensor:
+        """All ``f_i e_j'`` as flat parameters."""
+        found = []
+        for where, W in zip(self.entries, self.view(self.parameter.detach()), strict=True):
+            U, s, _ = torch.linalg.svd(W, full_matrices=False)
+            for f in (U * s).mT:
+                for column in where.mT:
+                    v = torch.zeros(self.parameter.numel(), dtype=W.dtype)
+                    v[column] = f
+                    found.append(v)
+        return torch.stack(found)
+
+
+class Elementary(TorchFunctionMode):
+    """Leave in float64 what a forward pass would compute in float32 (norms, positions, routers).
+
+    And spell out what PyTorch differentiates wrongly when it does so twice.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        if function is torch._weight_norm:
+            v, g, dim = args
+            return v * (g / v.square().sum([i for i in range(v.ndim) if i != dim % v.ndim], keepdim=True).sqrt())
+        swap = lambda x: torch.float64 if x is torch.float32 else x
+        return function(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
+
+
+class Held:
+    """An architecture with the second derivatives of its loss."""
+
+    def __init__(self, case: Published, model: nn.Module | None = None) -> None:
+        self.case, self.model = case, case.model() if model is None else model
+        self.batch = case.data
+        self.model = copy.deepcopy(self.model)
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.loss = self._loss_of(self.model)
+        found = grad(self.loss, list(self.parameters.values()), create_graph=True, allow_unused=True)
+        self.slopes = {n: g for n, g in zip(self.parameters, found, strict=True) if g is not None}
+
+    def weights(self) -> dict[str, Weight]:
+        """Every weight matrix that the loss depends on, by the name of its parameter, once each."""
+        return {
+            n: self.weight(n)
+            for n, p in self.parameters.items()
+            if n in self.slopes and p.ndim > 1 and not matches(n, self.case.besides)
+        }
+
+    def weight(self, name: str) -> Weight:
+        """One of them: as the module that owns it multiplies by it."""
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        kind = type(module).__name__
+        view: Callable[[Tensor], Tensor] = lambda w: w.flatten(1)[None]
+        given = [v for pattern, v in self.case.views if fnmatchcase(name, pattern)]
+        if given:
+            view = given[0]
+        elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+            view = functools.partial(_transposed_kernel, module.groups)
+        elif isinstance(module, nn.Embedding) or kind == "Conv1D":
+            view = lambda w: w.mT[None]
+        return Weight(name, self.parameters[name], view)
+
+    def kappa(self, weight: Weight) -> float:
+        """Definition 3 of one of the weights."""
+        slope = self.slopes[weight.name]
+        if not slope.requires_grad:
+            return 0.0
+        V = weight.directions()
+        grads = V.reshape(-1, *weight.parameter.shape)
+        try:
+            products = grad(slope, weight.parameter, grads, retain_graph=True, is_grads_batched=True, allow_unused=True)
+        except RuntimeError:  # an operation that cannot be batched
+            products = [torch.stack([self._product(weight, v) for v in grads])]
+        return 0.0 if products[0] is None else float((products[0].flatten(1) * V).sum())
+
+    def kappas(self) -> dict[str, tuple[float, float]]:
+        """Definition 3 of all weights with a standard error: 0 in small networks, of shared probes in others."""
+        weights = self.weights()
+        if sum(w.count for w in weights.values()) <= EXACT_UP_TO:
+            return {n: (self.kappa(w), 0.0) for n, w in weights.items()}
+        generator = torch.Generator().manual_seed(4)
+        bent = [n for n in weights if self.slopes[n].requires_grad]
+        slopes, at = [self.slopes[n] for n in bent], [weights[n].parameter for n in bent]
+        found = []
+        for _ in range(PROBES):
+            V = [weights[n].probe(generator) for n in bent]
+            products = grad(slopes, at, V, retain_graph=True, materialize_grads=True)
+            found.append([float((v * p).sum()) for v, p in zip(V, products, strict=True)])
+        forms = torch.tensor(found, dtype=torch.float64)
+        means, errors = forms.mean(0).tolist(), (forms.std(0) / PROBES**0.5).tolist()
+        return dict.fromkeys(weights, (0.0, 0.0)) | dict(zip(bent, zip(means, errors, strict=True), strict=True))
+
+    def _product(self, weight: Weight, v: Tensor) -> Tensor:
+        found = grad(self.slopes[weight.name], weight.parameter, v, retain_graph=True, materialize_grads=True)
+        return found[0]
+
+    def slip(self) -> float:
+        """Relative difference between ``H v`` and the difference of gradients along v, over all parameters."""
+        step = 1e-5
+        names = list(self.slopes)
+        at = [self.parameters[n] for n in names]
+        generator = torch.Generator().manual_seed(3)
+        v = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in at]
+        bent = [(g, u) for g, u in zip(self.slopes.values(), v, strict=True) if g.requires_grad]
+        product = grad([g for g, _ in bent], at, [u for _, u in bent], retain_graph=True, materialize_grads=True)
+        ends = [self._moved(names, v, sign * step) for sign in (1, -1)]
+        difference = torch.cat([((a - b) / (2 * step)).flatten() for a, b in zip(*ends, strict=True)])
+        exact = torch.cat([p.flatten() for p in product])
+        return float((difference - exact).norm() / exact.norm())
+
+    def _moved(self, names: list[str], v: list[Tensor], by: float) -> list[Tensor]:
+        model = copy.deepcopy(self.case.model())
+        model.load_state_dict(self.model.state_dict())
+        model.train(self.model.training)
+        parameters = dict(model.named_parameters())
+        at = [parameters[n] for n in names]
+        with torch.no_grad():
+            for p, u in zip(at, v, strict=True):
+                p.add_(u, alpha=by)
+        return list(grad(self._loss_of(model), at, materialize_grads=True))
+
+    def _loss_of(self, model: nn.Module) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH), Elementary():  # the other kernels have no second derivative
+            z, y = self.case.run(model, self.batch)
+            return self.case.loss(z, y)
+
+
+def _transposed_kernel(groups: int, w: Tensor) -> Tensor:
+    w = w.reshape(groups, w.shape[0] // groups, *w.shape[1:]).transpose(1, 2)
+    return w.flatten(0, 1).flatten(1)[None]
+
+
+def untied(model: nn.Module, layer: str) -> nn.Module:
+    """The model with a layer's weight for that layer alone."""
+    model = copy.deepcopy(model)
+    module = model.get_submodule(layer)
+    if "weight" in dict(module.named_parameters(recurse=False)):
+        module.weight = nn.Parameter(module.weight.detach().clone())
+    return model
+
+
+def parameter_of(model: nn.Module, name: str) -> Any:
+    """The parameter that a name among the layers of relflat stands for."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if name in parameters:
+        return parameters[name]
+    module = model.get_submodule(name)
+    weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+    return weights[0] if len(weights) == 1 else module.weight
