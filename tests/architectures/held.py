@@ -4,22 +4,24 @@ With ``W W' = F F'``, kappa is the sum of ``d2L/dW2`` along ``f_i e_j'`` over th
 backward itself is held against differences of gradients, along one direction of all parameters.
 """
 
-import copy
 import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from published import Published
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-EXACT_UP_TO, PROBES = 1500, 64  # directions, and probes of a network with more of them
+EXACT_UP_TO = 1500  # directions
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -75,25 +77,50 @@ class Elementary(TorchFunctionMode):
     """Leave in float64 what a forward pass would compute in float32 (norms, positions, routers).
 
     And spell out what PyTorch differentiates wrongly when it does so twice.
+
+    Attributes:
+        narrow: whether something would have been computed in float32.
     """
+
+    narrow = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.float and args[0].dtype == torch.float64:
+            self.narrow = True
             return args[0]
         if function is torch._weight_norm:
             v, g, dim = args
             return v * (g / v.square().sum([i for i in range(v.ndim) if i != dim % v.ndim], keepdim=True).sqrt())
+        if function in (F.hardsigmoid, F.hardswish):
+            x, gate = args[0], (args[0] / 6 + 0.5).clamp(0, 1)
+            return gate if function is F.hardsigmoid else x * gate
+        self.narrow = self.narrow or any(x is torch.float32 for x in tree_leaves((args, kwargs)))
         swap = lambda x: torch.float64 if x is torch.float32 else x
         return function(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
 
 
 class Held:
-    """An architecture with the second derivatives of its loss."""
+    """An architecture with the second derivatives of its loss.
 
-    def __init__(self, case: Published, model: nn.Module | None = None) -> None:
-        self.case, self.model = case, case.model() if model is None else model
+    Frozen weights count like others, and those computed by a parametrization as what they are computed to.
+
+    Args:
+        case: the architecture.
+        alone: a layer that gets a weight of its own, if it shares one.
+    """
+
+    def __init__(self, case: Published, alone: str = "") -> None:
+        self.case, self.model = case, case.model().requires_grad_()
+        for module in list(self.model.modules()):
+            if parametrize.is_parametrized(module):
+                for name in list(module.parametrizations):
+                    parametrize.remove_parametrizations(module, name)
+        if alone:
+            module = self.model.get_submodule(alone)
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(p.detach().clone()))
         self.batch = case.data
-        self.model = copy.deepcopy(self.model)
+        self.uses = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.loss = self._loss_of(self.model)
         found = grad(self.loss, list(self.parameters.values()), create_graph=True, allow_unused=True)
@@ -117,7 +144,7 @@ class Held:
             view = given[0]
         elif isinstance(module, nn.modules.conv._ConvTransposeNd):
             view = functools.partial(_transposed_kernel, module.groups)
-        elif isinstance(module, nn.Embedding) or kind == "Conv1D":
+        elif kind == "Conv1D" or (isinstance(module, nn.Embedding) and self.uses[id(self.parameters[name])] == 1):
             view = lambda w: w.mT[None]
         return Weight(name, self.parameters[name], view)
 
@@ -134,22 +161,36 @@ class Held:
             products = [torch.stack([self._product(weight, v) for v in grads])]
         return 0.0 if products[0] is None else float((products[0].flatten(1) * V).sum())
 
+    def count(self) -> int:
+        """Directions of all the weights."""
+        return sum(w.count for w in self.weights().values())
+
     def kappas(self) -> dict[str, tuple[float, float]]:
         """Definition 3 of all weights with a standard error: 0 in small networks, of shared probes in others."""
         weights = self.weights()
-        if sum(w.count for w in weights.values()) <= EXACT_UP_TO:
+        if self.count() <= EXACT_UP_TO:
             return {n: (self.kappa(w), 0.0) for n, w in weights.items()}
+        names, forms = self._forms(64)
+        means, errors = forms.mean(0).tolist(), (forms.std(0) / len(forms) ** 0.5).tolist()
+        return dict.fromkeys(weights, (0.0, 0.0)) | dict(zip(names, zip(means, errors, strict=True), strict=True))
+
+    def sum_by_probes(self) -> tuple[float, float]:
+        """The sum of all kappas with its standard error."""
+        forms = self._forms(24)[1].sum(1)
+        return float(forms.mean()), float(forms.std() / len(forms) ** 0.5)
+
+    def _forms(self, probes: int) -> tuple[list[str], Tensor]:
+        """Of probes of all weights at once, what each weight's has the mean kappa: (probes, weights)."""
         generator = torch.Generator().manual_seed(4)
-        bent = [n for n in weights if self.slopes[n].requires_grad]
-        slopes, at = [self.slopes[n] for n in bent], [weights[n].parameter for n in bent]
+        weights = self.weights()
+        names = [n for n in weights if self.slopes[n].requires_grad]
+        slopes, at = [self.slopes[n] for n in names], [weights[n].parameter for n in names]
         found = []
-        for _ in range(PROBES):
-            V = [weights[n].probe(generator) for n in bent]
+        for _ in range(probes):
+            V = [weights[n].probe(generator) for n in names]
             products = grad(slopes, at, V, retain_graph=True, materialize_grads=True)
             found.append([float((v * p).sum()) for v, p in zip(V, products, strict=True)])
-        forms = torch.tensor(found, dtype=torch.float64)
-        means, errors = forms.mean(0).tolist(), (forms.std(0) / PROBES**0.5).tolist()
-        return dict.fromkeys(weights, (0.0, 0.0)) | dict(zip(bent, zip(means, errors, strict=True), strict=True))
+        return names, torch.tensor(found, dtype=torch.float64)
 
     def _product(self, weight: Weight, v: Tensor) -> Tensor:
         found = grad(self.slopes[weight.name], weight.parameter, v, retain_graph=True, materialize_grads=True)
@@ -157,7 +198,7 @@ class Held:
 
     def slip(self) -> float:
         """Relative difference between ``H v`` and the difference of gradients along v, over all parameters."""
-        step = 1e-5
+        step = 1e-7  # so small that few units with a kink cross it
         names = list(self.slopes)
         at = [self.parameters[n] for n in names]
         generator = torch.Generator().manual_seed(3)
@@ -170,20 +211,22 @@ class Held:
         return float((difference - exact).norm() / exact.norm())
 
     def _moved(self, names: list[str], v: list[Tensor], by: float) -> list[Tensor]:
-        model = copy.deepcopy(self.case.model())
-        model.load_state_dict(self.model.state_dict())
-        model.train(self.model.training)
-        parameters = dict(model.named_parameters())
-        at = [parameters[n] for n in names]
+        at = [self.parameters[n] for n in names]
+        kept = [p.detach().clone() for p in at]
         with torch.no_grad():
             for p, u in zip(at, v, strict=True):
-                p.add_(u, alpha=by)
-        return list(grad(self._loss_of(model), at, materialize_grads=True))
+                p.data = p + by * u  # not in place: the graph of the second derivatives keeps the old values
+        found = list(grad(self._loss_of(self.model), at, materialize_grads=True))
+        for p, old in zip(at, kept, strict=True):
+            p.data = old
+        return found
 
     def _loss_of(self, model: nn.Module) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH), Elementary():  # the other kernels have no second derivative
-            z, y = self.case.run(model, self.batch)
-            return self.case.loss(z, y)
+        mode = Elementary()
+        with sdpa_kernel(SDPBackend.MATH), mode:  # the other kernels have no second derivative
+            loss = self.case.loss(*self.case.run(model, self.batch))
+        self.narrow = mode.narrow
+        return loss
 
 
 def _transposed_kernel(groups: int, w: Tensor) -> Tensor:
@@ -191,20 +234,7 @@ def _transposed_kernel(groups: int, w: Tensor) -> Tensor:
     return w.flatten(0, 1).flatten(1)[None]
 
 
-def untied(model: nn.Module, layer: str) -> nn.Module:
-    """The model with a layer's weight for that layer alone."""
-    model = copy.deepcopy(model)
-    module = model.get_submodule(layer)
-    if "weight" in dict(module.named_parameters(recurse=False)):
-        module.weight = nn.Parameter(module.weight.detach().clone())
-    return model
-
-
 def parameter_of(model: nn.Module, name: str) -> Any:
     """The parameter that a name among the layers of relflat stands for."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    if name in parameters:
-        return parameters[name]
-    module = model.get_submodule(name)
-    weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
-    return weights[0] if len(weights) == 1 else module.weight
+    return parameters[name if name in parameters else f"{name}.weight"]

@@ -45,7 +45,7 @@ class Published:
             added, or multiplied entry by entry.
         views: for names (patterns) of parameters how the forward uses them, as matrices (k, d, m) that act on
             columns, where that is not ``flatten(1)`` and the class of their module does not tell.
-        precision: relative error of its arithmetic; 0 where all of it is in float64.
+        unsure: whether something is done to what the output layer gives, so that an error that names it is right too.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Published:
     outputs: Callable[[Any], Tensor]
     besides: tuple[str, ...] = ()
     views: tuple[tuple[str, View], ...] = ()
-    precision: float = 0.0
+    unsure: bool = False
 
     def model(self) -> nn.Module:
         """The model in float64 and evaluation mode, without dropout, with every entry of its parameters moved."""
@@ -66,7 +66,8 @@ class Published:
         model = self.build().double()
         with torch.no_grad():
             for p in model.parameters():  # many start at 0 or 1, where a wrong factor would not show
-                p.add_(torch.randn_like(p), alpha=0.1 if p.ndim > 1 else 0.05)
+                size = 0.05 if p.ndim < 2 else min(0.1, 0.3 / p[0].numel() ** 0.5)
+                p.add_(torch.randn_like(p), alpha=size)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from published import Batch, Published, cross_entropy, labels, squared_error
+from published import Batch, Published, cross_entropy, labels
 from torch import Tensor, nn
 
 V, IN, HIDDEN = 6, 4, 5
@@ -16,6 +16,10 @@ def edges() -> Tensor:
     more = torch.tensor([[0, 2, 1], [3, 5, 4]])
     half = torch.cat([one, more], 1)
     return torch.cat([half, half.flip(0)], 1)
+
+
+def whole(returned: Any) -> Any:
+    return returned
 
 
 def vertices() -> Batch:
@@ -33,28 +37,12 @@ def built(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 def case(name: str, output: str, hidden: str, batch: Callable[[], Batch] = vertices, **options: Any) -> Published:
     besides = options.pop("besides", ())
-    loss, outputs = options.pop("loss", cross_entropy), options.pop("outputs", lambda returned: returned)
-    return Published(name, "torch_geometric", built(name, **options), batch, output, hidden, loss, outputs, besides)
+    unsure, name_of = options.pop("unsure", False), options.pop("called", name)
+    build = built(name, **options)
+    return Published(name_of, "torch_geometric", build, batch, output, hidden, cross_entropy, whole, besides, (), unsure)
 
 
 SIZES = {"in_channels": IN, "hidden_channels": HIDDEN, "num_layers": 2, "out_channels": 3}
-ATOMS = {"hidden_channels": 4, "cutoff": 3.0}
-
-
-def molecules() -> Batch:
-    return (
-        torch.tensor([1, 6, 8, 1, 7]),
-        torch.randn(5, 3, dtype=torch.float64),
-        torch.tensor([0, 0, 0, 1, 1]),
-    ), {}, torch.randn(2, 1, dtype=torch.float64)
-
-
-def typed() -> Batch:
-    return (torch.randn(V, IN, dtype=torch.float64), edges()), {}, labels(V)
-
-
-def convolutions() -> list[tuple[str, Callable[[Any], tuple[nn.Module, nn.Module]]]]:
-    return []
 
 
 class Stack(nn.Module):
@@ -71,23 +59,25 @@ class Stack(nn.Module):
         return self.second(self.first(x, edge_index, *more).tanh(), edge_index, *more)
 
 
+def stacked(layer: str, output: str, hidden: str, **options: Any) -> Published:
+    build = lambda: Stack(layer, **options)
+    return Published(layer, "torch_geometric", build, vertices, output, hidden, cross_entropy, whole, unsure=True)
+
+
 GRAPHS = [
-    case("GCN", "convs.1.lin", "convs.0.lin", **SIZES),
-    case("GraphSAGE", "convs.1.lin_r", "convs.0.lin_l", **SIZES),
+    case("GCN", "convs.1.lin", "convs.0.lin", unsure=True, **SIZES),
+    case("GraphSAGE", "convs.1.lin_r", "convs.0.lin_l", unsure=True, **SIZES),
     case("GIN", "convs.1.nn.lins.1", "convs.0.nn.lins.0", **SIZES),
-    case("GAT", "convs.1.lin", "convs.0.lin", heads=1, besides=("*.att_src", "*.att_dst"), **SIZES),
-    case("GAT", "convs.1.lin_l", "convs.0.lin_r", v2=True, heads=1, besides=("*.att",), **SIZES),
+    case("GAT", "convs.1.lin", "convs.0.lin", heads=1, unsure=True, besides=("*.att_src", "*.att_dst"), **SIZES),
+    case("GAT", "convs.1.lin_l", "convs.0.lin_r", v2=True, called="GATv2", heads=1, unsure=True, besides=("*.att",), **SIZES),
     case("PNA", "convs.1.lin", "convs.0.pre_nns.0.0", aggregators=["mean", "max"], scalers=["identity"],
          deg=torch.tensor([0, 2, 4]), **SIZES),
     case("EdgeCNN", "convs.1.nn.lins.1", "convs.0.nn.lins.0", **SIZES),
-    case("GraphUNet", "up_convs.0.lin", "down_convs.0.lin", in_channels=IN, hidden_channels=HIDDEN, out_channels=3, depth=1,
+    case("GraphUNet", "up_convs.0.lin", "down_convs.0.lin", in_channels=IN, hidden_channels=HIDDEN, out_channels=3, depth=1, unsure=True,
          besides=("pools.*",)),
-    case("LINKX", "final_mlp.lins.0", "node_mlp.lins.0", num_nodes=V, in_channels=IN, hidden_channels=HIDDEN, out_channels=3, num_layers=1),
+    case("LINKX", "final_mlp.lins.0", "node_mlp.lins.0", besides=("edge_lin.weight",), num_nodes=V, in_channels=IN, hidden_channels=HIDDEN, out_channels=3, num_layers=1),
     case("MLP", "lins.1", "lins.0", lambda: ((torch.randn(V, IN, dtype=torch.float64),), {}, labels(V)),
          channel_list=[IN, HIDDEN, 3]),
-    case("SchNet", "lin2", "interactions.0.conv.lin1", molecules, num_filters=4, num_interactions=1, num_gaussians=4,
-         loss=squared_error, **ATOMS),
-    case("DimeNetPlusPlus", "output_blocks.1.lin", "interaction_blocks.0.lin_ji", molecules, hidden_channels=4, out_channels=1,
-         num_blocks=1, int_emb_size=2, basis_emb_size=2, out_emb_channels=4, num_spherical=2, num_radial=2, cutoff=3.0,
-         num_before_skip=1, num_after_skip=1, num_output_layers=1, loss=squared_error),
+    stacked("TransformerConv", "second.lin_value", "first.lin_key"),
+    stacked("ChebConv", "second.lins.0", "first.lins.1", K=2),
 ]  # fmt: skip

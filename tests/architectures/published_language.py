@@ -67,7 +67,6 @@ def case(
     without: tuple[str, ...] = (),
     besides: tuple[str, ...] = (),
     views: tuple[tuple[str, View], ...] = (),
-    precision: float = 0.0,
     outputs: Callable[[Any], Any] = lambda returned: returned.logits,
     **options: Any,
 ) -> Published:
@@ -84,7 +83,6 @@ def case(
         outputs,
         besides,
         views,
-        precision,
     )
 
 
@@ -149,7 +147,7 @@ LANGUAGE = [
     case("RwkvForCausalLM", "head", "rwkv.blocks.0.feed_forward.key", attention_hidden_size=8, num_hidden_layers=2, context_length=8,
          besides=("*.time_mix_*",)),
     case("RecurrentGemmaForCausalLM", "lm_head", "model.layers.0.mlp_block.up_proj", lru_width=8, head_dim=4,
-         num_key_value_heads=1, attention_window_size=4, besides=("*.recurrent_gate_*bias", "*.input_gate_bias")),
+         num_key_value_heads=1, attention_window_size=4, besides=("*_gate_bias",), views=(("*_gate_weight", stack_at_right),)),
     case("T5ForConditionalGeneration", "lm_head", "encoder.block.0.layer.1.DenseReluDense.wi", translated, base=T5),
     case("BartForConditionalGeneration", "lm_head", "model.decoder.layers.0.encoder_attn.q_proj", translated, base=BART,
          decoder_start_token_id=2),

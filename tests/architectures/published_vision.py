@@ -11,7 +11,8 @@ N = 2
 CLASSES = {"num_labels": 3}
 SQUARE = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6, "image_size": 8}
 SQUARE |= {"patch_size": 4}
-EMBEDDED = ("*cls_token", "*position_embeddings", "*mask_token", "*distillation_token", "*.grn.weight", "*.grn.bias")
+EMBEDDED = ("*cls_token", "*position_embeddings", "*mask_token", "*distillation_token", "*.grn.weight", "*.grn.bias",
+            "*relative_position_bias_table")
 
 
 def seen(size: int = 8) -> Callable[[], Batch]:
