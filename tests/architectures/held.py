@@ -156,7 +156,9 @@ class Held:
         V = weight.directions()
         grads = V.reshape(-1, *weight.parameter.shape)
         try:
-            products = grad(slope, weight.parameter, grads, retain_graph=True, is_grads_batched=True, allow_unused=True)
+            products = grad(
+                slope, weight.parameter, grads, retain_graph=True, is_grads_batched=True, allow_unused=True
+            )
         except RuntimeError:  # an operation that cannot be batched
             products = [torch.stack([self._product(weight, v) for v in grads])]
         return 0.0 if products[0] is None else float((products[0].flatten(1) * V).sum())

@@ -39,7 +39,9 @@ def case(name: str, output: str, hidden: str, batch: Callable[[], Batch] = verti
     besides = options.pop("besides", ())
     unsure, name_of = options.pop("unsure", False), options.pop("called", name)
     build = built(name, **options)
-    return Published(name_of, "torch_geometric", build, batch, output, hidden, cross_entropy, whole, besides, (), unsure)
+    return Published(
+        name_of, "torch_geometric", build, batch, output, hidden, cross_entropy, whole, besides, (), unsure
+    )
 
 
 SIZES = {"in_channels": IN, "hidden_channels": HIDDEN, "num_layers": 2, "out_channels": 3}
@@ -69,15 +71,56 @@ GRAPHS = [
     case("GraphSAGE", "convs.1.lin_r", "convs.0.lin_l", unsure=True, **SIZES),
     case("GIN", "convs.1.nn.lins.1", "convs.0.nn.lins.0", **SIZES),
     case("GAT", "convs.1.lin", "convs.0.lin", heads=1, unsure=True, besides=("*.att_src", "*.att_dst"), **SIZES),
-    case("GAT", "convs.1.lin_l", "convs.0.lin_r", v2=True, called="GATv2", heads=1, unsure=True, besides=("*.att",), **SIZES),
-    case("PNA", "convs.1.lin", "convs.0.pre_nns.0.0", aggregators=["mean", "max"], scalers=["identity"],
-         deg=torch.tensor([0, 2, 4]), **SIZES),
+    case(
+        "GAT",
+        "convs.1.lin_l",
+        "convs.0.lin_r",
+        v2=True,
+        called="GATv2",
+        heads=1,
+        unsure=True,
+        besides=("*.att",),
+        **SIZES,
+    ),
+    case(
+        "PNA",
+        "convs.1.lin",
+        "convs.0.pre_nns.0.0",
+        aggregators=["mean", "max"],
+        scalers=["identity"],
+        deg=torch.tensor([0, 2, 4]),
+        **SIZES,
+    ),
     case("EdgeCNN", "convs.1.nn.lins.1", "convs.0.nn.lins.0", **SIZES),
-    case("GraphUNet", "up_convs.0.lin", "down_convs.0.lin", in_channels=IN, hidden_channels=HIDDEN, out_channels=3, depth=1, unsure=True,
-         besides=("pools.*",)),
-    case("LINKX", "final_mlp.lins.0", "node_mlp.lins.0", besides=("edge_lin.weight",), num_nodes=V, in_channels=IN, hidden_channels=HIDDEN, out_channels=3, num_layers=1),
-    case("MLP", "lins.1", "lins.0", lambda: ((torch.randn(V, IN, dtype=torch.float64),), {}, labels(V)),
-         channel_list=[IN, HIDDEN, 3]),
+    case(
+        "GraphUNet",
+        "up_convs.0.lin",
+        "down_convs.0.lin",
+        in_channels=IN,
+        hidden_channels=HIDDEN,
+        out_channels=3,
+        depth=1,
+        unsure=True,
+        besides=("pools.*",),
+    ),
+    case(
+        "LINKX",
+        "final_mlp.lins.0",
+        "node_mlp.lins.0",
+        besides=("edge_lin.weight",),
+        num_nodes=V,
+        in_channels=IN,
+        hidden_channels=HIDDEN,
+        out_channels=3,
+        num_layers=1,
+    ),
+    case(
+        "MLP",
+        "lins.1",
+        "lins.0",
+        lambda: ((torch.randn(V, IN, dtype=torch.float64),), {}, labels(V)),
+        channel_list=[IN, HIDDEN, 3],
+    ),
     stacked("TransformerConv", "second.lin_value", "first.lin_key"),
     stacked("ChebConv", "second.lins.0", "first.lins.1", K=2),
-]  # fmt: skip
+]

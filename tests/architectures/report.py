@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEAD = """# Published architectures
 
 Each with random weights in a small configuration, in float64, run by its library's own forward, written by
-`make architectures` ({versions}). For each, relflat's numbers are held against Definition 3 from plain double backward
+`make architectures` ({versions}). For each, relflat's numbers are held against Definition 3 from double backward
 (`tests/architectures/held.py`), and that against differences of gradients:
 
 - *output*: what `layer="output"` was found to be, and its kappa by the method named;

@@ -12,21 +12,27 @@ from published_diffusers import DIFFUSERS
 from published_graphs import GRAPHS
 from published_language import LANGUAGE
 from published_pictures import SMP, TIMM, TORCHVISION
+from published_sequences import SEQUENCES
 from published_vision import VISION
 
-CASES = [*LANGUAGE, *VISION, *DIFFUSERS, *GRAPHS, *TIMM, *TORCHVISION, *SMP]
+CASES = [*LANGUAGE, *SEQUENCES, *VISION, *DIFFUSERS, *GRAPHS, *TIMM, *TORCHVISION, *SMP]
 
-EVERY = importlib.util.find_spec("timm") is not None  # one by one takes minutes
+EVERY = importlib.util.find_spec("timm") is not None  # the environment in which minutes may pass
+LONG = (  # left to it
+    "AutoencoderKL", "ConvNextV2ForImageClassification", "FluxTransformer2DModel", "RegNetForImageClassification",
+    "RwkvForCausalLM", "SegformerForSemanticSegmentation", "SwitchTransformersForConditionalGeneration",
+    "UNet2DConditionModel",
+)  # fmt: skip
+
+
+def installed(case: Published) -> bool:
+    there = importlib.util.find_spec(case.library.replace("-", "_")) is not None
+    return there and (EVERY or case.name not in LONG)
 
 
 def _parameters() -> list:
-    found = []
-    for case in CASES:
-        missing = importlib.util.find_spec(case.library.replace("-", "_")) is None
-        name = f"{case.library}:{case.name}"
-        marks = [pytest.mark.xdist_group(name), pytest.mark.skipif(missing, reason=f"{case.library} is not installed")]
-        found.append(pytest.param(case, id=name, marks=marks))
-    return found
+    named = {f"{case.library}:{case.name}": case for case in CASES if installed(case)}
+    return [pytest.param(case, id=name, marks=pytest.mark.xdist_group(name)) for name, case in named.items()]
 
 
 @pytest.fixture(params=_parameters())
