@@ -10,7 +10,7 @@ from torch import nn
 
 from relflat import FAM, Flatness, LayerError, relative_flatness, relative_flatness_by_layer
 
-FEW = 250  # directions of a network whose kappas are always held one by one
+FEW = 150  # directions of a network whose kappas are always held one by one
 
 
 @functools.lru_cache(maxsize=1)

@@ -178,7 +178,7 @@ class Held:
 
     def sum_by_probes(self) -> tuple[float, float]:
         """The sum of all kappas with its standard error."""
-        forms = self._forms(24)[1].sum(1)
+        forms = self._forms(16)[1].sum(1)
         return float(forms.mean()), float(forms.std() / len(forms) ** 0.5)
 
     def _forms(self, probes: int) -> tuple[list[str], Tensor]:
@@ -200,11 +200,13 @@ class Held:
 
     def slip(self) -> float:
         """Relative difference between ``H v`` and the difference of gradients along v, over all parameters."""
-        step = 1e-7  # so small that few units with a kink cross it
+        step = 1e-6  # of a unit direction, so small that hardly a unit with a kink crosses it
         names = list(self.slopes)
         at = [self.parameters[n] for n in names]
         generator = torch.Generator().manual_seed(3)
         v = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in at]
+        length = torch.stack([u.norm() for u in v]).norm()
+        v = [u / length for u in v]
         bent = [(g, u) for g, u in zip(self.slopes.values(), v, strict=True) if g.requires_grad]
         product = grad([g for g, _ in bent], at, [u for _, u in bent], retain_graph=True, materialize_grads=True)
         ends = [self._moved(names, v, sign * step) for sign in (1, -1)]

@@ -11,7 +11,7 @@ N = 2
 IMAGES = {"num_classes": 3}
 ADDED = (
     "*cls_token",
-    "*pos_embed",
+    "*pos_embed*",
     "*position_embedding*",
     "*class_token",
     "*relative_position_bias_table",

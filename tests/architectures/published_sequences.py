@@ -1,6 +1,5 @@
 """Encoders with decoders, and models of speech, of transformers."""
 
-
 import torch
 from published import Batch, labels
 from published_language import BASE, CLASSES, VOCABULARY, N, case, tokens

@@ -21,7 +21,7 @@ EVERY = importlib.util.find_spec("timm") is not None  # the environment in which
 LONG = (  # left to it
     "AutoencoderKL", "ConvNextV2ForImageClassification", "FluxTransformer2DModel", "RegNetForImageClassification",
     "RwkvForCausalLM", "SegformerForSemanticSegmentation", "SwitchTransformersForConditionalGeneration",
-    "UNet2DConditionModel",
+    "UNet2DConditionModel", "UNet2DModel",
 )  # fmt: skip
 
 
