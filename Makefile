@@ -3,13 +3,16 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+# timm and torchvision need another build of torch: some 6 GB
+ARCHITECTURES := .venv-architectures
+PUBLISHED := $(ARCHITECTURES)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lint types format bench house results hooks clean
+.PHONY: help demo quick test test-architectures architectures lint types format bench house results hooks clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## plain training, SAM and FAM on noisy digits, compared; the report is demo/report.html
 	$(BIN)/relflat compare digits --label-noise 0.2 --epochs 20 --runs demo/runs --out demo
@@ -19,6 +22,12 @@ quick: $(READY)  ## tests of the core's parts, of every awkward network and of q
 
 test: $(READY)  ## every test, doctest and document
 	$(PYTEST)
+
+test-architectures: $(PUBLISHED)  ## every published architecture, those of timm, torchvision and smp too, layer by layer
+	$(ARCHITECTURES)/bin/python -m pytest -n 2 --dist loadgroup tests/architectures
+
+architectures: $(PUBLISHED)  ## write docs/architectures.md
+	$(ARCHITECTURES)/bin/python tests/architectures/report.py
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check src tests benchmarks docs tools
@@ -46,8 +55,13 @@ hooks: $(READY)  ## run ruff and mypy before each commit
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,lightning,transformers,accelerate,skorch,peft,hub,ray,test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,lightning,transformers,accelerate,skorch,peft,hub,ray,test,architectures]"
+	touch $@
+
+$(PUBLISHED): pyproject.toml
+	$(PYTHON) -m venv $(ARCHITECTURES)
+	$(ARCHITECTURES)/bin/pip install --quiet --editable ".[architectures]" timm torchvision segmentation-models-pytorch hypothesis pytest pytest-xdist
 	touch $@
 
 clean:  ## remove the environment, caches and the demo
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ARCHITECTURES) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,119 @@
+"""What relflat says of a published architecture, held against :mod:`held`."""
+
+import functools
+import math
+from typing import Any
+
+from held import Held, parameter_of
+from published import Published
+from torch import nn
+
+from relflat import FAM, Flatness, LayerError, relative_flatness, relative_flatness_by_layer
+
+FEW = 150  # directions of a network whose kappas are always held one by one
+
+
+@functools.lru_cache(maxsize=1)
+def made(case: Published) -> tuple[nn.Module, Held]:
+    return case.model(), Held(case)
+
+
+def measured(case: Published, layer: str, **options: Any) -> Any:
+    return relative_flatness(made(case)[0], case.loss, [case.data], layer=layer, forward=case.run, **options)
+
+
+def own_kappa(case: Published, layer: str) -> float:
+    """The oracle's of one layer: a module's in that module alone, a parameter's wherever it is used."""
+    held = made(case)[1]
+    names = dict(held.model.named_parameters(remove_duplicate=False))
+    if layer not in names and held.uses[id(names[f"{layer}.weight"])] > 1:
+        held = Held(case, alone=layer)
+    wanted = parameter_of(held.model, layer)
+    return held.kappa(held.weight(next(n for n, p in held.parameters.items() if p is wanted)))
+
+
+def tolerance(case: Published, kappa: float) -> float:
+    """Of the order of rounding where the forward pass itself goes by way of float32."""
+    return (1e-4 if made(case)[1].narrow else 1e-6) * (abs(kappa) + 1e-2)
+
+
+def refused(case: Published, error: LayerError) -> str:
+    assert case.unsure, error
+    assert case.output in str(error), error
+    return "refused, named"
+
+
+def check_oracle(case: Published) -> None:
+    """Double backward itself, by differences."""
+    slip = made(case)[1].slip()
+    assert slip < 1e-4, f"double backward and differences of gradients disagree by {slip}"
+
+
+def check_output(case: Published) -> str:
+    """Which layer it is, and its kappa."""
+    held = made(case)[1]
+    try:
+        found = measured(case, "output")
+    except LayerError as error:
+        return refused(case, error)
+    wanted = parameter_of(held.model, case.output)
+    assert parameter_of(held.model, found.layer) is wanted, f"output is {case.output}, not {found.layer}"
+    kappa = own_kappa(case, found.layer)
+    assert abs(found.value - kappa) <= tolerance(case, kappa) + 6 * found.stderr, f"{found}: {kappa}"
+    return found.method
+
+
+def check_hidden(case: Published) -> str:
+    found = measured(case, case.hidden, method="exact")
+    kappa = own_kappa(case, case.hidden)
+    assert abs(found.value - kappa) <= tolerance(case, kappa), f"{found}: {kappa}"
+    return found.method
+
+
+def check_star(case: Published, every: bool = True) -> str:
+    """Which layers, and their kappas: one by one, or in larger networks the sum by few probes."""
+    model, held = made(case)
+    every = every or held.count() <= FEW
+    options: dict[str, Any] = {} if every else {"method": "probe", "probes": 4}
+    found = relative_flatness_by_layer(model, case.loss, [case.data], layer="*", forward=case.run, **options)
+    names = {id(p): n for n, p in held.model.named_parameters()}
+    got: dict[str, Flatness] = {}
+    for name, flat in found.items():
+        parameter = names[id(parameter_of(held.model, name))]
+        assert parameter not in got, f"{parameter} twice"
+        got[parameter] = flat
+    missing, more = set(held.weights()) - set(got), set(got) - set(held.weights())
+    assert not missing, f"missing {sorted(missing)}"
+    assert not more, f"too many {sorted(more)}"
+    if every:
+        wrong = {}
+        for name, (kappa, error) in held.kappas().items():
+            flat = got[name]
+            if abs(flat.value - kappa) > 3 * math.hypot(error, flat.stderr) > 0:  # by chance?
+                flat = measured(case, flat.layer, method="exact")
+            if not abs(flat.value - kappa) <= tolerance(case, kappa) + 6 * math.hypot(error, flat.stderr):
+                wrong[name] = f"{flat} for {kappa} ± {error}"
+        assert not wrong, f"wrong: {wrong}"
+        return f"{len(got)} layers one by one, {sum(f.stderr > 0 for f in got.values())} by probes"
+    kappa, error = held.sum_by_probes()
+    value, stderr = sum(f.value for f in got.values()), math.hypot(*(f.stderr for f in got.values()))
+    assert abs(value - kappa) <= tolerance(case, kappa) + 6 * math.hypot(error, stderr), (value, stderr, kappa, error)
+    return f"sum over {len(got)} layers, by probes"
+
+
+def check_step(case: Published) -> None:
+    """A training step with the penalty of the output layer, and of all."""
+    for layer in ("output", "*"):
+        model = case.model().train()
+        try:
+            with FAM(case.loss, model, layer, strength=0.1) as criterion:
+                loss = criterion(*case.run(model, case.data))
+                loss.backward()
+                assert loss.isfinite(), layer
+                assert math.isfinite(criterion.last["kappa"]), layer
+        except LayerError as error:
+            refused(case, error)
+            continue
+        slopes = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(g.isfinite().all() for g in slopes), layer
+        assert any(g.any() for g in slopes), layer
