@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer, supported_layers
 from relflat.capture.tap import Inject, Tap
 from relflat.distributed import kept_whole
-from relflat.errors import ConfigError, LayerError
+from relflat.errors import ConfigError
 from relflat.estimate.contributions import shaped, without_gradient
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import Noise
 from relflat.estimate.replay import Replay
 from relflat.estimate.scene import Scene, calls_behind
+from relflat.estimate.suitable import must_suit
 from relflat.guards import Guards
 from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.loss.reading import read_loss
@@ -109,9 +110,8 @@ class FAM(nn.Module):
     ) -> None:
         super().__init__()
         given = curvature, method, probes, adaptive, normalize_features, gradient, radius, every, layers_per_step
-        self.options = Options(*given)
+        self.options, self.loss_fn, self.step = Options(*given), loss_fn, 0
         strength_at(strength, 0)
-        self.loss_fn, self.step = loss_fn, 0
         self.strength = warmed_up(strength, warmup_steps) if warmup_steps else strength
         self._estimator = Estimator(self.options, torch.initial_seed() if seed is None else seed)
         self._guards = Guards()
@@ -119,7 +119,7 @@ class FAM(nn.Module):
         self._tap = Tap(model, layer)
         self._tap.needs_features = normalize_features or radius is not None
         try:
-            self._check_layers()
+            must_suit(self._tap, self.options)
         except Exception:
             self._tap.close()
             raise
@@ -137,30 +137,6 @@ class FAM(nn.Module):
     def strength(self, strength: Strength) -> None:
         check(strength=strength)
         self._strength = strength
-
-    def _check_layers(self) -> None:
-        """See that the layers go with the options; ``"output"`` may be settled later."""
-        options, wanted, count = self.options, self.options.layers_per_step, len(self._tap.layers)
-        if wanted is not None and not 1 <= wanted <= count:
-            raise ConfigError(
-                f"layers_per_step={wanted}: a number from 1 to {count} is needed, as the layers are "
-                f"{list(self._tap.layers)}; None takes all of them"
-            )
-        if self._tap.unsettled:
-            return
-        if options.normalize_features or options.radius is not None:
-            self._tap.must_have_features("normalize_features" if options.normalize_features else "radius=")
-        for name in self._frozen() if options.gradient == "weights" else ():
-            raise LayerError(
-                f"gradient='weights' reaches the weight of layer {name!r} only, and that is frozen "
-                "(requires_grad=False); unfreeze it or use gradient='full'"
-            )
-
-    def _frozen(self) -> Iterator[str]:
-        for name, target in self._tap.layers.items():
-            parameters = [target] if isinstance(target, nn.Parameter) else list(target.parameters())
-            if not any(p.requires_grad for p in parameters if p.ndim > 1):
-                yield name
 
     def forward(self, outputs: Any, *targets: Any, **kwargs: Any) -> Tensor:
         """Task loss of ``outputs``, plus the penalty while the model trains.
@@ -182,13 +158,8 @@ class FAM(nn.Module):
         criterion = Criterion(self.loss_fn, targets, kwargs)
         active = self._active()
         task, tensor = criterion(outputs), output_tensor(outputs)
-        if active and self._perturbs():  # task loss plus penalty is the loss of the perturbed pass
-            forwards = self._tap.take(task)
-            method = f"radius({self.options.radius:g}), perturbed forward"
-            report = {"task": math.nan, "penalty": math.nan, "total": task.detach().mean(), "strength": 1.0}
-            watched, step = {} if tensor is None else {"the outputs": tensor}, step_of(forwards, self.step)
-            self._finish(step, watched, report | {"method": method})
-            return self._left(forwards, task, step)
+        if active and self._perturbs():
+            return self._perturbed(task, tensor)
         if not active:
             self._forget()
             self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
@@ -311,7 +282,7 @@ class FAM(nn.Module):
         penalty: Tensor | None = None
         report: dict[str, Any] = {"task": task, "penalty": 0.0, "total": task, "strength": strength}
         if self._guards.finite("the task loss", scene.loss, step) and strength != 0:
-            self._check_layers()  # "output" may have been settled since
+            must_suit(self._tap, self.options)  # "output" may have been settled since
             kappa = self._kappa(scene, step, strength, report)
             if kappa is not None:
                 penalty = strength * kappa
@@ -359,6 +330,14 @@ class FAM(nn.Module):
             return Noise.of(fam.options, fam._estimator.seed, fam.step + (fam._tap.pending << 40))
 
         self._tap.injector = injector
+
+    def _perturbed(self, loss: Tensor, outputs: Tensor | None) -> Tensor:
+        """The loss of the perturbed pass, which is task loss plus penalty."""
+        forwards, method = self._tap.take(loss), f"radius({self.options.radius:g}), perturbed forward"
+        report = {"task": math.nan, "penalty": math.nan, "total": loss.detach().mean(), "strength": 1.0}
+        watched, step = {} if outputs is None else {"the outputs": outputs}, step_of(forwards, self.step)
+        self._finish(step, watched, report | {"method": method})
+        return self._left(forwards, loss, step)
 
     def _perturbs(self) -> bool:
         """Whether this step's forward pass is perturbed itself; ``strength`` and the mode may have changed."""

@@ -122,9 +122,8 @@ class Pending:
     A pass that led to no loss yet is forgotten when another begins after a newer one led to one.
     """
 
-    quiet = False  # whether no warning is given where many wait
-
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet  # whether no warning is given where many wait
         self.clear()
 
     def __len__(self) -> int:

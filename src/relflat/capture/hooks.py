@@ -110,4 +110,16 @@ def saved_by_us() -> AbstractContextManager[None]:
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
+def with_graph(output: Tensor) -> Tensor | None:
+    """In place of a frozen layer's output on constant input: one with a graph, so that the tail has one."""
+    if not torch.is_grad_enabled() or output.requires_grad:
+        return None
+    return output.detach().requires_grad_().clone()
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was written to; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 _NOTHING = nullcontext()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from relflat.capture.calls import Call, Forward, Pending, depends_on
-from relflat.capture.hooks import WeakHook, recomputing, remove, runs, saved_by_us, traced
+from relflat.capture.hooks import WeakHook, recomputing, remove, runs, saved_by_us, traced, version_of, with_graph
 from relflat.capture.kinds import Kind, is_linear, kind_of, own_weights, parametrization_of, weight_of
 from relflat.capture.resolve import Layer, Target, is_pattern, part, resolve, supported_layers
 from relflat.capture.settle import output_layer, taking_part
@@ -56,18 +56,17 @@ class Tap:
             set(resolve(model, some)) if (some := [n for n in named if is_pattern(model, n) is kind]) else set()
             for kind in (None, "glob")
         )
-        self.searching = "output" in map(str, (n for n in named if isinstance(n, str)))
+        self.searching = any(isinstance(n, str) and n == "output" for n in named)
         self._matched -= self._asked_for
         self._model, self._when = weakref.ref(model), when
         self._parameters: dict[str, Target] = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
         self._called: set[str] = set()
         self._given: set[str] = set()  # layers whose output was given a graph
-        self._pending = Pending()
+        self._pending = Pending(quiet=when is not None)
         self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
         self._computed: dict[tuple[str, int], Tensor] = {}  # weights by layer and thread, as it computed them
         self._seen: dict[str, weakref.ref[nn.Module]] = {}  # what computes them, with a hook
         self._handles: dict[str, list[Any]] = {}
-        self._pending.quiet = when is not None
         self._attach(model)
         weakref.finalize(self, remove, self._handles)
 
@@ -167,10 +166,10 @@ class Tap:
 
     def _after_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         if recomputing():
-            return None if output is None else _with_graph(output)
+            return None if output is None else with_graph(output)
         if self._open is None or output is None or name not in self.layers:
             return None
-        replaced, phi = _with_graph(output), args[0] if args else next(iter(kwargs.values()))
+        replaced, phi = with_graph(output), args[0] if args else next(iter(kwargs.values()))
         if replaced is not None:
             self._given.add(name)
         self._open.calls.append(self._call(name, module, phi, output if replaced is None else replaced))
@@ -183,7 +182,7 @@ class Tap:
             weight = self._computed.pop((name, get_ident()), None)
             with saved_by_us():
                 weight = kind.matrix(module, weight_of(module) if weight is None else weight)
-        versions, tied = (_version(phi), _version(output)), name in self._tied
+        versions, tied = (version_of(phi), version_of(output)), name in self._tied
         linear = kind.trusted(module) or is_linear(kind, module, phi, weight, output)
         return Call(name, module, kind, phi, weight, output, edge, versions, tied, phi.grad_fn, linear)
 
@@ -341,18 +340,6 @@ class Tap:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy as a closed tap: hooks belong to one model, and a copy of that is another."""
         return _closed_tap, ()
-
-
-def _with_graph(output: Tensor) -> Tensor | None:
-    """In place of a frozen layer's output on constant input: one with a graph, so that the tail has one."""
-    if not torch.is_grad_enabled() or output.requires_grad:
-        return None
-    return output.detach().requires_grad_().clone()
-
-
-def _version(tensor: Tensor) -> int:
-    """How often it was written to; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _closed_tap() -> Tap:

@@ -94,7 +94,7 @@ class Replay:
                 "the last call of the criterion; call it once after each, or use another method"
             )
         record, model = self.forwards[0], self.tap.model
-        replaced = {name: b.clone() for name, b in model.named_buffers()}
+        replaced: dict[str, Tensor] = {name: b.clone() for name, b in model.named_buffers()}
         if change is not None:
             replaced |= {n: change[1] for n, p in model.named_parameters() if p is change[0]}
         with ExitStack() as stack:
@@ -102,14 +102,11 @@ class Replay:
             stack.enter_context(rng_preserved(record.rng))
             for device, (on, dtype) in record.autocast.items():
                 stack.enter_context(torch.autocast(device, dtype, enabled=on))
-            if self.again is None:
-                replayed = torch.func.functional_call(model, replaced, record.args, record.kwargs)
-            else:
-                named = {f"model.{name}": x for name, x in replaced.items()}
-                outputs, targets = torch.func.functional_call(_Again(model, self.again), named, ())
-        if self.again is not None:
-            assert self.criterion is not None
-            return outputs, replace(self.criterion, targets=(targets,))(outputs)
+            if self.again is not None and self.criterion is not None:
+                again, named = _Again(model, self.again), {f"model.{name}": x for name, x in replaced.items()}
+                outputs, targets = torch.func.functional_call(again, named, ())
+                return outputs, replace(self.criterion, targets=(targets,))(outputs)
+            replayed = torch.func.functional_call(model, replaced, record.args, record.kwargs)
         part = same_part(record.outputs, self.outputs, replayed)
         return part, self.factor * part if self.criterion is None else self.criterion(part)
 
