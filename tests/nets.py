@@ -180,7 +180,9 @@ class Problem:
         if curvature == "hessian":
             H = torch.func.hessian(lambda z: loss_of_outputs(tail(z)))(z)
         else:
-            H = reference.layer_ggn(tail, loss_of_outputs, z)
+            J = torch.func.jacrev(tail)(z).reshape(-1, z.numel())
+            A = torch.func.hessian(loss_of_outputs)(tail(z)).reshape(len(J), len(J))
+            H = J.mT @ A @ J
         H_z = H.detach().reshape(z.numel(), z.numel())
         return reference.kappa_in_output_space(self.linear.weight, phi, H_z)
 

@@ -99,10 +99,8 @@ def _whole(least: float = -math.inf, needed: str = "a whole number is needed") -
     return Check(needed, lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool) and int(x) >= least)
 
 
-def _tensor(needed: str, dims: int | None = None) -> Check:
-    return Check(
-        needed, lambda x: isinstance(x, Tensor) and x.is_floating_point() and dims in (None, x.ndim), DataError
-    )
+def _tensor(needed: str, dims: int = 0) -> Check:
+    return Check(needed, lambda x: isinstance(x, Tensor) and x.is_floating_point() and dims in (0, x.ndim), DataError)
 
 
 _NUMBER = Check("a finite number is needed", _number)

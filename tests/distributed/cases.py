@@ -323,7 +323,7 @@ def measure(rank: int, ranks: int) -> dict[str, Any]:
         "empty": {"data": []},
         "one batch of an unknown loss": {
             "data": (x, y % CLASSES),
-            "loss_fn": lambda z, t: F.cross_entropy(z, t) * 1.0,
+            "loss_fn": lambda z, t: F.cross_entropy(z, t) + z.square().mean(),
         },
     }.items():
         try:

@@ -165,8 +165,12 @@ def test_finite_differences_take_the_drawn_layers_only() -> None:
 
 def test_refusals() -> None:
     net = network()
-    for wrong in (0, 5, -1):
-        with pytest.raises(ConfigError, match=rf"layers_per_step={wrong}: a number from 1 to 4"):
+    for wrong, needed in (
+        (0, "a whole number of layers from 1 on"),
+        (5, "a number from 1 to 4"),
+        (-1, "a whole number"),
+    ):
+        with pytest.raises(ConfigError, match=rf"layers_per_step={wrong}: {needed}"):
             FAM(CE(), net, NAMES, strength=1.0, layers_per_step=wrong)
     with pytest.raises(ConfigError, match=r"layers_per_step has no meaning with radius=0\.1"):
         FAM(CE(), net, NAMES, strength=1.0, radius=0.1, layers_per_step=1)

@@ -31,6 +31,10 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
     Raises:
         LayerError: if nothing matches, or a match has no weight matrix; names the candidates.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise LayerError(
+            "the model is a TorchScript program, whose layers cannot be watched; give it as it was before"
+        )
     if isinstance(layer, str):
         return _by_name(model, layer)
     if isinstance(layer, nn.Module | nn.Parameter):
@@ -99,6 +103,8 @@ def _possible_outputs(model: nn.Module, supported: dict[str, nn.Module]) -> dict
             f"the model is a {type(model).__name__}, a criterion: are the two swapped? FAM takes the criterion "
             "first, relative_flatness the model"
         )
+    if not supported and matrices(model):
+        return dict(matrices(model))
     if not supported:
         quantised = [n for n, m in model.named_modules() if ".quantized." in type(m).__module__]
         why = f": {quantised} are quantised; take the model before" if quantised else ""

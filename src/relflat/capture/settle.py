@@ -41,12 +41,20 @@ def output_layer(loss: Tensor, source: Tensor | None, calls: Sequence[Call], nam
         raise LayerError(
             f"'output' is ambiguous: {sorted(ends)} all feed what the loss was computed from; name one of them"
         )
-    if only not in {c.layer for c in calls}:
+    if only not in {c.layer for c in calls} and not _used_once(only, names, loss):
         raise LayerError(
-            f"'output' is no layer that was called: the loss was computed from a product with parameter {only!r}; "
-            f"name that: layer={only!r}"
+            f"'output' is no layer that was called: the loss was computed from a product with parameter {only!r}, "
+            f"which has other uses too; name that: layer={only!r}"
         )
     return only
+
+
+def _used_once(name: str, names: Mapping[int, str], loss: Tensor) -> bool:
+    """Whether a parameter's only way to the loss is one product, so that it is a layer of its own."""
+    uses = Uses(loss)
+    found = (parameter_behind(node) for node in ancestors(loss.grad_fn) if hasattr(node, "variable"))
+    mine = [p for p in found if p is not None and names.get(id(p)) == name]
+    return any(len(uses.products(p)) == len(list(uses.of(p))) == 1 for p in mine)
 
 
 def _reached(tensor: Tensor, calls: Sequence[Call], names: Mapping[int, str]) -> Iterator[str]:

@@ -319,7 +319,7 @@ class Tap:
         if self.searching:
             names = {id(p): n for n, p in self.model.named_parameters()}
             output = output_layer(loss, source, calls, names) if end is None else end.layer
-            wanted[output] = self.layers[output]
+            wanted[output] = self.layers[output] if output in self.layers else self.model.get_parameter(output)
         if self._matched:
             given = {n: t for n, t in self.layers.items() if n in self._matched}
             wanted |= taking_part(given, depends_on(loss, calls), Uses(loss), features=self.needs_features)

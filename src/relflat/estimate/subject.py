@@ -204,6 +204,12 @@ class Subject:
                     f"SyncBatchNorm after layer {self.layer!r} couples the samples of all ranks and cannot be "
                     "differentiated twice (in training mode; its evaluation mode can)"
                 )
+            if operation(node) == "WeightNormInterface" and isinstance(self.target, nn.Parameter):
+                if leaf(self.target) in ancestors(node):
+                    raise SecondDerivativeError(
+                        f"PyTorch's second derivative of weight normalisation in {self.layer!r} is wrong; name the layer "
+                        "that it belongs to"
+                    )
             if compiled(node):
                 raise SecondDerivativeError(
                     f"a part after layer {self.layer!r} is compiled, and has no second derivatives"

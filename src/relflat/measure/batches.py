@@ -245,7 +245,8 @@ class Reduction:
         """
         raise LossError(
             "whether this loss is a mean or a sum over samples cannot be told from its values (0, or of batches that "
-            "cannot be joined), so batches cannot be put together; give all data as one batch, or use a known loss"
+            "cannot be joined), so batches cannot be put together; give all data as one batch (each rank "
+            "two batches), or use a known loss"
         )
 
 

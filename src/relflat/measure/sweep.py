@@ -206,7 +206,7 @@ class Measurement:
         """Standard deviation of features over the data, by one extra pass; 0 for those that never vary."""
         self.batches.must_be_repeatable("normalize_features")
         if self.tap.unsettled:
-            next(self.scenes())
+            next(self.scenes(Sums({}, 1)), None)  # a rank may have no data
         total = functools.reduce(added, gathered(self._moments, self.group))
         for name, x in total.items():
             if x.count < 2:
