@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from relflat.capture.calls import Call, is_recurrent, same_values
 from relflat.capture.graph import ancestors, compiled, leaves_between, operation, singular
@@ -204,17 +205,19 @@ class Subject:
                     f"SyncBatchNorm after layer {self.layer!r} couples the samples of all ranks and cannot be "
                     "differentiated twice (in training mode; its evaluation mode can)"
                 )
-            if operation(node) == "WeightNormInterface" and isinstance(self.target, nn.Parameter):
-                if leaf(self.target) in ancestors(node):
-                    raise SecondDerivativeError(
-                        f"PyTorch's second derivative of weight normalisation in {self.layer!r} is wrong; name the layer "
-                        "that it belongs to"
-                    )
+            if operation(node) == "WeightNormInterface" and self._comes_from_it(node):
+                raise SecondDerivativeError(
+                    f"PyTorch's second derivative of weight normalisation in {self.layer!r} is wrong; name the layer "
+                    "that it belongs to"
+                )
             if compiled(node):
                 raise SecondDerivativeError(
                     f"a part after layer {self.layer!r} is compiled, and has no second derivatives"
                 )
         self.memory.plain.add(key)
+
+    def _comes_from_it(self, node: Node) -> bool:
+        return isinstance(self.target, nn.Parameter) and leaf(self.target) in set(ancestors(node))
 
     def _asked_slope(self) -> Tensor | None:
         """The slope of the loss in the outputs by differences, where autograd has no right derivative of it.
