@@ -12,7 +12,7 @@ FRAMEWORKS = ("lightning", "transformers", "accelerate", "skorch", "peft", "skle
 
 
 def python(code: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # compiled once, as for users
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # users compile once
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -1,3 +1,4 @@
+import html
 import json
 import re
 from dataclasses import replace
@@ -40,7 +41,7 @@ def test_the_three_files_have_the_same_words(relflat, toy, tmp_path):
     page, text = ((tmp_path / "there" / f"report.{kind}").read_text() for kind in ("html", "md"))
     values = json.loads((tmp_path / "there" / "report.json").read_text())
     for content in (page.replace("&lt;", "<"), text, json.dumps(values)):
-        assert "Not reproduced: 2 < 3." in content
+        assert "Not reproduced: 2 < 3." in html.unescape(content)
         assert "Table 0: 3." in content
         assert "one seed for five" in content
         assert "n=1." in content
@@ -95,8 +96,7 @@ def test_a_folder_that_cannot_be_made(relflat, toy, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = relflat("reproduce", "toy", "--out", "file")
     assert code == 2
-    assert "Cannot write to file" in err
-    assert "--out" in err
+    assert "not a report's folder; choose another --out" in err
 
 
 def test_names_are_those_of_the_modules():

@@ -59,6 +59,12 @@ def is_pattern(model: nn.Module, layer: object) -> str | None:
     return "output" if layer == "output" else "glob" if set(layer) & set("*?[") else None
 
 
+def resolve_unrun(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Target]:
+    """As :func:`resolve` for a model that is not run: ``"output"`` is its module of that name, if there is one."""
+    own, names = dict(model.named_children()), [layers] if isinstance(layers, str) else layers
+    return resolve(model, [own.get(n, n) if n == "output" else n for n in names])
+
+
 def part(model: nn.Module, name: str) -> nn.Module | None:
     """The module that is in the model under a name; None if there is none."""
     at: nn.Module | None = model

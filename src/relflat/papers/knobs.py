@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from relflat import FAM
 from relflat.capture.kinds import weight_of
-from relflat.capture.resolve import resolve
 from relflat.errors import ConfigError
 from relflat.estimate import closed_form
 from relflat.estimate.contributions import Contributions
@@ -78,7 +77,6 @@ class KnobbedFAM(FAM):
             options["strength"] = lambda step: 0.0 if step >= after else at(step)
         self._settings = settings
         super().__init__(loss, model, names_in(settings.layer), **options, seed=seed)
-        self._layers_of = [model]  # in a list: the criterion must not register the model as its part
 
     @torch.no_grad()
     def cap(self) -> None:
@@ -86,7 +84,7 @@ class KnobbedFAM(FAM):
         cap, after = self._settings.weight_cap, self._settings.remove_after
         if cap is None or (after is not None and self.step >= after):
             return
-        for target in resolve(self._layers_of[0], self.layers).values():
+        for target in self._tap.layers.values():
             weight = target if isinstance(target, nn.Parameter) else weight_of(target)
             weight.mul_((cap / weight.norm()).clamp(max=1))
 

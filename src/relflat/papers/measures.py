@@ -21,7 +21,7 @@ from torch.func import functional_call, jvp
 
 from relflat import relative_flatness
 from relflat.capture.kinds import weight_of
-from relflat.capture.resolve import resolve
+from relflat.capture.resolve import resolve_unrun
 from relflat.landscape import max_eigenvalue_flatness
 
 CHUNK = 1000  # samples at a time
@@ -51,7 +51,7 @@ class Subject:
     @property
     def weight(self) -> Tensor:
         """The layer's weight."""
-        (target,) = resolve(self.model, self.layer).values()
+        (target,) = resolve_unrun(self.model, [self.layer]).values()
         return target if isinstance(target, nn.Parameter) else weight_of(target)
 
 

@@ -108,10 +108,8 @@ def blamed(task: str) -> Iterator[None]:
     place = split_name(task)
     try:
         yield
-    except RelflatError:
-        raise
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        if place is None:
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, explained while measuring or not
+        if place is None or (isinstance(error, RelflatError) and not isinstance(error.__cause__, RuntimeError)):
             raise
         path = place[0]
         inside = any(frame.filename == str(path) for frame in traceback.extract_tb(error.__traceback__))

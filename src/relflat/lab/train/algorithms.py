@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relflat import FAM
-from relflat.capture.resolve import resolve
+from relflat.capture.resolve import resolve_unrun
 from relflat.errors import ConfigError
 from relflat.lab.common.names import look_up, names_in
 from relflat.lab.train.steps import looksam_step, plain_step, sam_step
@@ -123,7 +123,7 @@ class Disturbed(nn.Module):
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             return (change(args[0]), *args[1:]) if module.training else None
 
-        for name, layer in resolve(model, names_in(layers)).items():
+        for name, layer in resolve_unrun(model, names_in(layers)).items():
             if not isinstance(layer, nn.Module):
                 raise ConfigError(f"layer={layers!r}: {name!r} is a parameter, which has no input.")
             self._handles.append(layer.register_forward_pre_hook(before))
