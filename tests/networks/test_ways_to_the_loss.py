@@ -264,3 +264,27 @@ def test_samples_that_mix_later(how: str, curvature: str) -> None:
     fam(net(x), y)
     want = kappa(net[0].weight, lambda: CE(net(x), y))  # the network is piecewise linear after the layer
     assert fam.last["kappa"] == pytest.approx(want, rel=1e-9)
+
+
+class Overwritten(nn.Module):
+    """Tokens through a dense layer, whose output is a view of a product and is written to in place."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.a, self.q, self.b = nn.Linear(IN, 4, bias=bias), nn.Parameter(torch.randn(4)), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x.unflatten(1, (1, -1)).expand(-1, 2, -1))
+        h += self.q
+        return self.b(h.tanh_().mean(1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_output_that_is_written_to_in_place(bias: bool) -> None:
+    torch.manual_seed(0)
+    net, (x, y) = Overwritten(bias=bias).double(), batch()
+    want = kappa(net.a.weight, lambda: CE(net(x), y))
+    assert relative_flatness(net, CE, (x, y), layer="a", method="exact").value == pytest.approx(want, rel=1e-9)
+    fam = FAM(CE, net, "*", strength=1.0, curvature="hessian", method="exact")
+    fam(net(x), y).backward()
+    assert fam.last["by_layer"]["a"] == pytest.approx(want, rel=1e-9)

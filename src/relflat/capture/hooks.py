@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class WeakHook:
@@ -117,9 +118,16 @@ def with_graph(output: Tensor) -> Tensor | None:
     return output.detach().requires_grad_().clone()
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often it was written to; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+def endpoint(phi: Tensor, output: Tensor) -> tuple[GradientEdge | None, tuple[int, int]]:
+    """Where the graph passes an output, None if it has no graph; and how often input and output were written to.
+
+    An output that is a view of all that was computed is passed there: writing to it gives the view another history.
+    """
+    versions = 0 if phi.is_inference() else phi._version, 0 if output.is_inference() else output._version
+    base = output._base
+    if base is not None and base.requires_grad and base.numel() == output.numel() and base.is_contiguous():
+        output = base if output.is_contiguous() else output
+    return (get_gradient_edge(output) if output.requires_grad else None), versions
 
 
 _NOTHING = nullcontext()

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from relflat.capture.calls import Call, Forward, Pending, depends_on
-from relflat.capture.hooks import WeakHook, recomputing, remove, runs, saved_by_us, traced, version_of, with_graph
+from relflat.capture.hooks import WeakHook, endpoint, recomputing, remove, runs, saved_by_us, traced, with_graph
 from relflat.capture.kinds import Kind, is_linear, kind_of, own_weights, parametrization_of, weight_of
 from relflat.capture.resolve import Layer, Target, is_pattern, part, resolve, supported_layers
 from relflat.capture.settle import output_layer, taking_part
@@ -176,15 +175,14 @@ class Tap:
         return replaced
 
     def _call(self, name: str, module: nn.Module, phi: Tensor, output: Tensor) -> Call:
-        edge = get_gradient_edge(output) if output.requires_grad else None
+        edge, versions = endpoint(phi, output)
         kind, weight = self._kinds[name], self._whole.pop(name, None)
         if weight is None:
             weight = self._computed.pop((name, get_ident()), None)
             with saved_by_us():
                 weight = kind.matrix(module, weight_of(module) if weight is None else weight)
-        versions, tied = (version_of(phi), version_of(output)), name in self._tied
         linear = kind.trusted(module) or is_linear(kind, module, phi, weight, output)
-        return Call(name, module, kind, phi, weight, output, edge, versions, tied, phi.grad_fn, linear)
+        return Call(name, module, kind, phi, weight, output, edge, versions, name in self._tied, phi.grad_fn, linear)
 
     def _follow(self, model: nn.Module) -> None:
         """Watch the layer that has a name now, where another one was put in its place."""

@@ -141,7 +141,10 @@ def pull(
                 f"the gradient in parameter {c.layer!r} is sparse and cannot be differentiated again; name the "
                 "module in place of its parameter, or build nn.Embedding with sparse=False"
             )
-    return [torch.zeros_like(c.output) if g is None else g for g, c in zip(found, calls, strict=True)]
+    return [
+        torch.zeros_like(c.output) if g is None else g.reshape(c.output.shape)  # that of what an output views
+        for g, c in zip(found, calls, strict=True)
+    ]
 
 
 def _edge(call: Call) -> GradientEdge:
