@@ -301,3 +301,18 @@ class TestGlobs:
         net.forward = lambda x: net[2](net[1](net[0](x)))
         with pytest.raises(LayerError, match=r"none of .'spare'. took part"):
             relative_flatness_by_layer(net, CE, (x, y), layer="spar*")
+
+
+def test_weights_that_a_stock_encoder_uses_without_calling_their_layers() -> None:
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(IN, 2, 5, dropout=0.0, batch_first=True)
+    net = nn.Sequential(
+        nn.Unflatten(1, (1, IN)), nn.TransformerEncoder(block, 1), nn.Flatten(), nn.Linear(IN, CLASSES)
+    )
+    x, y = batch()
+    found = relative_flatness_by_layer(net.double(), CE, (x, y), layer="*", method="exact")
+    name = "1.layers.0.self_attn.out_proj"
+    assert found[name].method == "exact(weight)"
+    with sdpa_kernel(SDPBackend.MATH):
+        want = kappa(net.get_parameter(f"{name}.weight"), lambda: CE(net(x), y))
+    assert found[name].value == pytest.approx(want, rel=1e-9)

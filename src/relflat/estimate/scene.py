@@ -90,7 +90,7 @@ class Scene:
         made = Scene.of(
             [forward], loss, outputs=outputs, given=part, known=known, scales=self.scales, replay=replay, plain=True
         )
-        return made.read().only(self.layers)
+        return replace(made.read().only(self.layers), parameters=self.parameters)
 
     @property
     def layers(self) -> list[str]:

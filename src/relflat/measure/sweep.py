@@ -100,7 +100,8 @@ class Measurement:
         """Add a batch's contributions, of other probes than those drawn in earlier sweeps."""
         parts = self.estimator(scene, (drawn << 32) + i, replace(self.estimator.options, probes=sums.probes))
         self._without_graph = _recognised(scene) and all(p.method == "closed_form" for p in parts.values())
-        for name, p in parts.items():
+        for name in scene.layers:
+            p = parts[name]  # every one of them
             kappa = Sum.of(p.kappa, exact=p.exact, variances=p.variances[0], bias=p.bias)
             trace = Sum.of(p.trace, exact=p.exact, variances=p.variances[1])
             sums.layers[name] += LayerSums(kappa * factor, trace * factor, method=p.method, exact=p.exact)
