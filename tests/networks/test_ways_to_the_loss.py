@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from architectures import Net
 from test_layers import conv1d_of_gpt2
-from test_which_layer import CE, CLASSES, IN, N, batch, kappa, mlp
+from test_which_layer import CE, CLASSES, IN, N, batch, by_differences, kappa, mlp
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -283,8 +283,8 @@ class Overwritten(nn.Module):
 def test_an_output_that_is_written_to_in_place(bias: bool) -> None:
     torch.manual_seed(0)
     net, (x, y) = Overwritten(bias=bias).double(), batch()
-    want = kappa(net.a.weight, lambda: CE(net(x), y))
-    assert relative_flatness(net, CE, (x, y), layer="a", method="exact").value == pytest.approx(want, rel=1e-9)
+    want = by_differences(net.a.weight, lambda: CE(net(x), y))
+    assert relative_flatness(net, CE, (x, y), layer="a", method="exact").value == pytest.approx(want, rel=1e-5)
     fam = FAM(CE, net, "*", strength=1.0, curvature="hessian", method="exact")
     fam(net(x), y).backward()
-    assert fam.last["by_layer"]["a"] == pytest.approx(want, rel=1e-9)
+    assert fam.last["by_layer"]["a"] == pytest.approx(want, rel=1e-5)

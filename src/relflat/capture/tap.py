@@ -57,7 +57,8 @@ class Tap:
         )
         self.searching = any(isinstance(n, str) and n == "output" for n in named)
         self._matched -= self._asked_for
-        self._model, self._when = weakref.ref(model), when
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self._when = when
         self._parameters: dict[str, Target] = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
         self._called: set[str] = set()
         self._given: set[str] = set()  # layers whose output was given a graph
@@ -344,5 +345,5 @@ def _closed_tap() -> Tap:
     tap = object.__new__(Tap)
     tap.layers, tap._parameters, tap._handles, tap._pending, tap.copied = {}, {}, {}, Pending(), True
     tap._matched = set()
-    tap._model = lambda: None  # type: ignore[assignment]
+    tap._model = lambda: None
     return tap

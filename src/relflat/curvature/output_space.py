@@ -217,7 +217,7 @@ class OutputSpace:
         if not trace:
             return kappa, kappa
         by_channel, phi = by_channel.detach(), self.features.detach()
-        return kappa, sum(_gram_product(by_channel[:, :, i], phi[:, :, i]) for i in range(c))  # type: ignore[return-value]
+        return kappa, torch.stack([_gram_product(by_channel[:, :, i], phi[:, :, i]) for i in range(c)]).sum(0)
 
     def weight_product(self, operator: Operator, v: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
         """By way of the outputs (I5): ``sum_p (H [V phi])_p phi_p'``."""
