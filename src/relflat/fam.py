@@ -11,56 +11,61 @@ from torch import Tensor, nn
 from relflat.capture.calls import Forward, depends_on, step_of
 from relflat.capture.hooks import buffers_kept
 from relflat.capture.outputs import output_tensor
-from relflat.capture.resolve import Layer, supported_layers
-from relflat.capture.tap import Inject, Tap
+from relflat.capture.resolve import Layer
+from relflat.capture.tap import Tap
 from relflat.distributed import kept_whole
 from relflat.errors import ConfigError
-from relflat.estimate.contributions import shaped, without_gradient
+from relflat.estimate.contributions import plain_numbers, shaped, without_gradient
 from relflat.estimate.estimator import Estimator
-from relflat.estimate.radius import Noise
+from relflat.estimate.radius import Noise, perturb_passes
 from relflat.estimate.replay import Replay
 from relflat.estimate.scene import Scene, calls_behind
 from relflat.estimate.suitable import must_suit
 from relflat.guards import Guards
 from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.loss.reading import read_loss
-from relflat.options import Curvature, Gradient, Options, Strength, check, checked, strength_at, warmed_up
+from relflat.options import Curvature, Gradient, Number, Options, check, checked
 from relflat.rng import subset
+from relflat.sizing import BOUND, Sizing
 
 
 class FAM(nn.Module):
-    r"""Task loss plus ``strength * kappa`` of one layer or several: ``L + lambda kappa(W)`` of the paper.
+    r"""Task loss plus a penalty on relative flatness, ``L + lambda kappa(W)`` of the paper.
 
-    Wraps the criterion and watches the model through forward hooks, so one line of a training loop changes. In
-    evaluation mode of the model it is the plain criterion. It has no parameters of its own and its
-    ``state_dict`` is that of the criterion.
+    ``FAM(loss_fn, model)`` needs no tuning: kappa of every weight matrix, now and then, of a size that fits networks
+    of all depths, and bounded. Wraps the criterion and watches the model through forward hooks, so one line of a
+    training loop changes. In evaluation mode of the model it is the plain criterion, and so is its ``state_dict``.
 
     Args:
         loss_fn: the criterion, called as ``loss_fn(outputs, *targets, **kwargs)``; None for :meth:`penalty` alone.
         model: the module that is called in the training loop.
-        layer: a module of the model, a qualified name, a glob, a list of those, or ``"output"``, the
-            one that the loss is computed from. A parameter is turned as its product has it, else rows come first.
-            The kappas of several layers are added. A weight shared with another module counts as used in this layer
-            only; if the layer is recurrent too, or with ``"finite_difference"``, all its uses count.
-        strength: the paper's lambda, on the paper's kappa (not divided by m). May be negative. Or a function of the
-            step (calls in training, from 0), which estimates nothing where it is 0.
+        layer: a module of the model, a qualified name, a glob, a list of those, or ``"output"``, the one that the
+            loss is computed from; by default ``"*"``, every weight matrix that it depends on. Their kappas are added.
+            A parameter is turned as its product has it, else rows come first. A weight shared with another module
+            counts as used in this layer only; if that is recurrent too, or with ``"finite_difference"``, all uses do.
+        strength: the paper's lambda, on the paper's kappa (not divided by m) of a layer that is named. May be
+            negative. Or a function of the step (calls in training, from 0), which estimates nothing where it is 0.
+        size: in place of a strength: lambda times the number of layers, so that it is on their mean kappa. It has no
+            unit and fits shallow and deep networks. Or a function of the step.
+        bound: the largest penalty, before ``every``, as a share of the batch's task loss; a larger one is multiplied
+            by a factor, a constant to the gradient. ``math.inf`` for none, as for a loss around 0. Not of ``radius``.
         radius: if given, the penalty is ``E[L(phi + radius ||phi|| u) - L(phi)]``, u a random unit vector, in
-            place of kappa; for small radius and a layer with one position a sample it is ``radius^2 / (2 m) kappa``
-            (Petzka et al., Def. 2); tokens and pixels move independently. Kin of Gaussian noise injection (Camuto et
-            al. 2020); with ``adaptive`` it is Gaussian dropout of variance ``radius^2``.
-        curvature: ``"ggn"`` (never negative for losses convex in the outputs) or ``"hessian"``. They agree for
-            an output layer, and where the network is piecewise linear after the layer.
+            place of kappa; for small radius and one position a sample it is ``radius^2 / (2 m) kappa`` (Petzka et
+            al., Def. 2); tokens and pixels move independently. Kin of Gaussian noise injection (Camuto et al. 2020);
+            if ``adaptive``, it is Gaussian dropout of variance ``radius^2``.
+        curvature: ``"ggn"`` (never negative for losses convex in the outputs) or ``"hessian"``; they agree for an
+            output layer, and where the network is piecewise linear after the layer.
         gradient: ``"full"`` differentiates all of kappa (Lemma 1); ``"frozen"`` holds the curvature constant;
             ``"weights"`` lets the gradient reach this layer's weight only.
         method: ``"auto"``, ``"closed_form"``, ``"exact"``, ``"probe"``, ``"finite_difference"``, or one that was
             registered (:mod:`relflat.estimate.methods`).
         probes: random directions a step, where the method is stochastic.
         adaptive: the adaptive form, invariant to rescaling of single features too.
-        every: the penalty is added on every so-many-th call only, not rescaled.
+        every: the penalty is added on every so-many-th call only, multiplied by that number, so that its mean is
+            what it would be at each. By default 1 with ``strength`` or ``radius``, else 8.
         layers_per_step: of several layers, draw so many for each step, uniformly without replacement, and multiply
             their kappas by the number of layers over this: unbiased for the sum. ``k`` of ``n`` add a variance of
-            ``n (n - k) / k`` times that of kappa between the layers. Seed and step decide the draw, the same on all
-            ranks. Not with ``radius``, which moves all layers at once.
+            ``n (n - k) / k`` times that of kappa between the layers. All ranks draw the same. Not with ``radius``.
         normalize_features: kappa of the layer with its features divided by their standard deviation over the
             batch (taken as a constant) and its weight multiplied by it, without features that do not vary in it.
         seed: of the probes. By default ``torch.initial_seed()``. No global random numbers are used.
@@ -71,19 +76,19 @@ class FAM(nn.Module):
     ``radius``: one more forward; for hidden layers with ``strength=1`` none, as the forward pass itself is perturbed.
 
     Raises:
-        LayerError, ConfigError: here, if the arguments do not fit; GraphError, LossError: when called.
+        LayerError, ConfigError: here, if arguments do not fit; GraphError, LossError: when called.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> criterion = FAM(nn.CrossEntropyLoss(), model, "output", strength=0.1)
+        >>> criterion = FAM(nn.CrossEntropyLoss(), model)
         >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
         >>> loss = criterion(model(x), y)
         >>> loss.backward()
-        >>> criterion.last["method"]
-        'closed_form'
+        >>> criterion.layers
+        ['0', '2']
         >>> abs(criterion.last["total"] - criterion.last["task"] - criterion.last["penalty"]) < 1e-6
         True
     """
@@ -93,30 +98,32 @@ class FAM(nn.Module):
         self,
         loss_fn: Callable[..., Any] | None,
         model: nn.Module,
-        layer: Layer,
+        layer: Layer | None = None,
         *,
-        strength: Strength,
+        strength: Number | None = None,
+        size: Number | None = None,
+        bound: float = BOUND,
         radius: float | None = None,
         curvature: Curvature = "ggn",
         gradient: Gradient = "full",
         method: str = "auto",
         probes: int = 1,
         adaptive: bool = False,
-        every: int = 1,
+        every: int | None = None,
         layers_per_step: int | None = None,
         normalize_features: bool = False,
         seed: int | None = None,
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        given = curvature, method, probes, adaptive, normalize_features, gradient, radius, every, layers_per_step
-        self.options, self.loss_fn, self.step = Options(*given), loss_fn, 0
-        strength_at(strength, 0)
-        self.strength = warmed_up(strength, warmup_steps) if warmup_steps else strength
+        options = curvature, method, probes, adaptive, normalize_features, gradient, radius, layers_per_step
+        self.options, self.loss_fn, self.step = Options(*options), loss_fn, 0
+        given = {"layer": layer, "strength": strength, "size": size, "radius": radius}
+        self._sizing = Sizing(given, bound, every, warmup_steps)
         self._estimator = Estimator(self.options, torch.initial_seed() if seed is None else seed)
         self._guards = Guards()
         self._last: dict[str, Any] = {}
-        self._tap = Tap(model, layer)
+        self._tap = Tap(model, "*" if layer is None else layer)
         self._tap.needs_features = normalize_features or radius is not None
         try:
             must_suit(self._tap, self.options)
@@ -124,19 +131,28 @@ class FAM(nn.Module):
             self._tap.close()
             raise
         self._tap.keep_rng = self._estimator.repeats or self._estimator.may_repeat
-        if self.strength == 1 and radius is not None and every == 1 and probes == 1:
-            self._perturb_the_forward_pass()
+        if self.strength == 1 and radius is not None and self._sizing.every == 1 and probes == 1:
+            me = weakref.ref(self)  # no cycle: dropping the criterion removes its hooks at once
+            perturb_passes(self._tap, lambda: None if (fam := me()) is None else fam._noise())
         keep_state_dict_of_criterion(self)
 
     @property
-    def strength(self) -> Strength:
-        """The paper's lambda, or that of each step; may be changed between steps."""
-        return self._strength
+    def strength(self) -> Number | None:
+        """The paper's lambda, or that of each step, which may be changed between steps; None if a size is used."""
+        return None if self._sizing.by_layers else self._sizing.number
 
     @strength.setter
-    def strength(self, strength: Strength) -> None:
-        check(strength=strength)
-        self._strength = strength
+    def strength(self, strength: Number) -> None:
+        self._sizing.change("strength", strength)
+
+    @property
+    def size(self) -> Number | None:
+        """Lambda times the number of layers, likewise; None if a strength is used."""
+        return self._sizing.number if self._sizing.by_layers else None
+
+    @size.setter
+    def size(self, size: Number) -> None:
+        self._sizing.change("size", size)
 
     def forward(self, outputs: Any, *targets: Any, **kwargs: Any) -> Tensor:
         """Task loss of ``outputs``, plus the penalty while the model trains.
@@ -162,7 +178,7 @@ class FAM(nn.Module):
             return self._perturbed(task, tensor)
         if not active:
             self._forget()
-            self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
+            self._last = {"task": (mean := task.detach().mean()), "penalty": 0.0, "total": mean}
             return task
         forwards, known = self._tap.take(task), criterion.known(outputs)
         if self._tap.unsettled:
@@ -220,14 +236,15 @@ class FAM(nn.Module):
     def last(self) -> dict[str, Any]:
         """The last step in numbers.
 
-        Keys: ``task``, ``penalty`` (``strength * kappa`` as added), ``total``; in training also ``kappa`` (or
-        the loss increase, with ``radius``), ``by_layer``, ``method``, ``strength`` (of this step), ``skipped``
-        (penalties left out so far as they were not finite) and ``collapsed`` (features or outputs that did not
-        depend on the input when last looked at, every tenth step). With ``layers_per_step``, ``layers`` are those
-        drawn, ``by_layer`` has their kappas, and ``kappa`` is the estimate of the sum over all. Where the forward
-        pass itself was perturbed (``radius`` on a hidden layer, strength 1) ``task`` and ``penalty`` are nan.
+        Keys: ``task``, ``penalty`` (as added: ``every * factor * strength * kappa``), ``total``; in training also
+        ``strength`` (lambda of this step), ``size``, ``factor`` (of the bound at the last penalty), ``bounded`` (how
+        many of all ``penalties`` it made smaller), ``kappa`` (or the loss increase, with ``radius``), ``by_layer``,
+        ``method``, ``skipped`` (penalties left out as they were not finite) and ``collapsed`` (features or outputs
+        that did not depend on the input when last looked at, every tenth step). With ``layers_per_step``, ``layers``
+        are those drawn, ``by_layer`` has their kappas, and ``kappa`` estimates the sum over all. Where the pass
+        itself was perturbed (``radius`` on a hidden layer, strength 1) ``task`` and ``penalty`` are nan.
         """
-        return {k: _number(v) for k, v in self._last.items()}
+        return plain_numbers(self._last)
 
     @property
     def layers(self) -> list[str]:
@@ -258,8 +275,7 @@ class FAM(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what is regularised and how."""
-        layer = "output" if self._tap.searching else self.layers
-        return f"layer={layer!r}, strength={self.strength}, {self.options}"
+        return f"layer={'output' if self._tap.searching else self.layers!r}, {self._sizing}, {self.options}"
 
     def _active(self) -> bool:
         return self.training and self._tap.training
@@ -276,16 +292,16 @@ class FAM(nn.Module):
         return loss
 
     def _penalty(self, scene: Scene, step: int) -> Tensor | None:
-        """``strength * kappa``, or None where this step has none; reports in ``last``."""
+        """``lambda kappa`` of its size, or None where this step has none; reports in ``last``."""
         task = scene.loss.detach().mean()
-        strength = 0.0 if step % self.options.every else strength_at(self.strength, step)
+        strength = self._sizing.strength_at(step, len(self.layers))
         penalty: Tensor | None = None
         report: dict[str, Any] = {"task": task, "penalty": 0.0, "total": task, "strength": strength}
         if self._guards.finite("the task loss", scene.loss, step) and strength != 0:
             must_suit(self._tap, self.options)  # "output" may have been settled since
             kappa = self._kappa(scene, step, strength, report)
             if kappa is not None:
-                penalty = strength * kappa
+                penalty = self._sizing.penalty(strength, kappa, scene.loss)
                 report["kappa"], report["penalty"] = kappa.detach().mean(), penalty.detach().mean()
                 report["total"] = task + report["penalty"]
         self._finish(step, scene.watched(), report)
@@ -300,36 +316,21 @@ class FAM(nn.Module):
             scene = scene.only(names)
         with kept_whole(self._tap.model), buffers_kept():
             parts = self._estimator(scene, step)
-        self._tap.keep_rng = self._tap.keep_rng or self._estimator.plain
+        self._tap.keep_rng |= self._estimator.plain
         kappas = {layer: part.kappa for layer, part in parts.items()}
         rows = max(1, scene.loss.numel())  # shares of samples average as their losses do
         report["by_layer"] = {k: v.detach().mean(0).sum() / rows for k, v in kappas.items()}
         report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
         convex = scene.known is not None and self.options.curvature == "ggn"
-        may_be_negative = not convex and self.options.radius is None and strength > 0
-        lost = without_gradient(parts)
-        if not self._guards.judge(kappas, step, may_be_negative=may_be_negative, lost=lost):
+        may_be = not convex and self.options.radius is None and strength > 0
+        if not self._guards.judge(kappas, step, may_be_negative=may_be, lost=without_gradient(parts)):
             return None
         return share * shaped(kappas, scene.loss)
 
     def _finish(self, step: int, watched: dict[str, Tensor], report: dict[str, Any]) -> None:
         self._guards.collapse(step, watched)
-        self._last = report | {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
-
-    def _perturb_the_forward_pass(self) -> None:
-        """Do so, unless the last layer is meant, whose perturbed loss is as cheap computed from its output."""
-        last = list(supported_layers(self._tap.model))[-1:]
-        if self.layers == last or self._tap.unsettled:
-            return
-        me = weakref.ref(self)  # no cycle: dropping the criterion removes its hooks at once
-
-        def injector() -> Inject | None:
-            fam = me()
-            if fam is None or not fam._perturbs():
-                return None
-            return Noise.of(fam.options, fam._estimator.seed, fam.step + (fam._tap.pending << 40))
-
-        self._tap.injector = injector
+        counted = {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
+        self._last = report | self._sizing.report() | counted
 
     def _perturbed(self, loss: Tensor, outputs: Tensor | None) -> Tensor:
         """The loss of the perturbed pass, which is task loss plus penalty."""
@@ -343,8 +344,7 @@ class FAM(nn.Module):
         """Whether this step's forward pass is perturbed itself; ``strength`` and the mode may have changed."""
         return self._tap.injector is not None and self.training and self.strength == 1
 
-
-def _number(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return float(value)
-    return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value
+    def _noise(self) -> Noise | None:
+        if not self._perturbs():
+            return None
+        return Noise.of(self.options, self._estimator.seed, self.step + (self._tap.pending << 40))

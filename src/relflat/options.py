@@ -9,7 +9,6 @@ import functools
 import inspect
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
@@ -28,8 +27,8 @@ Gradient = Literal["full", "frozen", "weights"]
 Reduction = Literal["mean", "sum", "none"]
 Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference", "xtrace"]
 """The methods that come with the library; :func:`relflat.estimate.methods.register` adds others."""
-Strength = float | Callable[[int], float]
-"""The paper's lambda, or that of each step."""
+Number = float | Callable[[int], float]
+"""How large the penalty is, or that of each step."""
 
 
 # -- the checks of all arguments, by their names -------------------------------------------------------------------
@@ -53,7 +52,7 @@ def _function(x: object) -> bool:
     return callable(x) and not isinstance(x, type)
 
 
-def _strength(x: Any) -> bool:
+def _size(x: Any) -> bool:
     """Whether it is a number, one in a tensor, or a function of the step."""
     if _function(x) and not isinstance(x, nn.Module):
         return takes(x, 0)
@@ -135,7 +134,15 @@ _ARGUMENTS = {
     "every": _whole(1, "a number of steps from 1 on is needed"),
     "layers_per_step": _whole(1, "a whole number of layers from 1 on is needed, or None for all"),
     "warmup_steps": _whole(0, "a whole number from 0 on is needed"),
-    "strength": Check("a finite number is needed, or a function of the step that gives one", _strength),
+    "strength": Check("a finite number is needed, or a function of the step that gives one", _size),
+    "size": Check(
+        "a number from 0 on is needed, or a function of the step that gives one",
+        lambda x: _size(x) and (callable(x) or bool(x >= 0)),
+    ),
+    "bound": Check(
+        "a positive number is needed, the largest penalty as a share of the loss, or math.inf for no bound",
+        lambda x: (_number(x) or x == math.inf) and x > 0,
+    ),
     "device": Check("a device that is there is needed, such as 'cpu' or 'cuda:0'", _device),
     "process_group": Check(
         "a process group of torch.distributed is needed, or None",
@@ -207,7 +214,6 @@ class Options:
     normalize_features: bool = False
     gradient: Gradient = "full"
     radius: float | None = None
-    every: int = 1
     layers_per_step: int | None = None
     _: KW_ONLY
     measuring: bool = False
@@ -261,24 +267,3 @@ class Options:
                     f"{name} has no meaning with radius={self.radius}, which moves all layers at once and needs no "
                     "curvature; leave it out"
                 )
-
-
-def strength_at(strength: Strength, step: int) -> float:
-    """The strength of a step.
-
-    Raises:
-        ConfigError: it is not a finite number.
-    """
-    value = strength(step) if callable(strength) else strength
-    if callable(value) or not _ARGUMENTS["strength"].right(value):
-        raise ConfigError(f"strength={value!r} at step {step}: a finite number is needed")
-    return value
-
-
-def warmed_up(strength: Strength, steps: int) -> Strength:
-    """What ``warmup_steps`` stood for, with a warning that names what replaces it."""
-    if callable(strength):
-        raise ConfigError(f"warmup_steps={steps}: give strength as a function of the step in its place")
-    replacement = f"strength=lambda step: {strength} * min(1, (step + 1) / {steps + 1})"
-    warnings.warn(f"warmup_steps is deprecated; give {replacement}", DeprecationWarning, stacklevel=4)
-    return lambda step: strength * min(1.0, (step + 1) / (steps + 1))

@@ -8,7 +8,8 @@ from held import Held, parameter_of
 from published import Published
 from torch import nn
 
-from relflat import FAM, Flatness, LayerError, relative_flatness, relative_flatness_by_layer
+from relflat import Flatness, LayerError, relative_flatness, relative_flatness_by_layer
+from unbounded import FAM
 
 FEW = 150  # directions of a network whose kappas are always held one by one
 

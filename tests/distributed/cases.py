@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from relflat import FAM, linear_cross_entropy_fam, relative_flatness, relative_flatness_by_layer
+from relflat import linear_cross_entropy_fam, relative_flatness, relative_flatness_by_layer
+from unbounded import FAM
 
 SAMPLES, CLASSES, STRENGTH = 24, 5, 0.5
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from relflat import FAM, ConfigError, LayerError, LossError
+from relflat import ConfigError, LayerError, LossError
+from unbounded import FAM
 
 if importlib.util.find_spec("keras") is None:
     pytest.skip("keras is not installed: pip install 'relflat[keras]'", allow_module_level=True)

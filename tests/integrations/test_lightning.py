@@ -8,8 +8,9 @@ from tiny import assert_same, data, gradients, mlp, plain_gradient
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from relflat import FAM, RelflatWarning, relative_flatness
+from relflat import RelflatWarning, relative_flatness
 from relflat.errors import ConfigError, DataError, GraphError, LayerError
+from unbounded import FAM
 
 pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.loggers import CSVLogger

@@ -13,7 +13,7 @@ from tiny import SAMPLES, assert_bitwise, data, mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from relflat import FAM
+from unbounded import FAM
 
 FAM_OPTIONS = {"strength": 0.5, "probes": 2, "warmup_steps": 9, "every": 2}
 

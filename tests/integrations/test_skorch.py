@@ -9,8 +9,8 @@ import torch
 from tiny import assert_same, data, gradients, mlp, plain_gradient
 from torch import nn
 
-from relflat import FAM
 from relflat.errors import ConfigError, LayerError
+from unbounded import FAM
 
 skorch = pytest.importorskip("skorch")
 from sklearn.base import clone

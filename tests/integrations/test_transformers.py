@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from tiny import assert_same, gradients
 from torch import nn
 
-from relflat import FAM, reference, relative_flatness
+from relflat import reference, relative_flatness
 from relflat.errors import ConfigError, DataError, LayerError, LossError
+from unbounded import FAM
 
 transformers = pytest.importorskip("transformers")
 from transformers import (

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from relflat import FAM
+from unbounded import FAM
 
 SAMPLES = 16
 

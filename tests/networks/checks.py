@@ -10,7 +10,8 @@ from architectures import Architecture, Family
 from dense import Dense
 from torch import Tensor, nn
 
-from relflat import FAM, relative_flatness
+from relflat import relative_flatness
+from unbounded import FAM
 
 VALUE, GRADIENT = 1e-9, 1e-7
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from relflat import FAM, ConfigError, GraphError, LayerError, LossError, RelflatError, relative_flatness
+from relflat import ConfigError, GraphError, LayerError, LossError, RelflatError, relative_flatness
+from unbounded import FAM
 
 CE = nn.CrossEntropyLoss()
 pytestmark = pytest.mark.filterwarnings("ignore:kappa of layer")

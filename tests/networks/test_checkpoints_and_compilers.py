@@ -8,7 +8,7 @@ from checks import EachArchitecture
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from relflat import FAM
+from unbounded import FAM
 
 architecture = Family()
 

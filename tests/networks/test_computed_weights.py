@@ -12,7 +12,8 @@ from dense import Dense
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from relflat import FAM, relative_flatness
+from relflat import relative_flatness
+from unbounded import FAM
 
 architecture = Family()
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from relflat import FAM, reference, relative_flatness
+from relflat import reference, relative_flatness
 from relflat.capture.kinds import kind_of
+from unbounded import FAM
 
 CE = nn.CrossEntropyLoss()
 pytestmark = pytest.mark.slow

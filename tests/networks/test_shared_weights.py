@@ -12,7 +12,8 @@ from dense import Dense
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from relflat import FAM, LayerError, reference, relative_flatness
+from relflat import LayerError, reference, relative_flatness
+from unbounded import FAM
 
 architecture = Family()
 

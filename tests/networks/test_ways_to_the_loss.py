@@ -12,7 +12,8 @@ from test_which_layer import CE, CLASSES, IN, N, batch, by_differences, kappa, m
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from relflat import FAM, GraphError, LayerError, relative_flatness
+from relflat import GraphError, LayerError, relative_flatness
+from unbounded import FAM
 
 Loss = Callable[[nn.Module, Any, Tensor], Tensor]
 

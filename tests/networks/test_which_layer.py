@@ -11,7 +11,8 @@ from dense import hessian
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from relflat import FAM, LayerError, RelflatWarning, reference, relative_flatness, relative_flatness_by_layer
+from relflat import LayerError, RelflatWarning, reference, relative_flatness, relative_flatness_by_layer
+from unbounded import FAM
 
 CE = nn.CrossEntropyLoss()
 IN, CLASSES, N = 4, 3, 6

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nets import ACTIVATIONS, KNOWN_LOSSES, UNKNOWN_LOSSES, Loss, Net, Problem, losses, nets, relative_error
-from relflat import FAM, Flatness, reference, relative_flatness
+from relflat import Flatness, reference, relative_flatness
+from unbounded import FAM
 
 VALUE, GRADIENT = 1e-9, 1e-7
 STRENGTH = 0.7

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nets import KNOWN_LOSSES, Loss, Net, Problem, losses, nets, relative_error
-from relflat import FAM, DataError, RelflatWarning, reference, relative_flatness, reparam
+from relflat import DataError, RelflatWarning, reference, relative_flatness, reparam
 from relflat.estimate.radius import Noise
 from relflat.rng import Rng
+from unbounded import FAM
 
 SAME = 1e-9
 DIFFERENT = 1e-3

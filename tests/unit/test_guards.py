@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relflat import FAM, RelflatWarning, relative_flatness
+from relflat import RelflatWarning, relative_flatness
 from relflat.guards import Guards, spread
+from unbounded import FAM
 
 CE = nn.CrossEntropyLoss
 

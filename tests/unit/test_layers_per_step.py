@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relflat import FAM, ConfigError
+from relflat import ConfigError
 from relflat.rng import subset
+from unbounded import FAM
 
 CE = nn.CrossEntropyLoss
 NAMES = ["1", "4", "7", "9"]

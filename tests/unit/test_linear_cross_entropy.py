@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from relflat import FAM, ConfigError, DataError, GraphError, LayerError, linear_cross_entropy_fam, reference
+from relflat import ConfigError, DataError, GraphError, LayerError, linear_cross_entropy_fam, reference
+from unbounded import FAM
 
 MODES = ("full", "frozen", "weights")
 

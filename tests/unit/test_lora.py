@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from relflat import FAM, LayerError, relative_flatness
+from relflat import LayerError, relative_flatness
+from unbounded import FAM
 
 
 def test_lora_with_active_dropout_is_refused_and_its_factor_is_not() -> None:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from small import data, mlp
 from torch import Tensor, nn
 
-from relflat import FAM, GraphError, LossError, RelflatError, RelflatWarning, relative_flatness
+from relflat import GraphError, LossError, RelflatError, RelflatWarning, relative_flatness
 from relflat.curvature.torch_norms import norms_mended
+from unbounded import FAM
 
 CE = nn.CrossEntropyLoss
 

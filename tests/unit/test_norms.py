@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
-from relflat import FAM, relative_flatness
+from relflat import relative_flatness
 from relflat.curvature import torch_norms as norms
 from relflat.curvature.torch_norms import norms_mended
+from unbounded import FAM
 
 SHAPES = {1: (6, 3), 2: (5, 3, 4), 3: (4, 3, 3, 2), 4: (3, 3, 2, 2, 2)}
 KINDS = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from relflat import FAM, GraphError, relative_flatness
+from relflat import GraphError, relative_flatness
+from unbounded import FAM
 
 CE = nn.CrossEntropyLoss
 

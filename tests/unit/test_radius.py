@@ -7,7 +7,7 @@ import torch
 from small import data, mlp
 from torch import nn
 
-from relflat import FAM
+from unbounded import FAM
 
 CE = nn.CrossEntropyLoss
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relflat import FAM
 from relflat.errors import GraphError
 from relflat.loss.reading import read_loss
+from unbounded import FAM
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relflat import FAM, ConfigError, GraphError, LayerError, LossError, RelflatWarning, reference, relative_flatness
+from relflat import ConfigError, GraphError, LayerError, LossError, RelflatWarning, reference, relative_flatness
+from unbounded import FAM
 
 CE = nn.CrossEntropyLoss
 

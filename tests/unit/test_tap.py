@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from relflat import FAM, GraphError, LayerError, RelflatWarning
+from relflat import GraphError, LayerError, RelflatWarning
 from relflat.capture.resolve import resolve
 from relflat.capture.tap import Tap
+from unbounded import FAM
 
 
 def mlp() -> nn.Sequential:

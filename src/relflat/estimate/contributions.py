@@ -4,6 +4,7 @@ import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -62,3 +63,13 @@ def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:
             )
         shares.append(share.sum() if task.ndim == 0 else share.reshape(task.shape))
     return functools.reduce(operator.add, shares) if shares else torch.zeros_like(task.detach())
+
+
+def plain_numbers(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report with numbers in place of tensors, which waits for the device."""
+    found: dict[str, Any] = {}
+    for name, value in report.items():
+        found[name] = plain_numbers(value) if isinstance(value, dict) else value
+        if isinstance(value, Tensor):
+            found[name] = value.item()
+    return found

@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from relflat.capture.calls import same_values
 from relflat.capture.kinds import kind_of
+from relflat.capture.resolve import supported_layers
+from relflat.capture.tap import Tap
 from relflat.curvature.scales import divisor, std_of_rows
 from relflat.errors import ConfigError
 from relflat.estimate.contributions import Contributions
@@ -74,6 +77,12 @@ class Noise:
             unit = eps / length.clamp_min(torch.finfo(eps.dtype).tiny)  # a draw of exactly 0 stays 0
             change = self.radius * size * scale * unit
         return kind.outputs_back(module, change).reshape(wide.shape)
+
+
+def perturb_passes(tap: Tap, noise: Callable[[], Noise | None]) -> None:
+    """Perturb the forward passes themselves, unless the last layer is meant: its output alone does as well."""
+    if list(tap.layers) != list(supported_layers(tap.model))[-1:] and not tap.unsettled:
+        tap.injector = noise
 
 
 def increase(scene: Scene, options: Options, seed: int, step: int) -> Contributions:

@@ -29,7 +29,7 @@ class FAMStep:
 
 
 def prepare_fam(
-    accelerator: Accelerator, loss_fn: Callable[..., Any], model: nn.Module, layer: Layer, **options: Any
+    accelerator: Accelerator, loss_fn: Callable[..., Any], model: nn.Module, layer: Layer | None = None, **options: Any
 ) -> FAM:
     """Return FAM for a model, prepared or not, whose step is saved by ``accelerator.save_state``.
 
@@ -45,7 +45,7 @@ def prepare_fam(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> criterion = prepare_fam(Accelerator(cpu=True), nn.CrossEntropyLoss(), model, "output", strength=0.01)
+        >>> criterion = prepare_fam(Accelerator(cpu=True), nn.CrossEntropyLoss(), model)
     """
     network = accelerator.unwrap_model(model, keep_torch_compile=False)
     criterion = FAM(loss_fn, network, layer, **options)

@@ -12,6 +12,7 @@ from relflat.fam import FAM
 from relflat.measure.api import relative_flatness_by_layer
 from relflat.measure.batches import Batch
 from relflat.result import Flatness
+from relflat.sizing import BOUND, Sizing
 
 
 @contextmanager
@@ -36,15 +37,13 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     """Refuse arguments of FAM with which ``penalty(loss)`` alone is no training.
 
     Args:
-        options: keyword arguments of FAM, the layer among them.
+        options: keyword arguments of FAM, the layer among them; none for its defaults.
         where: what the user wrote them in, for messages.
 
     Raises:
-        ConfigError: if layer or strength is missing, or the loss of a second forward pass would be needed.
+        ConfigError: if the loss of a second forward pass would be needed, or the size of the penalty is not clear.
     """
-    missing = [name for name in ("layer", "strength") if name not in options]
-    if missing:
-        raise ConfigError(f"fam={dict(options)}: {missing[0]!r} is missing; give at least layer and strength")
+    Sizing(options, BOUND, None)
     for name, value in options.items():
         if (name, value) == ("method", "finite_difference") or (name == "radius" and value is not None):
             raise ConfigError(

@@ -36,9 +36,9 @@ else:
 
 
 class FAMMixin(_Base):  # type: ignore[misc, valid-type]  # Keras is not typed
-    """Adds ``strength * kappa`` of some layers to the training loss of a Keras model.
+    """Adds FAM's penalty to the training loss of a Keras model.
 
-    ``compile`` takes ``fam={"layer": ..., "strength": ...}`` and any other argument of :class:`relflat.FAM`, except
+    ``compile`` takes ``fam={}``, or in it ``"layer"`` and any other argument of :class:`relflat.FAM`, except
     ``radius`` and ``method="finite_difference"``, which need the criterion itself. A layer is the name of a ``Dense``
     layer or of a ``TorchModuleWrapper`` around a layer that FAM knows, a list of names, or ``"output"``: the last of
     these. Whatever ``compute_loss`` returns is regularised as it is. ``evaluate``, ``predict``, weights and saved

@@ -16,7 +16,7 @@ with extra("lightning"):
 
 
 class FAMCallback(Callback):
-    """Adds ``strength * kappa`` of some layers to the loss just before each backward pass.
+    """Adds FAM's penalty to the loss just before each backward pass: ``FAMCallback()`` needs no tuning.
 
     The module stays as it is. What is logged as its loss is the plain task loss; the penalty is logged as
     ``fam/penalty`` and kappa as ``fam/kappa``, both of the plain loss, whatever accumulation and gradient scaling
@@ -27,8 +27,8 @@ class FAMCallback(Callback):
 
     Args:
         layer: qualified name, glob, or list of those, within the LightningModule (or ``module``), or ``"output"``:
-            the layer whose outputs the loss is computed from.
-        strength: lambda, as in :class:`relflat.FAM`.
+            the layer whose outputs the loss is computed from; by default all.
+        strength: lambda, as in :class:`relflat.FAM`; without it, the penalty has FAM's ``size``.
         module: name of the submodule that is called as the network. By default all of ``training_step`` is
             watched; give it where the loss is not a cross-entropy, BCE with logits or squared error and
             ``curvature="ggn"`` needs to know the network's outputs.
@@ -40,11 +40,16 @@ class FAMCallback(Callback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[FAMCallback("output", strength=0.01)], logger=False)
+        >>> trainer = Trainer(callbacks=[FAMCallback()], logger=False)
     """
 
     def __init__(
-        self, layer: str | Sequence[str], *, strength: float, module: str | None = None, **options: Any
+        self,
+        layer: str | Sequence[str] | None = None,
+        *,
+        strength: float | None = None,
+        module: str | None = None,
+        **options: Any,
     ) -> None:
         self.layer, self.module = layer, module
         self.options = {"layer": layer, "strength": strength, **options}

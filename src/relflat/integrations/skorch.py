@@ -17,12 +17,11 @@ else:
 
 
 class FAMMixin(_Base):  # type: ignore[misc, valid-type]  # skorch is not typed
-    """Adds ``strength * kappa`` to the training loss of a net; its arguments have the prefix ``fam__``.
+    """Adds FAM's penalty to the training loss of a net; its arguments have the prefix ``fam__``, and none is needed.
 
-    They are ``fam__layer`` (by default ``"output"``), ``fam__strength`` (by default 0), and any other argument of
-    :class:`relflat.FAM` except ``radius`` and ``method="finite_difference"``. They are ordinary skorch parameters:
-    ``set_params``, cloning, grid search and pickling work. Validation loss, scores and predictions are those of the
-    plain criterion.
+    They are those of :class:`relflat.FAM` except ``radius`` and ``method="finite_difference"``; with ``fam__strength``
+    the layer is ``"output"`` if none is named. They are ordinary skorch parameters: ``set_params``, cloning, grid
+    search and pickling work. Validation loss, scores and predictions are those of the plain criterion.
 
     Example:
         >>> import torch
@@ -31,8 +30,8 @@ class FAMMixin(_Base):  # type: ignore[misc, valid-type]  # skorch is not typed
         >>> class FAMClassifier(FAMMixin, NeuralNetClassifier):
         ...     pass
         >>> net = FAMClassifier(torch.nn.Linear, module__in_features=4, module__out_features=3,
-        ...                     criterion=torch.nn.CrossEntropyLoss, fam__layer="output", fam__strength=0.01)
-        >>> search = GridSearchCV(net, {"fam__strength": [0.0, 0.01, 0.1]})
+        ...                     criterion=torch.nn.CrossEntropyLoss)
+        >>> search = GridSearchCV(net, {"fam__size": [0.0, 0.004, 0.008]})
     """
 
     def initialize_criterion(self) -> Any:
@@ -42,7 +41,9 @@ class FAMMixin(_Base):  # type: ignore[misc, valid-type]  # skorch is not typed
         return self
 
     def _new_fam(self) -> FAM:
-        options: dict[str, Any] = {"layer": "output", "strength": 0.0} | self.get_params_for("fam")
+        options: dict[str, Any] = self.get_params_for("fam")
+        if "strength" in options:
+            options.setdefault("layer", "output")
         return fam_for_computed_loss(self.module_, options, f"{type(self).__name__}(fam__...)")
 
     def get_loss(self, y_pred: Any, y_true: Any, X: Any = None, training: bool = False) -> Tensor:

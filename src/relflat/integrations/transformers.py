@@ -1,6 +1,7 @@
 """Transformers: ``FAMTrainer``, ``FAMMixin`` for Trainers of your own, and ``FlatnessCallback``."""
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,7 @@ class FAMStep(TrainerCallback, ExportableState):
 
 
 class FAMMixin(_Base):
-    """Adds ``strength * kappa`` of some layers to the training loss of a Trainer.
+    """Adds FAM's penalty to the training loss of a Trainer.
 
     Whatever loss ``compute_loss`` of the classes after this one returns is regularised as it is: its scale
     (``num_items_in_batch``, accumulation, processes) carries over to kappa. Where it is a cross-entropy, BCE with
@@ -51,7 +52,7 @@ class FAMMixin(_Base):
 
     Args:
         *args: of the Trainer.
-        fam: ``{"layer": ..., "strength": ...}`` and any other argument of :class:`relflat.FAM`, except ``radius`` and
+        fam: arguments of :class:`relflat.FAM`, which needs none, except ``radius`` and
             ``method="finite_difference"``, which need the criterion itself. The seed is that of the training
             arguments if not given.
         **kwargs: of the Trainer.
@@ -65,7 +66,7 @@ class FAMMixin(_Base):
         ...     pass
     """
 
-    def __init__(self, *args: Any, fam: Mapping[str, Any], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fam: Mapping[str, Any] = MappingProxyType({}), **kwargs: Any) -> None:
         check_options(fam, type(self).__name__)
         super().__init__(*args, **kwargs)
         self._fam_options = {"seed": self.args.seed} | dict(fam)
@@ -139,7 +140,7 @@ class FAMTrainer(FAMMixin, Trainer):
     """The Trainer with FAM; see :class:`FAMMixin`.
 
     Example:
-        >>> FAMTrainer(model, args, train_dataset=data, fam={"layer": "output", "strength": 0.01})  # doctest: +SKIP
+        >>> FAMTrainer(model, args, train_dataset=data, fam={"size": 0.004})  # doctest: +SKIP
     """
 
 
