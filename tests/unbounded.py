@@ -1,6 +1,5 @@
 """FAM whose penalty is lambda kappa however large beside the loss, for the tests that hold it against formulas."""
 
-import math
 from typing import Any
 
 import relflat
@@ -9,5 +8,5 @@ import relflat
 class FAM(relflat.FAM):
     """As relflat.FAM, without a bound if none is given."""
 
-    def __init__(self, *args: Any, bound: float = math.inf, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, bound: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, bound=bound, **kwargs)

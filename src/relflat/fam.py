@@ -48,7 +48,7 @@ class FAM(nn.Module):
         size: in place of a strength: lambda times the number of layers, so that it is on their mean kappa. It has no
             unit and fits shallow and deep networks. Or a function of the step.
         bound: the largest penalty, before ``every``, as a share of the batch's task loss; a larger one is multiplied
-            by a factor, a constant to the gradient. ``math.inf`` for none, as for a loss around 0. Not of ``radius``.
+            by a factor, a constant to the gradient. None for no bound, as for a loss around 0. Not of ``radius``.
         radius: if given, the penalty is ``E[L(phi + radius ||phi|| u) - L(phi)]``, u a random unit vector, in
             place of kappa; for small radius and one position a sample it is ``radius^2 / (2 m) kappa`` (Petzka et
             al., Def. 2); tokens and pixels move independently. Kin of Gaussian noise injection (Camuto et al. 2020);
@@ -102,7 +102,7 @@ class FAM(nn.Module):
         *,
         strength: Number | None = None,
         size: Number | None = None,
-        bound: float = BOUND,
+        bound: float | None = BOUND,
         radius: float | None = None,
         curvature: Curvature = "ggn",
         gradient: Gradient = "full",

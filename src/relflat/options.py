@@ -140,7 +140,7 @@ _ARGUMENTS = {
         lambda x: _size(x) and (callable(x) or bool(x >= 0)),
     ),
     "bound": Check(
-        "a positive number is needed, the largest penalty as a share of the loss, or math.inf for no bound",
+        "a positive number is needed, the largest penalty as a share of the loss, or None for no bound",
         lambda x: (_number(x) or x == math.inf) and x > 0,
     ),
     "device": Check("a device that is there is needed, such as 'cpu' or 'cuda:0'", _device),

@@ -7,7 +7,6 @@ none. The *bound* keeps the penalty of a step below a share of its loss, by a fa
 that a network that is not fitted yet cannot be driven to a constant function (docs/concepts.md).
 """
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ class Sizing:
 
     Args:
         given: ``layer``, ``strength``, ``size`` and ``radius``, as FAM was given them.
-        bound: largest penalty, as a share of the task loss; infinite for none.
+        bound: largest penalty, as a share of the task loss; None for no bound.
         every: a penalty comes at each so-many-th step, multiplied by this number.
         warmup_steps: deprecated form of a strength that is a function of the step.
 
@@ -35,14 +34,16 @@ class Sizing:
         ConfigError: two sizes are given, a strength without a layer, or a number that is none.
     """
 
-    def __init__(self, given: Mapping[str, Any], bound: float, every: int | None, warmup_steps: int = 0) -> None:
+    def __init__(
+        self, given: Mapping[str, Any], bound: float | None, every: int | None, warmup_steps: int = 0
+    ) -> None:
         given = {name: value for name, value in given.items() if value is not None}
         for problem in _wrong_together(given):
             raise ConfigError(problem.format(**given))
         self.by_layers = not {"strength", "radius"} & given.keys()
         self.name, usual = ("size", SIZE) if self.by_layers else ("strength", 1.0)
         self.number: Number = given.get(self.name, usual)
-        self.bound = math.inf if "radius" in given else bound
+        self.bound = None if "radius" in given else bound
         self.every = every or (EVERY if self.by_layers else 1)
         self._factor: Tensor | float = 1.0
         self._bounded: Tensor | int = 0
@@ -85,7 +86,7 @@ class Sizing:
         """
         penalty = strength * kappa
         self._penalties += 1
-        if not math.isinf(self.bound):
+        if self.bound is not None:
             large = penalty.detach().mean().abs()
             most = self.bound * task.detach().mean().abs().to(large)
             self._factor = torch.where(large > most, most / large, 1.0)
@@ -99,8 +100,7 @@ class Sizing:
         return said | {"factor": self._factor, "bounded": self._bounded, "penalties": self._penalties}
 
     def __str__(self) -> str:
-        bound = "" if math.isinf(self.bound) else f", bound={self.bound:g}"
-        return f"{self.name}={self.number}{bound}, every={self.every}"
+        return f"{self.name}={self.number}, bound={self.bound}, every={self.every}"
 
 
 def _wrong_together(given: Mapping[str, Any]) -> Iterator[str]:

@@ -36,9 +36,11 @@ def compare(
     *,
     arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help=ARMS_HELP)] = (
         "plain",
+        "smoothing",
+        "dropout",
         "sam",
+        "asam",
         "fam",
-        "fam-radius",
     ),
     budget: Budget = Budget(),  # noqa: B008, tyro reads the defaults from it
     common: CommonValues,
@@ -50,7 +52,8 @@ def compare(
     """Does flatness-aware training help on this task, at what cost, and how sure is that?
 
     The same number of settings of each arm is tried on validation data; the best setting of each runs on fresh seeds
-    and is tested once. Interrupted, the same command goes on where it stopped; finished runs are used again.
+    and is tested once. With --trials 0 nothing is searched, and every arm has its usual setting. Interrupted, the
+    same command goes on where it stopped; finished runs are used again.
 
     An arm that cannot run on the task is left out: the others are compared, report and stderr say why, and the exit
     code is 3.
@@ -91,10 +94,11 @@ def describe_plan(plan: "Plan") -> str:
     config = plan.config(plan.arms[0], plan.arms[0].grid[0], plan.seeds[0])
     size = "All training samples" if config.train_size is None else f"{config.train_size:,} training samples"
     noise = f", each training label redrawn with probability {config.label_noise:g}" if config.label_noise else ""
-    return (
-        f"{task_named(plan.task).summary}. {size}{noise}; {config.epochs} epochs, batches of {config.batch_size}. "
-        "Settings were chosen on validation data, the same number for each arm, and tested once on fresh seeds."
-    )
+    chosen = "Settings were chosen on validation data, the same number for each arm, and tested once on fresh seeds."
+    if plan.untuned:
+        chosen = "Nothing was searched: every arm has its usual setting."
+    batches = f"{config.epochs} epochs, batches of {config.batch_size}"
+    return f"{task_named(plan.task).summary}. {size}{noise}; {batches}. {chosen}"
 
 
 def report(
@@ -136,7 +140,7 @@ def show(summary: "Summary", console: Console) -> None:
     console.print(grid)
     names = [named(line.title, line.arm) for line in summary.rows]
     width = max(map(len, names))
-    console.print("chosen on validation data:")
+    console.print("as usually set:" if plan.untuned else "chosen on validation data:")
     for name, line in zip(names, summary.rows, strict=True):
         console.print(f"  {name:<{width}}  {settings_text(line.settings)}", highlight=False, markup=False)
     for text in findings(summary):

@@ -29,7 +29,11 @@ class FAMStep:
 
 
 def prepare_fam(
-    accelerator: Accelerator, loss_fn: Callable[..., Any], model: nn.Module, layer: Layer | None = None, **options: Any
+    accelerator: Accelerator,
+    loss_fn: Callable[..., Any],
+    model: nn.Module,
+    layer: Layer | None = None,
+    **options: Any,
 ) -> FAM:
     """Return FAM for a model, prepared or not, whose step is saved by ``accelerator.save_state``.
 

@@ -76,7 +76,7 @@ class KnobbedFAM(FAM):
             at = given if callable(given) else lambda step: given
             options["strength"] = lambda step: 0.0 if step >= after else at(step)
         self._settings = settings
-        super().__init__(loss, model, names_in(settings.layer), **options, seed=seed)
+        super().__init__(loss, model, names_in(settings.layer or "*"), **options, seed=seed)
 
     @torch.no_grad()
     def cap(self) -> None:
@@ -109,6 +109,8 @@ class FamGrokking(Fam):
     """
 
     step = staticmethod(capped_step)
+    bound: float | None = None
+    layer: str | None = "output"
     temperature: float = 1.0
     unit_features: bool = False
     remove_after: int | None = None

@@ -54,7 +54,7 @@ SIZES = SHEET.sizes(lambda parts, **rest: Size(parts=tuple(Part(**part) for part
 def plan_of(part: Part, size: Size) -> Plan:
     """The comparison on one data set; where nothing is searched for, each arm has the paper's one setting."""
     weight_decay = task_named(part.task).optimizer.weight_decay
-    printed = {"plain": weight_decay, "fam": part.strength, **SHEET["usual"]}
+    printed = {"plain": weight_decay, "fam-output": part.strength, **SHEET["usual"]}
     arms = tuple(
         replace(ARMS[name], values=grid if size.search else (printed[name],)) for name, grid in GRIDS.items()
     )
@@ -91,7 +91,7 @@ def run(context: Context) -> Outcome:
 def findings(part: Part, comparison: Comparison) -> list[str]:
     """In words: what the paper has, what came out, and whether the one bears the other out."""
     pairs = {pair.second: pair for pair in score_differences(comparison)}
-    found = [claim(part.title, name, pairs.get(ARMS[name].title)) for name in ("sam", "fam")]
+    found = [claim(part.title, name, pairs.get(ARMS[name].title)) for name in ("sam", "fam-output")]
     others = [pairs[ARMS[name].title] for name in ("fam-radius", "dropout") if ARMS[name].title in pairs]
     found += [f"{part.title}: {line}" for line in verdict(others, metric_of(comparison))] if others else []
     edge = at_the_edge(comparison)
@@ -149,7 +149,7 @@ def figures(part: Part, comparison: Comparison) -> list[Figure]:
         ]
         for title in others
     }
-    printed = {ARMS[name].title: printed_gain(part.title, name) for name in ("sam", "fam")}
+    printed = {ARMS[name].title: printed_gain(part.title, name) for name in ("sam", "fam-output")}
     label = "test accuracy − plain, points"
     error = curves(runs, f"validation_{metric.name}", "validation error, %", error=True)
     return [

@@ -48,7 +48,7 @@ def configuration(arm: Arm, seed: int, size: Size) -> RunConfig:
     """The run of an arm and seed."""
     if arm == PLAIN:
         return size.config(seed, algorithm="plain")
-    return size.config(seed, algorithm="fam", layer=SHEET["layer"], **arm._asdict())
+    return size.config(seed, algorithm="fam", bound=None, layer=SHEET["layer"], **arm._asdict())
 
 
 def run(context: Context) -> Outcome:

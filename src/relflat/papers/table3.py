@@ -41,7 +41,7 @@ def config(size: Size, arm: str, strength: float, seed: int) -> RunConfig:
     """One run; plain training has no strength."""
     if arm == "plain":
         return size.config(seed, algorithm="plain")
-    return size.config(seed, algorithm="fam", strength=strength, gradient=ARMS[arm]["gradient"])
+    return size.config(seed, algorithm="fam", bound=None, strength=strength, gradient=ARMS[arm]["gradient"])
 
 
 def run(context: Context) -> Outcome:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relflat.errors import ConfigError
+from relflat.lab.common.jsonable import finite
 from relflat.lab.common.names import look_up
 
 Values = Mapping[str, Any]
@@ -24,6 +25,7 @@ class Arm:
     algorithm: str
     key: str  # the value that is searched over
     values: tuple[float, ...]  # what is tried for it
+    usual: float | None = None  # what it is where nothing is searched
     fixed: Values = field(default_factory=dict)  # other values that differ from the algorithm's defaults
     origin: str = ""  # where the values come from
 
@@ -44,7 +46,7 @@ class Budget:
         seeds: number of tested seeds an arm.
         first_seed: the first of them; another one repeats a comparison on seeds of its own.
         search_seeds: number of seeds that settings are chosen by (100, 101, ...).
-        trials: number of settings an arm, at most as many as its grid has.
+        trials: number of settings an arm, at most as many as its grid has; 0: none, the usual one.
     """
 
     seeds: int = 8
@@ -54,7 +56,7 @@ class Budget:
 
 
 ARMS = {
-    name: Arm(name, **table)
+    name: Arm(name, **finite(table))  # an infinite bound is none
     for name, table in tomllib.loads(Path(__file__).with_name("arms.toml").read_text("utf-8")).items()
 }
 

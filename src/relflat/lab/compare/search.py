@@ -39,11 +39,16 @@ class Plan:
             raise ConfigError(f"A comparison needs two arms or more of different names, but got {list(sizes)}.")
         if len(set(sizes.values())) > 1:
             raise ConfigError(f"Every arm needs the same number of settings to try, but got {sizes}.")
-        if not self.seeds or not self.search_seeds:
+        if not self.seeds or (self.untuned and max(sizes.values()) > 1):
             raise ConfigError("A comparison needs at least one seed to choose by and one to test; raise --seeds.")
         both = sorted(set(self.search_seeds) & set(self.seeds))
         if both:
             raise ConfigError(f"Seeds {both} are used for choosing and for testing; make them different.")
+
+    @property
+    def untuned(self) -> bool:
+        """Whether nothing is searched."""
+        return not self.search_seeds
 
     @property
     def runs(self) -> int:
@@ -139,6 +144,8 @@ def by_arm(jobs: Sequence[Job], do: Do, failed: dict[str, str]) -> dict[str, lis
 
 def judged(plan: Plan, arm: Arm, trials: Sequence[Trial]) -> list[Candidate]:
     """The settings of an arm, given its trials, setting by setting."""
+    if plan.untuned:
+        return [Candidate(arm.name, arm.grid[0], math.nan, math.nan, 0, ())]
     metric, size = task_named(plan.task).metric.name, len(plan.search_seeds)
     parts = [trials[start : start + size] for start in range(0, len(trials), size)]
     return [judge(arm.name, settings, part, metric) for settings, part in zip(arm.grid, parts, strict=True)]

@@ -28,11 +28,12 @@ SPECIAL |= {
 
 def files(summary: Summary, environment: Mapping[str, Any], notes: str) -> dict[str, str]:
     """The text of each file of the report, by name; ``notes`` say in a sentence or two what was run."""
+    untuned = summary.comparison.plan.untuned
     sections = [
         Section("Verdict", items=findings(summary)),
         Section("Results", table=replace(table(summary), note=reading(summary))),
         Section("Pictures", figures=figures(summary)),
-        Section("What was tried", protocol(summary), table=tried(summary)),
+        Section("What was tried", protocol(summary), table=None if untuned else tried(summary)),
     ]
     title = f"Does flatness-aware training help on {title_of(summary.comparison.plan.task)}?"
     tables = {"report.csv": comma_separated(summary), "report.tex": latex(table(summary, "p"))}
@@ -60,6 +61,11 @@ def reading(summary: Summary) -> str:
 def protocol(summary: Summary) -> str:
     """What was chosen, on what, and where the grids come from."""
     plan = summary.comparison.plan
+    if plan.untuned:
+        return (
+            "Nothing was searched: every arm has the setting that its authors, or the usual recipes, print. They ran "
+            f"on seeds {', '.join(map(str, plan.seeds))} and were tested once."
+        )
     origins = "; ".join(f"{arm.title}: {arm.origin}" for arm in plan.arms if arm.origin)
     return (
         f"{len(plan.arms[0].values)} settings an arm, each on search seeds {', '.join(map(str, plan.search_seeds))}. "

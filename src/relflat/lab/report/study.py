@@ -42,7 +42,7 @@ def plan_for(task: str, arms: Sequence[str], budget: Budget, **common: Any) -> P
     contenders = arms_named(arms)
     most = min((len(arm.values) for arm in contenders), default=0)
     for name, least, limit, what in (
-        ("trials", 1, most, ", the settings in the arms' grids"),
+        ("trials", 0, most, ", the settings in the arms' grids"),
         ("first_seed", 0, FIRST_SEARCH_SEED - 1, ""),
         ("seeds", 1, FIRST_SEARCH_SEED - budget.first_seed, ""),
     ):
@@ -53,8 +53,8 @@ def plan_for(task: str, arms: Sequence[str], budget: Budget, **common: Any) -> P
     plan = Plan(
         task,
         common,
-        tuple(replace(arm, values=arm.values[: budget.trials]) for arm in contenders),
-        tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + budget.search_seeds)),
+        tuple(replace(arm, values=arm.values[: budget.trials] or (arm.usual or 0.0,)) for arm in contenders),
+        tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + (budget.search_seeds if budget.trials else 0))),
         tuple(range(budget.first_seed, budget.first_seed + budget.seeds)),
     )
     for arm in plan.arms:  # a wrong value is found before anything runs

@@ -21,6 +21,7 @@ from relflat.capture.resolve import resolve_unrun
 from relflat.errors import ConfigError
 from relflat.lab.common.names import look_up, names_in
 from relflat.lab.train.steps import looksam_step, plain_step, sam_step
+from relflat.sizing import BOUND
 
 BaseOptimizer = Callable[[Iterable[Any]], Optimizer]
 Parameters = Iterable[nn.Parameter]
@@ -179,39 +180,44 @@ class Noise(Algorithm):
 
 @dataclass(frozen=True)
 class Fam(Algorithm):
-    """Relative flatness aware minimisation; the meanings are those of `relflat.FAM`.
+    """Relative flatness aware minimisation; meanings and defaults are those of `relflat.FAM`.
 
     Attributes:
-        strength: lambda of the paper, on kappa without division by m.
-        layer: the layers it acts on, by name or glob; several with commas.
+        strength: lambda of the paper, on kappa without division by m, in place of a size.
+        layer: the layers it acts on, by name or glob; several with commas; else all, or with a strength the output.
+        size: lambda times the number of layers.
+        bound: largest penalty as a share of the loss; None for no bound.
         radius: finite radius of the feature noise instead of kappa itself.
         curvature: what kappa is made of.
         gradient: which part of Lemma 1 is used.
         method: how kappa is computed.
         probes: random probes a step where kappa is not exact.
         adaptive: the elementwise form (of kappa).
-        every: add the penalty every so many steps.
+        every: add the penalty every so many steps, multiplied by this.
         warmup_steps: steps over which the strength grows from 0.
         normalize_features: divide features by their deviation.
         layers_per_step: of several layers, draw so many for each step, else take all.
     """
 
-    strength: float = 0.1
-    layer: str = "output"
+    strength: float | None = None
+    layer: str | None = None
+    size: float | None = None
+    bound: float | None = BOUND
     radius: float | None = None
     curvature: Literal["ggn", "hessian"] = "ggn"
     gradient: Literal["full", "frozen", "weights"] = "full"
     method: Literal["auto", "closed_form", "exact", "probe", "finite_difference"] = "auto"
     probes: int = 1
     adaptive: bool = False
-    every: int = 1
+    every: int | None = None
     warmup_steps: int = 0
     normalize_features: bool = False
     layers_per_step: int | None = None
 
     def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
         """The task loss wrapped by `relflat.FAM`."""
-        return FAM(loss, model, names_in(self.layer), **self.options, seed=seed)
+        layer = "output" if self.layer is None and self.strength is not None else self.layer
+        return FAM(loss, model, layer if layer is None else names_in(layer), **self.options, seed=seed)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from relflat.lab.common.names import unknown
 from relflat.lab.tasks.catalogue import TASKS, changed_since, full_name, source_of, task_named
 from relflat.lab.train.algorithms import ALGORITHMS, Algorithm, algorithm_named, all_algorithms
 
-SCHEMA = 2  # of the flat values: raised when a key is added, renamed or removed
+SCHEMA = 3  # of the flat values: raised when a key is added, renamed or removed
 RENAMED = {"regularize": "layer", "estimator": "method"}  # keys of schema 1, whose "method" was the algorithm
 Precision = Literal["no", "bf16", "fp16"]
 
