@@ -47,7 +47,7 @@ def build(kit, head="dense", activation=None):
 
 
 def compiled(kit, model, loss=None, rate=0.5, **fam):
-    fam = {"layer": "output", "strength": 0.2} | fam
+    fam = {"layer": "output", "strength": 0.2, "bound": None} | fam
     loss = kit.TorchLoss(nn.CrossEntropyLoss()) if loss is None else loss
     model.compile(optimizer=kit.keras.optimizers.SGD(rate), loss=loss, fam=fam)
     return model
@@ -187,12 +187,12 @@ class TestBadInput:
             compiled(kit, build(kit), layer="logit").fit(X, Y, verbose=0)
 
     def test_options(self, kit):
-        with pytest.raises(ConfigError, match="'strength' is missing"):
-            build(kit).compile(loss="mse", fam={"layer": "output"})
+        with pytest.raises(ConfigError, match="name the layer"):
+            build(kit).compile(loss="mse", fam={"strength": 0.5})
         with pytest.raises(ConfigError, match=r"radius=0\.1"):
             compiled(kit, build(kit), radius=0.1).fit(X, Y, verbose=0)
         with pytest.raises(ConfigError, match="jit_compile"):
-            build(kit).compile(loss="mse", jit_compile=True, fam={"layer": "output", "strength": 1.0})
+            build(kit).compile(loss="mse", jit_compile=True, fam={"layer": "output", "strength": 1.0, "bound": None})
 
     def test_sample_weights(self, kit):
         with pytest.raises(LossError, match="no sample weights"):

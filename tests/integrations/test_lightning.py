@@ -69,14 +69,14 @@ def trainer(*callbacks, **options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gradients_are_those_of_the_full_batch(accumulate, layer, dtype) -> None:
     module = Module(dtype)
-    callback = FAMCallback(layer, strength=0.5)
+    callback = FAMCallback(layer, strength=0.5, bound=None)
     trainer(callback, accumulate_grad_batches=accumulate).fit(module, loader(16 // accumulate, dtype))
     assert_same(module.found, plain_gradient(dtype=dtype), dtype)
 
 
 @pytest.mark.parametrize("layer", ["net.0", "net.0.weight"])
 def test_hidden_layers_and_parameters_use_probes(layer) -> None:
-    module, callback = Module(), FAMCallback(layer, strength=0.5, curvature="hessian", method="exact")
+    module, callback = Module(), FAMCallback(layer, strength=0.5, bound=None, curvature="hessian", method="exact")
     trainer(callback).fit(module, loader())
     model, (x, y) = mlp(), data()
     FAM(nn.CrossEntropyLoss(), model, layer[4:], strength=0.5, curvature="hessian", method="exact")(
@@ -101,7 +101,7 @@ class Manual(Module):
 
 
 def test_manual_optimisation_with_several_losses() -> None:
-    module, callback = Manual(), FAMCallback("net.2", strength=0.5)
+    module, callback = Manual(), FAMCallback("net.2", strength=0.5, bound=None)
     trainer(callback).fit(module, loader())
     assert_same(module.found, plain_gradient())
 
@@ -118,7 +118,7 @@ def other(z, y):
 
 
 def test_other_losses_where_the_network_is_named() -> None:
-    module, callback = Other(), FAMCallback("output", strength=0.5, module="net")
+    module, callback = Other(), FAMCallback("output", strength=0.5, bound=None, module="net")
     trainer(callback).fit(module, loader())
     model, (x, y) = mlp(), data()
     FAM(other, model, "output", strength=0.5)(model(x), y).backward()
@@ -127,11 +127,11 @@ def test_other_losses_where_the_network_is_named() -> None:
 
 def test_other_losses_without_a_network_say_what_to_do() -> None:
     with pytest.raises(GraphError, match="curvature='hessian'"):
-        trainer(FAMCallback("net.0", strength=0.5)).fit(Other(), loader())
+        trainer(FAMCallback("net.0", strength=0.5, bound=None)).fit(Other(), loader())
 
 
 def test_bf16() -> None:
-    module, callback = Module(torch.float32), FAMCallback("output", strength=0.5)
+    module, callback = Module(torch.float32), FAMCallback("output", strength=0.5, bound=None)
     trainer(callback, precision="bf16-mixed").fit(module, loader(16, torch.float32))
     expected = plain_gradient(dtype=torch.float32)
     for mine, other in zip(module.found, expected, strict=True):
@@ -143,7 +143,7 @@ def fp16(scale: float) -> MixedPrecision:
 
 
 def test_fp16_scales_the_penalty_with_the_loss() -> None:
-    module, callback = Module(torch.float32), FAMCallback("output", strength=0.5)
+    module, callback = Module(torch.float32), FAMCallback("output", strength=0.5, bound=None)
     trainer(callback, plugins=[fp16(1024.0)]).fit(module, loader(16, torch.float32))
     expected = plain_gradient(dtype=torch.float32)
     for mine, other in zip(module.found, expected, strict=True):
@@ -164,7 +164,7 @@ class Saving(Module):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path) -> None:
-    run = trainer(FAMCallback("output", strength=0.5), strategy="ddp_fork", devices=2)
+    run = trainer(FAMCallback("output", strength=0.5, bound=None), strategy="ddp_fork", devices=2)
     run.fit(Saving(tmp_path), loader(8))
     assert_same(torch.load(tmp_path / "gradients.pt"), plain_gradient())
 
@@ -178,7 +178,7 @@ class Overflowing(Module):
 def test_overflow_under_fp16_never_reaches_the_weights(blow_up) -> None:
     module = (Overflowing if blow_up == "features" else Module)(torch.float32)
     before = [p.detach().clone() for p in module.parameters()]
-    callback = FAMCallback("output", strength=0.5)
+    callback = FAMCallback("output", strength=0.5, bound=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RelflatWarning)
         plugin = fp16(1e38 if blow_up == "scale" else 1024.0)
@@ -190,7 +190,7 @@ def test_overflow_under_fp16_never_reaches_the_weights(blow_up) -> None:
 
 def test_logs_are_of_the_plain_loss(tmp_path) -> None:
     module = Module()
-    callback = FAMCallback("output", strength=0.5)
+    callback = FAMCallback("output", strength=0.5, bound=None)
     run = trainer(callback, accumulate_grad_batches=4, log_every_n_steps=1, logger=CSVLogger(tmp_path))
     run.fit(module, loader(4))
     x, y = data()
@@ -204,7 +204,7 @@ def test_logs_are_of_the_plain_loss(tmp_path) -> None:
 
 def test_validation_is_the_plain_loss_and_hooks_go_away() -> None:
     module = Module()
-    run = trainer(FAMCallback("output", strength=0.5))
+    run = trainer(FAMCallback("output", strength=0.5, bound=None))
     run.fit(module, loader(), loader())
     x, y = data()
     assert run.callback_metrics["val_loss"].item() == pytest.approx(module.loss(x, y).item())
@@ -214,11 +214,11 @@ def test_validation_is_the_plain_loss_and_hooks_go_away() -> None:
 class TestBadInput:
     def test_unknown_layer(self) -> None:
         with pytest.raises(LayerError, match=r"net\.2"):
-            trainer(FAMCallback("head", strength=0.5)).fit(Module(), loader())
+            trainer(FAMCallback("head", strength=0.5, bound=None)).fit(Module(), loader())
 
     def test_unknown_module(self) -> None:
         with pytest.raises(LayerError, match="net"):
-            trainer(FAMCallback("head", strength=0.5, module="backbone")).fit(Module(), loader())
+            trainer(FAMCallback("head", strength=0.5, bound=None, module="backbone")).fit(Module(), loader())
 
     def test_layer_that_the_loss_does_not_see(self) -> None:
         class Detached(Module):
@@ -227,11 +227,11 @@ class TestBadInput:
                 self.spare = nn.Linear(2, 2)
 
         with pytest.raises(GraphError, match="spare"):
-            trainer(FAMCallback("spare", strength=0.5)).fit(Detached(), loader())
+            trainer(FAMCallback("spare", strength=0.5, bound=None)).fit(Detached(), loader())
 
     def test_radius(self) -> None:
         with pytest.raises(ConfigError, match="wrap the criterion"):
-            FAMCallback("output", strength=1.0, radius=0.1)
+            FAMCallback("output", strength=1.0, bound=None, radius=0.1)
 
 
 class TestMonitor:
@@ -262,7 +262,10 @@ def test_each_of_several_callbacks_regularises_the_plain_loss() -> None:
     found = {}
     for names in (["net.0"], ["net.2"], ["net.0", "net.2"], ["net.2", "net.0"]):
         module = Module()
-        run = trainer(*(FAMCallback(n, strength=0.5, **(hidden if n == "net.0" else {})) for n in names), max_steps=1)
+        run = trainer(
+            *(FAMCallback(n, strength=0.5, bound=None, **(hidden if n == "net.0" else {})) for n in names),
+            max_steps=1,
+        )
         run.fit(module, loader())
         found[tuple(names)] = (module.found, run.callback_metrics)
     both, other = found["net.0", "net.2"], found["net.2", "net.0"]

@@ -50,7 +50,7 @@ def arrays():
 
 def classifier(module=Net, **options) -> FAMClassifier:
     settings = {"criterion": nn.CrossEntropyLoss, "lr": 0.1, "max_epochs": 2, "batch_size": -1, "verbose": 0}
-    settings |= {"train_split": None, "fam__strength": 0.5}
+    settings |= {"train_split": None, "fam__strength": 0.5, "fam__bound": None}
     return FAMClassifier(module, **(settings | options))
 
 
@@ -111,7 +111,9 @@ def test_validation_loss_is_plain_and_training_loss_has_the_penalty() -> None:
 def test_regression() -> None:
     x, _ = data(torch.float32)
     y = x[:, :3].clone()
-    net = FAMRegressor(Net, fam__strength=0.1, train_split=None, verbose=0, max_epochs=1, batch_size=-1).fit(x, y)
+    net = FAMRegressor(
+        Net, fam__strength=0.1, fam__bound=None, train_split=None, verbose=0, max_epochs=1, batch_size=-1
+    ).fit(x, y)
     assert net.fam_.last["method"] == "closed_form"
     model = copy.deepcopy(net.module_)
     fam = FAM(nn.MSELoss(), model, "head", strength=0.1)

@@ -123,7 +123,9 @@ def arguments(folder, accumulate: int = 1, **options) -> TrainingArguments:
 
 def trained(head, folder, accumulate=1, dtype=torch.float64, trainer=FAMTrainer, *, attributes=None, **options):
     """Train for one step; the trainer and its gradients."""
-    extra = {} if trainer is Trainer else {"fam": options.pop("fam", {"layer": "output", "strength": 0.5})}
+    extra = (
+        {} if trainer is Trainer else {"fam": options.pop("fam", {"layer": "output", "strength": 0.5, "bound": None})}
+    )
     extra |= {k: options.pop(k) for k in ["compute_loss_func"] if k in options}
     args, keep = arguments(folder, accumulate, **options), Keep()
     run = trainer(build(head, dtype), args, train_dataset=rows(head, dtype), callbacks=[keep], **extra)
@@ -224,7 +226,7 @@ def test_kappa_is_the_definition(tmp_path) -> None:
 
 
 def test_hidden_layers_use_probes_of_the_right_loss(tmp_path) -> None:
-    fam = {"layer": "bert.encoder.layer.0.output.dense", "strength": 0.5, "probes": 3, "seed": 5}
+    fam = {"layer": "bert.encoder.layer.0.output.dense", "strength": 0.5, "bound": None, "probes": 3, "seed": 5}
     run, found = trained("tokens", tmp_path, fam=fam, train_sampling_strategy="sequential")
     assert run.criterion.last["method"] == "probe(ggn, 3)"
     assert run.criterion.last["kappa"] > 0.01
@@ -285,7 +287,9 @@ def test_features_that_overflow_leave_the_penalty_out(tmp_path) -> None:
         model.classifier.weight.mul_(1e25)  # and kappa, of order the square, is infinite
     before = [p.detach().clone() for p in model.parameters()]
     args = arguments(tmp_path, learning_rate=1e-30)
-    run = FAMTrainer(model, args, train_dataset=rows("sequence"), fam={"layer": "output", "strength": 0.5})
+    run = FAMTrainer(
+        model, args, train_dataset=rows("sequence"), fam={"layer": "output", "strength": 0.5, "bound": None}
+    )
     with pytest.warns(UserWarning, match="left out of this step"):
         run.train()
     assert run.criterion.last["skipped"] == 1
@@ -297,7 +301,7 @@ def test_a_new_model_for_each_trial(tmp_path) -> None:
     keep = Keep()
     run = FAMTrainer(
         None, arguments(tmp_path), model_init=lambda: build("sequence"), train_dataset=rows("sequence"),
-        callbacks=[keep], fam={"layer": "output", "strength": 0.5},
+        callbacks=[keep], fam={"layer": "output", "strength": 0.5, "bound": None},
     )  # fmt: skip
     run.train()
     assert_same(keep.found, by_hand("sequence"))
@@ -318,7 +322,7 @@ class TestLora:
         keep, model = Keep(), adapted()
         run = FAMTrainer(
             model, arguments(tmp_path), train_dataset=rows("sequence"), callbacks=[keep],
-            fam={"layer": "output", "strength": 0.5},
+            fam={"layer": "output", "strength": 0.5, "bound": None},
         )  # fmt: skip
         run.train()
         assert run.criterion.last["method"] == "closed_form"
@@ -333,7 +337,7 @@ class TestLora:
 
 class TestBadInput:
     def trainer(self, folder, data=None, layer="output", head="sequence", **options):
-        fam = {"layer": layer, "strength": 0.5} | options
+        fam = {"layer": layer, "strength": 0.5, "bound": None} | options
         return FAMTrainer(build(head), arguments(folder), train_dataset=data or rows(head), fam=fam)
 
     def test_head_not_found(self, tmp_path) -> None:
@@ -350,8 +354,8 @@ class TestBadInput:
             self.trainer(tmp_path, radius=0.1)
 
     def test_incomplete_options(self, tmp_path) -> None:
-        with pytest.raises(ConfigError, match="'strength' is missing"):
-            FAMTrainer(build("sequence"), arguments(tmp_path), fam={"layer": "output"})
+        with pytest.raises(ConfigError, match="name the layer"):
+            FAMTrainer(build("sequence"), arguments(tmp_path), fam={"strength": 0.5})
 
 
 class TestFlatnessCallback:
