@@ -17,7 +17,7 @@ from torch import Tensor
 from relflat.errors import ConfigError
 from relflat.options import Number, check
 
-SIZE, BOUND, EVERY = 0.004, 0.3, 8
+SIZE, BOUND, EVERY = 0.002, 0.1, 8
 """Of ``FAM(loss_fn, model)``: set on validation data before any test split was touched (docs/study/default.md)."""
 
 

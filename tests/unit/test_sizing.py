@@ -176,14 +176,14 @@ def test_the_bound_keeps_alive_what_dies_without_it():
     accuracy = {}
     for bound in (None, BOUND):
         net = copy.deepcopy(start)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-        with FAM(CE(), net, size=0.02, every=4, bound=bound, seed=0) as fam, warnings.catch_warnings():
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.15, momentum=0.9)
+        with FAM(CE(), net, size=0.01, every=8, bound=bound, seed=0) as fam, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for step in range(300):
+            for step in range(200):
                 i = torch.arange(32 * step, 32 * step + 32) % len(x)
                 optimizer.zero_grad()
                 fam(net(x[i]), y[i]).backward()
                 optimizer.step()
         accuracy[bound] = (net(x).argmax(1) == y).float().mean().item()
     assert accuracy[None] < 0.3
-    assert accuracy[BOUND] > 0.9
+    assert accuracy[BOUND] > 0.7

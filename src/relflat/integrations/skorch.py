@@ -31,7 +31,7 @@ class FAMMixin(_Base):  # type: ignore[misc, valid-type]  # skorch is not typed
         ...     pass
         >>> net = FAMClassifier(torch.nn.Linear, module__in_features=4, module__out_features=3,
         ...                     criterion=torch.nn.CrossEntropyLoss)
-        >>> search = GridSearchCV(net, {"fam__size": [0.0, 0.004, 0.008]})
+        >>> search = GridSearchCV(net, {"fam__size": [0.0, 0.002, 0.004]})
     """
 
     def initialize_criterion(self) -> Any:

@@ -140,7 +140,7 @@ class FAMTrainer(FAMMixin, Trainer):
     """The Trainer with FAM; see :class:`FAMMixin`.
 
     Example:
-        >>> FAMTrainer(model, args, train_dataset=data, fam={"size": 0.004})  # doctest: +SKIP
+        >>> FAMTrainer(model, args, train_dataset=data, fam={"size": 0.001})  # doctest: +SKIP
     """
 
 
