@@ -244,7 +244,7 @@ def test_trials_that_diverge_are_recorded_and_counted(relflat, tmp_path):
         (["compare", "digist"], "did you mean 'digits'"),
         (["compare", "digits", "--arms", "plain"], "two arms or more"),
         (["compare", "digits", "--arms", "plain", "famm"], "did you mean 'fam'"),
-        (["compare", "digits", "--trials", "0"], "trials=0"),
+        (["compare", "digits", "--trials", "-1"], "trials=-1"),
         (["compare", "none.py:task"], "Cannot read the task file"),
         (["report", "nowhere"], "nowhere is not a comparison"),
         (["train", "digist"], "Unknown task 'digist'; did you mean 'digits'"),

@@ -102,7 +102,7 @@ def test_fam_descends_the_regularised_loss():
     """One step of FAM changes the weights by -lr times the gradient of loss + strength * kappa (I1)."""
     inputs, targets = batch()
     model, by_hand = linear(), linear()
-    losses = ALGORITHMS["fam"].step(learner("fam", model, strength=0.5, layer="1"), inputs, targets)
+    losses = ALGORITHMS["fam"].step(learner("fam", model, strength=0.5, bound=None, layer="1"), inputs, targets)
     phi, weight = inputs.flatten(1), by_hand[1].weight
     logits = by_hand(inputs)
     p = logits.softmax(1)

@@ -110,15 +110,27 @@ OLD = {"task": "digits", "method": "fam", "seed": 3, "epochs": 2, "batch_size": 
 OLD |= {"weight_decay": 5e-4, "train_size": None, "label_noise": 0.0, "strength": 0.2, "regularize": "fc2"}
 
 
-def test_runs_of_schema_1_can_be_read_but_not_gone_on_with(tmp_path):
-    store.write_json(tmp_path / store.CONFIG, {**OLD, "estimator": "probe"})
-    config = make({"task": "digits", "algorithm": "fam", "seed": 3, "epochs": 2, "strength": 0.2, "layer": "fc2"})
+UNBOUNDED = {"bound": None, "every": 1}  # as all penalties were up to schema 2
+
+
+@pytest.mark.parametrize("schema", [2, 1])
+def test_runs_of_an_older_schema_can_be_read_but_not_gone_on_with(tmp_path, schema):
+    older = {**OLD, "estimator": "probe"}
+    if schema == 2:
+        names = {"method": "algorithm", "regularize": "layer", "estimator": "method"}
+        older = {names.get(k, k): v for k, v in older.items()} | {"schema": 2, "warmup_steps": 3}
+    store.write_json(tmp_path / store.CONFIG, older)
+    config = make(
+        {"task": "digits", "algorithm": "fam", "seed": 3, "epochs": 2, "strength": 0.2, "layer": "fc2"} | UNBOUNDED
+    )
     assert store.config_of(tmp_path) == make({**config.flat(), "method": "probe"})
-    with pytest.raises(ConfigError, match=r"has schema 1; runs of this version have 2\..*replace it with --fresh"):
+    with pytest.raises(
+        ConfigError, match=rf"has schema {schema}; runs of this version have 3\..*replace it with --fresh"
+    ):
         store.check_folder(tmp_path, config)
 
 
 def test_a_schema_that_is_not_known_is_named(tmp_path):
     store.write_json(tmp_path / store.CONFIG, {"schema": SCHEMA + 1, "task": "digits"})
-    with pytest.raises(DataError, match=r"config\.json has schema 3; this version reads 1 and 2"):
+    with pytest.raises(DataError, match=r"config\.json has schema 4; this version reads 1 to 3"):
         store.config_of(tmp_path)

@@ -71,14 +71,14 @@ def test_a_changed_setting_is_seen():
 @pytest.mark.parametrize(
     ("given", "digest"),
     [
-        ({"task": "digits"}, "f9849ea0ab"),
-        ({"task": "fashion-mnist", "algorithm": "fam"}, "5ce8caa53b"),
-        ({"task": "addition", "algorithm": "sam"}, "6b79f2c9f2"),
+        ({"task": "digits"}, "901c6476c4"),
+        ({"task": "fashion-mnist", "algorithm": "fam"}, "3791bfb50e"),
+        ({"task": "addition", "algorithm": "sam"}, "ca1c05e445"),
     ],
 )
 def test_hashes_of_earlier_runs_stay(given, digest):
     """Raise the schema, and write down new hashes, when a key of the flat values is added, renamed or removed."""
-    assert SCHEMA == 2
+    assert SCHEMA == 3
     assert make(given).digest == digest
 
 

@@ -15,7 +15,7 @@ from relflat.lab.train.loop import build, train
 from relflat.lab.train.measuring import measure_run
 
 # random probes at every other step, growing strength: everything FAM keeps between steps is in use
-BUSY = {"algorithm": "fam", "layer": "fc2", "every": 2, "warmup_steps": 9, "method": "probe"}
+BUSY = {"algorithm": "fam", "layer": "fc2", "size": 0.1, "every": 2, "method": "probe"}
 NOISE = {"algorithm": "fam", "strength": 1.0, "radius": 0.5, "layer": "fc*"}
 WAYS = {
     "sam": {"algorithm": "sam", "rho": 0.1},

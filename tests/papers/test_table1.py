@@ -23,7 +23,13 @@ def tiny(monkeypatch):
 def test_a_tiny_table(reproduced, tiny, tmp_path):
     values = reproduced("table1", "--out", "out")
     data = values["data"]["CIFAR-10"]
-    assert [row[0] for row in values["tables"][0]["rows"]] == ["plain", "SAM", "FAM", "FAM radius", "dropout"]
+    assert [row[0] for row in values["tables"][0]["rows"]] == [
+        "plain",
+        "SAM",
+        "FAM output layer",
+        "FAM radius",
+        "dropout",
+    ]
     assert [row[1] for row in values["tables"][0]["rows"]][:3] == ["95.53 ± 0.0001", "95.61 ± 0.001", "95.62 ± 0.002"]
     assert all(len(runs) == 2 for runs in data["tested"].values())
     assert len(data["search"]) == 10
@@ -71,10 +77,10 @@ def test_the_papers_settings():
     plans: dict[str, Plan] = {part.title: plan_of(part, size) for part in size.parts}
     assert all(len(arm.values) == 1 for plan in plans.values() for arm in plan.arms)
     for title, plan in plans.items():
-        fam = next(arm for arm in plan.arms if arm.name == "fam")
+        fam = next(arm for arm in plan.arms if arm.name == "fam-output")
         config = plan.config(fam, fam.grid[0], 0)
         assert config.settings.strength == {"CIFAR-100": 1.0}.get(title, 0.1)
-        assert config.settings.layer == "output"
+        assert (config.settings.layer, config.settings.bound, config.settings.gradient) == ("output", None, "full")
         assert config.train_size is None
     arm = plans["CIFAR-10"].arms[0]
     resnet = plans["CIFAR-10"].config(arm, arm.grid[0], 0)
@@ -89,7 +95,7 @@ def test_the_papers_settings():
 def test_the_papers_scale_does_each_run_once_without_a_search(reproduced, tiny, monkeypatch):
     monkeypatch.setitem(SIZES, "paper", replace(SIZES["paper"], parts=(tiny,), seeds=(0,), common=TINY))
     data = reproduced("table1", "--scale", "paper")["data"]["CIFAR-10"]
-    assert data["chosen"]["fam"] == {"gradient": "full", "strength": 0.1}
+    assert data["chosen"]["fam-output"] == {"layer": "output", "bound": None, "strength": 0.1}
     assert [len(runs) for runs in data["tested"].values()] == [1] * 5
 
 

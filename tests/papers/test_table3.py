@@ -90,7 +90,7 @@ def test_the_papers_settings():
     size = SIZES["paper"]
     fam = config(size, "fam", table3.PRINTED_STRENGTH, 3)
     assert (fam.lr, fam.epochs, fam.batch_size, fam.seed) == (2e-5, 20, 32, 3)
-    assert (fam.settings.strength, fam.settings.gradient, fam.settings.layer) == (3e6, "full", "output")
+    assert (fam.settings.strength, fam.settings.gradient, fam.settings.bound) == (3e6, "full", None)
     assert config(size, "fam-code", 3e6, 0).settings.gradient == "weights"
     assert len(size.seeds) == 5
     assert text.PAIR_TOKENS == 128

@@ -20,8 +20,8 @@ class FAMMixin(_Base):  # type: ignore[misc, valid-type]  # skorch is not typed
     """Adds FAM's penalty to the training loss of a net; its arguments have the prefix ``fam__``, and none is needed.
 
     They are those of :class:`relflat.FAM` except ``radius`` and ``method="finite_difference"``; with a
-    ``fam__strength`` the layer is ``"output"`` if none is named. They are ordinary skorch parameters: ``set_params``, cloning, grid
-    search and pickling work. Validation loss, scores and predictions are those of the plain criterion.
+    ``fam__strength`` the layer is ``"output"`` if none is named. They are ordinary skorch parameters: ``set_params``,
+    cloning, grid search and pickling work. Validation loss, scores and predictions are those of the plain criterion.
 
     Example:
         >>> import torch

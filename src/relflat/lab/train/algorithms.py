@@ -194,7 +194,6 @@ class Fam(Algorithm):
         probes: random probes a step where kappa is not exact.
         adaptive: the elementwise form (of kappa).
         every: add the penalty every so many steps, multiplied by this.
-        warmup_steps: steps over which the strength grows from 0.
         normalize_features: divide features by their deviation.
         layers_per_step: of several layers, draw so many for each step, else take all.
     """
@@ -210,7 +209,6 @@ class Fam(Algorithm):
     probes: int = 1
     adaptive: bool = False
     every: int | None = None
-    warmup_steps: int = 0
     normalize_features: bool = False
     layers_per_step: int | None = None
 
@@ -222,12 +220,7 @@ class Fam(Algorithm):
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `relflat.FAM` that these settings stand for."""
-        options = {field.name: getattr(self, field.name) for field in fields(Fam)}
-        del options["layer"]
-        strength, steps = options["strength"], options.pop("warmup_steps")
-        if steps:
-            options["strength"] = lambda step: strength * min(1.0, (step + 1) / (steps + 1))
-        return options
+        return {field.name: getattr(self, field.name) for field in fields(Fam) if field.name != "layer"}
 
 
 @dataclass(frozen=True)

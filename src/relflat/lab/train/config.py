@@ -19,6 +19,7 @@ from relflat.lab.train.algorithms import ALGORITHMS, Algorithm, algorithm_named,
 
 SCHEMA = 3  # of the flat values: raised when a key is added, renamed or removed
 RENAMED = {"regularize": "layer", "estimator": "method"}  # keys of schema 1, whose "method" was the algorithm
+FAM_BEFORE = {"strength": 0.1, "layer": "output", "bound": None, "every": 1, "warmup_steps": 0}  # up to schema 2
 Precision = Literal["no", "bf16", "fp16"]
 
 

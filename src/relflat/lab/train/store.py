@@ -24,7 +24,7 @@ from relflat.errors import ConfigError, DataError
 from relflat.lab.common.jsonable import finite
 from relflat.lab.tasks import own
 from relflat.lab.tasks.catalogue import short_name
-from relflat.lab.train.config import RENAMED, SCHEMA, RunConfig, make, require_unchanged
+from relflat.lab.train.config import FAM_BEFORE, RENAMED, SCHEMA, RunConfig, make, require_unchanged
 from relflat.lab.train.environment import describe
 
 RESULT, CONFIG, METRICS, ENVIRONMENT = "result.json", "config.json", "metrics.jsonl", "environment.json"
@@ -160,7 +160,7 @@ def _same(folder: Path, config: RunConfig) -> None:
 
 
 def config_of(folder: Path, task: str | None = None) -> RunConfig:
-    """Read the configuration of a run, also of one that was written under schema 1; its task must be unchanged.
+    """Read the configuration of a run, also one of an older schema; its task must be unchanged.
 
     A task file that only the run names is not imported; whoever trusts it gives it as ``task``.
     """
@@ -169,11 +169,14 @@ def config_of(folder: Path, task: str | None = None) -> RunConfig:
         raise DataError(f"{folder} is not a run: it has no {CONFIG}. Train one with: relflat train TASK --runs DIR")
     values = read_json(path)
     schema = values.pop("schema", 1)
-    if schema not in (1, SCHEMA):
-        raise DataError(f"{path} has schema {schema}; this version reads 1 and {SCHEMA}.{written_by(folder)}")
+    if schema not in range(1, SCHEMA + 1):
+        raise DataError(f"{path} has schema {schema}; this version reads 1 to {SCHEMA}.{written_by(folder)}")
     if schema == 1:
         names = {**RENAMED, "method": "algorithm"}  # a key that was left out had today's default
         values = {names.get(key, key): value for key, value in values.items()}
+    if schema < SCHEMA and str(values.get("algorithm")).startswith("fam"):
+        values = {**FAM_BEFORE, **values}
+        del values["warmup_steps"]
     if task is None:
         own.require_known(str(values.get("task")), str(path))
     else:
