@@ -38,14 +38,13 @@ EPOCHS, WIDTH, AT_MOST = 40, 128, 3000
 
 @dataclass(frozen=True)
 class Method:
-    """A size of 0 is plain training, or SAM if there is a rho; ``after``: the bound holds after ``every``."""
+    """A size of 0 is plain training, or SAM if there is a rho."""
 
     name: str
     size: float = 0.0
     bound: float = math.inf
     every: int = 1
     by_features: bool = False  # size / (2 m) of each layer in place of size / layers
-    after: bool = False
     rho: float = 0.0
     smoothing: float = 0.0
 
@@ -59,9 +58,9 @@ def fam(size: float, bound: float, every: int = EVERY, **how: bool) -> Method:
 PLAIN, SAM = Method("plain"), Method("SAM 0.05", rho=0.05)
 CANDIDATES = (
     PLAIN,
-    *(fam(size, bound) for size, bound in itertools.product((0.001, 0.002, 0.004), (0.05, 0.1, 0.3))),
-    fam(0.004, math.inf, 4),
-    fam(0.1, 0.1, 8, by_features=True),
+    *(fam(size, bound) for size, bound in itertools.product((0.001, 0.004, 0.016), (0.1, 0.3, 0.8, 2.4))),
+    *(fam(0.004, bound, every) for bound, every in ((0.0375, 1), (0.15, 4), (1.2, 4), (math.inf, 4))),
+    fam(0.1, 0.3, by_features=True),
     SAM,
 )
 DEFAULT = (PLAIN, fam(SIZE, BOUND, EVERY))
@@ -177,7 +176,7 @@ def train(cell: Cell, runs: Sequence[tuple[int, Method]], tables: Path, *, test:
         [torch.where(each("by_features") > 0, each("size") / (2 * m), each("size") / 3) for m in nets.sizes[:3]]
     )
     every, rho = each("every"), each("rho")
-    most = each("bound") / torch.where(each("after") > 0, every, 1.0)
+    most = each("bound") / every
     update, orders = Optimizer(cell, nets.parameters), [torch.Generator().manual_seed(s) for s in seeds]
     signs, acted, penalties = torch.Generator().manual_seed(12345), torch.zeros(len(runs)), torch.zeros(len(runs))
     size, n = BATCH[cell.task], x.shape[1]

@@ -47,8 +47,8 @@ class FAM(nn.Module):
             negative. Or a function of the step (calls in training, from 0), which estimates nothing where it is 0.
         size: in place of a strength: lambda times the number of layers, so that it is on their mean kappa. It has no
             unit and fits shallow and deep networks. Or a function of the step.
-        bound: the largest penalty, before ``every``, as a share of the batch's task loss; a larger one is multiplied
-            by a factor, a constant to the gradient. None for no bound, as for a loss around 0. Not of ``radius``.
+        bound: the largest penalty of a step as a share of its task loss; a larger one is multiplied by a factor, a
+            constant to the gradient. None for no bound, as for a loss around 0. Not of ``radius``.
         radius: if given, the penalty is ``E[L(phi + radius ||phi|| u) - L(phi)]``, u a random unit vector, in
             place of kappa; for small radius and one position a sample it is ``radius^2 / (2 m) kappa`` (Petzka et
             al., Def. 2); tokens and pixels move independently. Kin of Gaussian noise injection (Camuto et al. 2020);

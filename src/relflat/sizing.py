@@ -17,7 +17,7 @@ from torch import Tensor
 from relflat.errors import ConfigError
 from relflat.options import Number, check
 
-SIZE, BOUND, EVERY = 0.002, 0.1, 8
+SIZE, BOUND, EVERY = 0.004, 0.3, 8
 """Of ``FAM(loss_fn, model)``: set on validation data before any test split was touched (docs/study/default.md)."""
 
 
@@ -26,7 +26,7 @@ class Sizing:
 
     Args:
         given: ``layer``, ``strength``, ``size`` and ``radius``, as FAM was given them.
-        bound: largest penalty, as a share of the task loss; None for no bound.
+        bound: largest penalty of a step, as a share of its task loss; None for no bound.
         every: a penalty comes at each so-many-th step, multiplied by this number.
         warmup_steps: deprecated form of a strength that is a function of the step.
 
@@ -64,7 +64,7 @@ class Sizing:
         self.number = number
 
     def strength_at(self, step: int, layers: int) -> float:
-        """The lambda of a step of training, before ``every`` and bound; 0 where it has no penalty."""
+        """The lambda of a step of training, without ``every`` and bound; 0 where it has no penalty."""
         if step % self.every:
             return 0.0
         return self._number_at(step) / (max(1, layers) if self.by_layers else 1)
@@ -80,11 +80,11 @@ class Sizing:
         return number
 
     def penalty(self, strength: float, kappa: Tensor, task: Tensor) -> Tensor:
-        """``every min(1, bound |task| / |lambda kappa|) lambda kappa``.
+        """``c every lambda kappa`` with ``c = min(1, bound |task| / |every lambda kappa|)``.
 
-        The factor counts as a constant. Means over samples stand for losses that are not reduced.
+        The factor c counts as a constant. Means over samples stand for losses that are not reduced.
         """
-        penalty = strength * kappa
+        penalty = self.every * strength * kappa
         self._penalties += 1
         if self.bound is not None:
             large = penalty.detach().mean().abs()
@@ -92,7 +92,7 @@ class Sizing:
             self._factor = torch.where(large > most, most / large, 1.0)
             self._bounded = self._bounded + (large > most)
             penalty = penalty * self._factor
-        return self.every * penalty
+        return penalty
 
     def report(self) -> dict[str, Any]:
         """What is said of it in ``last``; nothing waits for the device."""

@@ -196,7 +196,7 @@ FASHION: list[Quote] = [
 
 CALLED = {"fam-output": "fam"}  # when the runs were made
 GRIDS: list[Quote] = [  # of arms that no committed run has timed
-    (f"| `{arm}` | … | size 0.001, 0.002, 0.004, 0.008 | 0.002 |", NINE, "_; _; _; _; _")
+    (f"| `{arm}` | … | size 0.001, 0.002, 0.004, 0.008 | 0.004 |", NINE, "_; _; _; _; _")
     for arm in ("fam", "fam-one", "fam-sam")
 ]
 COMPARE: list[Quote] = [

@@ -125,6 +125,13 @@ def test_penalties_now_and_then_have_the_mean_of_all(every):
     assert sum(not torch.equal(step, plain) for step in steps) == 2
 
 
+def test_the_bound_is_on_what_is_added():
+    net, (x, y) = network(scale=3.0), batch()
+    with FAM(CE(), net, "output", strength=5.0, every=4) as fam:
+        fam(net(x), y)
+        assert fam.last["penalty"] == pytest.approx(BOUND * fam.last["task"])
+
+
 def test_a_size_may_change_from_step_to_step():
     net, (x, y) = network(), batch()
     with FAM(CE(), net, size=lambda step: 0.01 * step, every=1) as fam:
