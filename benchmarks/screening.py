@@ -296,7 +296,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     test = given.what == "default"
-    methods, seeds = (DEFAULT, range(5)) if test else (CANDIDATES, range(100, 104))
+    methods, seeds = (DEFAULT, range(10, 20)) if test else (CANDIDATES, range(100, 104))
     old = given.out.read_text().splitlines() if given.out.is_file() else []
     done = {tuple(json.loads(line)[f] for f in Cell.__dataclass_fields__) for line in old}
     for cell in cells(given.what):
