@@ -221,9 +221,7 @@ def _stretched(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[i
     return F.pad(wide, pad), (1,) * len(sizes), (0,) * len(sizes)
 
 
-def _windows(
-    module: Any, x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
-) -> Float[Tensor, "n t c m"]:
+def _windows(module: Any, x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> Float[Tensor, "n t c m"]:
     """Every window of an input, flattened as a kernel of the module is."""
     x, spatial = F.pad(x, [p for p in reversed(padding) for _ in range(2)]), len(module.kernel_size)
     for i, (k, step, gap) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True)):

@@ -187,12 +187,8 @@ class OutputSpace:
         along = left(rank).reshape(g, rank, c, -1)
         return torch.einsum("ntcq,nqco->ntco", s, along).flatten(2)
 
-    def product(self, operator: Operator, direction: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
-        """Cut the direction into one tensor a call, and join what comes back."""
-        return self.pulled(operator(self.parts(direction)))
-
     def parts(self, direction: Float[Tensor, "n t d"]) -> list[Tensor]:
-        """The direction as one tensor a call."""
+        """Cut into one tensor a call."""
         cut = torch.split(direction, self._positions, dim=1)
         return [c.from_rows(p) for c, p in zip(self.calls, cut, strict=True)]
 
@@ -230,7 +226,9 @@ class OutputSpace:
             kappa = self._gram_product(back, self.features)
         if not trace:
             return kappa, kappa
-        pairs = zip(by_channel.detach().split(1, dim=2), self.features.detach().split(1, dim=2), strict=True)
+        pairs = zip(
+            torch.split(by_channel.detach(), 1, dim=2), torch.split(self.features.detach(), 1, dim=2), strict=True
+        )
         return kappa, torch.stack([self._gram_product(*pair) for pair in pairs]).sum(0)
 
     def _images(self, s: Float[Tensor, "n t c q"], g: Float[Tensor, "n t d"]) -> Float[Tensor, "n q d"]:
@@ -253,7 +251,7 @@ class OutputSpace:
         c, m = self.shape[2:]
         phi = self.features.detach().reshape(-1, c, m).movedim(1, 0)
         u = (phi @ v.reshape(c, -1, m).mT).movedim(0, 1).reshape(*self.shape[:2], -1)
-        curved = self.product(operator, u).detach().reshape(phi.shape[1], c, -1).movedim(1, 0)
+        curved = self.pulled(operator(self.parts(u))).detach().reshape(phi.shape[1], c, -1).movedim(1, 0)
         return (curved.mT @ phi).flatten(0, 1)
 
 

@@ -195,11 +195,9 @@ class _LayerNorm:
         return (s * (g - g.mean(over, keepdim=True) - xh * (g * xh).mean(over, keepdim=True))).to(grad.dtype)
 
     def once(self, v: Tensor, found: Tensor, given: Sequence[Any], needs: Sequence[bool]) -> Gradients:
-        """As for batch normalisation, a row at a time: with ``K(v)`` the gradient for a weight of 1,
+        """As for batch normalisation, a row at a time; ``K(v)`` is the gradient for a weight of 1.
 
-            in gy:  w K(v)
-            in w:   gy K(v), summed over rows
-            in x:   -s/M (<g, xh> K(v) + <v, xh> G + <v, G> xh)
+        In gy ``w K(v)``, in w ``gy K(v)`` summed over rows, in x ``-s/M (<g, xh> K(v) + <v, xh> G + <v, G> xh)``.
         """
         wide, over = self.rstd.dtype, tuple(range(-len(self.shape), 0))
         v, found, grad, x = (t.to(wide) for t in (v, found, *given[:2]))

@@ -13,7 +13,7 @@ from relflat.errors import ConfigError, LossError
 from relflat.estimate import closed_form, products
 from relflat.estimate.contributions import Contributions
 from relflat.estimate.differences import finite_difference
-from relflat.estimate.subject import Subject
+from relflat.estimate.subject import Subject, joint_operator
 from relflat.rng import Rng
 
 
@@ -94,7 +94,7 @@ def _why_no_exact_sum(subject: Subject) -> str | None:
     options = subject.options
     if options.method == "exact":
         return None
-    if subject.factors is not None:
+    if subject.factors is not None and options.curvature == "ggn":
         return "probes of a known loss take one pull-back for all layers"
     if not (options.measuring or subject.last):
         return "in training only output layers are summed, whose products cost nothing but the loss"
@@ -108,8 +108,16 @@ def _exact(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
 
 
 def _probe(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
-    found = {}
-    for s in [s for s in subjects if s.factors is None]:
+    found: dict[str, Contributions] = {}
+    alone = [s for s in subjects if s.factors is None]
+    if alone and alone[0].options.measuring:
+        joint = [s for s in alone if s.options.curvature == "hessian"]
+        for mine in filter(None, [joint, *([s] for s in alone if s not in joint)]):
+            operator, name = joint_operator(mine), "hessian" if mine[0].at_end else mine[0].options.curvature
+            parts = products.measured(operator, [s.space for s in mine], mine[0].options, rng, name)
+            found |= {s.layer: part for s, part in zip(mine, parts, strict=True)}
+        alone = []
+    for s in alone:
         name = "hessian" if s.at_end else s.options.curvature
         found[s.layer] = products.sampled(s.operator, s.space, s.options, rng, name)
     together = [s for s in subjects if s.factors is not None]
