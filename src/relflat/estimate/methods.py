@@ -108,18 +108,11 @@ def _exact(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
 
 
 def _probe(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
-    found: dict[str, Contributions] = {}
     alone = [s for s in subjects if s.factors is None]
-    if alone and alone[0].options.measuring:
-        joint = [s for s in alone if s.options.curvature == "hessian"]
-        for mine in filter(None, [joint, *([s] for s in alone if s not in joint)]):
-            operator, name = joint_operator(mine), "hessian" if mine[0].at_end else mine[0].options.curvature
-            parts = products.measured(operator, [s.space for s in mine], mine[0].options, rng, name)
-            found |= {s.layer: part for s, part in zip(mine, parts, strict=True)}
-        alone = []
-    for s in alone:
-        name = "hessian" if s.at_end else s.options.curvature
-        found[s.layer] = products.sampled(s.operator, s.space, s.options, rng, name)
+    measuring = bool(alone) and alone[0].options.measuring
+    found = _measured(alone, rng) if measuring else {}
+    for s in alone if not measuring else ():
+        found[s.layer] = products.sampled(s.operator, s.space, s.options, rng, _name(s))
     together = [s for s in subjects if s.factors is not None]
     if together:
         known, options = together[0].factors, together[0].options
@@ -127,6 +120,22 @@ def _probe(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
         parts = products.factored([s.space for s in together], known, options, rng)
         found |= {s.layer: part for s, part in zip(together, parts, strict=True)}
     return found
+
+
+def _measured(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
+    joint = [s for s in subjects if s.options.curvature == "hessian"]
+    found: dict[str, Contributions] = {}
+    for mine in filter(None, [joint, *([s] for s in subjects if s not in joint)]):
+        spaces, options = [s.space for s in mine], mine[0].options
+        parts = products.measured(joint_operator(mine), spaces, options, rng, _name(mine[0]))
+        found |= {s.layer: part for s, part in zip(mine, parts, strict=True)}
+    for s in [s for s in joint if not bool(found[s.layer].kappa.any())]:
+        _ = s.operator  # refuses a layer that the loss has no curvature in, or warns of it
+    return found
+
+
+def _name(subject: Subject) -> str:
+    return "hessian" if subject.at_end else subject.options.curvature
 
 
 def _why_no_differences(subject: Subject) -> str | None:

@@ -307,24 +307,12 @@ class Subject:
 
 
 def joint_operator(subjects: Sequence[Subject]) -> Operator:
-    """Products with the Hessian in all the layers together; of one, its own operator, which says what is missing."""
-    first, calls = subjects[0], [s.space.calls for s in subjects]
+    """Products with the Hessian in all the layers together; of one, its own operator."""
+    first = subjects[0]
     if len(subjects) == 1:
         return first.operator
     for s in subjects:
         s._must_be_plain()
-    slope, flat = first._asked_slope(), [c for own in calls for c in own]
-    of = first.scene.loss.sum() if slope is None else first._outputs(flat)
-    operator = HessianOperator(of, flat, slope, create_graph=False)
-    new = {s for s in subjects if not s.in_weight and s.layer not in s.memory.curved}
-    rng = Rng(first.seed, -2)
-    images = iter(operator([rng.signs(tuple(c.output.shape), c.output) for c in flat]) if new else [])
-    gradients = iter(operator.gradient)
-    for s, own in zip(subjects, calls, strict=True):
-        differentiable = [next(gradients).requires_grad for _ in own]
-        curved = [bool(next(images).any()) for _ in own] if new else [True]
-        if any(differentiable) and (s not in new or any(curved)):
-            s.memory.curved.add(s.layer)
-        else:
-            _ = s.operator  # refuses the layer, or warns of it
-    return operator
+    slope, calls = first._asked_slope(), [c for s in subjects for c in s.space.calls]
+    of = first.scene.loss.sum() if slope is None else first._outputs(calls)
+    return HessianOperator(of, calls, slope, create_graph=False)
