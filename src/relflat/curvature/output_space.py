@@ -194,6 +194,38 @@ class OutputSpace:
 
     def pulled(self, gradients: Sequence[Tensor]) -> Float[Tensor, "n t d"]:
         """Gradients with respect to the calls' outputs, as rows."""
+        pairs = zip(self.calls, gradients, strict=True)
+        return self._joined([c.rows(x).to(self.weight.dtype) for c, x in pairs])
+
+    def inner(self, one: Float[Tensor, "n t d"], two: Float[Tensor, "n t d"]) -> Shares:
+        """Over positions and outputs."""
+        return self._by_group((one * two).sum((1, 2)))
+
+    def _by_group(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "g ..."]:
+        return x.sum(0, keepdim=True) if self.coupled and x.shape[0] > 1 else x
+
+    def squared_norms(
+        self, g: Float[Tensor, "n t d"], rng: Rng, *, adaptive: bool, trace: bool
+    ) -> tuple[Shares, Shares]:
+        """``||W' G||_F^2`` and ``||G||_F^2`` of each group's ``G = sum_t g_t phi_t'``.
+
+        Exact through Gram matrices of the positions where those are few. Else from the images ``G b`` of
+        ``_SKETCH`` independent Rademacher vectors b a group, as ``E_b ||W' G b||^2`` is the same number.
+        """
+        c, m = self.shape[2:]
+        if self._many > _FEW_POSITIONS and not adaptive:
+            b = rng.signs((self._groups, _SKETCH, m), self.weight)
+            images = self._by_group(self._images(self.project(b), g))
+            kappa = _square(images @ self.weight) / _SKETCH
+            return kappa, _square(images.detach()) / _SKETCH if trace else kappa
+        by_channel = g.reshape(*g.shape[:-1], c, g.shape[-1] // c)
+        back = torch.einsum("ntco,com->ntcm", by_channel, self._weight_by_channel)  # W' g
+        if adaptive:
+            kappa = self._by_group((back * self.features).sum((1, 2))).square().sum(-1)
+        else:
+            kappa = self._gram_product(back, self.features)
+        if not trace:
+            return kappa, kappa
         sides = (torch.split(x.detach(), 1, dim=2) for x in (by_channel, self.features))
         return kappa, torch.stack([self._gram_product(*pair) for pair in zip(*sides, strict=True)]).sum(0)
 
