@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -44,6 +44,7 @@ class Options:
 
     Attributes:
         device: of torch.
+        cases: the networks of which table; by default that of the device.
         rounds: timed rounds of each case.
         only: cases whose name holds this.
         threads: threads of torch; 0 for its own choice.
@@ -53,6 +54,7 @@ class Options:
     """
 
     device: str = "cpu"
+    cases: Literal["", "cpu", "cuda"] = ""
     rounds: int = 15
     only: str = ""
     threads: int = 0
@@ -339,7 +341,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=UserWarning)
     old, where, rows = before(options), environment(), []
-    for case in [c for c in (GPU if options.device.startswith("cuda") else CPU) if options.only in c.name]:
+    for case in [
+        c for c in (GPU if (options.cases or options.device).startswith("cuda") else CPU) if options.only in c.name
+    ]:
         rows += train(case, options) + (measure(case, options) if case.measures else [])
     by_name = {(row["case"], row["row"]): row for row in old}
     columns = ("network", "step", "before", "wall", "processor", "ms", "FLOPs", "peak", "operations", "goal")
