@@ -341,9 +341,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=UserWarning)
     old, where, rows = before(options), environment(), []
-    for case in [
-        c for c in (GPU if (options.cases or options.device).startswith("cuda") else CPU) if options.only in c.name
-    ]:
+    cases = GPU if (options.cases or options.device).startswith("cuda") else CPU
+    for case in [c for c in cases if options.only in c.name]:
         rows += train(case, options) + (measure(case, options) if case.measures else [])
     by_name = {(row["case"], row["row"]): row for row in old}
     columns = ("network", "step", "before", "wall", "processor", "ms", "FLOPs", "peak", "operations", "goal")

@@ -1,4 +1,4 @@
-"""The script that measures every row runs from one end to the other, tiny and on the CPU, so that it will on a GPU."""
+"""The script that measures every row runs from one end to the other, tiny and on the CPU."""
 
 import json
 import subprocess
