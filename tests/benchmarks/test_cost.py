@@ -65,8 +65,7 @@ def test_the_counters_see_what_sam_costs() -> None:
 
 def test_all_layers_take_little_more_than_a_pull_back_and_its_derivative() -> None:
     """And so few operations that a GPU need not wait for them."""
-    trainer = Trainer(fam("*"), "resnet18", SAMPLES)
-    trainer.warm_up()
+    trainer = ready(fam("*"))
     assert flops(trainer.step) <= 2.15 * plain_flops()
     with Operations() as operations:
         trainer.step()

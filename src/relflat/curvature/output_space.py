@@ -214,10 +214,10 @@ class OutputSpace:
         """
         c, m = self.shape[2:]
         if self._many > _FEW_POSITIONS and not adaptive:
-            b = rng.signs((self._groups, _SKETCH, m), self.weight)
+            b = rng.signs((self._groups, _SKETCH, m), self.weight).mul_(_SKETCH**-0.5)
             images = self._by_group(self._images(self.project(b), g))
-            kappa = _square(images @ self.weight) / _SKETCH
-            return kappa, _square(images.detach()) / _SKETCH if trace else kappa
+            kappa = _square(images @ self.weight)
+            return kappa, _square(images.detach()) if trace else kappa
         by_channel = g.reshape(*g.shape[:-1], c, g.shape[-1] // c)
         back = torch.einsum("ntco,com->ntcm", by_channel, self._weight_by_channel)  # W' g
         if adaptive:

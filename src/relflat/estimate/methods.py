@@ -109,10 +109,10 @@ def _exact(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
 
 def _probe(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
     alone = [s for s in subjects if s.factors is None]
-    measuring = bool(alone) and alone[0].options.measuring
-    found = _measured(alone, rng) if measuring else {}
-    for s in alone if not measuring else ():
-        found[s.layer] = products.sampled(s.operator, s.space, s.options, rng, _name(s))
+    if subjects[0].options.measuring:
+        found = _measured(alone, rng)
+    else:
+        found = {s.layer: products.sampled(s.operator, s.space, s.options, rng, _name(s)) for s in alone}
     together = [s for s in subjects if s.factors is not None]
     if together:
         known, options = together[0].factors, together[0].options
