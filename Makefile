@@ -40,8 +40,8 @@ format: $(READY)  ## write what ruff can mend
 	$(BIN)/ruff check --fix src tests benchmarks docs tools
 	$(BIN)/ruff format src tests benchmarks docs tools
 
-bench: $(READY)  ## cost of a training step
-	$(BIN)/python benchmarks/step_cost.py
+bench: $(READY)  ## cost of training and measuring, as JSON and a picture in benchmarks/results
+	$(BIN)/python benchmarks/cost.py
 
 house: $(READY)  ## sizes, arrows between modules and rooms, and what is over the limits
 	$(BIN)/python tools/house.py

@@ -3,13 +3,23 @@
 Unlike times, these do not depend on the machine's mood, so tests can hold the library to them.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+_FREE = {
+    *("view", "_unsafe_view", "expand", "permute", "transpose", "t", "detach", "alias", "as_strided", "select"),
+    *("slice", "unsqueeze", "squeeze", "split", "split_with_sizes", "unbind", "empty", "empty_like", "new_empty"),
+    *("lift_fresh", "empty_strided", "new_empty_strided", "promote_types"),
+    *("_record_function_enter_new", "_record_function_exit"),
+}
+"""Operations of the dispatcher that compute nothing."""
 
 Step = Callable[[], Any]
 
@@ -65,6 +75,24 @@ def _count(module: nn.Module, count: Passes, name: str) -> Any:
             output.register_hook(lambda _gradient: bump("backward"))
 
     return module.register_forward_hook(after)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations within the block that compute something: a GPU launches a kernel for each, or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one, and do it."""
+        self.counts[function._schema.name.split("::")[1]] += 1
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        """All but views and allocations."""
+        return sum(count for name, count in self.counts.items() if name not in _FREE)
 
 
 def flops(step: Step) -> int:

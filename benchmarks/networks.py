@@ -39,6 +39,28 @@ def sentences(n: int, length: int = 64, vocabulary: int = 4096) -> Batch:
     return torch.randint(vocabulary, (n, length)), torch.randint(10, (n,))
 
 
+def bert(small: bool) -> nn.Module:
+    """BERT-base with random weights, attention without fused kernels."""
+    from transformers import BertConfig, BertForSequenceClassification  # only where it is asked for
+
+    sizes = _sizes(small, 768, 12, 12)
+    return BertForSequenceClassification(BertConfig(num_labels=10, attn_implementation="eager", **sizes))
+
+
+def vit(small: bool) -> nn.Module:
+    """ViT-S with random weights."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = _sizes(small, 384, 12, 6)
+    return ViTForImageClassification(ViTConfig(num_labels=10, image_size=32 if small else 224, **sizes))
+
+
+def _sizes(small: bool, width: int, depth: int, heads: int) -> dict[str, int]:
+    width, depth, heads = (48, 2, 2) if small else (width, depth, heads)
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return dict(zip(names, (width, depth, heads, 4 * width), strict=True))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch]]] = {
     "resnet18": (resnet18, partial(pictures, channels=3, size=32)),
     "mlp": (partial(mlp, 784, (1024, 1024, 1024)), partial(pictures, channels=1, size=28)),

@@ -138,14 +138,8 @@ class Trainer:
         self.optimizer = SAM(parameters, optim.SGD, **SGD) if row.sam else optim.SGD(parameters, **SGD)
 
     def warm_up(self) -> None:
-        """What happens once: the optimiser's state, the output layer found, coupling tested at every layer."""
-        fam = self.criterion if isinstance(self.criterion, FAM) else None
-        drawn = None if fam is None else fam.layers_per_step
-        if fam is not None:
-            fam.layers_per_step = None
+        """What happens once: the optimiser's state, the output layer found, coupling settled."""
         self.step()
-        if fam is not None:
-            fam.layers_per_step = drawn
 
     def step(self) -> None:
         """One update of all weights."""

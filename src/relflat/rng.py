@@ -29,8 +29,9 @@ class Rng:
 
     def signs(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Independent signs, -1 or +1 (Rademacher), with the dtype and device of ``like``."""
-        bits = torch.randint(0, 2, shape, generator=self.on(like.device), device=like.device)
-        return (2 * bits - 1).to(like.dtype)
+        generator = self.on(like.device)
+        bits = torch.randint(0, 2, shape, generator=generator, device=like.device, dtype=like.dtype)
+        return bits.mul_(2).sub_(1)
 
     def normal(self, like: Tensor) -> Tensor:
         """Independent standard normal numbers with the shape, dtype and device of ``like``."""

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from relflat import relative_flatness
+from relflat import relative_flatness, relative_flatness_by_layer
 from relflat.lab.tasks.models import small_cnn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from counting import Passes, flops, passes, peak_bytes
+from counting import Operations, Passes, flops, passes, peak_bytes
 from measure_cost import evaluate
 from rows import CONTROL, OUTPUT, PLAIN, SAM_ROW, Row, Trainer, fam
 
@@ -61,6 +61,32 @@ def test_the_counters_see_what_sam_costs() -> None:
     assert flops(trainer.step) == 2 * plain_flops()
     weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     assert peak_bytes(lambda: Trainer(SAM_ROW, "resnet18", SAMPLES)) >= plain_peak() + 0.5 * weights
+
+
+def test_all_layers_take_little_more_than_a_pull_back_and_its_derivative() -> None:
+    """And so few operations that a GPU need not wait for them."""
+    trainer = ready(fam("*"))
+    assert flops(trainer.step) <= 2.15 * plain_flops()
+    with Operations() as operations:
+        trainer.step()
+    assert operations.total <= 1900
+
+
+def test_operations_are_counted_without_views() -> None:
+    x = torch.randn(3, 4)
+    with Operations() as operations:
+        _ = (x.T @ x).view(-1)[2:].unsqueeze(0) + 1
+    assert operations.total == 2
+    assert operations.counts["mm"] == 1
+
+
+@pytest.mark.parametrize(("probes", "most"), [(4, 4), (16, 15)])
+def test_measuring_all_layers_takes_few_training_passes(probes: int, most: int) -> None:
+    """The Hessian's probes behind ReLU and BatchNorm in evaluation mode are pull-backs that serve all layers."""
+    trainer = ready(PLAIN)
+    one = trainer.batch[0][:1], trainer.batch[1][:1]
+    run = lambda: relative_flatness_by_layer(trainer.model, nn.CrossEntropyLoss(), one, layer="*", probes=probes)
+    assert flops(run) <= most * plain_flops() / SAMPLES
 
 
 def test_the_counters_see_a_second_backward_pass_of_the_tail() -> None:

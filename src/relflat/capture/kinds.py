@@ -32,8 +32,8 @@ class Kind:
         matches: whether a module is of this kind.
         matrix: ``(module, weight) -> (d, m)``, the weight as W. May not copy.
         features: ``(module, input) -> (n, t, c, m)``, phi at every sample, position and group.
-        project: ``(module, input, b) -> (n, t, c, q)`` with ``b`` of shape (n, q, m): ``b . phi`` without
-            forming phi.
+        project: ``(module, input, b) -> (n, t, c, q)`` with ``b`` of shape (n, q, m), or (1, q, m) for all
+            samples: ``b . phi`` without forming phi.
         outputs_last: ``(module, output) -> (n, ..., d)``, a view.
         outputs_back: undoes ``outputs_last``.
         trusted: whether a module computes what its class says. If not, each call is compared with ``W phi + b``,
@@ -177,8 +177,9 @@ def _embedding_features(module: nn.Embedding, ids: Tensor) -> Float[Tensor, "n t
 
 
 def _embedding_project(module: nn.Embedding, ids: Tensor, b: Tensor) -> Float[Tensor, "n t 1 q"]:
-    flat = ids.reshape(b.shape[0], 1, -1).expand(-1, b.shape[1], -1)
-    found = b.gather(2, flat)
+    n = ids.shape[0] if ids.ndim else 1
+    flat = ids.reshape(n, 1, -1).expand(-1, b.shape[1], -1)
+    found = b.expand(n, -1, -1).gather(2, flat)
     if module.padding_idx is not None:
         found = found * (flat != module.padding_idx)
     return found.mT.unsqueeze(2)
@@ -197,14 +198,16 @@ def _batched(module: Any, x: Tensor) -> Tensor:
     return x[None] if x.ndim == len(module.kernel_size) + 1 else x
 
 
-def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """What the kernel of a convolution slides over, and its steps."""
+def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """What the kernel of a convolution slides over, its steps, and the zeros around that are yet to be added."""
     x, pad = _batched(module, x), module._reversed_padding_repeated_twice
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return x, module.stride, module.padding
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(x, pad, mode=mode) if any(pad) else x, module.stride
+    return F.pad(x, pad, mode=mode) if any(pad) else x, module.stride, (0,) * len(module.stride)
 
 
-def _stretched(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _stretched(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
     """As :func:`_padded`: a transposed convolution is a convolution of the input with zeros between its pixels."""
     x = _batched(module, x)
     sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], module.stride, strict=True)]
@@ -215,12 +218,12 @@ def _stretched(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     for i in reversed(range(len(sizes))):
         reach = module.dilation[i] * (module.kernel_size[i] - 1) - module.padding[i]
         pad += [reach, reach + module.output_padding[i]]
-    return F.pad(wide, pad), (1,) * len(sizes)
+    return F.pad(wide, pad), (1,) * len(sizes), (0,) * len(sizes)
 
 
-def _windows(module: Any, x: Tensor, stride: tuple[int, ...]) -> Float[Tensor, "n t c m"]:
-    """Every window of a padded input, flattened as a kernel of the module is."""
-    spatial = len(module.kernel_size)
+def _windows(module: Any, x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> Float[Tensor, "n t c m"]:
+    """Every window of an input, flattened as a kernel of the module is."""
+    x, spatial = F.pad(x, [p for p in reversed(padding) for _ in range(2)]), len(module.kernel_size)
     for i, (k, step, gap) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True)):
         x = x.unfold(2 + i, (k - 1) * gap + 1, step)[..., ::gap]
     (n, channels), c = x.shape[:2], module.groups
@@ -229,14 +232,14 @@ def _windows(module: Any, x: Tensor, stride: tuple[int, ...]) -> Float[Tensor, "
 
 
 def _convolved(
-    module: Any, b: Float[Tensor, "n q m"], x: Tensor, stride: tuple[int, ...]
+    module: Any, b: Float[Tensor, "n q m"], x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Float[Tensor, "n t c q"]:
-    """``b`` times the windows of a padded input: one grouped convolution, each sample with its own q kernels."""
-    (n, channels), c, q, kernel = x.shape[:2], module.groups, b.shape[1], module.kernel_size
-    kernels = b.reshape(n, 1, q, channels // c, *kernel).expand(-1, c, *[-1] * (2 + len(kernel)))
-    kernels = kernels.reshape(n * c * q, channels // c, *kernel)
-    x, convolve = x.reshape(1, n * channels, *x.shape[2:]), getattr(F, f"conv{len(kernel)}d")
-    s = convolve(x, kernels, stride=stride, dilation=module.dilation, groups=n * c)
+    """``b`` times the windows of an input: a convolution with q kernels, grouped where each sample has its own."""
+    (n, channels), c, (own, q, _), kernel = x.shape[:2], module.groups, b.shape, module.kernel_size
+    kernels = b.reshape(own, 1, q, channels // c, *kernel).expand(-1, c, *[-1] * (2 + len(kernel)))
+    kernels = kernels.reshape(own * c * q, channels // c, *kernel)
+    x, convolve = x.reshape(n // own, own * channels, *x.shape[2:]), getattr(F, f"conv{len(kernel)}d")
+    s = convolve(x, kernels, stride=stride, padding=padding, dilation=module.dilation, groups=own * c)
     return s.reshape(n, c, q, -1).permute(0, 3, 1, 2)
 
 
@@ -249,7 +252,7 @@ def transposed_matrix(groups: int, w: Tensor) -> Float[Tensor, "d m"]:
 def _convolution(
     classes: tuple[type[nn.Module], ...],
     matrix: Callable[[Any, Tensor], Tensor],
-    over: Callable[[Any, Tensor], tuple[Tensor, tuple[int, ...]]],
+    over: Callable[[Any, Tensor], tuple[Tensor, tuple[int, ...], tuple[int, ...]]],
 ) -> Kind:
     return Kind(
         lambda module: isinstance(module, classes),

@@ -61,8 +61,8 @@ class Space(Protocol):
     def trace_probe(self, rng: Rng, *, rank: int = 1) -> Tensor:
         """A random direction whose quadratic form has mean ``Tr H``."""
 
-    def product(self, operator: Operator, direction: Tensor) -> Tensor:
-        """``H`` times a direction."""
+    def parts(self, direction: Tensor) -> list[Tensor]:
+        """The direction as one tensor an endpoint."""
 
     def inner(self, one: Tensor, two: Tensor) -> Shares:
         """Inner products by group."""
@@ -75,3 +75,10 @@ class Space(Protocol):
 
     def weight_product(self, operator: Operator, v: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:
         """``H V`` in the weight, summed over all groups, without a graph."""
+
+
+def product(operator: Operator, spaces: Sequence[Space], directions: Sequence[Tensor]) -> list[Tensor]:
+    """``H`` times a direction in all spaces at once, whose endpoints are those of the operator."""
+    parts = [p for space, direction in zip(spaces, directions, strict=True) for p in space.parts(direction)]
+    found = iter(operator(parts))
+    return [space.pulled([next(found) for _ in space.calls]) for space in spaces]

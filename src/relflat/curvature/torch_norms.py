@@ -13,6 +13,7 @@ one of these too), and all are differentiated by PyTorch's own kernel here, on a
 the samples of all ranks and is refused (:meth:`relflat.estimate.subject.Subject`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -88,7 +89,7 @@ def _hook(node: Any, norm: type[_Norm]) -> Callable[[Gradients, Gradients], Grad
             read = norm(node)
         except RuntimeError:  # checkpointing hands out a tensor once
             return None
-        if type(read.x) is not Tensor:
+        if type(read.x) is not Tensor or (norm is _Convolution and read.x.is_cpu):
             return None
         mended = _Mended.apply(found[0].detach(), along[0], read.x, read.weight, read)  # type: ignore[no-untyped-call]
         return (mended, *found[1:])
@@ -159,12 +160,13 @@ class _BatchNorm:
         shape, m, (mean, s) = _along_channels(x), x.numel() // x.shape[1], self.saved
         of_v, v_xh, v_sum = self._kernel(v, x, weight, [True, True, True])
         _, g_xh, g_sum = self._kernel(grad, x, weight, [False, True, True])
-        k = (v * grad).sum([0, *range(2, x.ndim)]) - (v_sum * g_sum + v_xh * g_xh) / m
-        gain = s if weight is None else s * weight
-        slope = -s * s * gain * k / m  # of x - mean in the last term, as xh = s (x - mean)
-        in_x = torch.addcmul((-slope * mean).view(shape), x, slope.view(shape))
-        in_x.addcmul_(of_v, (-s * g_xh / m).view(shape)).addcmul_(found, (-s * v_xh / m).view(shape))
-        return of_v, in_x, None if weight is None else s * k
+        k = (v * grad).sum([0, *range(2, x.ndim)])
+        k = k.addcmul_(v_sum, g_sum, value=-1 / m).addcmul_(v_xh, g_xh, value=-1 / m)
+        in_weight, share = s * k, s / -m
+        slope = share * s * in_weight if weight is None else share * s * in_weight * weight  # xh = s (x - mean)
+        in_x = torch.addcmul((slope * mean).neg_().view(shape), x, slope.view(shape))
+        in_x.addcmul_(of_v, (share * g_xh).view(shape)).addcmul_(found, (share * v_xh).view(shape))
+        return of_v, in_x, None if weight is None else in_weight
 
     def _kernel(self, grad: Tensor, x: Tensor, weight: Tensor | None, mask: list[bool]) -> Sequence[Tensor]:
         """PyTorch's gradients in input, weight and bias: G(grad), <grad, xh> and sum(grad) a channel."""
@@ -193,14 +195,50 @@ class _LayerNorm:
         return (s * (g - g.mean(over, keepdim=True) - xh * (g * xh).mean(over, keepdim=True))).to(grad.dtype)
 
     def once(self, v: Tensor, found: Tensor, given: Sequence[Any], needs: Sequence[bool]) -> Gradients:
-        """PyTorch's own, which are right so far."""
+        """As for batch normalisation, a row at a time; ``K(v)`` is the gradient for a weight of 1.
 
-        def kernel(grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-            options = (self.shape, self.mean, self.rstd, weight, self.bias, [True, False, False])
-            found: Tensor = torch.ops.aten.native_layer_norm_backward(grad, x, *options)[0]
-            return found
+        In gy ``w K(v)``, in w ``gy K(v)`` summed over rows, in x ``-s/M (<g, xh> K(v) + <v, xh> G + <v, G> xh)``.
+        """
+        wide, over = self.rstd.dtype, tuple(range(-len(self.shape), 0))
+        v, found, grad, x = (t.to(wide) for t in (v, found, *given[:2]))
+        weight = None if given[2] is None else given[2].to(wide)
+        options = (self.shape, self.mean, self.rstd, None, None, [True, False, False])
+        of_v: Tensor = torch.ops.aten.native_layer_norm_backward(v, x, *options)[0]
+        g, xh = grad if weight is None else grad * weight, (x - self.mean).mul_(self.rstd)
+        across = [(a * b).sum(over, keepdim=True) for a, b in ((g, xh), (v, xh), (v, found))]
+        share = self.rstd / -math.prod(self.shape)
+        in_x = xh.mul_(share * across[2]).addcmul_(of_v, share * across[0]).addcmul_(found, share * across[1])
+        if weight is None:
+            return of_v, in_x, None
+        rows = tuple(range(x.ndim - len(self.shape)))
+        return of_v * weight, in_x, (grad * of_v).sum(rows) if rows else grad * of_v
 
-        return _once_by_autograd(kernel, v, given, needs)
+
+class _Convolution:
+    """``G(gy, w)``, the gradient in the input; PyTorch takes that of ``<v, G>`` in w by a convolution with gy.
+
+    Its kernel is as large as the picture then, which is slow where it is not on a CPU.
+    """
+
+    def __init__(self, node: Any) -> None:
+        self.x, self.weight = node._saved_input, node._saved_weight
+        names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        self.options = [getattr(node, f"_saved_{name}") for name in names]
+
+    def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        found: Tensor = _convolution_backward(grad, x, weight, None, *self.options, [True, False, False])[0]
+        return found
+
+    def once(self, v: Tensor, found: Tensor, given: Sequence[Any], needs: Sequence[bool]) -> Gradients:
+        """In gy the convolution of v, in w the gradient that it has for the input v."""
+        grad, _, weight = given
+        in_grad = torch.ops.aten.convolution(v, weight, None, *self.options) if needs[0] else None
+        mask = [False, True, False]
+        in_weight = _convolution_backward(grad, v, weight, None, *self.options, mask)[1] if needs[2] else None
+        return in_grad, None, in_weight
+
+
+_convolution_backward = torch.ops.aten.convolution_backward
 
 
 def _once_by_autograd(
@@ -250,4 +288,5 @@ _MENDED: dict[str, type[_Norm]] = {
     "MiopenBatchNormBackward0": _BatchNorm,
     "NativeLayerNormBackward0": _LayerNorm,
     "LogcumsumexpBackward0": _LogCumSumExp,
+    "ConvolutionBackward0": _Convolution,
 }

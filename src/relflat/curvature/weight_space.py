@@ -71,13 +71,13 @@ class WeightSpace:
         """Independent signs."""
         return rng.signs(tuple(self.weight.shape), self.weight)
 
-    def product(self, operator: Operator, direction: Float[Tensor, "*s d m"]) -> Float[Tensor, "*s d m"]:
-        """``H V``, in scaled features if there are scales."""
-        return self.pulled(operator([self.matrix.back(direction / divisor(self.scale))]))
+    def parts(self, direction: Float[Tensor, "*s d m"]) -> list[Tensor]:
+        """The change of the parameter, in scaled features if there are scales."""
+        return [self.matrix.back(direction / divisor(self.scale))]
 
     def weight_product(self, operator: Operator, v: Float[Tensor, "*s d m"]) -> Float[Tensor, "*s d m"]:
         """The same without a graph."""
-        return self.product(operator, v).detach()
+        return self.pulled(operator(self.parts(v))).detach()
 
     def pulled(self, gradients: Sequence[Tensor]) -> Float[Tensor, "*s d m"]:
         """The gradient in the parameter, as the matrix is."""

@@ -13,7 +13,7 @@ from relflat.errors import ConfigError, LossError
 from relflat.estimate import closed_form, products
 from relflat.estimate.contributions import Contributions
 from relflat.estimate.differences import finite_difference
-from relflat.estimate.subject import Subject
+from relflat.estimate.subject import Subject, joint_operator
 from relflat.rng import Rng
 
 
@@ -94,7 +94,7 @@ def _why_no_exact_sum(subject: Subject) -> str | None:
     options = subject.options
     if options.method == "exact":
         return None
-    if subject.factors is not None:
+    if subject.factors is not None and options.curvature == "ggn":
         return "probes of a known loss take one pull-back for all layers"
     if not (options.measuring or subject.last):
         return "in training only output layers are summed, whose products cost nothing but the loss"
@@ -108,10 +108,11 @@ def _exact(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
 
 
 def _probe(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
-    found = {}
-    for s in [s for s in subjects if s.factors is None]:
-        name = "hessian" if s.at_end else s.options.curvature
-        found[s.layer] = products.sampled(s.operator, s.space, s.options, rng, name)
+    alone = [s for s in subjects if s.factors is None]
+    if subjects[0].options.measuring:
+        found = _measured(alone, rng)
+    else:
+        found = {s.layer: products.sampled(s.operator, s.space, s.options, rng, _name(s)) for s in alone}
     together = [s for s in subjects if s.factors is not None]
     if together:
         known, options = together[0].factors, together[0].options
@@ -119,6 +120,22 @@ def _probe(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
         parts = products.factored([s.space for s in together], known, options, rng)
         found |= {s.layer: part for s, part in zip(together, parts, strict=True)}
     return found
+
+
+def _measured(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:
+    joint = [s for s in subjects if s.options.curvature == "hessian"]
+    found: dict[str, Contributions] = {}
+    for mine in filter(None, [joint, *([s] for s in subjects if s not in joint)]):
+        spaces, options = [s.space for s in mine], mine[0].options
+        parts = products.measured(joint_operator(mine), spaces, options, rng, _name(mine[0]))
+        found |= {s.layer: part for s, part in zip(mine, parts, strict=True)}
+    for s in [s for s in joint if not bool(found[s.layer].kappa.any())]:
+        _ = s.operator  # refuses a layer that the loss has no curvature in, or warns of it
+    return found
+
+
+def _name(subject: Subject) -> str:
+    return "hessian" if subject.at_end else subject.options.curvature
 
 
 def _why_no_differences(subject: Subject) -> str | None:

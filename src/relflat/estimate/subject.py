@@ -13,6 +13,7 @@ from relflat.capture.calls import Call, is_recurrent, same_values
 from relflat.capture.graph import ancestors, compiled, leaves_between, operation, singular
 from relflat.capture.kinds import own_weights
 from relflat.capture.matrix import Matrix
+from relflat.capture.pieces import piecewise_linear
 from relflat.capture.uses import View, leaf
 from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, differentiate, slope_in
 from relflat.curvature.output_space import OutputSpace, feature_std
@@ -119,12 +120,22 @@ class Subject:
 
     @property
     def factors(self) -> KnownLoss | None:
-        """The loss, if the Gauss-Newton matrix is wanted and may be taken from the known factors of its Hessian."""
-        if self.options.curvature != "ggn" or self.options.method == "exact":
+        """The loss, if the Gauss-Newton matrix may be taken from the known factors of its Hessian.
+
+        That is the Hessian's too, in measuring, where what comes after the layer is piecewise linear.
+        """
+        if self.options.method == "exact" or not (self.options.curvature == "ggn" or self._same_as_ggn):
             return None
         if self.options.full:  # else first derivatives do
             self._must_be_plain()
         return self.scene.known
+
+    @functools.cached_property
+    def _same_as_ggn(self) -> bool:
+        known = self.scene.known
+        if known is None or not self.options.measuring or self.in_weight:
+            return False
+        return piecewise_linear(known.outputs.grad_fn, {c.edge.node for c in self.calls if c.edge is not None})
 
     @functools.cached_property
     def scale(self) -> Tensor | None:
@@ -293,3 +304,15 @@ class Subject:
             else:
                 known[key] = coupled_in_products(self.operator, self.calls, rng, once=again)
         return known[key]
+
+
+def joint_operator(subjects: Sequence[Subject]) -> Operator:
+    """Products with the Hessian in all the layers together; of one, its own operator."""
+    first = subjects[0]
+    if len(subjects) == 1:
+        return first.operator
+    for s in subjects:
+        s._must_be_plain()
+    slope, calls = first._asked_slope(), [c for s in subjects for c in s.space.calls]
+    of = first.scene.loss.sum() if slope is None else first._outputs(calls)
+    return HessianOperator(of, calls, slope, create_graph=False)
