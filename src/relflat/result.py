@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 
+from relflat.plot.shown import Shown
+
 
 @dataclass(frozen=True)
-class Flatness:
-    """Relative flatness of one layer over a data set.
+class Flatness(Shown):
+    """Relative flatness of one layer over a data set: a number with its error, its companions and a picture.
+
+    ``float(flat)`` and ``f"{flat:.3g}"`` are its value, ``<`` and ``>`` compare values; :mod:`relflat.plot` draws.
 
     Attributes:
         value: kappa(W), Petzka et al. 2021, Def. 3. Larger is sharper. Units: those of the loss.

@@ -82,7 +82,7 @@ def per_sample_flatness(
     with measuring(model, loss_fn, data, layer, options, forward, device, seed) as measurement:
         for i, (scene, _) in enumerate(measurement.scenes()):
             parts = measurement.estimator(scene, i)
-            part = parts[_one_of(parts, layer)]
+            part = parts[one_of(parts, layer)]
             n = scene.loss.numel() if scene.loss.ndim else _samples(scene)
             shares = part.kappa.detach().double().mean(0).cpu()
             if shares.numel() % n:
@@ -130,7 +130,7 @@ def max_eigenvalue_flatness(
     with measuring(model, loss_fn, data, layer, options, forward, device, seed) as measurement:
         measurement.batches.must_be_repeatable("Lanczos")
         scene, _ = next(measurement.scenes())
-        name, rng = _one_of(scene.layers, layer), Rng(seed, 0)
+        name, rng = one_of(scene.layers, layer), Rng(seed, 0)
         (subject,) = measurement.estimator.subjects(scene.only([name]))
         matrix = subject.matrix.one()
         for row, w in enumerate(matrix.weight().detach()):
@@ -191,7 +191,8 @@ def feature_robustness(
 # -- how ---------------------------------------------------------------------------------------------------
 
 
-def _one_of(names: Iterable[str], layer: Layer) -> str:
+def one_of(names: Iterable[str], layer: Layer) -> str:
+    """The only name; refuses several."""
     found = list(names)
     if len(found) != 1:
         raise LayerError(f"layer={layer!r} matches {found}; name one")
