@@ -53,8 +53,7 @@ def relative_flatness_by_layer(
         ['0', '2']
     """
     xtrace = method == "xtrace"
-    if probes is None:
-        probes = _DEFAULT_XTRACE if xtrace else _DEFAULT_PROBES
+    probes = probes or (_DEFAULT_XTRACE if xtrace else _DEFAULT_PROBES)
     if rtol is not None and not xtrace:
         probes = 2 if probes == 1 else probes  # one has no error
     repeated = "method='xtrace'" if xtrace else "rtol" if rtol is not None else None

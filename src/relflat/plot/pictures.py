@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from relflat.errors import ConfigError
 from relflat.plot.shown import ByLayer, Shown
 from relflat.plot.style import COLOURS, INK, MARKERS, axes, log_if_wide, matplotlib, nothing_to_draw, whole_numbers
 
@@ -44,7 +45,7 @@ def layers(
         ax: where to draw.
 
     Raises:
-        ConfigError: if there is no layer.
+        ConfigError: if there is no layer, or no such number.
 
     Example:
         >>> import torch
@@ -55,38 +56,25 @@ def layers(
         >>> relflat.plot.layers(flat).get_xlabel()
         'kappa, units of the loss'
     """
-    groups = _groups(flats)
+    groups, label = _groups(flats), _called(number)
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     if not names:
         raise nothing_to_draw("no layer")
-    thick, labelled = 0.8 / len(groups), len(names) * len(groups) <= _LABELLED
+    thick, errors = 0.8 / len(groups), False
     with axes(ax, height=min(1.2 + (0.22 + 0.12 * len(groups)) * len(names), 14.0)) as drawn:
         for place, (title, group) in enumerate(groups.items()):
             at = [names.index(name) + thick * (place + 0.5) - 0.4 for name in group]
-            values, errors = _numbers(group.values(), number)
+            values, whiskers = _numbers(group.values(), number)
             drawn.barh(at, values, thick * 0.9, color=_colour(place), alpha=0.85, label=title)
-            bars = list(zip(at, values, errors, strict=True))
-            for a, v, e in (bar for bar in bars if bar[2] > 0):
-                drawn.errorbar(v, a, xerr=e, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
-            for a, v, e in bars if labelled else ():
-                drawn.annotate(
-                    f"{v:.3g}",
-                    (max(v + (e if e > 0 else 0.0), 0.0), a),
-                    (4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    size=8,
-                )
+            errors |= _whiskers(drawn, at, values, whiskers)
+            if len(names) * len(groups) <= _LABELLED:
+                _label(drawn, at, values, whiskers)
         drawn.set_yticks(range(len(names)), names)
         drawn.set_ylim(len(names) - 0.4, -0.6)  # the first layer on top
         drawn.margins(x=0.12)
         drawn.grid(visible=False, axis="y")
-        exact = not any(e > 0 for group in groups.values() for e in _numbers(group.values(), number)[1])
-        drawn.set(xlabel=LABELS.get(number, number) + ("" if exact else " (± standard error)"), ylabel="layer")
-        if log:
-            drawn.set_xscale("log")
-        elif drawn.dataLim.x0 < 0:
-            drawn.axvline(0, color=INK, linewidth=0.8)
+        drawn.set(xlabel=label + (" (± standard error)" if errors else ""), ylabel="layer")
+        drawn.set_xscale("log") if log else drawn.axvline(0, color=INK, linewidth=0.8)
         if len(groups) > 1:
             drawn.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups), borderaxespad=0)
     return drawn
@@ -101,8 +89,9 @@ def history(measured: Any, *, number: str = "value", ax: "Axes | None" = None) -
         ax: where to draw.
 
     Raises:
-        ConfigError: if nothing was measured yet.
+        ConfigError: if nothing was measured yet, or there is no such number.
     """
+    label = _called(number)
     records = [(step, ByLayer(flats)) for step, flats in getattr(measured, "history", measured)]
     names = list(dict.fromkeys(name for _, flats in records for name in flats))
     if not names:
@@ -112,11 +101,8 @@ def history(measured: Any, *, number: str = "value", ax: "Axes | None" = None) -
             found = {step: flats[name] for step, flats in records if name in flats}
             look, (values, errors) = _look(place, len(names), alone=len(found) == 1), _numbers(found.values(), number)
             drawn.plot(list(found), values, label=name, **look)
-            if any(e > 0 for e in errors):
-                low, high = ([v + s * e for v, e in zip(values, errors, strict=True)] for s in (-1, 1))
-                faint = 0.2 if len(names) <= _FEW else 0.08
-                drawn.fill_between(list(found), low, high, color=look["color"], alpha=faint, linewidth=0)
-        drawn.set(xlabel=getattr(measured, "unit", "step"), ylabel=LABELS.get(number, number))
+            _band(drawn, list(found), values, errors, look["color"], 0.2 if len(names) <= _FEW else 0.08)
+        drawn.set(xlabel=getattr(measured, "unit", "step"), ylabel=label)
         whole_numbers(drawn)
         log_if_wide(drawn, "y")
         _name_lines(drawn, names)
@@ -146,29 +132,23 @@ def samples(
     if len(kappa) == 0 or len(names) != len(kappa):
         raise nothing_to_draw(f"{len(kappa)} samples, {len(names)} names")
     order = torch.argsort(kappa, descending=True, stable=True).tolist()
-    top = order[: min(extremes, -(-len(order) // 2))]
-    bottom = [place for place in order[max(len(order) - extremes, 0) :] if place not in top]
-    ranks = {place: rank for rank, place in enumerate(order, 1)}
+    few, last = min(extremes, len(order) // 2), len(order) - 1
+    sharpest, flattest = range(few), range(last - few + 1, last + 1)
     with axes(ax) as drawn:
-        drawn.plot(range(1, len(order) + 1), kappa[order], color=COLOURS[2], linewidth=1.6, zorder=2)
-        for group, word, colour in ((top, "sharpest", COLOURS[1]), (bottom, "flattest", COLOURS[3])):
-            up, side = (group[:1], 1) if word == "sharpest" else (group[-1:], -1)
-            drawn.plot([ranks[p] for p in group], kappa[group], "o", color=colour, markersize=5, zorder=3, label=word)
-            for place in up:
-                called, at = ", ".join(str(names[p]) for p in group), (ranks[place], float(kappa[place]))
-                look: dict[str, Any] = {"ha": "left" if side > 0 else "right", "va": "center", "color": colour}
-                drawn.annotate(f"{word}: {called}", at, (8 * side, 0), textcoords="offset points", **look)
+        drawn.plot(range(1, last + 2), kappa[order], color=COLOURS[2], linewidth=1.6, zorder=2)
+        for word, ranks, end, side in (("sharpest", sharpest, 0, 1), ("flattest", flattest, last, -1)) if few else ():
+            which, colour = [order[rank] for rank in ranks], COLOURS[2 - side]
+            drawn.plot([rank + 1 for rank in ranks], kappa[which], "o", color=colour, markersize=5, label=word)
+            called = ", ".join(str(names[place]) for place in which)
+            look: dict[str, Any] = {"ha": "left" if side > 0 else "right", "va": "center", "color": colour}
+            at = end + 1, float(kappa[order[end]])
+            drawn.annotate(f"{word}: {called}", at, (8 * side, 0), textcoords="offset points", **look)
         mean = float(kappa.mean())
         drawn.axhline(mean, color=INK, linestyle="--", linewidth=1)
         drawn.set(xlabel=f"samples in order of kappa, n={len(order)}", ylabel="kappa of the sample's own loss")
         log_if_wide(drawn, "y")
-        beside: dict[str, Any] = {
-            "xycoords": ("axes fraction", "data"),
-            "textcoords": "offset points",
-            "ha": "right",
-            "va": "bottom",
-        }
-        drawn.annotate(f"mean {mean:.4g}", (1, mean), (-4, 3), **beside)
+        where = drawn.get_yaxis_transform()  # across in shares of the axes, up in kappa
+        drawn.annotate(f"mean {mean:.4g}", (0.99, mean), (0, 3), where, "offset points", ha="right", va="bottom")
     return drawn
 
 
@@ -220,6 +200,35 @@ def _numbers(flats: "Iterable[Flatness]", number: str) -> tuple[list[float], lis
     """One of the numbers of each, and its standard error; 0 where it has none."""
     pairs = [(getattr(f, number), getattr(f, _ERRORS.get(number, ""), 0.0)) for f in flats]
     return [v for v, _ in pairs], [e for _, e in pairs]
+
+
+def _called(number: str) -> str:
+    """What a number is called beside an axis."""
+    if number not in LABELS:
+        raise ConfigError(f"number={number!r}: choose one of {list(LABELS)}")
+    return LABELS[number]
+
+
+def _whiskers(drawn: "Axes", at: list[float], values: list[float], errors: list[float]) -> bool:
+    """One at each bar that has an error; whether there was any."""
+    bars = [bar for bar in zip(at, values, errors, strict=True) if bar[2] > 0]
+    for a, v, e in bars:
+        drawn.errorbar(v, a, xerr=e, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
+    return bool(bars)
+
+
+def _label(drawn: "Axes", at: list[float], values: list[float], errors: list[float]) -> None:
+    """Write each bar's number beside it, beyond its whisker."""
+    for a, v, e in zip(at, values, errors, strict=True):
+        end = max(v + (e if e > 0 else 0.0), 0.0)
+        drawn.annotate(f"{v:.3g}", (end, a), (4, 0), textcoords="offset points", va="center", size=8)
+
+
+def _band(drawn: "Axes", at: list[int], values: list[float], errors: list[float], colour: Any, alpha: float) -> None:
+    """One standard error around a line, where there is any."""
+    if any(e > 0 for e in errors):
+        low, high = ([v + s * e for v, e in zip(values, errors, strict=True)] for s in (-1, 1))
+        drawn.fill_between(at, low, high, color=colour, alpha=alpha, linewidth=0)
 
 
 def _colour(place: int) -> str:

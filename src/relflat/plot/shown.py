@@ -19,7 +19,14 @@ class Shown:
 
     if TYPE_CHECKING:
         value: float
+        stderr: float
+        method: str
         layer: str
+        samples: int
+
+    def __str__(self) -> str:
+        error = f" ± {self.stderr:.2g}" if self.stderr else ""
+        return f"kappa({self.layer}) = {self.value:.6g}{error} [{self.method}, n={self.samples}]"
 
     def __float__(self) -> float:
         return self.value

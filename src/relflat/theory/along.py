@@ -15,6 +15,7 @@ from relflat.errors import ConfigError
 from relflat.measure.api import relative_flatness
 from relflat.measure.batches import Batch, ForwardFn
 from relflat.measure.sweep import Measurement, measuring
+from relflat.measure.xtrace import Coordinates
 from relflat.options import Options, checked
 from relflat.result import Flatness
 from relflat.rng import Rng
@@ -102,22 +103,14 @@ def loss_along(
         matrix = subject.matrix
         W = matrix.weight().detach()
         radii, m = torch.linspace(-radius, radius, points, dtype=torch.float64), W.shape[-1]
+        coordinates = Coordinates(W, adaptive=False)  # W R is, in distribution, F of W W' = F F' times fewer numbers
         losses = torch.empty(draws, points, dtype=torch.float64)
         for k in range(draws):
-            step = matrix.back(_times_normal(W, Rng(seed, k)) / math.sqrt(m))
+            step = matrix.back(coordinates.change(Rng(seed, k).normal(W.new_empty(coordinates.size)) / math.sqrt(m)))
             for i, r in enumerate(radii.tolist()):
                 with _moved(matrix.parameter, r * step):
                     losses[k, i] = _loss(measurement)
     return LossAlong(flat, radii, losses, m)
-
-
-def _times_normal(W: Float[Tensor, "*s d m"], rng: Rng) -> Float[Tensor, "*s d m"]:
-    """``W Z``, Z of m x m independent normal numbers; for wide W by a root of ``W W'``, without writing Z out."""
-    d, m = W.shape[-2:]
-    if m <= d:
-        return W @ rng.normal(W.new_empty(*W.shape[:-2], m, m))
-    left, sizes, _ = torch.linalg.svd(W, full_matrices=False)
-    return (left * sizes[..., None, :]) @ rng.normal(W.new_empty(*W.shape[:-2], d, m))
 
 
 @contextmanager
