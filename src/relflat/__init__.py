@@ -24,10 +24,12 @@ from relflat.vocabulary.function import LinearCrossEntropy, linear_cross_entropy
 if TYPE_CHECKING:
     from relflat.integrations.monitor import Monitor
     from relflat.theory.along import loss_along
+    from relflat.theory.measures import measures
     from relflat.theory.suggest import suggest
 
 __version__ = "0.1.0"
-_LATER = {"Monitor": "integrations.monitor", "loss_along": "theory.along", "suggest": "theory.suggest"}
+_LATER = {"Monitor": "integrations.monitor", "loss_along": "theory.along"}
+_LATER |= {"measures": "theory.measures", "suggest": "theory.suggest"}
 
 
 def __getattr__(name: str) -> Any:  # what is in _LATER is imported when it is asked for
@@ -55,6 +57,7 @@ __all__ = [
     "linear_cross_entropy_fam",
     "loss_along",
     "max_eigenvalue_flatness",
+    "measures",
     "per_sample_flatness",
     "relative_flatness",
     "relative_flatness_by_layer",

@@ -19,7 +19,7 @@ from relflat.measure.xtrace import Coordinates
 from relflat.options import Options, checked
 from relflat.result import Flatness
 from relflat.rng import Rng
-from relflat.theory.relatives import one_of
+from relflat.theory.spectrum import one_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
