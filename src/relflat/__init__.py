@@ -23,13 +23,12 @@ from relflat.vocabulary.function import LinearCrossEntropy, linear_cross_entropy
 
 if TYPE_CHECKING:
     from relflat.integrations.monitor import Monitor
-    from relflat.theory.along import loss_along
+    from relflat.theory.loss_along import loss_along
     from relflat.theory.measures import measures
     from relflat.theory.suggest import suggest
 
 __version__ = "0.1.0"
-_LATER = {"Monitor": "integrations.monitor", "loss_along": "theory.along"}
-_LATER |= {"measures": "theory.measures", "suggest": "theory.suggest"}
+_LATER = {"Monitor": "integrations.monitor", **{n: f"theory.{n}" for n in ("loss_along", "measures", "suggest")}}
 
 
 def __getattr__(name: str) -> Any:  # what is in _LATER is imported when it is asked for

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from relflat.result import Flatness
-    from relflat.theory.along import LossAlong
+    from relflat.theory.loss_along import LossAlong
 
     Flats: TypeAlias = Flatness | Mapping[str, Flatness]
 
