@@ -137,7 +137,7 @@ class TestMeasures:
         assert 0 < found["epsilon-sharpness, %"].value < 100
         assert math.isnan(found["adaptive sharpness"].stderr)
 
-    def test_only_kappa_and_its_largest_eigenvalues_survive_a_rescaling(self) -> None:
+    def test_which_measures_survive_a_rescaling(self) -> None:
         net = mlp(nn.ReLU)
         before = measures(net, CE(), data(), layer="2")
         reparam.rescale_layer(net[0], net[1], net[2], factor=7.0)
@@ -157,5 +157,5 @@ class TestMeasures:
     def test_refused(self) -> None:
         with pytest.raises(ConfigError, match="steps=0"):
             measures(mlp(), CE(), data(), steps=0)
-        with pytest.raises(ConfigError, match="no parameter"):
+        with pytest.raises(LayerError, match="frozen"):
             measures(mlp().requires_grad_(False), CE(), data())

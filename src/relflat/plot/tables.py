@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from relflat.result import Flatness
 
 COLUMNS = ("layer", "kappa", "± standard error", "share", "Tr H", "||W||", "method")
-_LEFT = {"layer", "method", "what", "units", "meaning"}  # columns of words
+_LEFT = {"layer", "measure", "method"}  # columns of words
 
 
 def rows_of(flats: Mapping[str, "Flatness"]) -> list[tuple[str, ...]]:

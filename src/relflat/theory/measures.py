@@ -61,8 +61,8 @@ def measures(
     ``||W||^2 Tr H``, ``lambda_max(H)`` by Lanczos (:func:`relflat.landscape.layer_spectrum`) and ``||W||``. Of all
     trained parameters, by gradient ascent and so from below: SAM sharpness (Foret et al. 2021, radius .05), adaptive
     sharpness (Kwon et al. 2021, radius .5) and epsilon-sharpness (Keskar et al. 2017, full space, epsilon .001, in
-    percent of ``1 + L``). Of these only kappa and its largest eigenvalues stay as they are where features are
-    divided by a factor and the weight is multiplied by it.
+    percent of ``1 + L``). Where features are divided by a factor and the weight is multiplied by it, kappa, its
+    largest eigenvalues, ``||W||^2 Tr H`` and adaptive sharpness stay as they are, the others do not.
 
     ``model``, ``loss_fn``, ``data``, ``layer``, ``forward`` and ``device`` are those of
     :func:`relflat.relative_flatness`; ``draws`` and ``max_products`` are starts and products of Lanczos; ``steps``
@@ -74,7 +74,8 @@ def measures(
         the largest eigenvalues some dozens for each output of the layer.
 
     Raises:
-        ConfigError: if no parameter is trained, or ``steps`` is below 1.
+        ConfigError: if ``steps`` is below 1.
+        LayerError: if the layer's weight is frozen.
 
     Example:
         >>> import torch
@@ -102,8 +103,6 @@ def measures(
     }
     with measuring(model, loss_fn, data, layer, Options("hessian", measuring=True), forward, device, seed) as of:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        if not parameters:
-            raise ConfigError("no parameter of the model is trained (requires_grad), so there is none to move")
         for name, (ball, radius) in zip(_OF_NETWORK, RADII.items(), strict=True):
             rise = rise_within(ball, radius, parameters, lambda: _loss_and_gradients(of, parameters), steps)
             value = 100 * rise / (1 + flat.loss) if ball == "box" else rise
