@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 # timm and torchvision need another build of torch: some 6 GB
 ARCHITECTURES := .venv-architectures
+LOWEST := .venv-lowest
+WHEEL := .venv-wheel
 PUBLISHED := $(ARCHITECTURES)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-architectures architectures lint types format bench house results hooks clean
+.PHONY: help demo quick test test-architectures architectures lint types format lowest dist bench house results hooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +42,22 @@ format: $(READY)  ## write what ruff can mend
 	$(BIN)/ruff check --fix src tests benchmarks docs tools
 	$(BIN)/ruff format src tests benchmarks docs tools
 
+lowest:  ## tests of the core's parts at the lowest versions that pyproject.toml allows; another 6 GB
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[lab]" --group test
+	$(LOWEST)/bin/python -m pytest -q -n 2 -m "not slow" tests/unit tests/oracles
+
+dist: $(READY)  ## wheel and source distribution under dist, checked, the wheel in an environment of its own
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/pip install --quiet build twine
+	rm -rf dist
+	$(WHEEL)/bin/python -m build --quiet
+	$(WHEEL)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	$(WHEEL)/bin/relflat --version
+
 bench: $(READY)  ## cost of training and measuring, as JSON and a picture in benchmarks/results
 	$(BIN)/python benchmarks/cost.py
 
@@ -55,13 +73,15 @@ hooks: $(READY)  ## run ruff and mypy before each commit
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,lightning,transformers,accelerate,skorch,peft,hub,ray,test,architectures]"
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,lightning,transformers,accelerate,skorch,peft,hub,ray]" --group test --group architectures
 	touch $@
 
 $(PUBLISHED): pyproject.toml
 	$(PYTHON) -m venv $(ARCHITECTURES)
-	$(ARCHITECTURES)/bin/pip install --quiet --editable ".[architectures]" timm torchvision segmentation-models-pytorch hypothesis pytest pytest-xdist
+	$(ARCHITECTURES)/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(ARCHITECTURES)/bin/pip install --quiet --editable . --group architectures timm torchvision segmentation-models-pytorch hypothesis pytest pytest-xdist
 	touch $@
 
 clean:  ## remove the environment, caches and the demo
-	rm -rf $(VENV) $(ARCHITECTURES) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ARCHITECTURES) $(LOWEST) $(WHEEL) dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

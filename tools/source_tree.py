@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-SIDES = ("lab", "papers", "cli", "integrations", "vocabulary", "theory")
+SIDES = ("lab", "papers", "cli", "integrations", "vocabulary", "theory", "plot")
 # public paths and old modules at the top whose content is another part's
 FLAT = {"linear_cross_entropy": "vocabulary", "reference": "theory", "reparam": "theory", "landscape": "theory"}
 GROUPS = {"core": ("core",), "lab + papers": ("lab", "papers"), "all": ("core", *SIDES)}
@@ -56,7 +56,7 @@ class Module:
 
     Attributes:
         name: dotted name within the package; ``__init__`` stands for the package itself.
-        part: core, lab, papers, cli, integrations, vocabulary or theory.
+        part: core, lab, papers, cli, integrations, vocabulary, theory or plot.
         room: its folder, or itself at the top.
         lines: all of its lines.
         comments: lines with a comment that is not addressed to a tool.

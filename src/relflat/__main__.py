@@ -1,5 +1,5 @@
 """``python -m relflat`` is the command ``relflat``."""
 
-from relflat.cli.main import main
+from relflat.cli.entry import main
 
 main()

@@ -1,7 +1,4 @@
-"""The definitions of relative flatness and its relatives, dense and in float64: the public path of the theory.
-
-They stand in :mod:`relflat.theory.definitions`; :mod:`relflat.theory.at_layer` makes what they take from a model.
-"""
+"""The definitions of kappa and its relatives, dense and in float64: public path of `relflat.theory.definitions`."""
 
 from relflat.theory.at_layer import LossOfWeight, OutputsOfWeight, at_layer, outputs_at_layer
 from relflat.theory.definitions import (

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from relflat.plot.shown import Shown
+
 
 @dataclass(frozen=True)
-class Flatness:
-    """Relative flatness of one layer over a data set.
+class Flatness(Shown):
+    """Relative flatness of one layer over a data set; ``float(flat)`` and comparisons are of its value.
 
     Attributes:
         value: kappa(W), Petzka et al. 2021, Def. 3. Larger is sharper. Units: those of the loss.
@@ -37,7 +39,3 @@ class Flatness:
     loss: float
     confidence: float | None
     samples: int
-
-    def __str__(self) -> str:
-        error = f" ± {self.stderr:.2g}" if self.stderr else ""
-        return f"kappa({self.layer}) = {self.value:.6g}{error} [{self.method}, n={self.samples}]"

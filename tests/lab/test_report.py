@@ -28,6 +28,7 @@ from relflat.lab.report.verdict import at_the_edge, findings, verdict
 from relflat.lab.train import store
 from relflat.lab.train.environment import describe
 from relflat.papers.association import associate
+from relflat.plot.style import short
 
 PLAIN = [0.80, 0.81, 0.82, 0.80, 0.81, 0.82, 0.80]
 CLEAR = [PLAIN, [x + 0.1 + k / 1000 for k, x in enumerate(PLAIN)], [x - 0.05 for x in PLAIN]]
@@ -373,4 +374,4 @@ def test_every_arm_looks_different():
 
 
 def test_numbers_beside_an_axis_are_short():
-    assert [drawing.short(value) for value in (0.5, 9999, 2e4, 5e5, 1e6)] == ["0.5", "9999", "20k", "500k", "1e+06"]
+    assert [short(value) for value in (0.5, 9999, 2e4, 5e5, 1e6)] == ["0.5", "9999", "20k", "500k", "1e+06"]

@@ -16,10 +16,10 @@ from relflat.papers.measures import (
     lambda_max,
     loss_of,
     pac_bayes,
-    parameters_kept,
     sam_sharpness,
     weight_norm,
 )
+from relflat.theory.sharpness import kept
 
 kappa, kappa_normalized, layerwise, trace = (
     MEASURES[name].of for name in ("kappa", "kappa_normalized", "layerwise", "trace")
@@ -78,7 +78,7 @@ def test_pac_bayes_noise_costs_a_tenth_of_the_accuracy(subject):
         generator.manual_seed(0)
         found = []
         for _ in range(10):
-            with parameters_kept(subject.model), torch.no_grad():
+            with kept(subject.model.parameters()), torch.no_grad():
                 for p in subject.model.parameters():
                     p += sigma * torch.randn(p.shape, generator=generator, dtype=torch.float64)
                 found.append(accuracy(subject))
@@ -95,7 +95,7 @@ def test_sam_is_the_highest_point_of_the_ball_in_two_dimensions():
     start = loss_of(subject)
     around = []
     for angle in torch.linspace(0, 2 * math.pi, 2000, dtype=torch.float64):
-        with parameters_kept(net), torch.no_grad():
+        with kept(net.parameters()), torch.no_grad():
             net.weight += 0.05 * torch.stack([angle.cos(), angle.sin()])[:, None]
             around.append(loss_of(subject) - start)
     assert sam_sharpness(subject) == pytest.approx(max(around), rel=1e-4)

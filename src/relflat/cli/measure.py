@@ -1,21 +1,29 @@
 """``relflat measure``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from relflat import Flatness
-from relflat.cli.console import aside, out, print_json
+from relflat.cli.console import aside, out, print_json, print_table, say
+from relflat.errors import ConfigError
 from relflat.options import Curvature, Method
+from relflat.plot.shown import ByLayer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PICTURES = (".svg", ".png", ".pdf")
 
 
 def measure(
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FILE.py:NAME")],
     /,
     *,
+    checkpoint: tuple[Path, ...] = (),
     task: str | None = None,
     layer: str | None = None,
     split: Literal["train", "validation", "test"] = "train",
@@ -27,12 +35,16 @@ def measure(
     adaptive: bool = False,
     normalize_features: bool = False,
     seed: int = 0,
+    plot: Path | None = None,
+    unsafe: bool = False,
     json: bool = False,
 ) -> None:
-    """Measure the relative flatness of layers of a trained run.
+    """Measure the relative flatness of layers of a trained run, or of a model of your own.
 
     Args:
-        run: the run's folder.
+        run: the run's folder; or path/to/file.py:make, a function that returns (model, loss, data), as
+            relative_flatness takes them.
+        checkpoint: files of weights for that model, measured one after the other: safetensors or of torch.save.
         task: path/to/file.py:name, to import the task file of a run from elsewhere, which you trust.
         layer: name or glob of layers or parameters ("conv2", "*", "fc,output"); by default the output layer.
         split: which samples to measure on.
@@ -44,28 +56,90 @@ def measure(
         adaptive: the elementwise form.
         normalize_features: divide features by their deviation first.
         seed: of the probes.
+        plot: file for a picture: .svg, .png or .pdf.
+        unsafe: run the code in checkpoints that hold more than tensors; for files that you trust.
         json: print one JSON object.
     """
+    options: dict[str, Any] = {"curvature": curvature, "method": method, "probes": probes, "rtol": rtol, "seed": seed}
+    options |= {"adaptive": adaptive, "normalize_features": normalize_features}
+    if plot is not None:
+        must_be_a_picture(plot)
+    if ".py" in run.name:
+        for name, given in (("task", task), ("samples", samples), ("split", split != "train")):
+            if given:
+                raise ConfigError(f"--{name} is for runs; {run} says itself what the data are.")
+        measure_made(str(run), checkpoint, layer, unsafe=unsafe, plot=plot, as_json=json, **options)
+        return
+    if checkpoint or unsafe:
+        raise ConfigError(f"--checkpoint and --unsafe go with a function of yours, path/to/file.py:make, not {run}.")
     from relflat.lab.train.measuring import measure_run
     from relflat.lab.train.session import this_process
 
     with aside():
-        found = measure_run(
-            run,
-            task=task,
-            layer=layer,
-            split=split,
-            samples=samples,
-            curvature=curvature,
-            method=method,
-            probes=probes,
-            rtol=rtol,
-            adaptive=adaptive,
-            normalize_features=normalize_features,
-            seed=seed,
-        )
+        found = measure_run(run, task=task, layer=layer, split=split, samples=samples, **options)
     if this_process().is_main_process:
         show(found, {"run": str(run), "split": split} if json else None)
+        if plot is not None:
+            keep(ByLayer(found).plot(), plot)
+
+
+def measure_made(
+    name: str,
+    checkpoints: Sequence[Path],
+    layer: str | None,
+    *,
+    unsafe: bool,
+    plot: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure what a function of the user's makes, print and draw it: layers, or their history over checkpoints."""
+    from relflat.cli.own import measure_own, sweep_table
+
+    with aside():
+        found = measure_own(name, checkpoints, layer, unsafe=unsafe, **options)
+    first = next(iter(found.values()))
+    if as_json:
+        measured = [{"checkpoint": title or None, "layers": flats.to_dict()} for title, flats in found.items()]
+        print_json({"model": name, "measured": measured})
+    elif len(found) == 1:
+        out.print(str(first), soft_wrap=True)
+    else:
+        print_table("kappa", *sweep_table(found))
+    if plot is not None:
+        keep(first.plot() if len(found) == 1 else over_checkpoints(found), plot)
+
+
+def over_checkpoints(found: Mapping[str, ByLayer]) -> "Axes":
+    """A line for each layer over the checkpoints, which are named."""
+    from relflat.plot import history
+
+    axes = history(list(enumerate(found.values())))
+    axes.set_xticks(range(len(found)), list(found), rotation=30, ha="right")
+    axes.set_xlabel("checkpoint")
+    return axes
+
+
+def must_be_a_picture(path: Path) -> None:
+    """Refuse other endings, and folders that are not there, before anything is measured."""
+    if path.suffix not in PICTURES:
+        raise ConfigError(f"--plot {path}: the ending says what is written; choose one of {', '.join(PICTURES)}.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--plot {path}: there is no folder {path.parent}.")
+
+
+def keep(axes: "Axes", path: Path) -> None:
+    """Write a picture, and say so."""
+    import matplotlib.pyplot as plt
+
+    from relflat.plot.style import STYLE
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    with plt.rc_context(STYLE):
+        figure.savefig(path)
+    plt.close(figure)
+    say(f"drew {path}")
 
 
 def show(found: Mapping[str, Flatness], about: Mapping[str, str] | None) -> None:

@@ -1,4 +1,4 @@
-"""What integrations share: naming a missing extra, FAM for a loss computed elsewhere, measuring between epochs."""
+"""What integrations share: naming a missing extra, FAM for a loss computed elsewhere, converted batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -6,12 +6,9 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from relflat.capture.resolve import Layer
-from relflat.errors import ConfigError, DataError, GraphError
+from relflat.errors import ConfigError, GraphError
 from relflat.fam import FAM
-from relflat.measure.api import relative_flatness_by_layer
 from relflat.measure.batches import Batch
-from relflat.result import Flatness
 from relflat.sizing import BOUND, Sizing
 
 
@@ -65,49 +62,6 @@ def _out_of_reach(*args: Any) -> NoReturn:
     raise GraphError("here the framework computes the loss: use criterion.penalty(loss)")
 
 
-class Monitor:
-    """Measures layers every so many epochs; the base of callbacks that log what it finds.
-
-    Args:
-        layer: as for :func:`relflat.relative_flatness_by_layer`, within the framework's model.
-        loss_fn: ``loss_fn(outputs, targets)``.
-        data: batches; by default the validation data of the run.
-        every: epochs from one measurement to the next.
-        **options: of :func:`relflat.relative_flatness_by_layer`, such as
-            ``forward``: ``(model, batch) -> (outputs, targets)``.
-
-    Raises:
-        ConfigError: for ``every`` below 1.
-    """
-
-    def __init__(
-        self,
-        layer: Layer,
-        loss_fn: Callable[..., Any] | None,
-        data: Iterable[Batch] | None = None,
-        *,
-        every: int = 1,
-        **options: Any,
-    ) -> None:
-        if every < 1:
-            raise ConfigError(f"every={every}: measure every so many epochs, at least 1")
-        self.layer, self.loss_fn, self.data, self.every, self.options = layer, loss_fn, data, every, options
-
-    def due(self, epochs: int) -> bool:
-        """Whether to measure after so many epochs."""
-        return epochs % self.every == 0
-
-    def measure(self, model: nn.Module, loss_fn: Any, data: Any, lacking: str) -> dict[str, float]:
-        """Measured values by name.
-
-        Raises:
-            DataError: if there are no data; ``lacking`` says what has none.
-        """
-        if data is None:
-            raise DataError(f"{type(self).__name__}: {lacking}; give data=")
-        return metrics(relative_flatness_by_layer(model, loss_fn, data, layer=self.layer, **self.options))
-
-
 class Converted:
     """Batches, each converted as a framework does it; can be gone over as often as the batches."""
 
@@ -123,17 +77,3 @@ def converted(data: Any, convert: Callable[[Batch], Batch]) -> Any:
     if isinstance(data, tuple | Mapping):
         return convert(data)
     return map(convert, data) if isinstance(data, Iterator) else Converted(data, convert)
-
-
-def metrics(by_layer: Mapping[str, Flatness]) -> dict[str, float]:
-    """Measured values by name, kappa never alone: with its error, and the loss and confidence it depends on."""
-    found: dict[str, float] = {}
-    for layer, flat in by_layer.items():
-        found[f"flatness/{layer}"] = flat.value
-        found[f"flatness/{layer}/weight_norm"] = flat.weight_norm
-        if flat.stderr:
-            found[f"flatness/{layer}/stderr"] = flat.stderr
-        found["flatness/loss"] = flat.loss
-        if flat.confidence is not None:
-            found["flatness/confidence"] = flat.confidence
-    return found

@@ -1,15 +1,18 @@
 """Lightning: ``FAMCallback`` adds the penalty to any module's loss, ``FlatnessMonitor`` logs relative flatness."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from relflat.capture.resolve import Layer
 from relflat.errors import GraphError, LayerError
 from relflat.fam import FAM
-from relflat.integrations.common import Monitor, check_options, converted, extra, fam_for_computed_loss
+from relflat.integrations.common import check_options, converted, extra, fam_for_computed_loss
+from relflat.integrations.monitor import Monitor, metrics
+from relflat.measure.batches import Batch
 
 with extra("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -177,11 +180,31 @@ class FlatnessMonitor(Monitor, Callback):
         every: epochs from one measurement to the next.
         **options: of :func:`relflat.relative_flatness_by_layer`; its ``forward(module, batch)`` returns outputs and
             targets, and by default calls the module on the inputs.
+
+    Attributes:
+        history: pairs ``(epoch, flats)``; ``plot()`` draws them.
+
+    Raises:
+        ConfigError: for ``every`` below 1.
     """
+
+    unit = "epoch"
+
+    def __init__(
+        self,
+        layer: Layer,
+        loss_fn: Callable[..., Any],
+        data: Iterable[Batch] | None = None,
+        *,
+        every: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(None, loss_fn, data, layer, every=every, **options)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure; here, not in the validation hooks, as those run where gradients cannot be taken."""
-        if not self.due(trainer.current_epoch + 1):
+        epoch = trainer.current_epoch + 1
+        if not self.due(epoch):
             return
         data = self.data
         if data is None:
@@ -191,5 +214,5 @@ class FlatnessMonitor(Monitor, Callback):
         if data is not None:
             data = converted(data, plugin.convert_input)
         with plugin.tensor_init_context():
-            found = self.measure(pl_module, self.loss_fn, data, "there is no validation loader")
-        pl_module.log_dict(found, sync_dist=trainer.world_size > 1)
+            found = self.measure(pl_module, self.loss_fn, data, "there is no validation loader", epoch)
+        pl_module.log_dict(metrics(found), sync_dist=trainer.world_size > 1)

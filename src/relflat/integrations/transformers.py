@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from relflat.capture.resolve import Layer
 from relflat.errors import ConfigError, DataError, LossError
 from relflat.fam import FAM
-from relflat.integrations.common import Monitor, check_options, extra, fam_for_computed_loss
+from relflat.integrations.common import check_options, extra, fam_for_computed_loss
+from relflat.integrations.monitor import Monitor, metrics
 from relflat.measure.batches import Batch
 
 with extra("transformers"):
@@ -157,7 +158,12 @@ class FlatnessCallback(Monitor, TrainerCallback):
         **options: ``every``, epochs from one measurement to the next, and those of
             :func:`relflat.relative_flatness_by_layer`; its ``forward(model, batch)`` by default returns logits and
             labels, shifted for language models.
+
+    Attributes:
+        history: pairs ``(epoch, flats)``; ``plot()`` draws them.
     """
+
+    unit = "epoch"
 
     def __init__(
         self,
@@ -167,20 +173,22 @@ class FlatnessCallback(Monitor, TrainerCallback):
         data: Iterable[Batch] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(layer, loss_fn, data, **options)
+        super().__init__(None, loss_fn, data, layer, **options)
         self.trainer = trainer
         self.options["forward"] = options.get("forward") or logits_and_labels
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure and log."""
-        if not self.due(round(state.epoch)):
+        epoch = round(state.epoch)
+        if not self.due(epoch):
             return
         data = self.data
         if data is None and self.trainer.eval_dataset is not None:
             data = self.trainer.get_eval_dataloader()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
         loss_fn = self.loss_fn or loss_of_head(model)
-        self.trainer.log(self.measure(model, loss_fn, data, "the trainer has no eval_dataset"))
+        found = self.measure(model, loss_fn, data, "the trainer has no eval_dataset", epoch)
+        self.trainer.log(metrics(found))
 
 
 def loss_of_head(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from relflat.measure.adaptive import by_probes, by_xtrace
 from relflat.measure.batches import Batch, ForwardFn
 from relflat.measure.sweep import EXACT_UP_TO, measuring
 from relflat.options import Curvature, Options, checked
+from relflat.plot.shown import ByLayer
 from relflat.result import Flatness
 
 _DEFAULT_PROBES, _DEFAULT_XTRACE = 16, 32
@@ -37,11 +38,11 @@ def relative_flatness_by_layer(
     device: torch.device | str | None = None,
     seed: int = 0,
     process_group: Any = None,
-) -> dict[str, Flatness]:
+) -> ByLayer:
     """Relative flatness of several layers in one go; arguments as for :func:`relative_flatness`.
 
     Returns:
-        ``{qualified name: Flatness}`` in order of registration.
+        ``{qualified name: Flatness}`` in order of registration: a dictionary that prints and renders as a table.
 
     Example:
         >>> import torch
@@ -52,8 +53,7 @@ def relative_flatness_by_layer(
         ['0', '2']
     """
     xtrace = method == "xtrace"
-    if probes is None:
-        probes = _DEFAULT_XTRACE if xtrace else _DEFAULT_PROBES
+    probes = probes or (_DEFAULT_XTRACE if xtrace else _DEFAULT_PROBES)
     if rtol is not None and not xtrace:
         probes = 2 if probes == 1 else probes  # one has no error
     repeated = "method='xtrace'" if xtrace else "rtol" if rtol is not None else None
@@ -62,7 +62,7 @@ def relative_flatness_by_layer(
     )
     with measuring(model, loss_fn, data, layer, options, forward, device, seed, process_group) as measurement:
         measurement.prepare(repeated)
-        return (by_xtrace if xtrace else by_probes)(measurement, rtol).results(curvature)
+        return ByLayer((by_xtrace if xtrace else by_probes)(measurement, rtol).results(curvature))
 
 
 def _arguments_of(function: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:

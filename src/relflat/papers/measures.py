@@ -5,27 +5,25 @@ Those of one layer take its name; the others are of all trained parameters.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from relflat import relative_flatness
 from relflat.capture.kinds import weight_of
 from relflat.capture.resolve import resolve_unrun
-from relflat.landscape import max_eigenvalue_flatness
+from relflat.landscape import layer_spectrum, max_eigenvalue_flatness
+from relflat.theory.sharpness import Ball, kept, rise_within
 
 CHUNK = 1000  # samples at a time
 PAC_BAYES_DEVIATION = 0.1  # loss of accuracy that defines the measure (Jiang et al. 2020)
+LANCZOS = 60  # products for the largest eigenvalue
 WIDEST = 2.0**20  # standard deviation at which the search of PAC-Bayes gives up
 
 
@@ -74,25 +72,9 @@ def weight_norm(subject: Subject) -> float:
 
 
 def lambda_max(subject: Subject) -> float:
-    """Largest eigenvalue of the Hessian with respect to the layer's weight, by ARPACK's Lanczos.
-
-    Cost: a forward and two backward passes over the samples for each of some dozens of products.
-    """
-    weight = subject.weight
-
-    def product(v: NDArray[np.float64]) -> NDArray[np.float64]:
-        direction = torch.as_tensor(v, dtype=weight.dtype).reshape(weight.shape)
-        total = torch.zeros_like(weight)
-        for inputs, targets in subject.batches:
-            (gradient,) = torch.autograd.grad(_summed_loss(subject, inputs, targets), weight, create_graph=True)
-            (part,) = torch.autograd.grad((gradient * direction).sum(), weight)
-            total += part
-        return np.asarray((total / len(subject.targets)).double().reshape(-1).numpy())
-
-    start = np.random.default_rng(0).standard_normal(weight.numel())
-    operator = LinearOperator((start.size, start.size), matvec=product, dtype=np.float64)
-    tolerance = 1e-10 if weight.dtype == torch.float64 else 1e-4
-    return float(eigsh(operator, k=1, which="LA", v0=start, tol=tolerance, return_eigenvectors=False)[0])
+    """Largest eigenvalue of the Hessian with respect to the layer's weight: `relflat.landscape.layer_spectrum`."""
+    given: Any = {"layer": subject.layer, "draws": 1, "max_products": LANCZOS}
+    return layer_spectrum(subject.model, nn.CrossEntropyLoss(), subject.batches, **given).top.value
 
 
 @torch.no_grad()
@@ -125,7 +107,7 @@ def pac_bayes(subject: Subject, draws: int = 10, rtol: float = 1e-3) -> float:
         generator = torch.Generator().manual_seed(0)
         found = []
         for _ in range(draws):
-            with parameters_kept(subject.model):
+            with kept(subject.model.parameters()):
                 for p in subject.parameters.values():
                     noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
                     p.add_((sigma * noise).to(p))
@@ -146,29 +128,10 @@ def pac_bayes(subject: Subject, draws: int = 10, rtol: float = 1e-3) -> float:
 
 
 def sam_sharpness(subject: Subject, rho: float = 0.05, steps: int = 10, *, adaptive: bool = False) -> float:
-    """``max_{||e|| <= rho} L(theta + e) - L(theta)`` (Foret et al. 2021, eq. 1), by projected gradient ascent.
-
-    Their own first step goes all the way to the sphere; the ones after it can only add, so this is at least what
-    SAM itself sees, and a lower bound of the maximum. Adaptive: the ball is ``||e / |theta||| <= rho`` (Kwon et al.
-    2021, elementwise).
-    """
+    """``max_{||e|| <= rho} L(theta + e) - L(theta)``, from below: :func:`relflat.theory.sharpness.rise_within`."""
     parameters = list(subject.parameters.values())
-    origin = [p.detach().clone() for p in parameters]
-    scale = [o.abs() if adaptive else torch.ones_like(o) for o in origin]
-    shift = [torch.zeros_like(o) for o in origin]  # in units of the scale
-    start, highest = loss_of(subject), -math.inf
-    with parameters_kept(subject.model):
-        for step in range(steps + 1):
-            value, gradients = _loss_and_gradients(subject, parameters)
-            if step:
-                highest = max(highest, value)
-            uphill = [g * s for g, s in zip(gradients, scale, strict=True)]
-            length = _norm(uphill) or 1.0
-            shift = [e + rho * (u / length) for e, u in zip(shift, uphill, strict=True)]
-            inwards = rho / max(rho, _norm(shift))
-            shift = [e * inwards for e in shift]
-            put(parameters, [o + e * s for o, e, s in zip(origin, shift, scale, strict=True)])
-    return highest - start
+    ball: Ball = "adaptive" if adaptive else "sphere"
+    return rise_within(ball, rho, parameters, lambda: _loss_and_gradients(subject, parameters), steps)
 
 
 @torch.no_grad()
@@ -193,30 +156,9 @@ def _loss_and_gradients(subject: Subject, parameters: list[nn.Parameter]) -> tup
     for inputs, targets in subject.batches:
         loss = _summed_loss(subject, inputs, targets) / len(subject.targets)
         total += float(loss.detach())
-        for kept, part in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
-            kept += part
+        for sum_so_far, part in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
+            sum_so_far += part
     return total, gradients
-
-
-def _norm(tensors: list[Tensor]) -> float:
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
-
-
-@torch.no_grad()
-def put(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
-    """Give the parameters these values."""
-    for p, value in zip(parameters, values, strict=True):
-        p.copy_(value)
-
-
-@contextmanager
-def parameters_kept(model: nn.Module) -> Iterator[None]:
-    """Put the values of all parameters back at the end."""
-    values = [p.detach().clone() for p in model.parameters()]
-    try:
-        yield
-    finally:
-        put(model.parameters(), values)
 
 
 @dataclass(frozen=True)

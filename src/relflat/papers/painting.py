@@ -7,7 +7,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from relflat.lab.report.drawing import COLOURS, DASHES, MARKERS, cloud, curves, every_few, legend, log_if_wide
+from relflat.lab.report.drawing import DASHES, cloud, curves, every_few, legend
+from relflat.plot.style import COLOURS, MARKERS, log_if_wide
 
 __all__ = ["COLOURS", "DASHES", "MARKERS", "by_arm", "clouds", "curves", "every_few", "legend", "line", "log_if_wide"]
 

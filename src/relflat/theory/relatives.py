@@ -7,7 +7,6 @@ sum over samples), ``forward``, ``device`` and ``seed`` as :func:`relflat.relati
 import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,23 +16,16 @@ from torch import Tensor, nn
 from relflat.capture.matrix import Matrix
 from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer
-from relflat.curvature.operators import HessianOperator
-from relflat.errors import ConfigError, LayerError, LossError
+from relflat.errors import ConfigError, LossError
 from relflat.estimate.radius import Noise
 from relflat.estimate.scene import Scene
 from relflat.measure.batches import Batch, ForwardFn
 from relflat.measure.sweep import EXACT_UP_TO, Measurement, measuring
 from relflat.options import Curvature, Options, checked
 from relflat.rng import Rng
+from relflat.theory.spectrum import Estimate, largest, matrix_of, one_of, product
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number, its standard error (or error bound, where the function says so), and how it was obtained."""
-
-    value: float
-    stderr: float
-    method: str
+__all__ = ["Estimate", "feature_robustness", "max_eigenvalue_flatness", "per_sample_flatness"]
 
 
 @checked
@@ -82,7 +74,7 @@ def per_sample_flatness(
     with measuring(model, loss_fn, data, layer, options, forward, device, seed) as measurement:
         for i, (scene, _) in enumerate(measurement.scenes()):
             parts = measurement.estimator(scene, i)
-            part = parts[_one_of(parts, layer)]
+            part = parts[one_of(parts, layer)]
             n = scene.loss.numel() if scene.loss.ndim else _samples(scene)
             shares = part.kappa.detach().double().mean(0).cpu()
             if shares.numel() % n:
@@ -128,14 +120,10 @@ def max_eigenvalue_flatness(
     options = Options("hessian", measuring=True)
     value = error = 0.0
     with measuring(model, loss_fn, data, layer, options, forward, device, seed) as measurement:
-        measurement.batches.must_be_repeatable("Lanczos")
-        scene, _ = next(measurement.scenes())
-        name, rng = _one_of(scene.layers, layer), Rng(seed, 0)
-        (subject,) = measurement.estimator.subjects(scene.only([name]))
-        matrix = subject.matrix.one()
+        matrix, rng = matrix_of(measurement, layer), Rng(seed, 0)
         for row, w in enumerate(matrix.weight().detach()):
-            product = functools.partial(_product, measurement, matrix, row)
-            top, residual = _largest(product, rng.normal(w).double(), rtol, max_products)
+            block = functools.partial(_block, measurement, matrix, row)
+            top, residual = largest(block, rng.normal(w).double(), rtol, max_products)
             norm2 = float(w.double().square().sum())
             value, error = value + norm2 * top, error + norm2 * residual
     return Estimate(value, error, "lanczos")
@@ -191,47 +179,13 @@ def feature_robustness(
 # -- how ---------------------------------------------------------------------------------------------------
 
 
-def _one_of(names: Iterable[str], layer: Layer) -> str:
-    found = list(names)
-    if len(found) != 1:
-        raise LayerError(f"layer={layer!r} matches {found}; name one")
-    return found[0]
-
-
 def _samples(scene: Scene) -> int:
     tensor = scene.outputs if scene.outputs is not None else output_tensor(scene.calls[0].output)
     return tensor.shape[0] if tensor is not None and tensor.ndim > 1 else 1
 
 
-def _product(measurement: Measurement, matrix: Matrix, row: int, v: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+def _block(measurement: Measurement, matrix: Matrix, row: int, v: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
     """``H_{s,s} v`` of the loss over all of the data, s the row."""
-    total = torch.zeros_like(matrix.weight())
-    direction, divisor = torch.zeros_like(total), 0.0
-    direction[row] = v.to(total.dtype)
-    for scene, (factor, part) in measurement.scenes():
-        operator = HessianOperator(scene.loss.sum(), [matrix.as_call()], create_graph=False)
-        total += factor * matrix.view(operator([matrix.back(direction)])[0])
-        divisor += part
-    return total[row].double() / (divisor or 1.0)
-
-
-def _largest(
-    product: Callable[[Tensor], Tensor], start: Float[Tensor, " m"], rtol: float, most: int
-) -> tuple[float, float]:
-    """Largest eigenvalue of a symmetric operator and the norm of its residual, by Lanczos."""
-    size = min(most, start.numel())
-    basis = [start / start.norm()]
-    tridiagonal = start.new_zeros(size + 1, size + 1)  # its lower half
-    top = residual = 0.0
-    for k in range(size):
-        w = product(basis[k])
-        tridiagonal[k, k] = w @ basis[k]
-        for q in basis * 2:  # twice, so that the basis stays orthogonal
-            w = w - (w @ q) * q
-        values, vectors = torch.linalg.eigh(tridiagonal[: k + 1, : k + 1])
-        tridiagonal[k + 1, k] = beta = w.norm()
-        top, residual = float(values[-1]), float(beta * vectors[-1, -1].abs())
-        if residual <= rtol * abs(top) or float(beta) <= 1e-14 * float(values.abs().max()):
-            break
-        basis.append(w / beta)
-    return top, residual
+    direction = torch.zeros_like(matrix.weight(), dtype=v.dtype)
+    direction[row] = v
+    return product(measurement, matrix, direction)[row]

@@ -8,7 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from relflat.lab.report.drawing import PALETTE, Paint, draw, inline
+from relflat.lab.report.drawing import Paint, draw, inline
+from relflat.plot.style import PALETTE
 
 TEMPLATES = Environment(
     loader=PackageLoader("relflat.lab.report"),

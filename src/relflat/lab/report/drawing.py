@@ -8,10 +8,8 @@ figures are small on purpose: a phone shows them at full size.
 import io
 import math
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -19,7 +17,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
+
+from relflat.plot.style import COLOURS, MARKERS, PALETTE, STYLE, log_if_wide
 
 if TYPE_CHECKING:  # else a circle: trials import tasks, those import papers, and these draw figures
     from relflat.lab.compare.trials import Trial
@@ -27,11 +27,6 @@ if TYPE_CHECKING:  # else a circle: trials import tasks, those import papers, an
 T = TypeVar("T")
 Paint = Callable[[Axes], None]
 
-SHEET: dict[str, Any] = tomllib.loads(Path(__file__).with_name("style.toml").read_text("utf-8"))
-PALETTE: Mapping[str, tuple[str, str]] = SHEET["palette"]
-STYLE = SHEET["matplotlib"] | {key: PALETTE[name][0] for key, name in SHEET["colours"].items()}
-COLOURS = [PALETTE[f"c{place}"][0] for place in range(6)]
-MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":")
 TEXT = STYLE["font.size"]  # points
 WIDTH, HEIGHT, ROW = 4.7, 3.4, 0.19  # of a figure, and of a further row of its legend; inches
@@ -165,21 +160,3 @@ def legend(axes: Axes) -> None:
     figure = axes.figure
     assert isinstance(figure, Figure)
     figure.set_figheight(HEIGHT + ROW * (math.ceil(len(labels) / columns) - 1))
-
-
-def log_if_wide(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Make an axis logarithmic where its positive data span more than a factor of eight; say so."""
-    low, high = getattr(axes.dataLim, f"interval{which}")
-    if not (0 < low < high < math.inf and high / low > 8):
-        return
-    axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
-    axes.set(**{f"{which}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high / low < 1000 else LogLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, place: short(value)))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_label_text(f"{axis.get_label_text()} (log)")
-
-
-def short(value: float) -> str:
-    """A number beside an axis: thousands as k from 10,000 on, powers of ten from a million on."""
-    return f"{value / 1000:g}k" if 1e4 <= value < 1e6 else f"{value:g}"

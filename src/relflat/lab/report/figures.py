@@ -15,8 +15,9 @@ from scipy.stats import kendalltau
 
 from relflat.lab.compare.trials import Trial
 from relflat.lab.report.document import Figure
-from relflat.lab.report.drawing import PALETTE, Paint, curves, points
+from relflat.lab.report.drawing import Paint, curves, points
 from relflat.lab.report.summary import Summary
+from relflat.plot.style import PALETTE
 
 Pairs = tuple[list[float], list[float]]
 Make = Callable[[Summary], Figure | None]

@@ -1,0 +1,54 @@
+"""The command where extras are missing, and the package as it is published."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import relflat
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def run(missing: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, where importing a package fails as if it were not installed."""
+    code = f"import sys; sys.modules[{missing!r}] = None; from relflat.cli.entry import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("missing", ["tyro", "rich"])
+def test_without_the_lab_it_says_what_to_install(missing) -> None:
+    done = run(missing, "train", "digits")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: this command needs {missing}: pip install 'relflat[lab]'\n"
+
+
+def test_an_extra_beside_the_lab_is_named(tmp_path) -> None:
+    done = run("monai", "train", "skulls-unet", "--runs", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.endswith("pip install 'relflat[skulls]'\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_version_needs_no_extra() -> None:
+    done = run("tyro", "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"relflat {relflat.__version__}\n", "")
+
+
+def test_a_module_of_the_package_itself_is_a_traceback() -> None:
+    assert "ModuleNotFoundError" in run("relflat.cli.console", "data", "list").stderr
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["hatch"]["version"]["path"] == "src/relflat/__init__.py"
+
+
+def test_all_is_every_extra_for_use_and_no_more() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    (everything,) = extras["all"]
+    assert set(everything.removeprefix("relflat[").removesuffix("]").split(",")) == set(extras) - {"all"}
+    assert not {"test", "docs"} & set(extras)
