@@ -22,7 +22,7 @@ def data(n: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("layer", ["output", "*"])
 def test_the_penalty_is_that_of_fam_with_its_strength(layer) -> None:
     net, (x, y) = mlp(), data()
-    found = suggest(net, CE(), (x, y), layer=layer, size=0.5)
+    found = suggest(net, CE(), (x, y), layer=layer, size=0.5, every=1)
     n = {"output": 1, "*": 2}[layer]
     assert (len(found.flats), found.strength) == (n, 0.5 / n)
     with FAM(CE(), net, layer, strength=found.strength, method="exact") as criterion:
