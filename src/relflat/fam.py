@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from relflat.capture.calls import Forward, depends_on, step_of
+from relflat.capture.graph import ancestors
 from relflat.capture.hooks import buffers_kept
 from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer, supported_layers
 from relflat.capture.tap import Inject, Tap
 from relflat.distributed import kept_whole
-from relflat.errors import ConfigError
+from relflat.errors import ConfigError, warn
 from relflat.estimate.contributions import shaped, without_gradient
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import Noise
@@ -26,6 +27,8 @@ from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.loss.reading import read_loss
 from relflat.options import Curvature, Gradient, Options, Strength, check, checked, strength_at, warmed_up
 from relflat.rng import subset
+
+_FEW = 8
 
 
 class FAM(nn.Module):
@@ -124,6 +127,8 @@ class FAM(nn.Module):
             self._tap.close()
             raise
         self._tap.keep_rng = self._estimator.repeats or self._estimator.may_repeat
+        me = weakref.ref(self)  # no cycle: dropping the criterion removes its hooks at once
+        self._tap.rests = lambda: (fam := me()) is not None and fam._will_rest()
         if self.strength == 1 and radius is not None and every == 1 and probes == 1:
             self._perturb_the_forward_pass()
         keep_state_dict_of_criterion(self)
@@ -157,19 +162,23 @@ class FAM(nn.Module):
         assert self.loss_fn is not None
         criterion = Criterion(self.loss_fn, targets, kwargs)
         active = self._active()
-        task, tensor = criterion(outputs), output_tensor(outputs)
-        if active and self._perturbs():
-            return self._perturbed(task, tensor)
+        task = criterion(outputs)
         if not active:
             self._forget()
-            self._last = {"task": task.detach().mean(), "penalty": 0.0, "total": task.detach().mean()}
+            self._last = {"task": task.detach(), "penalty": 0.0}
             return task
-        forwards, known = self._tap.take(task), criterion.known(outputs)
+        tensor = output_tensor(outputs)
+        if self._perturbs():
+            return self._perturbed(task, tensor)
+        forwards = self._tap.take(task)
+        if self._rests(forwards, task):
+            return task
+        known = criterion.known(outputs)
         if self._tap.unsettled:
             calls_behind(forwards, task)
             self._tap.settle(forwards, task, tensor)
         eager, loss = criterion.eager, task
-        if eager.loss_fn is not self.loss_fn and (known is None or self.options.curvature == "hessian"):
+        if eager is not criterion and (known is None or self.options.curvature == "hessian"):
             loss = eager(outputs)  # what is compiled cannot be differentiated twice
         scene = Scene.of(
             forwards,
@@ -206,6 +215,8 @@ class FAM(nn.Module):
         last = forwards[-1]
         if self._tap.watching and not last.parameters and not depends_on(loss, last.calls):
             return loss.new_zeros(())  # one of several losses, and not one of these layers
+        if self._rests(forwards, loss):
+            return loss.new_zeros(())
         outputs = output_tensor(last.outputs, other_than=loss) if len(forwards) == 1 else None
         known, call = read_loss(loss, calls_behind(forwards, loss), outputs) or (None, None)
         if self._tap.unsettled:
@@ -227,7 +238,12 @@ class FAM(nn.Module):
         drawn, ``by_layer`` has their kappas, and ``kappa`` is the estimate of the sum over all. Where the forward
         pass itself was perturbed (``radius`` on a hidden layer, strength 1) ``task`` and ``penalty`` are nan.
         """
-        return {k: _number(v) for k, v in self._last.items()}
+        found = {k: _number(v) for k, v in self._last.items()}
+        if found:
+            found["total"] = found.get("total", found["task"] + found["penalty"])
+        if "strength" in found:
+            found |= {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
+        return found
 
     @property
     def layers(self) -> list[str]:
@@ -275,25 +291,39 @@ class FAM(nn.Module):
         self.step = max(self.step, step + 1)
         return loss
 
+    def _strength_of(self, step: int) -> float:
+        """That of a step; 0 where it has no penalty."""
+        return 0.0 if step % self.options.every else strength_at(self.strength, step)
+
+    def _will_rest(self) -> bool:
+        """Whether no pass that begins now can be one of a step with a penalty."""
+        steps = range(self.step, self.step + self._tap.pending + 1)  # passes that wait may have calls of their own
+        return len(steps) < _FEW and all(self._strength_of(step) == 0 for step in steps)
+
+    def _rests(self, forwards: Sequence[Forward], loss: Tensor) -> bool:
+        """Whether the step of these passes has no penalty; then it is over."""
+        step = step_of(forwards, self.step)
+        wanted, recorded = self._strength_of(step) != 0, all(f.recorded for f in forwards)
+        if self._tap.unsettled or (wanted and recorded):
+            return False
+        if wanted:
+            warn(f"strength was 0 when the forward pass of step {step} began, so this step has no penalty")
+        self._last = {"task": loss.detach(), "penalty": 0.0, "strength": 0.0}
+        self._left(forwards, loss, step)
+        return True
+
     def _penalty(self, scene: Scene, step: int) -> Tensor | None:
         """``strength * kappa``, or None where this step has none; reports in ``last``."""
-        task = scene.loss.detach().mean()
-        strength = 0.0 if step % self.options.every else strength_at(self.strength, step)
-        penalty: Tensor | None = None
-        report: dict[str, Any] = {"task": task, "penalty": 0.0, "total": task, "strength": strength}
+        strength, penalty = self._strength_of(step), None
+        self._last = {"task": scene.loss.detach(), "penalty": 0.0, "strength": strength}
         if self._guards.finite("the task loss", scene.loss, step) and strength != 0:
             must_suit(self._tap, self.options)  # "output" may have been settled since
-            kappa = self._kappa(scene, step, strength, report)
-            if kappa is not None:
-                penalty = strength * kappa
-                report["kappa"], report["penalty"] = kappa.detach().mean(), penalty.detach().mean()
-                report["total"] = task + report["penalty"]
-        self._finish(step, scene.watched(), report)
+            penalty = self._kappa(scene, step, strength)
         return penalty
 
-    def _kappa(self, scene: Scene, step: int, strength: float, report: dict[str, Any]) -> Tensor | None:
-        """Kappa in the shape of the loss, or None where it is not finite; what was found goes into the report."""
-        names, size, share = self.layers, self.options.layers_per_step, 1.0
+    def _kappa(self, scene: Scene, step: int, strength: float) -> Tensor | None:
+        """``strength * kappa`` in the shape of the loss, or None where it is not finite; reports in ``last``."""
+        names, size, share, report = self.layers, self.options.layers_per_step, 1.0, self._last
         if size is not None:
             share = len(names) / size
             report["layers"] = names = [names[i] for i in subset(self._estimator.seed, step, len(names), size)]
@@ -301,20 +331,25 @@ class FAM(nn.Module):
         with kept_whole(self._tap.model), buffers_kept():
             parts = self._estimator(scene, step)
         self._tap.keep_rng = self._tap.keep_rng or self._estimator.plain
-        kappas = {layer: part.kappa for layer, part in parts.items()}
-        rows = max(1, scene.loss.numel())  # shares of samples average as their losses do
-        report["by_layer"] = {k: v.detach().mean(0).sum() / rows for k, v in kappas.items()}
+        kappas, rows = {layer: part.kappa for layer, part in parts.items()}, max(1, scene.loss.numel())
+        values = {layer: kappa.detach() for layer, kappa in kappas.items()}
+        # shares of samples average as their losses do
+        report["by_layer"] = lambda: {k: v.mean(0).sum() / rows for k, v in values.items()}
         report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
         convex = scene.known is not None and self.options.curvature == "ggn"
         may_be_negative = not convex and self.options.radius is None and strength > 0
-        lost = without_gradient(parts)
-        if not self._guards.judge(kappas, step, may_be_negative=may_be_negative, lost=lost):
-            return None
-        return share * shaped(kappas, scene.loss)
-
-    def _finish(self, step: int, watched: dict[str, Tensor], report: dict[str, Any]) -> None:
-        self._guards.collapse(step, watched)
-        self._last = report | {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
+        self._guards.look(scene.watched(), values if may_be_negative else {})
+        penalty = self._guards.judge(
+            strength * share * shaped(kappas, scene.loss),
+            kappas,
+            step,
+            lost=without_gradient(parts),
+            beyond=lambda: set(ancestors(scene.loss.grad_fn)),
+        )
+        if penalty is not None:
+            report["penalty"] = added = penalty.detach()
+            report["kappa"] = lambda: added.mean() / strength
+        return penalty
 
     def _perturb_the_forward_pass(self) -> None:
         """Do so, unless the last layer is meant, whose perturbed loss is as cheap computed from its output."""
@@ -334,10 +369,9 @@ class FAM(nn.Module):
     def _perturbed(self, loss: Tensor, outputs: Tensor | None) -> Tensor:
         """The loss of the perturbed pass, which is task loss plus penalty."""
         forwards, method = self._tap.take(loss), f"radius({self.options.radius:g}), perturbed forward"
-        report = {"task": math.nan, "penalty": math.nan, "total": loss.detach().mean(), "strength": 1.0}
-        watched, step = {} if outputs is None else {"the outputs": outputs}, step_of(forwards, self.step)
-        self._finish(step, watched, report | {"method": method})
-        return self._left(forwards, loss, step)
+        self._last = {"task": math.nan, "penalty": math.nan, "total": loss.detach(), "strength": 1.0, "method": method}
+        self._guards.look({} if outputs is None else {"the outputs": outputs}, {})
+        return self._left(forwards, loss, step_of(forwards, self.step))
 
     def _perturbs(self) -> bool:
         """Whether this step's forward pass is perturbed itself; ``strength`` and the mode may have changed."""
@@ -345,6 +379,7 @@ class FAM(nn.Module):
 
 
 def _number(value: Any) -> Any:
+    value = value() if callable(value) else value
     if isinstance(value, Tensor):
-        return float(value)
+        return float(value.mean())
     return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -94,6 +94,7 @@ class Forward:
     autocast: dict[str, tuple[bool, torch.dtype]] = field(default_factory=autocast_now)
     step: int | None = None  # at which a loss was first computed from it
     passed_over: bool = False  # by one that began later and led to a loss
+    recorded: bool = True  # whether the calls of layers were, as a penalty may follow
 
     def ends(self) -> list[Node]:
         """Where the graphs of the outputs end."""

@@ -62,6 +62,21 @@ def leaves_between(root: Node | None, ends: Collection[Node]) -> list[Tensor]:
     return [node.variable for node in found if hasattr(node, "variable")]
 
 
+def hold_back(root: Node | None, beyond: Collection[Node], *, unless: Tensor) -> None:
+    """Have nothing but zeros leave the graph of ``root`` for nodes ``beyond`` and for leaves, unless that is true.
+
+    Also where something in it is no number: those times zero are none either, so they are replaced as they leave.
+    """
+
+    def replaced(out: Sequence[Tensor | None], given: Any) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else torch.where(unless.to(g.device), g, 0.0) for g in out)
+
+    for node in ancestors(root, without=beyond):
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if any(parent in beyond or not parent.next_functions for parent in parents):
+            node.register_hook(replaced)
+
+
 def compiled(node: Any) -> bool:
     """Whether the operation is a compiled part, which takes what it saved for constants."""
     return node.name().startswith("CompiledFunction")
