@@ -338,7 +338,7 @@ class FAM(nn.Module):
         report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
         convex = scene.known is not None and self.options.curvature == "ggn"
         may_be_negative = not convex and self.options.radius is None and strength > 0
-        self._guards.look(scene.watched(), values if may_be_negative else {})
+        self._guards.look(scene.watched, values if may_be_negative else {})
         penalty = self._guards.judge(
             strength * share * shaped(kappas, scene.loss),
             kappas,
@@ -370,7 +370,7 @@ class FAM(nn.Module):
         """The loss of the perturbed pass, which is task loss plus penalty."""
         forwards, method = self._tap.take(loss), f"radius({self.options.radius:g}), perturbed forward"
         self._last = {"task": math.nan, "penalty": math.nan, "total": loss.detach(), "strength": 1.0, "method": method}
-        self._guards.look({} if outputs is None else {"the outputs": outputs}, {})
+        self._guards.look(lambda: {} if outputs is None else {"the outputs": outputs}, {})
         return self._left(forwards, loss, step_of(forwards, self.step))
 
     def _perturbs(self) -> bool:

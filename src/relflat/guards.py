@@ -82,12 +82,12 @@ class Guards:
             self._skipped = self._skipped + ~finite
             hold_back(penalty.grad_fn, beyond(), unless=finite)
             return torch.where(finite, penalty, 0.0)
-        named = {f"kappa of layer {layer!r}": kappa for layer, kappa in kappas.items()} | {"the penalty": penalty}
-        if math.isfinite(penalty.sum().item()) or all(self.finite(what, x, step) for what, x in named.items()):
+        if math.isfinite((penalty if penalty.ndim == 0 else penalty.sum()).item()):
             return penalty
-        return None
+        named = {f"kappa of layer {layer!r}": kappa for layer, kappa in kappas.items()} | {"the penalty": penalty}
+        return penalty if all(self.finite(what, x, step) for what, x in named.items()) else None
 
-    def look(self, tensors: Mapping[str, Tensor], kappas: Mapping[str, Tensor]) -> None:
+    def look(self, tensors: Callable[[], Mapping[str, Tensor]], kappas: Mapping[str, Tensor]) -> None:
         """At every tenth penalty, look whether tensors (samples first) depend on the input, and at signs of kappas.
 
         The skull experiment of the FAM paper ended in a constant: from strength .02 on all of its metrics were
@@ -97,7 +97,7 @@ class Guards:
         if self._steps % _EVERY != 1:
             return
         self.read()
-        spreads = {n: spread(t) for n, t in tensors.items() if t.ndim > 1 and t.shape[0] > 1}
+        spreads = {n: spread(t) for n, t in tensors().items() if t.ndim > 1 and t.shape[0] > 1}
         found = [*spreads.values(), *(k.detach().mean(0).sum().float() for k in kappas.values())]
         found += [self._skipped] if isinstance(self._skipped, Tensor) else []
         if found:

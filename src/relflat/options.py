@@ -269,6 +269,8 @@ def strength_at(strength: Strength, step: int) -> float:
     Raises:
         ConfigError: it is not a finite number.
     """
+    if type(strength) is float:
+        return strength  # as it was set
     value = strength(step) if callable(strength) else strength
     if callable(value) or not _ARGUMENTS["strength"].right(value):
         raise ConfigError(f"strength={value!r} at step {step}: a finite number is needed")

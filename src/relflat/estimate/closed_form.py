@@ -44,18 +44,18 @@ def seen_without_graph(call: Call, known: KnownLoss | None) -> bool:
 
 def closed_form(space: OutputSpace, hessian: LogitHessian, options: Options) -> Contributions:
     """Each row's share. Cost: one product of the size of the layer's own (adaptive: two)."""
-    return from_energy(space.features.flatten(0, 2).square(), space.weight, hessian, options)
+    return from_features(space.features.flatten(0, 2), space.weight, hessian, options)
 
 
-def from_energy(
-    energy: Float[Tensor, "p m"], weight: Float[Tensor, "d m"], hessian: LogitHessian, options: Options
+def from_features(
+    phi: Float[Tensor, "p m"], weight: Float[Tensor, "d m"], hessian: LogitHessian, options: Options
 ) -> Contributions:
-    """The same from ``energy``, the squared features of each row."""
+    """The same from the features of each row."""
     if options.adaptive:
-        kappa = (energy * hessian.diagonal(weight)).sum(-1)
+        kappa = (phi.square() * hessian.diagonal(weight)).sum(-1)
     else:
-        kappa = energy.sum(-1) * hessian.total(weight)
-    trace = (energy.sum(-1) * hessian.trace())[None] if options.trace else None
+        kappa = hessian.kappa(weight, phi)
+    trace = (phi.square().sum(-1) * hessian.trace())[None] if options.trace else None
     return Contributions(kappa[None], trace, "closed_form", True)
 
 

@@ -54,7 +54,7 @@ def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:
     """
     shares = []
     for layer, values in kappas.items():
-        share = values.mean(0)
+        share = values.mean(0) if len(values) > 1 else values
         if task.ndim > 0 and share.numel() != task.numel():
             raise LossError(
                 f"the criterion returns losses of shape {tuple(task.shape)} and kappa of layer {layer!r} has "

@@ -1,6 +1,7 @@
 """From a scene to contributions: every layer gets its method, every method runs once."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -97,7 +98,8 @@ class Estimator:
         chosen: dict[str, tuple[Method, list[Subject]]] = {}
         found: dict[str, Contributions] = {}
         rng = Rng(self.seed, step)
-        with torch.autocast(scene.loss.device.type, enabled=False):
+        device = scene.loss.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             for subject in self.subjects(scene, options):
                 method = choose(subject, self._wanted)
                 chosen.setdefault(method.name, (method, []))[1].append(subject)

@@ -1,11 +1,12 @@
 """Hessians of losses with respect to one row of logits, in the forms that kappa needs."""
 
 import copy
-from typing import Protocol
+import functools
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -15,8 +16,8 @@ class LogitHessian(Protocol):
     def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
         """The diagonal of ``W' A_p W``."""
 
-    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
-        """``Tr(W' A_p W)``."""
+    def kappa(self, weight: Float[Tensor, "d m"], phi: Float[Tensor, "p m"]) -> Float[Tensor, " p"]:
+        """``||phi_p||^2 Tr(W' A_p W)``."""
 
     def trace(self) -> Float[Tensor, " p"]:
         """``Tr A_p``."""
@@ -40,27 +41,39 @@ class SoftmaxHessian:
     """
 
     def __init__(self, logits: Float[Tensor, "p d"], mass: Float[Tensor, " p"]) -> None:
-        self.mass, self.log_p = mass, F.log_softmax(logits, dim=-1)
-        self.k = self.log_p.argmax(-1, keepdim=True)
-        self.others = self.log_p.exp().scatter(-1, self.k, 0.0)
-        self.missing = self.others.sum(-1)
+        self.logits, self.mass = logits, mass
 
-    def _moments(self, weight: Float[Tensor, "d m"]) -> tuple[Tensor, Tensor, Tensor]:
-        """``q``, W without its mean row (which kappa does not see, but rounding does), what ``q W^2`` exceeds by."""
-        q = self.others.scatter(-1, self.k, -self.missing[:, None])
-        w = weight - weight.detach().mean(0)
-        mean = q @ w
-        return q, w, mean * (2 * w[self.k[:, 0]] + mean)
+    @functools.cached_property
+    def log_p(self) -> Float[Tensor, "p d"]:
+        """Logarithms of the probabilities."""
+        return F.log_softmax(self.logits, dim=-1)
+
+    @functools.cached_property
+    def k(self) -> Int[Tensor, "p 1"]:
+        """The most likely classes."""
+        return self.log_p.argmax(-1, keepdim=True)
+
+    @functools.cached_property
+    def others(self) -> Float[Tensor, "p d"]:
+        """The probabilities of all others, and 0."""
+        return self.log_p.exp().scatter(-1, self.k, 0.0)
+
+    @functools.cached_property
+    def missing(self) -> Float[Tensor, " p"]:
+        """What is missing to certainty."""
+        return self.others.sum(-1)
 
     def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
         """``E_p w^2 - (E_p w)^2`` feature by feature, times the mass."""
-        q, w, less = self._moments(weight)
-        return self.mass[:, None] * (q @ w.square() - less)
+        q = self.others.scatter(-1, self.k, -self.missing[:, None])
+        w = weight - weight.detach().mean(0)  # kappa does not see their mean, but rounding does
+        mean = q @ w
+        return self.mass[:, None] * (q @ w.square() - mean * (2 * w[self.k[:, 0]] + mean))
 
-    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
-        """``E_p ||w||^2 - ||E_p w||^2``, times the mass."""
-        q, w, less = self._moments(weight)
-        return self.mass * (q @ w.square().sum(-1) - less.sum(-1))
+    def kappa(self, weight: Float[Tensor, "d m"], phi: Float[Tensor, "p m"]) -> Float[Tensor, " p"]:
+        """``E_p ||w||^2 - ||E_p w||^2``, times the mass and ``||phi||^2``."""
+        found: Tensor = _SoftmaxKappa.apply(self.logits, weight, phi, self.mass)  # type: ignore[no-untyped-call]
+        return found
 
     def trace(self) -> Float[Tensor, " p"]:
         """``1 - ||p||^2`` times the mass."""
@@ -85,6 +98,57 @@ class SoftmaxHessian:
         return scaled
 
 
+class _SoftmaxKappa(torch.autograd.Function):
+    """:meth:`SoftmaxHessian.kappa` with its gradient written out: few operations, and little kept."""
+
+    @staticmethod
+    def of(z: Tensor, weight: Tensor, phi: Tensor, mass: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Kappa, and what its gradient is made of: with ``q = p - e_k``, ``V = q.||w||^2 - <q W, 2 w_k + q W>``."""
+        p, k = z.softmax(-1), z.argmax(-1, keepdim=True)
+        others = p.scatter(-1, k, 0.0)
+        q = others.scatter(-1, k, -others.sum(-1, keepdim=True))
+        w = weight - weight.detach().mean(0)
+        size, at_k = w.square().sum(-1), w.index_select(0, k.view(-1))
+        mean = q @ w
+        less = (mean * torch.add(mean, at_k, alpha=2)).sum(-1)
+        variance = torch.addmv(less, q, size, beta=-1) * mass
+        energy = phi.square().sum(-1)
+        return variance * energy, (p, k, q, w, size, at_k, mean, variance, energy)
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        kappa, rest = _SoftmaxKappa.of(*given)
+        ctx.save_for_backward(*given, *rest)
+        return kappa
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        """``dV/dz = p (r - p.r)`` with ``r_c = ||w_c||^2 - 2 <w_c, E_p w>``, and ``dV/dw_c = 2 p_c (w_c - E_p w)``.
+
+        Both in ``q``, as all of them is of the size of what is missing to certainty.
+        """
+        given, (p, k, q, w, size, at_k, mean, variance, energy) = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # to be differentiated again
+            wanted = [x for x, need in zip(given, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(_SoftmaxKappa.of(*given)[0], wanted, v, create_graph=True))
+            return tuple(next(found) if need else None for need in needs)
+        in_z = in_w = in_phi = None
+        if needs[2]:
+            in_phi = given[2] * (2 * v * variance)[:, None]
+        v = (v * given[3] * energy)[:, None]
+        centre = at_k + mean
+        if needs[0]:
+            r = torch.addmm(size, centre, w.mT, alpha=-2)
+            r = (r - r.gather(-1, k)) * v
+            in_z = torch.ops.aten._softmax_backward_data(r, p, -1, p.dtype)
+        if needs[1]:
+            vq = q * v
+            in_w = torch.addmm(vq.sum(0)[:, None] * w, vq.mT, centre, beta=2, alpha=-2)
+            in_w.index_add_(0, k.view(-1), v * mean, alpha=-2)
+        return in_z, in_w, in_phi, None
+
+
 class DiagonalHessian:
     """``A_p = diag(a_p)``: losses that are sums over the outputs, each of one output (I2)."""
 
@@ -95,9 +159,9 @@ class DiagonalHessian:
         """``sum_c a_c w_c^2`` feature by feature."""
         return self.a @ weight.square()
 
-    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
-        """``sum_c a_c ||w_c||^2``."""
-        return self.a @ weight.square().sum(-1)
+    def kappa(self, weight: Float[Tensor, "d m"], phi: Float[Tensor, "p m"]) -> Float[Tensor, " p"]:
+        """``sum_c a_c ||w_c||^2``, times ``||phi||^2``."""
+        return phi.square().sum(-1) * (self.a @ weight.square().sum(-1))
 
     def trace(self) -> Float[Tensor, " p"]:
         """``sum_c a_c``."""
