@@ -1,8 +1,10 @@
 """FAM: relative flatness aware minimization (Adilova et al. 2023), as a criterion around the criterion."""
 
+import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -328,8 +330,7 @@ class FAM(nn.Module):
             share = len(names) / size
             report["layers"] = names = [names[i] for i in subset(self._estimator.seed, step, len(names), size)]
             scene = scene.only(names)
-        with kept_whole(self._tap.model), buffers_kept():
-            parts = self._estimator(scene, step)
+        parts = self._estimator(scene, step, around=functools.partial(_kept, self._tap.model))
         self._tap.keep_rng = self._tap.keep_rng or self._estimator.plain
         kappas, rows = {layer: part.kappa for layer, part in parts.items()}, max(1, scene.loss.numel())
         values = {layer: kappa.detach() for layer, kappa in kappas.items()}
@@ -376,6 +377,13 @@ class FAM(nn.Module):
     def _perturbs(self) -> bool:
         """Whether this step's forward pass is perturbed itself; ``strength`` and the mode may have changed."""
         return self._tap.injector is not None and self.training and self.strength == 1
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Within the block derivatives change nothing of the model: neither what is sharded nor its buffers."""
+    with kept_whole(model), buffers_kept():
+        yield
 
 
 def _number(value: Any) -> Any:

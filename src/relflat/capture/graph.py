@@ -103,7 +103,7 @@ def users(root: Node | None) -> dict[Node, list[Use]]:
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether both read the same numbers in the same row-major order from the same memory."""
-    if not a.numel():
+    if a is b or not a.numel():
         return a is b  # none has memory of its own
     if a.numel() != b.numel() or a.data_ptr() != b.data_ptr() or a.dtype != b.dtype:
         return False

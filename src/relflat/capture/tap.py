@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from relflat.capture.calls import Call, Forward, Pending, depends_on
-from relflat.capture.hooks import WeakHook, endpoint, recomputing, remove, runs, saved_by_us, traced, with_graph
+from relflat.capture.hooks import WeakHook, endpoint, mode_of, recomputing, remove, runs, saved_by_us, traced, with_graph
 from relflat.capture.kinds import Kind, is_linear, kind_of, own_weights, parametrization_of, weight_of
-from relflat.capture.resolve import Layer, Target, is_pattern, part, resolve, supported_layers
+from relflat.capture.resolve import Layer, Target, is_pattern, path, resolve, supported_layers
 from relflat.capture.settle import output_layer, taking_part
 from relflat.capture.uses import Uses
 from relflat.distributed import freed_after_forward
@@ -64,6 +64,7 @@ class Tap:
         self._called: set[str] = set()
         self._given: set[str] = set()  # layers whose output was given a graph
         self._pending = Pending(quiet=when is not None)
+        self._freed: set[str] = set()  # layers in parts that FSDP2 shards again once they have run
         self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
         self._computed: dict[tuple[str, int], Tensor] = {}  # weights by layer and thread, as it computed them
         self._seen: dict[str, weakref.ref[nn.Module]] = {}  # what computes them, with a hook
@@ -111,8 +112,7 @@ class Tap:
                 return
             self._follow(model)
             rng = RngState.now() if self.keep_rng else None
-            mode = hash(tuple(m.training for m in model.modules()))
-            self._open = Forward(args, kwargs, rng, mode=mode)
+            self._open = Forward(args, kwargs, rng, mode=mode_of(model))
             self._inject = None if self.injector is None else self.injector()
             self._changed = False
 
@@ -161,7 +161,7 @@ class Tap:
                 self._seen[name] = weakref.ref(computed)
                 hook = computed.register_forward_hook(WeakHook(self, "_after_parametrization", name))
                 self._handles[name].append(hook)
-        elif freed_after_forward(self.model, name):
+        elif name in self._freed:
             self._whole[name] = self._kinds[name].matrix(module, weight_of(module)).clone()
 
     def _after_parametrization(self, name: str, computed: nn.Module, args: Any, weight: Tensor) -> None:
@@ -194,8 +194,14 @@ class Tap:
 
     def _follow(self, model: nn.Module) -> None:
         """Watch the layer that has a name now, where another one was put in its place."""
+        self._freed = set()
         for name, old in list(self.layers.items()):
-            now = part(model, name) if isinstance(old, nn.Module) else old
+            if not isinstance(old, nn.Module):
+                continue
+            around = path(model, name)
+            if freed_after_forward(around):
+                self._freed.add(name)
+            now = around[-1]
             if now is old:
                 continue
             if not isinstance(now, nn.Module) or kind_of(now) is None:
@@ -296,6 +302,7 @@ class Tap:
     def watch(self) -> None:
         """Until :meth:`reset`, record whatever calls the layers as one pass, which :meth:`take` gives each time."""
         self.reset()
+        self._follow(self.model)
         self._depth, self._open = 1, Forward((), {}, parameters=self._parameters)
         self._watched = self._open
 

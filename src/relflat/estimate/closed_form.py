@@ -29,7 +29,7 @@ def why_not(calls: Sequence[Call], known: KnownLoss | None) -> str | None:
     if len(calls) != 1:
         return f"the layer was called {len(calls)} times"
     (call,) = calls
-    if getattr(call.module, "groups", 1) != 1:
+    if vars(call.module).get("groups", 1) != 1:
         return "the layer is a grouped convolution"
     if not known.elementwise and known.rows().shape[-1] != call.weight.shape[0]:
         return "it is not the output layer, whose outputs are the classes of the loss"

@@ -32,6 +32,9 @@ class LogitHessian(Protocol):
         """``constant * A_p``, for a constant that is not negative."""
 
 
+_FEW = 25  # classes up to which distances between all rows of W are exact, and cheap
+
+
 class SoftmaxHessian:
     """``A_p = mass_p (diag p - p p')``: cross-entropy (I1).
 
@@ -63,16 +66,28 @@ class SoftmaxHessian:
         """What is missing to certainty."""
         return self.others.sum(-1)
 
+    def _moments(self, weight: Float[Tensor, "d m"]) -> tuple[Tensor, Tensor, Tensor]:
+        """``q``, W without its mean row (which kappa does not see, but rounding does), what ``q W^2`` exceeds by."""
+        q = self.others.scatter(-1, self.k, -self.missing[:, None])
+        w = weight - weight.detach().mean(0)
+        mean = q @ w
+        return q, w, mean * (2 * w[self.k[:, 0]] + mean)
+
     def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
         """``E_p w^2 - (E_p w)^2`` feature by feature, times the mass."""
-        q = self.others.scatter(-1, self.k, -self.missing[:, None])
-        w = weight - weight.detach().mean(0)  # kappa does not see their mean, but rounding does
-        mean = q @ w
-        return self.mass[:, None] * (q @ w.square() - mean * (2 * w[self.k[:, 0]] + mean))
+        q, w, less = self._moments(weight)
+        return self.mass[:, None] * (q @ w.square() - less)
+
+    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
+        """``E_p ||w||^2 - ||E_p w||^2``, times the mass."""
+        q, w, less = self._moments(weight)
+        return self.mass * (q @ w.square().sum(-1) - less.sum(-1))
 
     def kappa(self, weight: Float[Tensor, "d m"], phi: Float[Tensor, "p m"]) -> Float[Tensor, " p"]:
-        """``E_p ||w||^2 - ||E_p w||^2``, times the mass and ``||phi||^2``."""
-        found: Tensor = _SoftmaxKappa.apply(self.logits, weight, phi, self.mass)  # type: ignore[no-untyped-call]
+        """The same times ``||phi||^2``."""
+        if len(weight) > _FEW:
+            return phi.square().sum(-1) * self.total(weight)
+        found: Tensor = _OfPairs.apply(self.logits, weight, phi, self.mass)  # type: ignore[no-untyped-call]
         return found
 
     def trace(self) -> Float[Tensor, " p"]:
@@ -98,55 +113,39 @@ class SoftmaxHessian:
         return scaled
 
 
-class _SoftmaxKappa(torch.autograd.Function):
-    """:meth:`SoftmaxHessian.kappa` with its gradient written out: few operations, and little kept."""
+class _OfPairs(torch.autograd.Function):
+    """:meth:`SoftmaxHessian.kappa` for few classes, as ``1/2 sum_cc' p_c p_c' ||w_c - w_c'||^2``.
+
+    No term is negative, so all digits stay; and with its gradient written out it takes few operations.
+    """
 
     @staticmethod
-    def of(z: Tensor, weight: Tensor, phi: Tensor, mass: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Kappa, and what its gradient is made of: with ``q = p - e_k``, ``V = q.||w||^2 - <q W, 2 w_k + q W>``."""
-        p, k = z.softmax(-1), z.argmax(-1, keepdim=True)
-        others = p.scatter(-1, k, 0.0)
-        q = others.scatter(-1, k, -others.sum(-1, keepdim=True))
-        w = weight - weight.detach().mean(0)
-        size, at_k = w.square().sum(-1), w.index_select(0, k.view(-1))
-        mean = q @ w
-        less = (mean * torch.add(mean, at_k, alpha=2)).sum(-1)
-        variance = torch.addmv(less, q, size, beta=-1) * mass
-        energy = phi.square().sum(-1)
-        return variance * energy, (p, k, q, w, size, at_k, mean, variance, energy)
-
-    @staticmethod
-    def forward(ctx: Any, *given: Tensor) -> Tensor:
-        kappa, rest = _SoftmaxKappa.of(*given)
-        ctx.save_for_backward(*given, *rest)
-        return kappa
+    def forward(ctx: Any, z: Tensor, weight: Tensor, phi: Tensor, mass: Tensor) -> Tensor:
+        p, gaps = z.softmax(-1), torch.cdist(weight, weight).square_().mul_(0.5)
+        slope = p @ gaps
+        variance, energy = (p * slope).sum(-1) * mass, phi.square().sum(-1)
+        ctx.save_for_backward(z, weight, phi, mass, p, slope, variance, energy)
+        return variance * energy
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
-        """``dV/dz = p (r - p.r)`` with ``r_c = ||w_c||^2 - 2 <w_c, E_p w>``, and ``dV/dw_c = 2 p_c (w_c - E_p w)``.
-
-        Both in ``q``, as all of them is of the size of what is missing to certainty.
-        """
-        given, (p, k, q, w, size, at_k, mean, variance, energy) = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        """``dV/dp = 2 slope`` and ``dV/dw_c = 2 sum_c' p_c p_c' (w_c - w_c')``."""
+        z, weight, phi, mass, p, slope, variance, energy = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # to be differentiated again
-            wanted = [x for x, need in zip(given, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(_SoftmaxKappa.of(*given)[0], wanted, v, create_graph=True))
-            return tuple(next(found) if need else None for need in needs)
-        in_z = in_w = in_phi = None
-        if needs[2]:
-            in_phi = given[2] * (2 * v * variance)[:, None]
-        v = (v * given[3] * energy)[:, None]
-        centre = at_k + mean
+            wanted = [x for x, need in zip((z, weight, phi), needs, strict=False) if need]
+            value = phi.square().sum(-1) * SoftmaxHessian(z, mass).total(weight)
+            found = iter(torch.autograd.grad(value, wanted, v, create_graph=True))
+            return *(next(found) if need else None for need in needs[:3]), None
+        v = 2 * v
+        rows = (v * mass * energy)[:, None]
+        in_z = in_w = None
         if needs[0]:
-            r = torch.addmm(size, centre, w.mT, alpha=-2)
-            r = (r - r.gather(-1, k)) * v
-            in_z = torch.ops.aten._softmax_backward_data(r, p, -1, p.dtype)
+            in_z = torch.ops.aten._softmax_backward_data(slope * rows, p, -1, p.dtype)
         if needs[1]:
-            vq = q * v
-            in_w = torch.addmm(vq.sum(0)[:, None] * w, vq.mT, centre, beta=2, alpha=-2)
-            in_w.index_add_(0, k.view(-1), v * mean, alpha=-2)
-        return in_z, in_w, in_phi, None
+            pairs = (p.mT @ (p * rows)).fill_diagonal_(0)
+            in_w = torch.addmm(pairs.sum(1)[:, None] * weight, pairs, weight, alpha=-1)
+        return in_z, in_w, phi * (v * variance)[:, None] if needs[2] else None, None
 
 
 class DiagonalHessian:

@@ -51,7 +51,8 @@ class KnownLoss:
 
     def rows(self) -> Float[Tensor, "... d"]:
         """The logits with one row in the last dimension."""
-        return self.outputs.movedim(self.class_dim, -1) if self.outputs.ndim > 1 else self.outputs
+        last = self.class_dim in (-1, self.outputs.ndim - 1) or self.outputs.ndim < 2
+        return self.outputs if last else self.outputs.movedim(self.class_dim, -1)
 
     def from_rows(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
         """Undo :meth:`rows`, for a tensor like it."""
