@@ -54,7 +54,7 @@ def kept_whole(model: nn.Module) -> Iterator[None]:
     FSDP2 shards a weight again at the end of every backward pass, ``torch.autograd.grad`` included, and the graph
     of second derivatives still reads it. Leaves ``reshard_after_backward`` on, as ``fully_shard`` sets it.
     """
-    parts = _parts(model)
+    parts = _parts(model) if _initialised() else []
     for part in parts:
         part.set_reshard_after_backward(False, recurse=False)
     try:
@@ -78,7 +78,11 @@ def not_taken_for_backward() -> AbstractContextManager[None]:
     ``torch.autograd.grad`` included, which has none to reduce; those of the real one would be left as they are.
     """
     sink = getattr(sys.modules.get("torch.nn.parallel.distributed"), "_DDPSink", None)
-    return nullcontext() if sink is None or not (dist.is_available() and dist.is_initialized()) else _silenced(sink)
+    return nullcontext() if sink is None or not _initialised() else _silenced(sink)
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextmanager

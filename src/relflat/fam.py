@@ -3,8 +3,7 @@
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +11,10 @@ from torch import Tensor, nn
 
 from relflat.capture.calls import Forward, depends_on, step_of
 from relflat.capture.graph import ancestors
-from relflat.capture.hooks import buffers_kept
+from relflat.capture.hooks import undisturbed
 from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer, supported_layers
-from relflat.capture.tap import Inject, Tap
-from relflat.distributed import kept_whole
+from relflat.capture.tap import Tap
 from relflat.errors import ConfigError, warn
 from relflat.estimate.contributions import shaped, without_gradient
 from relflat.estimate.estimator import Estimator
@@ -28,6 +26,7 @@ from relflat.guards import Guards
 from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.loss.reading import read_loss
 from relflat.options import Curvature, Gradient, Options, Strength, check, checked, strength_at, warmed_up
+from relflat.result import step_in_numbers
 from relflat.rng import subset
 
 _FEW = 8
@@ -160,16 +159,14 @@ class FAM(nn.Module):
             GraphError: if the loss was not computed from a forward pass whose backward pass is yet to come.
             LossError: if the loss has no curvature, or a target lies outside the classes.
         """
-        check(loss_fn=self.loss_fn)
-        assert self.loss_fn is not None
-        criterion = Criterion(self.loss_fn, targets, kwargs)
-        active = self._active()
-        task = criterion(outputs)
+        if (loss_fn := self.loss_fn) is None:
+            raise ConfigError("loss_fn=None: a criterion is needed; without one only penalty(loss) works")
+        criterion, active = Criterion(loss_fn, targets, kwargs), self._active()
+        task, tensor = criterion(outputs), output_tensor(outputs)
         if not active:
             self._forget()
             self._last = {"task": task.detach(), "penalty": 0.0}
             return task
-        tensor = output_tensor(outputs)
         if self._perturbs():
             return self._perturbed(task, tensor)
         forwards = self._tap.take(task)
@@ -240,12 +237,9 @@ class FAM(nn.Module):
         drawn, ``by_layer`` has their kappas, and ``kappa`` is the estimate of the sum over all. Where the forward
         pass itself was perturbed (``radius`` on a hidden layer, strength 1) ``task`` and ``penalty`` are nan.
         """
-        found = {k: _number(v) for k, v in self._last.items()}
-        if found:
-            found["total"] = found.get("total", found["task"] + found["penalty"])
-        if "strength" in found:
-            found |= {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
-        return found
+        found = step_in_numbers(**self._last) if self._last else {}
+        guards = {"collapsed": self._guards.collapsed, "skipped": self._guards.skipped} if "strength" in found else {}
+        return found | guards
 
     @property
     def layers(self) -> list[str]:
@@ -315,41 +309,29 @@ class FAM(nn.Module):
         return True
 
     def _penalty(self, scene: Scene, step: int) -> Tensor | None:
-        """``strength * kappa``, or None where this step has none; reports in ``last``."""
-        strength, penalty = self._strength_of(step), None
-        self._last = {"task": scene.loss.detach(), "penalty": 0.0, "strength": strength}
-        if self._guards.finite("the task loss", scene.loss, step) and strength != 0:
-            must_suit(self._tap, self.options)  # "output" may have been settled since
-            penalty = self._kappa(scene, step, strength)
-        return penalty
-
-    def _kappa(self, scene: Scene, step: int, strength: float) -> Tensor | None:
-        """``strength * kappa`` in the shape of the loss, or None where it is not finite; reports in ``last``."""
-        names, size, share, report = self.layers, self.options.layers_per_step, 1.0, self._last
+        """``strength * kappa`` in the shape of the loss, or None where there is none; reports in ``last``."""
+        strength, loss = self._strength_of(step), scene.loss
+        self._last = report = {"task": loss.detach(), "penalty": 0.0, "strength": strength}
+        if not self._guards.finite("the task loss", loss, step) or strength == 0:
+            return None
+        must_suit(self._tap, self.options)  # "output" may have been settled since
+        names, size, share = self.layers, self.options.layers_per_step, 1.0
         if size is not None:
             share = len(names) / size
             report["layers"] = names = [names[i] for i in subset(self._estimator.seed, step, len(names), size)]
             scene = scene.only(names)
-        parts = self._estimator(scene, step, around=functools.partial(_kept, self._tap.model))
+        parts = self._estimator(scene, step, around=functools.partial(undisturbed, self._tap.model))
         self._tap.keep_rng = self._tap.keep_rng or self._estimator.plain
-        kappas, rows = {layer: part.kappa for layer, part in parts.items()}, max(1, scene.loss.numel())
-        values = {layer: kappa.detach() for layer, kappa in kappas.items()}
-        # shares of samples average as their losses do
-        report["by_layer"] = lambda: {k: v.mean(0).sum() / rows for k, v in values.items()}
+        kappas = {layer: part.kappa for layer, part in parts.items()}
+        report["kappas"] = {layer: kappa.detach() for layer, kappa in kappas.items()}
         report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
         convex = scene.known is not None and self.options.curvature == "ggn"
         may_be_negative = not convex and self.options.radius is None and strength > 0
-        self._guards.look(scene.watched, values if may_be_negative else {})
-        penalty = self._guards.judge(
-            strength * share * shaped(kappas, scene.loss),
-            kappas,
-            step,
-            lost=without_gradient(parts),
-            beyond=lambda: set(ancestors(scene.loss.grad_fn)),
-        )
+        self._guards.look(scene.watched, report["kappas"] if may_be_negative else {})
+        added, lost = strength * share * shaped(kappas, loss), without_gradient(parts)
+        penalty = self._guards.judge(added, kappas, step, lost=lost, beyond=lambda: set(ancestors(loss.grad_fn)))
         if penalty is not None:
-            report["penalty"] = added = penalty.detach()
-            report["kappa"] = lambda: added.mean() / strength
+            report["penalty"] = penalty.detach()
         return penalty
 
     def _perturb_the_forward_pass(self) -> None:
@@ -357,37 +339,28 @@ class FAM(nn.Module):
         last = list(supported_layers(self._tap.model))[-1:]
         if self.layers == last or self._tap.unsettled:
             return
-        me = weakref.ref(self)  # no cycle: dropping the criterion removes its hooks at once
+        me = weakref.ref(self)
+        self._tap.injector = lambda: None if (fam := me()) is None else fam._noise()
 
-        def injector() -> Inject | None:
-            fam = me()
-            if fam is None or not fam._perturbs():
-                return None
-            return Noise.of(fam.options, fam._estimator.seed, fam.step + (fam._tap.pending << 40))
-
-        self._tap.injector = injector
+    def _noise(self) -> Noise | None:
+        """What moves the inputs of layers in the forward pass that begins."""
+        if not self._perturbs():
+            return None
+        return Noise.of(self.options, self._estimator.seed, self.step + (self._tap.pending << 40))
 
     def _perturbed(self, loss: Tensor, outputs: Tensor | None) -> Tensor:
         """The loss of the perturbed pass, which is task loss plus penalty."""
         forwards, method = self._tap.take(loss), f"radius({self.options.radius:g}), perturbed forward"
-        self._last = {"task": math.nan, "penalty": math.nan, "total": loss.detach(), "strength": 1.0, "method": method}
+        self._last = {
+            "task": math.nan,
+            "penalty": math.nan,
+            "total": loss.detach(),
+            "strength": 1.0,
+            "method": method,
+        }
         self._guards.look(lambda: {} if outputs is None else {"the outputs": outputs}, {})
         return self._left(forwards, loss, step_of(forwards, self.step))
 
     def _perturbs(self) -> bool:
         """Whether this step's forward pass is perturbed itself; ``strength`` and the mode may have changed."""
         return self._tap.injector is not None and self.training and self.strength == 1
-
-
-@contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Within the block derivatives change nothing of the model: neither what is sharded nor its buffers."""
-    with kept_whole(model), buffers_kept():
-        yield
-
-
-def _number(value: Any) -> Any:
-    value = value() if callable(value) else value
-    if isinstance(value, Tensor):
-        return float(value.mean())
-    return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value

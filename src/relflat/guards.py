@@ -1,12 +1,13 @@
 """What can go wrong while training with a penalty, watched for and said once: not a number, negative, collapsed.
 
-Nothing here waits for a device. Where looking at a number would, anywhere but on a CPU, a penalty that is not finite is
-left out by the device itself, and what it found is read when it has long been done, or when asked for.
+Nothing here waits for a device. Where looking at a number would, anywhere but on a CPU, a penalty that is not finite
+is left out by the device itself, and what it found is read when it has long been done, or when asked for.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class Guards:
         self._looked: tuple[list[str], list[str], Callable[[], list[float]]] | None = None
         self._in_a_row: Counter[str] = Counter()
         self._said: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_looked": None}  # is of this process
 
     @property
     def skipped(self) -> int:
@@ -160,9 +164,9 @@ def spread(x: Tensor) -> Tensor:
 
 def _fetched(values: Tensor) -> Callable[[], list[float]]:
     """Numbers that come over from their device while it works on; to be called when they are needed."""
-    there, done = values.to("cpu", non_blocking=values.is_cuda), torch.cuda.Event() if values.is_cuda else None
-    if done is not None:
-        done.record()
+    there, done = values.to("cpu", non_blocking=values.is_cuda), None
+    if values.is_cuda:
+        done = torch.cuda.current_stream(values.device).record_event()
 
     def get() -> list[float]:
         if done is not None:

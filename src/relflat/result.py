@@ -1,6 +1,10 @@
 """What a measurement returns: plain frozen records that carry their own error."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,21 @@ class Flatness:
     def __str__(self) -> str:
         error = f" ± {self.stderr:.2g}" if self.stderr else ""
         return f"kappa({self.layer}) = {self.value:.6g}{error} [{self.method}, n={self.samples}]"
+
+
+def step_in_numbers(
+    task: Any, penalty: Any, strength: float | None = None, kappas: Mapping[str, Tensor] | None = None, **rest: Any
+) -> dict[str, Any]:
+    """What ``FAM.last`` says of a step, made from tensors only when it is asked for."""
+    found = {
+        k: float(v.mean()) if isinstance(v, Tensor) else v
+        for k, v in {"task": task, "penalty": penalty, **rest}.items()
+    }
+    found = {"total": found["task"] + found["penalty"], **found}
+    if strength is not None:
+        found["strength"] = float(strength)
+    if kappas is not None:  # shares of samples average as their losses do
+        found["by_layer"] = {k: float(v.mean(0).sum()) / max(1, task.numel()) for k, v in kappas.items()}
+        if isinstance(penalty, Tensor) and strength:
+            found["kappa"] = found["penalty"] / strength
+    return found

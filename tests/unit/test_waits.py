@@ -16,7 +16,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from relflat import FAM, guards
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LOOKS = ("__bool__", "__float__", "__int__", "__index__", "item", "nonzero", "equal", "allclose")  # tolist is the draw's
+LOOKS = (
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "item",
+    "nonzero",
+    "equal",
+    "allclose",
+)  # tolist is the draw's
 
 
 class Transformer(nn.Module):
@@ -33,12 +42,27 @@ class Transformer(nn.Module):
 
 
 def mlp() -> tuple[nn.Module, Tensor, Any]:
-    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)), torch.randn(8, 5), "*"
+    return (
+        nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)),
+        torch.randn(8, 5),
+        "*",
+    )
 
 
 def cnn() -> tuple[nn.Module, Tensor, Any]:
-    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)), torch.randn(8, 1, 10, 10), "*"
+    layers = [
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, 3),
+        nn.GroupNorm(2, 4),
+    ]
+    return (
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)),
+        torch.randn(8, 1, 10, 10),
+        "*",
+    )
 
 
 def transformer() -> tuple[nn.Module, Tensor, Any]:
@@ -64,7 +88,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield found
 
 
-@pytest.mark.parametrize("options", [{}, {"every": 2}, {"gradient": "frozen"}, {"layers_per_step": 1}, {"layer": "output"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"every": 2}, {"gradient": "frozen"}, {"layers_per_step": 1}, {"layer": "output"}]
+)
 @pytest.mark.parametrize("make", [mlp, cnn, transformer])
 def test_no_usual_step_waits(make, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards, "waits", lambda x: True)

@@ -40,6 +40,21 @@ def ancestors(root: Node | None, without: Collection[Node] = ()) -> Iterator[Nod
                 stack.append(parent)
 
 
+def in_order(root: Node | None) -> list[Node]:
+    """All nodes of a graph, each after those it was computed from."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+    stack: list[tuple[Node | None, bool]] = [(root, False)]
+    while stack:
+        node, left = stack.pop()
+        if node is not None and left:
+            order.append(node)
+        elif node is not None and node not in seen:
+            seen.add(node)
+            stack += [(node, True), *((parent, False) for parent, _ in node.next_functions)]
+    return order
+
+
 def foreign(node: Any) -> bool:
     """Whether the derivative is somebody's own code, which may itself be differentiated wrongly."""
     if operation(node) == "_DDPSink":

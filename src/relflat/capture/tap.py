@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from relflat.capture.calls import Call, Forward, Pending, depends_on
-from relflat.capture.hooks import WeakHook, endpoint, mode_of, recomputing, remove, runs, saved_by_us, traced, with_graph
+from relflat.capture.hooks import (
+    WeakHook,
+    endpoint,
+    mode_of,
+    recomputing,
+    remove,
+    runs,
+    saved_by_us,
+    traced,
+    with_graph,
+)
 from relflat.capture.kinds import Kind, is_linear, kind_of, own_weights, parametrization_of, weight_of
 from relflat.capture.resolve import Layer, Target, is_pattern, path, resolve, supported_layers
 from relflat.capture.settle import output_layer, taking_part
@@ -107,14 +117,17 @@ class Tap:
             remove({_LEAVING: self._handles.pop(_LEAVING)})
         if self._wants(model):
             self._pending.begin()
-            if self.rests is not None and self._called and not self.unsettled and self.rests():
-                self._open, self._inject = Forward((), {}, recorded=False), None
+            self._changed, self._inject = False, None
+            if self._rests():
+                self._open = Forward((), {}, recorded=False)
                 return
             self._follow(model)
             rng = RngState.now() if self.keep_rng else None
             self._open = Forward(args, kwargs, rng, mode=mode_of(model))
             self._inject = None if self.injector is None else self.injector()
-            self._changed = False
+
+    def _rests(self) -> bool:
+        return self.rests is not None and bool(self._called) and not self.unsettled and self.rests()
 
     def _wants(self, model: nn.Module) -> bool:
         """Whether a criterion call may follow a pass: not one of our own, recomputed, in torch.func, or traced."""

@@ -203,6 +203,9 @@ class OutputSpace:
         ``_SKETCH`` independent Rademacher vectors b a group, as ``E_b ||W' G b||^2`` is the same number.
         """
         groups, t, c, m = self.shape
+        if t * c == 1 and not adaptive:  # ||W'g||^2 ||phi||^2
+            g, size = g[:, 0], self.features[:, 0, 0].square().sum(-1)
+            return (g @ self.weight).square().sum(-1) * size, g.detach().square().sum(-1) * size.detach()
         by_channel = self._by_channel(g)
         if t * c > _FEW_POSITIONS and not adaptive:
             b = rng.signs((groups, _SKETCH, m), self.weight)

@@ -1,7 +1,7 @@
 """Whether samples influence each other after a layer (BatchNorm in training mode, contrastive losses).
 
 Where they do not, the curvature is block-diagonal over samples: every sample is a group with directions of its own.
-Most operations are known to leave samples apart, or not to (:func:`followed`). Where one is not known, derivatives are
+Most operations are known to leave samples apart, or not to (:func:`followed`). Where one is not known derivatives are
 asked: a direction that is zero on some samples has an image that is zero there too, exactly, unless samples are
 coupled. Any two samples are told apart by one of ``log2 n`` directions.
 """
@@ -16,66 +16,65 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from relflat.capture.calls import Call
-from relflat.capture.graph import foreign, operation
+from relflat.capture.graph import foreign, in_order, operation
 from relflat.curvature.operators import Operator, pull
 from relflat.rng import Rng
 
 _LEAK = 1e-6  # what counts as exactly zero, relative to the response of a sample itself
-_REORDERING = ("Flip", "Gather", "Roll", "Scatter", "ScatterAdd", "Sort", "Take", "Topk")
 APART, UNKNOWN, COUPLED = 0, 1, 2
 
 
-def may_reorder(node: Any) -> bool:
-    """Whether an operation may put samples, its first dimension, in an order of its own each time it runs."""
-    name = operation(node)
-    if name == "Index":
-        first = node._saved_indices[0]
-        return first is not None and not (
-            first.ndim == 1 and torch.equal(first, torch.arange(len(first), device=first.device))
-        )
-    dims = getattr(node, "_saved_dims", getattr(node, "_saved_dim", 0))
-    return name.startswith(("Index", *_REORDERING)) and (dims in (0, ()) or (isinstance(dims, tuple) and 0 in dims))
-
-
-# -- by names of operations -----------------------------------------------------------------------------------
-
-
 class Place(NamedTuple):
-    """Where samples are in a tensor: index k of a dimension is of sample ``k // inner % n``. Nowhere in a sum."""
+    """Where samples are in a tensor: index k of a dimension is of sample ``k // inner % n``."""
 
     dim: int
     inner: int = 1
 
 
-_SUM = Place(-1)  # a number, linear in a sum over samples
-Given = Sequence[tuple[int, Place, tuple[int, ...]]]
-"""Of each input that has samples: which it is, where they are, its shape."""
-Rule = Callable[[Any, Given, tuple[int, ...], int], "Place | tuple[()] | None"]
-"""``(node, given, shape of the outcome, n) ->`` where samples are now; () if they met, None if that is not known."""
+_SUM = Place(-1)  # nowhere: a number, linear in a sum over samples
+_MET: tuple[()] = ()  # samples influence each other
 
 
-def _one_by_one(node: Any, given: Given, out: tuple[int, ...], n: int) -> Place | None:
+class Passed(NamedTuple):
+    """An operation with its inputs that have samples: which they are, where samples are in each, their shapes."""
+
+    node: Any
+    name: str
+    positions: list[int]
+    places: list[Place]
+    shapes: list[tuple[int, ...]]
+    out: tuple[int, ...]
+    n: int
+
+    def dims(self, *names: str) -> list[int]:
+        """Saved dimensions, which autograd shows unsigned, as numbers from 0 on; none if they are not saved."""
+        saved = [getattr(self.node, f"_saved_{name}", None) for name in names]
+        each = [d for x in saved if x is not None for d in (x if isinstance(x, tuple | list) else (x,))]
+        return [(d - 2**64 if d >= 2**63 else d) % max(len(self.shapes[0]), 1) for d in each]
+
+
+Rule = Callable[[Passed], "Place | tuple[()] | None"]
+"""Where samples are in what an operation gives; None if that is not known."""
+
+
+def _one_by_one(op: Passed) -> Place | None:
     """Number by number; what is smaller is repeated."""
-    if any(place == _SUM for _, place, _ in given):
-        linear = ("Add", "Sub", "Neg") if len(given) > 1 else ("Add", "Sub", "Neg", "Mul", "Div"[3 * given[0][0] :])
-        return _SUM if operation(node) in linear and all(place == _SUM for _, place, _ in given) else None
-    found = {(p.dim - len(s) + len(out), p.inner, s[p.dim]) for _, p, s in given}
-    if len(found) > 1:
-        return None
-    dim, inner, size = found.pop()
-    return Place(dim, inner) if out[dim] == size else None
+    if _SUM in op.places:
+        linear = ("Add", "Sub", "Neg", *(("Mul", "Div"[3 * op.positions[0] :]) if len(op.places) == 1 else ()))
+        return _SUM if op.name in linear and set(op.places) == {_SUM} else None
+    found = {(p.dim - len(s) + len(op.out), p.inner, s[p.dim]) for p, s in zip(op.places, op.shapes, strict=True)}
+    (dim, inner, size), more = found.pop(), bool(found)
+    return None if more or op.out[dim] != size else Place(dim, inner)
 
 
-def _copied(node: Any, given: Given, out: tuple[int, ...], n: int) -> Place | None:
+def _copied(op: Passed) -> Place | None:
     """In the same row-major order."""
-    _, place, shape = given[0]
-    if place == _SUM:
-        return _SUM
-    return _found(place.inner * math.prod(shape[place.dim + 1 :]), out, n)
+    (place,), (shape,) = op.places, op.shapes
+    return _SUM if place == _SUM else _located(place.inner * math.prod(shape[place.dim + 1 :]), op.out, op.n)
 
 
-def _found(flat: int, shape: Sequence[int], n: int) -> Place | None:
-    """The dimension of samples where number k of all, in row-major order, is of sample ``k // flat % n``."""
+def _located(flat: int, shape: Sequence[int], n: int) -> Place | None:
+    """Where samples are if number k of all, in row-major order, is of sample ``k // flat % n``."""
     for dim, size in enumerate(shape):
         rest = math.prod(shape[dim + 1 :])
         if rest <= flat:
@@ -83,71 +82,53 @@ def _found(flat: int, shape: Sequence[int], n: int) -> Place | None:
     return None
 
 
-def _turned(node: Any, given: Given, out: tuple[int, ...], n: int) -> Place | None:
+def _turned(op: Passed) -> Place:
     """With dimensions in another order."""
-    _, place, shape = given[0]
-    order = list(range(len(shape)))
-    if operation(node) == "Permute":
-        order = _dims(node._saved_dims, len(shape))
+    order = list(range(len(op.out)))
+    if op.name == "Permute":
+        order = op.dims("dims")
     else:
-        pair = (0, len(shape) - 1) if operation(node) == "T" else (node._saved_dim0, node._saved_dim1)
-        a, b = _dims(pair, len(shape))
+        a, b = op.dims("dim0", "dim1") or (0, len(op.out) - 1)
         order[a], order[b] = order[b], order[a]
-    return place._replace(dim=order.index(place.dim))
+    return op.places[0]._replace(dim=order.index(op.places[0].dim))
 
 
-def _along(node: Any, given: Given, out: tuple[int, ...], n: int) -> Place | None:
-    """Along a dimension that is not that of the samples."""
-    _, place, shape = given[0]
-    dims, whole = _dims(getattr(node, "_saved_dim", None), len(shape)), out == shape and operation(node) == "Slice"
-    return place if whole or (dims and place.dim not in dims) else None
+def _along(op: Passed) -> Place | None:
+    """Within a dimension."""
+    dims, same = op.dims("dim", "dims"), op.out == op.shapes[0] and op.name == "Slice"
+    return op.places[0] if same or (dims and op.places[0].dim not in dims) else None
 
 
-def _without(node: Any, given: Given, out: tuple[int, ...], n: int) -> Place | None:
+def _indexed(op: Passed) -> Place | None:
+    """By indices of dimensions next to each other: of the samples too, if they keep their order."""
+    given = op.node._saved_indices
+    used = [k for k, index in enumerate(given) if index is not None]
+    kept = used[0] > 0 or (given[0].ndim == 1 and given[0].tolist() == list(range(op.shapes[0][0])))
+    return op.places[0] if kept and op.places[0].dim == 0 and used == list(range(used[0], used[-1] + 1)) else None
+
+
+def _without(op: Passed) -> Place | None:
     """Without some dimensions."""
-    _, place, shape = given[0]
-    if not out and operation(node) in ("Sum", "Mean"):
+    if not op.out and op.name in ("Sum", "Mean"):
         return _SUM
-    dims = _dims(getattr(node, "_saved_dim", ()), len(shape))
+    place, dims = op.places[0], op.dims("dim")
     if place == _SUM or place.dim in dims or not dims:
         return None
-    return place if len(out) == len(shape) else place._replace(dim=place.dim - sum(d < place.dim for d in dims))
+    return (
+        place
+        if len(op.out) == len(op.shapes[0])
+        else place._replace(dim=place.dim - sum(d < place.dim for d in dims))
+    )
 
 
-def _rows(which: int) -> Rule:
-    """Rows, in an input, times a weight."""
-
-    def rule(node: Any, given: Given, out: tuple[int, ...], n: int) -> Place | None:
-        position, place, shape = given[0]
-        return place if position == which and place.dim < len(shape) - 1 else None
-
-    return rule
-
-
-def _first(node: Any, given: Given, out: tuple[int, ...], n: int) -> Place | None:
-    """Each index of the first dimension by itself."""
-    return given[0][1] if given[0][0] == 0 and given[0][1].dim == 0 else None
-
-
-def _normed(node: Any, given: Given, out: tuple[int, ...], n: int) -> Place | None:
-    position, place, shape = given[0]
-    return place if position == 0 and place.dim < len(shape) - len(node._saved_normalized_shape) else None
-
-
-def _batch_normed(node: Any, given: Given, out: tuple[int, ...], n: int) -> Place | tuple[()] | None:
+def _batch_normed(op: Passed) -> Place | tuple[()] | None:
     """Apart in evaluation mode, and where samples are channels (instance normalisation)."""
-    position, place, _ = given[0]
-    return None if position else () if node._saved_training and place.dim != 1 else place
+    return None if op.positions[0] else _MET if op.node._saved_training and op.places[0].dim != 1 else op.places[0]
 
 
-def _lost(node: Any, given: Given, out: tuple[int, ...], n: int) -> Place | None:
-    return _SUM if not out and given[0][0] == 0 else None
-
-
-def _dims(saved: Any, ndim: int) -> list[int]:
-    """Saved dimensions, which autograd shows unsigned, as numbers from 0 on."""
-    each = saved if isinstance(saved, tuple | list) else () if saved is None else (saved,)
-    return [(d - 2**64 if d >= 2**63 else d) % max(ndim, 1) for d in each]
+def _kept(position: int, before: Callable[[Passed], int]) -> Rule:
+    """Where they are in one input, if that is in one of so many dimensions."""
+    return lambda op: op.places[0] if op.positions[0] == position and op.places[0].dim < before(op) else None
 
 
 _NAMES: dict[Rule, str] = {
@@ -156,29 +137,38 @@ _NAMES: dict[Rule, str] = {
     "MaskedFill Where Mul Add Sub Rsub Div Addcmul Addcdiv Lerp Maximum Minimum Expand",
     _copied: "View UnsafeView ReshapeAlias Alias Clone ToCopy Squeeze Unsqueeze _DDPSink",
     _turned: "T Transpose Permute",
-    _along: "Softmax SafeSoftmax LogSoftmax Glu Cat Split SplitWithSizes Cumsum Slice Logcumsumexp",
+    _along: "Softmax SafeSoftmax LogSoftmax Glu Cat Split SplitWithSizes Cumsum Slice Logcumsumexp Flip Roll Gather Sort "
+    "IndexSelect Topk Scatter ScatterAdd",
+    _indexed: "Index",
     _without: "Sum Mean Amax Amin Var Std Logsumexp LinalgVectorNorm Select Unbind",
-    _first: "Convolution Bmm NativeGroupNorm MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D "
+    _kept(
+        0, lambda op: 1
+    ): "Convolution Bmm NativeGroupNorm MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D "
     "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D ConstantPadNd ReflectionPad2D ReplicationPad2D "
     "UpsampleNearest2D UpsampleBilinear2D ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
     "ScaledDotProductFlashAttentionForCpu ScaledDotProductCudnnAttention",
-    _rows(0): "Mm Linear",
-    _rows(1): "Addmm",
-    _normed: "NativeLayerNorm FusedRmsNorm",
+    _kept(0, lambda op: len(op.out) - 1): "Mm Linear",
+    _kept(1, lambda op: len(op.out) - 1): "Addmm",
+    _kept(0, lambda op: len(op.out) - len(op.node._saved_normalized_shape)): "NativeLayerNorm FusedRmsNorm",
     _batch_normed: "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm",
-    _lost: "NllLoss NllLoss2D MseLoss BinaryCrossEntropyWithLogits SmoothL1Loss HuberLoss",
+    lambda op: None if op.out or op.positions[0] else _SUM: "NllLoss NllLoss2D MseLoss BinaryCrossEntropyWithLogits "
+    "SmoothL1Loss HuberLoss",
 }
 _RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
-_SEVERAL, _SUMS = (_one_by_one, _along, _first), (_one_by_one, _copied, _without)  # what they may be given
+_SEVERAL = ("Bmm", "Cat")  # take several tensors with samples in the same place; also what goes number by number
 
 
-def _passed(node: Any, given: Given, n: int) -> Place | tuple[()] | None:
-    rule, places = _RULES.get(operation(node)), {place for _, place, _ in given}
-    if rule is None or foreign(node) or (len(given) > 1 and rule not in _SEVERAL):
+def _passed(op: Passed) -> Place | tuple[()] | None:
+    rule, several = _RULES.get(op.name), len(op.places) > 1
+    if rule is None or foreign(op.node) or None in op.places:
         return None
-    if (_SUM in places and rule not in _SUMS) or (len(places) > 1 and rule is not _one_by_one):
+    if (
+        rule is not _one_by_one
+        and several
+        and not (op.name.startswith((*_SEVERAL, "Scaled")) and len(set(op.places)) == 1)
+    ):
         return None
-    return rule(node, given, tuple(node._input_metadata[0].shape), n)
+    return rule(op) if _SUM not in op.places or rule in (_one_by_one, _copied, _without) else None
 
 
 def followed(root: Node | None, calls: Sequence[Call]) -> dict[str, int]:
@@ -189,53 +179,35 @@ def followed(root: Node | None, calls: Sequence[Call]) -> dict[str, int]:
         calls: those of the layers, all of one number of samples.
     """
     order, users, n = in_order(root), dict[Node, list[Node]](), calls[0].samples
-    starts: dict[Any, Place | None] = {}
-    for c in calls:
-        if c.edge is not None:
-            shape = tuple(c.edge.node._input_metadata[c.edge.output_nr].shape)  # type: ignore[attr-defined]
-            starts[c.edge.node] = _found(c.output.numel() // n, shape, n)
-    places: dict[Any, Place | None] = {}
+    starts: dict[Any, Place | None] = {
+        c.edge.node: _located(c.output.numel() // n, _shape(*c.edge[:2]), n) for c in calls if c.edge is not None
+    }
+    places: dict[Any, Any] = {}
     met: dict[Node, int] = {}
     for node in order:
-        inputs = [(k, p, number) for k, (p, number) in enumerate(node.next_functions) if p in places]
-        if inputs:
-            given = [(k, place, tuple(p._input_metadata[i].shape)) for k, p, i in inputs if (place := places[p])]  # type: ignore[attr-defined]
-            found = _passed(node, given, n) if len(given) == len(inputs) else None
-            met[node] = UNKNOWN if found is None else APART if found else COUPLED
+        given = [(k, *edge) for k, edge in enumerate(node.next_functions) if edge[0] in places]
+        if given:
+            inputs = [[k for k, _, _ in given], [places[p] for _, p, _ in given], [_shape(p, i) for _, p, i in given]]
+            found = _passed(Passed(node, operation(node), *inputs, _shape(node, 0), n))
+            met[node] = UNKNOWN if found is None else COUPLED if found == _MET else APART
             places[node] = found or None
-            for _, p, _ in inputs:
-                users.setdefault(p, []).append(node)
+        for _, p, _ in given:
+            users.setdefault(p, []).append(node)
         if node in starts:
             places[node] = starts[node]
-    after: dict[Node, int] = {}
+    after: dict[Any, int] = {}
     for node in reversed(order):
         after[node] = max((max(met[user], after[user]) for user in users.get(node, ())), default=APART)
-    states = {c.layer: APART for c in calls}
-    for c in calls:
-        states[c.layer] = max(states[c.layer], UNKNOWN if c.edge is None else after.get(c.edge.node, UNKNOWN))
-    return states
+    states = [(c.layer, UNKNOWN if c.edge is None else after.get(c.edge.node, UNKNOWN)) for c in calls]
+    return {layer: max(state for name, state in states if name == layer) for layer, _ in states}
 
 
-def in_order(root: Node | None) -> list[Node]:
-    """All nodes of a graph, each after those it was computed from."""
-    order: list[Node] = []
-    seen: set[Node] = set()
-    stack: list[tuple[Node | None, bool]] = [(root, False)]
-    while stack:
-        node, left = stack.pop()
-        if node is not None and left:
-            order.append(node)
-        elif node is not None and node not in seen:
-            seen.add(node)
-            stack += [(node, True), *((parent, False) for parent, _ in node.next_functions)]
-    return order
+def _shape(node: Any, number: int) -> tuple[int, ...]:
+    return tuple(node._input_metadata[number].shape)
 
 
-# -- by derivatives -------------------------------------------------------------------------------------------
-
-
-def coupled_in_products(operator: Operator, calls: Sequence[Call], rng: Rng, *, once: bool = False) -> bool:
-    """Ask products with the curvature. Cost: ``log2 n`` of them, or one with a random split."""
+def coupled_in_products(operator: Operator, calls: Sequence[Call], rng: Rng) -> bool:
+    """Ask products with the curvature. Cost: ``log2 n`` of them."""
 
     def respond(own: Bool[Tensor, " n"]) -> list[Tensor]:
         directions = []
@@ -245,28 +217,25 @@ def coupled_in_products(operator: Operator, calls: Sequence[Call], rng: Rng, *, 
             directions.append(call.from_rows(u))
         return operator(directions)
 
-    return any(_leaks(calls, respond(own), own) for own in _splits(calls[0], rng, once))
+    return any(_leaks(calls, respond(own), own) for own in _splits(calls[0]))
 
 
-def coupled_in_outputs(
-    outputs: Tensor, layers: Mapping[str, Sequence[Call]], rng: Rng, *, once: bool = False
-) -> dict[str, bool]:
+def coupled_in_outputs(outputs: Tensor, layers: Mapping[str, Sequence[Call]], rng: Rng) -> dict[str, bool]:
     """Ask first derivatives of the outputs, of all layers (of one number of samples) at once.
 
-    Cost: ``2 log2 n`` backward passes of what comes after the first layer, or two.
+    Cost: ``2 log2 n`` backward passes of what comes after the first layer.
     """
     calls = [c for mine in layers.values() for c in mine]
     if outputs.ndim == 0 or outputs.shape[0] != calls[0].samples:
         return dict.fromkeys(layers, True)  # no telling which output is of which sample; one group is always right
     found = dict.fromkeys(layers, False)
-    for half in _splits(calls[0], rng, once):
-        for own in (half, ~half):
-            r = rng.signs(tuple(outputs.shape), outputs)
-            r[~own] = 0
-            pulled = iter(pull([outputs], calls, [r], create_graph=False))
-            for layer, mine in layers.items():
-                response = [next(pulled) for _ in mine]
-                found[layer] = found[layer] or _leaks(mine, response, own)
+    for own in (split for half in _splits(calls[0]) for split in (half, ~half)):
+        r = rng.signs(tuple(outputs.shape), outputs)
+        r[~own] = 0
+        pulled = iter(pull([outputs], calls, [r], create_graph=False))
+        for layer, mine in layers.items():
+            response = [next(pulled) for _ in mine]
+            found[layer] = found[layer] or _leaks(mine, response, own)
     return found
 
 
@@ -277,13 +246,8 @@ def _leaks(calls: Sequence[Call], response: Sequence[Tensor], own: Bool[Tensor, 
     return size.numel() > 0 and bool(size[~own].max() > _LEAK * size[own].max())
 
 
-def _splits(call: Call, rng: Rng, once: bool) -> Iterator[Bool[Tensor, " n"]]:
-    """Splits of the samples in two, by the binary digits of their numbers; or one, at random."""
-    if once:
-        half = rng.signs((call.samples,), call.output.detach().float()) > 0
-        half[0], half[-1] = True, False
-        yield half
-        return
+def _splits(call: Call) -> Iterator[Bool[Tensor, " n"]]:
+    """Splits of the samples in two, by the binary digits of their numbers."""
     numbers = torch.arange(call.samples, device=call.output.device)
     for digit in range((call.samples - 1).bit_length()):
         yield numbers.bitwise_right_shift(digit).bitwise_and(1).bool()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from relflat.curvature.operators import check_differentiable_again
 from relflat.errors import GraphError, SecondDerivativeError, warn
 from relflat.estimate.contributions import Contributions
 from relflat.estimate.methods import Method, choose, choose_at_once, named
@@ -134,9 +133,6 @@ class Estimator:
             for method, subjects in by_method.items():
                 found |= method.run(subjects, rng)
         if options.full:
-            for layer in found.keys() - self.memory.smooth:
-                check_differentiable_again(found[layer].kappa)
-                self.memory.smooth.add(layer)
             asked = [s for method, mine in by_method.items() if method.asked for s in mine]
             for layer in lost_gradients(asked, found):
                 found[layer] = replace(found[layer], lost=True)

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from relflat.curvature.space import Space
 from relflat.curvature.weight_space import WeightSpace
 from relflat.errors import ConfigError, GraphError, LossError, SecondDerivativeError, warn
 from relflat.estimate.contributions import Contributions
-from relflat.estimate.coupling import COUPLED, UNKNOWN, coupled_in_outputs, coupled_in_products, followed, may_reorder
+from relflat.estimate.coupling import COUPLED, UNKNOWN, coupled_in_outputs, coupled_in_products, followed
 from relflat.estimate.scene import Scene
 from relflat.loss.known import KnownLoss
 from relflat.options import Options
@@ -34,10 +33,6 @@ class Memory:
 
     coupled: dict[tuple[str, int, int], bool] = field(default_factory=dict)
     """Whether samples are coupled after it, in a training mode of all modules and by these operations."""
-    asked_about: set[tuple[str, int, int]] = field(default_factory=set)
-    """Whether that was asked for, as there are operations of which it is not known."""
-    tries: int = 0
-    """How often that was asked again, as an operation may put samples in another order each time."""
     curved: set[str] = field(default_factory=set)
     """The loss was seen to have a curvature in its output, or said to have none."""
     past: dict[tuple[str, int], bool] = field(default_factory=dict)
@@ -46,8 +41,6 @@ class Memory:
     """A parameter as a matrix, in a training mode of all modules."""
     through: set[str] = field(default_factory=set)
     """The loss was seen to depend on it through the outputs only."""
-    smooth: set[str] = field(default_factory=set)
-    """Its kappa was seen to have a gradient."""
     finite: set[str] = field(default_factory=set)
     """Its kappa was seen to have a finite gradient, and nothing to make it otherwise later."""
     plain: set[tuple[str, int, str]] = field(default_factory=set)
@@ -266,18 +259,12 @@ class Subject:
         self.memory.curved.add(self.layer)
 
     def _coupled(self) -> bool:
-        """Settled once for each layer, mode of all modules and kind of graph, when a batch first has two samples.
-
-        Where they were not, and an operation may order samples in another way each time, one split is tried again.
-        """
+        """Settled once for each layer, mode of all modules and kind of graph, when a batch first has two samples."""
         if self.calls[0].samples < 2 or len({c.samples for c in self.calls}) > 1:
             return False
         known, key = self.memory.coupled, (self.layer, self.scene.mode, self.scene.kind)
         if key not in known:
             self._settle_coupling()
-        elif not known[key] and key in self.memory.asked_about and self._reordered():
-            self.memory.tries += 1
-            known[key] = self._ask([self.layer], Rng(self.seed, -4 - self.memory.tries), once=True)[self.layer]
         return known[key]
 
     def _settle_coupling(self) -> None:
@@ -286,24 +273,16 @@ class Subject:
         calls = [c for c in self.scene.recorded if c.edge is not None and c.samples == n]
         end = self.scene.loss if self.factors is None else self.factors.outputs
         states = followed(end.grad_fn, calls)
-        asked = [layer for layer, state in states.items() if state == UNKNOWN]
-        self.memory.asked_about.update((layer, mode, kind) for layer in asked)
-        if self.factors is None:
-            asked = [self.layer] if self.layer in asked else []
-        found = {layer: state == COUPLED for layer, state in states.items() if state != UNKNOWN}
-        found |= self._ask(asked, Rng(self.seed, -1)) if asked else {}
+        found, rng = (
+            {layer: state == COUPLED for layer, state in states.items() if state != UNKNOWN},
+            Rng(self.seed, -1),
+        )
+        asked = {layer: [c for c in calls if c.layer == layer] for layer in states if layer not in found}
+        if self.layer in asked and self.factors is None:
+            found[self.layer] = coupled_in_products(self.operator, self.calls, rng)
+        elif self.layer in asked:
+            found |= coupled_in_outputs(self.factors.outputs, asked, rng)
         self.memory.coupled.update({(layer, mode, kind): coupled for layer, coupled in found.items()})
-
-    def _ask(self, layers: Sequence[str], rng: Rng, *, once: bool = False) -> dict[str, bool]:
-        if self.factors is None:
-            return {self.layer: coupled_in_products(self.operator, self.calls, rng, once=once)}
-        n = self.calls[0].samples
-        mine = {name: [c for c in self.scene.recorded if c.layer == name and c.samples == n] for name in layers}
-        return coupled_in_outputs(self.factors.outputs, mine, rng, once=once)
-
-    def _reordered(self) -> bool:
-        ends = {c.edge.node for c in self.calls if c.edge is not None}
-        return any(map(may_reorder, ancestors(self.scene.loss.grad_fn, ends)))
 
 
 def lost_gradients(subjects: Sequence[Subject], found: Mapping[str, Contributions]) -> list[str]:
@@ -313,7 +292,11 @@ def lost_gradients(subjects: Sequence[Subject], found: Mapping[str, Contribution
     layers at once, and one by one only where that is not finite.
     """
     asked = [s for s in subjects if s.layer not in s.memory.finite and found[s.layer].kappa.requires_grad]
-    lost = [] if not asked or _finite_gradients(asked, found) else [s for s in asked if not _finite_gradients([s], found)]
+    lost = (
+        []
+        if not asked or _finite_gradients(asked, found)
+        else [s for s in asked if not _finite_gradients([s], found)]
+    )
     for s in asked:
         if s not in lost and not any(map(singular, ancestors(s.scene.loss.grad_fn, without=s.ends()))):
             s.memory.finite.add(s.layer)

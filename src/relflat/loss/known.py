@@ -10,7 +10,7 @@ To add a loss, write a function that turns a call into a :class:`KnownLoss` and 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,10 +32,13 @@ class KnownLoss:
     divisor: Callable[[], Tensor] | None  # of a mean: samples, class weights, tokens not ignored; None: not known
     confidence: Callable[[], Tensor] | None  # of the most likely class, at each row that counts
     elementwise: bool  # whether a row may be cut anywhere, as each output stands alone
+    _made: dict[bool, LogitHessian] = field(default_factory=dict, init=False, repr=False)
 
     def hessian(self, *, constant: bool) -> LogitHessian:
         """The Hessian, without a graph if it counts as constant."""
-        return self.hessian_at(self.outputs.detach() if constant else self.outputs)
+        if constant not in self._made:
+            self._made[constant] = self.hessian_at(self.outputs.detach() if constant else self.outputs)
+        return self._made[constant]
 
     def times(self, constant: float) -> "KnownLoss":
         """The loss multiplied by a constant that is not negative."""
@@ -89,7 +92,9 @@ def known_loss(
     for module, function, describe in _KNOWN:
         if isinstance(loss_fn, nn.Module) and _runs(loss_fn, module.forward) and not kwargs:
             attributes = vars(loss_fn) | loss_fn._buffers
-            return describe(outputs, targets[0], **{k: attributes[k] for k in _parameters(function) & attributes.keys()})
+            return describe(
+                outputs, targets[0], **{k: attributes[k] for k in _parameters(function) & attributes.keys()}
+            )
         if loss_fn is function and not {"size_average", "reduce"} & set(kwargs):
             return describe(outputs, targets[0], **kwargs)
     return None
