@@ -323,11 +323,11 @@ class FAM(nn.Module):
         parts = self._estimator(scene, step, around=functools.partial(undisturbed, self._tap.model))
         self._tap.keep_rng = self._tap.keep_rng or self._estimator.plain
         kappas = {layer: part.kappa for layer, part in parts.items()}
-        report["kappas"] = {layer: kappa.detach() for layer, kappa in kappas.items()}
+        report["kappas"] = values = {layer: kappa.detach() for layer, kappa in kappas.items()}
         report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
         convex = scene.known is not None and self.options.curvature == "ggn"
         may_be_negative = not convex and self.options.radius is None and strength > 0
-        self._guards.look(scene.watched, report["kappas"] if may_be_negative else {})
+        self._guards.look(scene.watched, values if may_be_negative else {})
         added, lost = strength * share * shaped(kappas, loss), without_gradient(parts)
         penalty = self._guards.judge(added, kappas, step, lost=lost, beyond=lambda: set(ancestors(loss.grad_fn)))
         if penalty is not None:

@@ -75,7 +75,7 @@ class Call:
 
 
 def autocast_now(*, off: bool = False) -> dict[str, tuple[bool, torch.dtype]]:
-    """Whether autocast is on, and its type, by kind of device; empty if it is on nowhere, or as if it were ``off``."""
+    """Whether autocast is on, and its type, by kind of device; empty if nowhere; or as if it were ``off``."""
     if not (off or torch._C._is_any_autocast_enabled()):
         return {}
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

@@ -51,10 +51,7 @@ def from_features(
     phi: Float[Tensor, "p m"], weight: Float[Tensor, "d m"], hessian: LogitHessian, options: Options
 ) -> Contributions:
     """The same from the features of each row."""
-    if options.adaptive:
-        kappa = (phi.square() * hessian.diagonal(weight)).sum(-1)
-    else:
-        kappa = hessian.kappa(weight, phi)
+    kappa = (phi.square() * hessian.diagonal(weight)).sum(-1) if options.adaptive else hessian.kappa(weight, phi)
     trace = (phi.square().sum(-1) * hessian.trace())[None] if options.trace else None
     return Contributions(kappa[None], trace, "closed_form", True)
 

@@ -131,44 +131,43 @@ def _kept(position: int, before: Callable[[Passed], int]) -> Rule:
     return lambda op: op.places[0] if op.positions[0] == position and op.places[0].dim < before(op) else None
 
 
+def _reduced(op: Passed) -> Place | None:
+    return None if op.out or op.positions[0] else _SUM
+
+
 _NAMES: dict[Rule, str] = {
-    _one_by_one: "Relu Tanh Sigmoid Gelu Silu Elu LeakyRelu Softplus Hardtanh Hardswish Hardsigmoid Mish Celu Exp Expm1 "
-    "Log Log1P Sqrt Rsqrt Reciprocal Pow Neg Abs Sin Cos Erf Clamp ClampMin ClampMax Threshold LogSigmoid NativeDropout "
-    "MaskedFill Where Mul Add Sub Rsub Div Addcmul Addcdiv Lerp Maximum Minimum Expand",
+    _one_by_one: """
+        Relu Tanh Sigmoid Gelu Silu Elu LeakyRelu Softplus Hardtanh Hardswish Hardsigmoid Mish Celu Exp Expm1 Log Log1P
+        Sqrt Rsqrt Reciprocal Pow Neg Abs Sin Cos Erf Clamp ClampMin ClampMax Threshold LogSigmoid NativeDropout
+        MaskedFill Where Mul Add Sub Rsub Div Addcmul Addcdiv Lerp Maximum Minimum Expand""",
     _copied: "View UnsafeView ReshapeAlias Alias Clone ToCopy Squeeze Unsqueeze _DDPSink",
     _turned: "T Transpose Permute",
-    _along: "Softmax SafeSoftmax LogSoftmax Glu Cat Split SplitWithSizes Cumsum Slice Logcumsumexp Flip Roll Gather Sort "
-    "IndexSelect Topk Scatter ScatterAdd",
+    _along: """
+        Softmax SafeSoftmax LogSoftmax Glu Cat Split SplitWithSizes Cumsum Slice Logcumsumexp Flip Roll Gather Sort
+        IndexSelect Topk""",
     _indexed: "Index",
     _without: "Sum Mean Amax Amin Var Std Logsumexp LinalgVectorNorm Select Unbind",
-    _kept(
-        0, lambda op: 1
-    ): "Convolution Bmm NativeGroupNorm MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D "
-    "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D ConstantPadNd ReflectionPad2D ReplicationPad2D "
-    "UpsampleNearest2D UpsampleBilinear2D ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
-    "ScaledDotProductFlashAttentionForCpu ScaledDotProductCudnnAttention",
+    _kept(0, lambda op: 1): """
+        Convolution Bmm NativeGroupNorm MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D
+        AdaptiveAvgPool3D AdaptiveMaxPool2D ConstantPadNd ReflectionPad2D ReplicationPad2D UpsampleNearest2D
+        UpsampleBilinear2D ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
+        ScaledDotProductFlashAttentionForCpu ScaledDotProductCudnnAttention""",
     _kept(0, lambda op: len(op.out) - 1): "Mm Linear",
     _kept(1, lambda op: len(op.out) - 1): "Addmm",
     _kept(0, lambda op: len(op.out) - len(op.node._saved_normalized_shape)): "NativeLayerNorm FusedRmsNorm",
     _batch_normed: "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm",
-    lambda op: None if op.out or op.positions[0] else _SUM: "NllLoss NllLoss2D MseLoss BinaryCrossEntropyWithLogits "
-    "SmoothL1Loss HuberLoss",
+    _reduced: "NllLoss NllLoss2D MseLoss BinaryCrossEntropyWithLogits SmoothL1Loss HuberLoss",
 }
 _RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
-_SEVERAL = ("Bmm", "Cat")  # take several tensors with samples in the same place; also what goes number by number
+_SUMS, _SEVERAL = (_one_by_one, _copied, _without), ("Bmm", "Cat", "Scaled")  # which rules, and which operations
 
 
 def _passed(op: Passed) -> Place | tuple[()] | None:
-    rule, several = _RULES.get(op.name), len(op.places) > 1
-    if rule is None or foreign(op.node) or None in op.places:
+    rule = _RULES.get(op.name)
+    if rule is None or foreign(op.node) or None in op.places or (_SUM in op.places and rule not in _SUMS):
         return None
-    if (
-        rule is not _one_by_one
-        and several
-        and not (op.name.startswith((*_SEVERAL, "Scaled")) and len(set(op.places)) == 1)
-    ):
-        return None
-    return rule(op) if _SUM not in op.places or rule in (_one_by_one, _copied, _without) else None
+    alike = len(op.places) == 1 or (op.name.startswith(_SEVERAL) and len(set(op.places)) == 1)
+    return rule(op) if alike or rule is _one_by_one else None
 
 
 def followed(root: Node | None, calls: Sequence[Call]) -> dict[str, int]:
@@ -178,28 +177,43 @@ def followed(root: Node | None, calls: Sequence[Call]) -> dict[str, int]:
         root: the end.
         calls: those of the layers, all of one number of samples.
     """
-    order, users, n = in_order(root), dict[Node, list[Node]](), calls[0].samples
-    starts: dict[Any, Place | None] = {
-        c.edge.node: _located(c.output.numel() // n, _shape(*c.edge[:2]), n) for c in calls if c.edge is not None
-    }
+    order, users, n = in_order(root), dict[Any, list[Node]](), calls[0].samples
+    ends = {c.edge.node: _shape_of(c) for c in calls if c.edge is not None}
     places: dict[Any, Any] = {}
     met: dict[Node, int] = {}
     for node in order:
         given = [(k, *edge) for k, edge in enumerate(node.next_functions) if edge[0] in places]
         if given:
-            inputs = [[k for k, _, _ in given], [places[p] for _, p, _ in given], [_shape(p, i) for _, p, i in given]]
-            found = _passed(Passed(node, operation(node), *inputs, _shape(node, 0), n))
+            positions, shapes = [k for k, _, _ in given], [_shape(p, i) for _, p, i in given]
+            op = Passed(
+                node, operation(node), positions, [places[p] for _, p, _ in given], shapes, _shape(node, 0), n
+            )
+            found = _passed(op)
             met[node] = UNKNOWN if found is None else COUPLED if found == _MET else APART
             places[node] = found or None
         for _, p, _ in given:
             users.setdefault(p, []).append(node)
-        if node in starts:
-            places[node] = starts[node]
+        if node in ends:
+            shape = ends[node]
+            places[node] = _located(math.prod(shape) // n, shape, n)
+    return _worst(calls, order, users, met)
+
+
+def _worst(
+    calls: Sequence[Call], order: Sequence[Node], users: Mapping[Any, list[Node]], met: Mapping[Node, int]
+) -> dict[str, int]:
+    """The worst that happens on the ways from each layer, from what happens at each node."""
     after: dict[Any, int] = {}
     for node in reversed(order):
         after[node] = max((max(met[user], after[user]) for user in users.get(node, ())), default=APART)
     states = [(c.layer, UNKNOWN if c.edge is None else after.get(c.edge.node, UNKNOWN)) for c in calls]
     return {layer: max(state for name, state in states if name == layer) for layer, _ in states}
+
+
+def _shape_of(call: Call) -> tuple[int, ...]:
+    """Of what the graph passes: the output, or what that is a view of, with the same numbers in the same order."""
+    assert call.edge is not None
+    return _shape(call.edge.node, call.edge.output_nr)
 
 
 def _shape(node: Any, number: int) -> tuple[int, ...]:

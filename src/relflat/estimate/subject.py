@@ -269,19 +269,17 @@ class Subject:
 
     def _settle_coupling(self) -> None:
         """By the operations after layers, of all of them; else by derivatives."""
-        mode, kind, n = self.scene.mode, self.scene.kind, self.calls[0].samples
-        calls = [c for c in self.scene.recorded if c.edge is not None and c.samples == n]
-        end = self.scene.loss if self.factors is None else self.factors.outputs
-        states = followed(end.grad_fn, calls)
-        found, rng = (
-            {layer: state == COUPLED for layer, state in states.items() if state != UNKNOWN},
-            Rng(self.seed, -1),
-        )
-        asked = {layer: [c for c in calls if c.layer == layer] for layer in states if layer not in found}
-        if self.layer in asked and self.factors is None:
-            found[self.layer] = coupled_in_products(self.operator, self.calls, rng)
-        elif self.layer in asked:
-            found |= coupled_in_outputs(self.factors.outputs, asked, rng)
+        factors, mode, kind = self.factors, self.scene.mode, self.scene.kind
+        calls = [c for c in self.scene.recorded if c.edge is not None and c.samples == self.calls[0].samples]
+        states = followed((self.scene.loss if factors is None else factors.outputs).grad_fn, calls)
+        found = {layer: state == COUPLED for layer, state in states.items() if state != UNKNOWN}
+        if self.layer not in found:
+            rng = Rng(self.seed, -1)
+            asked = {layer: [c for c in calls if c.layer == layer] for layer in states if layer not in found}
+            if factors is None:
+                found[self.layer] = coupled_in_products(self.operator, self.calls, rng)
+            else:
+                found |= coupled_in_outputs(factors.outputs, asked, rng)
         self.memory.coupled.update({(layer, mode, kind): coupled for layer, coupled in found.items()})
 
 
@@ -306,6 +304,7 @@ def lost_gradients(subjects: Sequence[Subject], found: Mapping[str, Contribution
 def _finite_gradients(subjects: Sequence[Subject], found: Mapping[str, Contributions]) -> bool:
     edges = [c.edge for s in subjects for c in s.space.calls if c.edge is not None]
     leaves = {id(x): x for s in subjects for x in leaves_between(s.scene.loss.grad_fn, s.ends())}
-    of, inputs = [found[s.layer].kappa.sum() for s in subjects], [*edges, *leaves.values()]
+    of: list[Tensor] = [found[s.layer].kappa.sum() for s in subjects]
+    inputs: list[Any] = [*edges, *leaves.values()]
     gradients = differentiate(of, inputs, None, create_graph=False)
     return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
