@@ -137,8 +137,8 @@ def _reduced(op: Passed) -> Place | None:
 
 _NAMES: dict[Rule, str] = {
     _one_by_one: """
-        Relu Tanh Sigmoid Gelu Silu Elu LeakyRelu Softplus Hardtanh Hardswish Hardsigmoid Mish Celu Exp Expm1 Log Log1P
-        Sqrt Rsqrt Reciprocal Pow Neg Abs Sin Cos Erf Clamp ClampMin ClampMax Threshold LogSigmoid NativeDropout
+        Relu Tanh Sigmoid Gelu Silu Elu LeakyRelu Softplus Hardtanh Hardswish Hardsigmoid Mish Celu Exp Expm1 Log
+        Log1P Sqrt Rsqrt Reciprocal Pow Neg Abs Sin Cos Erf Clamp ClampMin ClampMax Threshold LogSigmoid NativeDropout
         MaskedFill Where Mul Add Sub Rsub Div Addcmul Addcdiv Lerp Maximum Minimum Expand""",
     _copied: "View UnsafeView ReshapeAlias Alias Clone ToCopy Squeeze Unsqueeze _DDPSink",
     _turned: "T Transpose Permute",
@@ -148,8 +148,8 @@ _NAMES: dict[Rule, str] = {
     _indexed: "Index",
     _without: "Sum Mean Amax Amin Var Std Logsumexp LinalgVectorNorm Select Unbind",
     _kept(0, lambda op: 1): """
-        Convolution Bmm NativeGroupNorm MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D
-        AdaptiveAvgPool3D AdaptiveMaxPool2D ConstantPadNd ReflectionPad2D ReplicationPad2D UpsampleNearest2D
+        Convolution Bmm NativeGroupNorm MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D
+        AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D ConstantPadNd ReflectionPad2D ReplicationPad2D UpsampleNearest2D
         UpsampleBilinear2D ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
         ScaledDotProductFlashAttentionForCpu ScaledDotProductCudnnAttention""",
     _kept(0, lambda op: len(op.out) - 1): "Mm Linear",
