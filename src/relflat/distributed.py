@@ -1,7 +1,7 @@
 """Several processes: results gathered over ``torch.distributed``, and weights that FSDP2 shards."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -39,10 +39,14 @@ def several(group: Any) -> bool:
     return group is not None and dist.get_world_size(group) > 1
 
 
-def freed_after_forward(around: Sequence[nn.Module | None]) -> bool:
+def freed_after_forward(model: nn.Module, name: str) -> bool:
     """Whether the whole weight of a layer may be freed once the layer has run: a part around it is sharded."""
-    sharded = _class()
-    return sharded is not None and any(isinstance(module, sharded) for module in around)
+    sharded = _class() if _initialised() else None
+    if sharded is None:
+        return False
+    parts = name.split(".") if name else []
+    around = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1))
+    return any(isinstance(module, sharded) for module in around)
 
 
 @contextmanager

@@ -107,18 +107,6 @@ def runs(model: nn.Module) -> bool:
     return count > 1
 
 
-def mode_of(model: nn.Module) -> int:
-    """Stands for which modules are in training mode."""
-    found = {model: None}
-    flags = []
-    for module in (order := [model]):
-        flags.append(module.training)
-        new = [m for m in module._modules.values() if m is not None and m not in found]
-        found.update(dict.fromkeys(new))
-        order += new
-    return hash(tuple(flags))
-
-
 def saved_by_us() -> AbstractContextManager[None]:
     """Within the block autograd saves tensors past hooks in force: checkpointing counts those that it will repeat."""
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:

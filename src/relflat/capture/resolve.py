@@ -65,12 +65,24 @@ def resolve_unrun(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Ta
     return resolve(model, [own.get(n, n) if n == "output" else n for n in names])
 
 
-def path(model: nn.Module, name: str) -> list[nn.Module | None]:
-    """The model, its part, and so on to the module under a name; None where there is none."""
-    found: list[nn.Module | None] = [model]
+def part(model: nn.Module, name: str) -> nn.Module | None:
+    """The module that is in the model under a name; None if there is none."""
+    at: nn.Module | None = model
     for step in name.split(".") if name else ():
-        found.append(None if found[-1] is None else found[-1]._modules.get(step))
-    return found
+        at = None if at is None else at._modules.get(step)
+    return at
+
+
+def mode_of(model: nn.Module) -> int:
+    """Stands for which modules are in training mode."""
+    order, flags = [model], []
+    found = set(order)
+    for module in order:  # grows meanwhile
+        flags.append(module.training)
+        new = [m for m in module._modules.values() if m is not None and m not in found]
+        found.update(new)
+        order += new
+    return hash(tuple(flags))
 
 
 def _parts(model: nn.Module) -> dict[str, Target]:

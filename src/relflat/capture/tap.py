@@ -16,19 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from relflat.capture.calls import Call, Forward, Pending, depends_on
-from relflat.capture.hooks import (
-    WeakHook,
-    endpoint,
-    mode_of,
-    recomputing,
-    remove,
-    runs,
-    saved_by_us,
-    traced,
-    with_graph,
-)
+from relflat.capture.hooks import WeakHook, endpoint, recomputing, remove, runs, saved_by_us, traced, with_graph
 from relflat.capture.kinds import Kind, is_linear, kind_of, own_weights, parametrization_of, weight_of
-from relflat.capture.resolve import Layer, Target, is_pattern, path, resolve, supported_layers
+from relflat.capture.resolve import Layer, Target, is_pattern, mode_of, part, resolve, supported_layers
 from relflat.capture.settle import output_layer, taking_part
 from relflat.capture.uses import Uses
 from relflat.distributed import freed_after_forward
@@ -74,15 +64,12 @@ class Tap:
         self._called: set[str] = set()
         self._given: set[str] = set()  # layers whose output was given a graph
         self._pending = Pending(quiet=when is not None)
-        self._freed: set[str] = set()  # layers in parts that FSDP2 shards again once they have run
         self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
         self._computed: dict[tuple[str, int], Tensor] = {}  # weights by layer and thread, as it computed them
         self._seen: dict[str, weakref.ref[nn.Module]] = {}  # what computes them, with a hook
         self._handles: dict[str, list[Any]] = {}
         self._attach(model)
         weakref.finalize(self, remove, self._handles)
-
-    # -- hooks ---------------------------------------------------------------------------------------
 
     def _attach(self, model: nn.Module) -> None:
         uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -118,16 +105,13 @@ class Tap:
         if self._wants(model):
             self._pending.begin()
             self._changed, self._inject = False, None
-            if self._rests():
+            if self._called and not self.unsettled and self.rests is not None and self.rests():
                 self._open = Forward((), {}, recorded=False)
                 return
             self._follow(model)
             rng = RngState.now() if self.keep_rng else None
             self._open = Forward(args, kwargs, rng, mode=mode_of(model))
             self._inject = None if self.injector is None else self.injector()
-
-    def _rests(self) -> bool:
-        return self.rests is not None and bool(self._called) and not self.unsettled and self.rests()
 
     def _wants(self, model: nn.Module) -> bool:
         """Whether a criterion call may follow a pass: not one of our own, recomputed, in torch.func, or traced."""
@@ -174,7 +158,7 @@ class Tap:
                 self._seen[name] = weakref.ref(computed)
                 hook = computed.register_forward_hook(WeakHook(self, "_after_parametrization", name))
                 self._handles[name].append(hook)
-        elif name in self._freed:
+        elif freed_after_forward(self.model, name):
             self._whole[name] = self._kinds[name].matrix(module, weight_of(module)).clone()
 
     def _after_parametrization(self, name: str, computed: nn.Module, args: Any, weight: Tensor) -> None:
@@ -207,14 +191,8 @@ class Tap:
 
     def _follow(self, model: nn.Module) -> None:
         """Watch the layer that has a name now, where another one was put in its place."""
-        self._freed = set()
         for name, old in list(self.layers.items()):
-            if not isinstance(old, nn.Module):
-                continue
-            around = path(model, name)
-            if freed_after_forward(around):
-                self._freed.add(name)
-            now = around[-1]
+            now = part(model, name) if isinstance(old, nn.Module) else old
             if now is old:
                 continue
             if not isinstance(now, nn.Module) or kind_of(now) is None:
@@ -241,8 +219,6 @@ class Tap:
         self._parameters.update({n: t for n, t in self.layers.items() if n not in called})
         for record in forwards:
             record.calls = [c for c in record.calls if c.layer in called]
-
-    # -- use -----------------------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
@@ -315,7 +291,6 @@ class Tap:
     def watch(self) -> None:
         """Until :meth:`reset`, record whatever calls the layers as one pass, which :meth:`take` gives each time."""
         self.reset()
-        self._follow(self.model)
         self._depth, self._open = 1, Forward((), {}, parameters=self._parameters)
         self._watched = self._open
 

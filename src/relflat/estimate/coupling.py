@@ -149,8 +149,8 @@ _NAMES: dict[Rule, str] = {
     _without: "Sum Mean Amax Amin Var Std Logsumexp LinalgVectorNorm Select Unbind",
     _kept(0, lambda op: 1): """
         Convolution Bmm NativeGroupNorm MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D
-        AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D ConstantPadNd ReflectionPad2D ReplicationPad2D UpsampleNearest2D
-        UpsampleBilinear2D ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
+        AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D ConstantPadNd ReflectionPad2D ReplicationPad2D
+        UpsampleNearest2D UpsampleBilinear2D ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
         ScaledDotProductFlashAttentionForCpu ScaledDotProductCudnnAttention""",
     _kept(0, lambda op: len(op.out) - 1): "Mm Linear",
     _kept(1, lambda op: len(op.out) - 1): "Addmm",
