@@ -271,7 +271,11 @@ class Subject:
     def _settle_coupling(self) -> None:
         """By the operations after layers, of all of them; else by derivatives."""
         factors, mode, kind = self.factors, self.scene.mode, self.scene.kind
-        calls = [c for c in self.scene.recorded if c.edge is not None and c.samples == self.calls[0].samples]
+        n, seen = (
+            self.calls[0].samples,
+            (c for c in self.scene.recorded if c.edge is not None or c.layer == self.layer),
+        )
+        calls = [c for c in seen if c.samples == n]
         states = followed((self.scene.loss if factors is None else factors.outputs).grad_fn, calls)
         found = {layer: state == COUPLED for layer, state in states.items() if state != UNKNOWN}
         if self.layer not in found:
