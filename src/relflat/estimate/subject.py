@@ -271,11 +271,8 @@ class Subject:
     def _settle_coupling(self) -> None:
         """By the operations after layers, of all of them; else by derivatives."""
         factors, mode, kind = self.factors, self.scene.mode, self.scene.kind
-        n, seen = (
-            self.calls[0].samples,
-            (c for c in self.scene.recorded if c.edge is not None or c.layer == self.layer),
-        )
-        calls = [c for c in seen if c.samples == n]
+        seen = [c for c in self.scene.recorded if c.edge is not None and not c.output.is_nested]
+        calls = [c for c in dict.fromkeys([*seen, *self.calls]) if c.samples == self.calls[0].samples]
         states = followed((self.scene.loss if factors is None else factors.outputs).grad_fn, calls)
         found = {layer: state == COUPLED for layer, state in states.items() if state != UNKNOWN}
         if self.layer not in found:
