@@ -100,11 +100,9 @@ def _along(op: Passed) -> Place | None:
 
 
 def _indexed(op: Passed) -> Place | None:
-    """By indices of dimensions next to each other: of the samples too, if they keep their order."""
-    given = op.node._saved_indices
-    used = [k for k, index in enumerate(given) if index is not None]
-    kept = used[0] > 0 or (given[0].ndim == 1 and given[0].tolist() == list(range(op.shapes[0][0])))
-    return op.places[0] if kept and op.places[0].dim == 0 and used == list(range(used[0], used[-1] + 1)) else None
+    """By indices of dimensions next to each other, after that of the samples."""
+    used = [k for k, index in enumerate(op.node._saved_indices) if index is not None]
+    return op.places[0] if op.places[0].dim == 0 < used[0] and used[-1] - used[0] == len(used) - 1 else None
 
 
 def _without(op: Passed) -> Place | None:
@@ -220,8 +218,21 @@ def _shape(node: Any, number: int) -> tuple[int, ...]:
     return tuple(node._input_metadata[number].shape)
 
 
-def coupled_in_products(operator: Operator, calls: Sequence[Call], rng: Rng) -> bool:
-    """Ask products with the curvature. Cost: ``log2 n`` of them."""
+def may_reorder(node: Any) -> bool:
+    """Whether an operation may put samples, its first dimension, in an order of its own each time it runs."""
+    name = operation(node)
+    if name == "Index":
+        first = node._saved_indices[0]
+        return first is not None and not (
+            first.ndim == 1 and torch.equal(first, torch.arange(len(first), device=first.device))
+        )
+    dims = getattr(node, "_saved_dims", getattr(node, "_saved_dim", 0))
+    reorders = name.startswith(("Index", "Flip", "Gather", "Roll", "Scatter", "Sort", "Take", "Topk"))
+    return reorders and (dims in (0, ()) or (isinstance(dims, tuple) and 0 in dims))
+
+
+def coupled_in_products(operator: Operator, calls: Sequence[Call], rng: Rng, *, once: bool = False) -> bool:
+    """Ask products with the curvature. Cost: ``log2 n`` of them, or one with a random split."""
 
     def respond(own: Bool[Tensor, " n"]) -> list[Tensor]:
         directions = []
@@ -231,19 +242,21 @@ def coupled_in_products(operator: Operator, calls: Sequence[Call], rng: Rng) -> 
             directions.append(call.from_rows(u))
         return operator(directions)
 
-    return any(_leaks(calls, respond(own), own) for own in _splits(calls[0]))
+    return any(_leaks(calls, respond(own), own) for own in _splits(calls[0], rng, once))
 
 
-def coupled_in_outputs(outputs: Tensor, layers: Mapping[str, Sequence[Call]], rng: Rng) -> dict[str, bool]:
+def coupled_in_outputs(
+    outputs: Tensor, layers: Mapping[str, Sequence[Call]], rng: Rng, *, once: bool = False
+) -> dict[str, bool]:
     """Ask first derivatives of the outputs, of all layers (of one number of samples) at once.
 
-    Cost: ``2 log2 n`` backward passes of what comes after the first layer.
+    Cost: ``2 log2 n`` backward passes of what comes after the first layer, or two.
     """
     calls = [c for mine in layers.values() for c in mine]
     if outputs.ndim == 0 or outputs.shape[0] != calls[0].samples:
         return dict.fromkeys(layers, True)  # no telling which output is of which sample; one group is always right
     found = dict.fromkeys(layers, False)
-    for own in (split for half in _splits(calls[0]) for split in (half, ~half)):
+    for own in (split for half in _splits(calls[0], rng, once) for split in (half, ~half)):
         r = rng.signs(tuple(outputs.shape), outputs)
         r[~own] = 0
         pulled = iter(pull([outputs], calls, [r], create_graph=False))
@@ -260,8 +273,13 @@ def _leaks(calls: Sequence[Call], response: Sequence[Tensor], own: Bool[Tensor, 
     return size.numel() > 0 and bool(size[~own].max() > _LEAK * size[own].max())
 
 
-def _splits(call: Call) -> Iterator[Bool[Tensor, " n"]]:
-    """Splits of the samples in two, by the binary digits of their numbers."""
+def _splits(call: Call, rng: Rng, once: bool) -> Iterator[Bool[Tensor, " n"]]:
+    """Splits of the samples in two, by the binary digits of their numbers; or one, at random."""
+    if once:
+        half = rng.signs((call.samples,), call.output.detach().float()) > 0
+        half[0], half[-1] = True, False
+        yield half
+        return
     numbers = torch.arange(call.samples, device=call.output.device)
     for digit in range((call.samples - 1).bit_length()):
         yield numbers.bitwise_right_shift(digit).bitwise_and(1).bool()

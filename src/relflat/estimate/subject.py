@@ -21,7 +21,7 @@ from relflat.curvature.space import Space
 from relflat.curvature.weight_space import WeightSpace
 from relflat.errors import ConfigError, GraphError, LossError, SecondDerivativeError, warn
 from relflat.estimate.contributions import Contributions
-from relflat.estimate.coupling import COUPLED, UNKNOWN, coupled_in_outputs, coupled_in_products, followed
+from relflat.estimate.coupling import COUPLED, UNKNOWN, coupled_in_outputs, coupled_in_products, followed, may_reorder
 from relflat.estimate.scene import Scene
 from relflat.loss.known import KnownLoss
 from relflat.options import Options
@@ -34,6 +34,10 @@ class Memory:
 
     coupled: dict[tuple[str, int, int], bool] = field(default_factory=dict)
     """Whether samples are coupled after it, in a training mode of all modules and by these operations."""
+    again: set[tuple[str, int, int]] = field(default_factory=set)
+    """Where that must be asked again, as an operation may put samples in another order each time."""
+    tries: int = 0
+    """How often it was."""
     curved: set[str] = field(default_factory=set)
     """The loss was seen to have a curvature in its output, or said to have none."""
     past: dict[tuple[str, int], bool] = field(default_factory=dict)
@@ -260,13 +264,27 @@ class Subject:
         self.memory.curved.add(self.layer)
 
     def _coupled(self) -> bool:
-        """Settled once for each layer, mode of all modules and kind of graph, when a batch first has two samples."""
+        """Settled once for each layer, mode of all modules and kind of graph, when a batch first has two samples.
+
+        Where they were not, and an operation may order samples in another way each time, one split is tried again.
+        """
         if self.calls[0].samples < 2 or len({c.samples for c in self.calls}) > 1:
             return False
         known, key = self.memory.coupled, (self.layer, self.scene.mode, self.scene.kind)
         if key not in known:
             self._settle_coupling()
+        elif key in self.memory.again and not known[key] and self._reordered():
+            self.memory.tries += 1
+            rng = Rng(self.seed, -4 - self.memory.tries)
+            if self.factors is None:
+                known[key] = coupled_in_products(self.operator, self.calls, rng, once=True)
+            else:
+                known[key] = coupled_in_outputs(self.factors.outputs, {"": self.calls}, rng, once=True)[""]
         return known[key]
+
+    def _reordered(self) -> bool:
+        ends = {c.edge.node for c in self.calls if c.edge is not None}
+        return any(map(may_reorder, ancestors(self.scene.loss.grad_fn, ends)))
 
     def _settle_coupling(self) -> None:
         """By the operations after layers, of all of them; else by derivatives."""
@@ -277,6 +295,7 @@ class Subject:
         found = {layer: state == COUPLED for layer, state in states.items() if state != UNKNOWN}
         if self.layer not in found:
             rng = Rng(self.seed, -1)
+            self.memory.again.update((layer, mode, kind) for layer in states if layer not in found)
             asked = {layer: [c for c in calls if c.layer == layer] for layer in states if layer not in found}
             if factors is None:
                 found[self.layer] = coupled_in_products(self.operator, self.calls, rng)
