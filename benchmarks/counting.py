@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,6 +94,27 @@ class Operations(TorchDispatchMode):
     def total(self) -> int:
         """All but views and allocations."""
         return sum(count for name, count in self.counts.items() if name not in _FREE)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what reaches a device: every operation but views, which compute nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        views = isinstance(function, torch._ops.OpOverload) and function.is_view
+        self.count += not (views or "profiler" in str(function))
+        return found
+
+
+def operations(step: Step) -> int:
+    """Operations of one step: kernel launches on a GPU, each with a price of its own however small it is."""
+    with _Operations() as counter:
+        step()
+    return counter.count
 
 
 def flops(step: Step) -> int:

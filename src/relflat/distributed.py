@@ -41,7 +41,7 @@ def several(group: Any) -> bool:
 
 def freed_after_forward(model: nn.Module, name: str) -> bool:
     """Whether the whole weight of a layer may be freed once the layer has run: a part around it is sharded."""
-    sharded = _class()
+    sharded = _class() if _initialised() else None
     if sharded is None:
         return False
     parts = name.split(".") if name else []
@@ -58,7 +58,7 @@ def kept_whole(model: nn.Module) -> Iterator[None]:
     FSDP2 shards a weight again at the end of every backward pass, ``torch.autograd.grad`` included, and the graph
     of second derivatives still reads it. Leaves ``reshard_after_backward`` on, as ``fully_shard`` sets it.
     """
-    parts = _parts(model)
+    parts = _parts(model) if _initialised() else []
     for part in parts:
         part.set_reshard_after_backward(False, recurse=False)
     try:
@@ -82,7 +82,11 @@ def not_taken_for_backward() -> AbstractContextManager[None]:
     ``torch.autograd.grad`` included, which has none to reduce; those of the real one would be left as they are.
     """
     sink = getattr(sys.modules.get("torch.nn.parallel.distributed"), "_DDPSink", None)
-    return nullcontext() if sink is None or not (dist.is_available() and dist.is_initialized()) else _silenced(sink)
+    return nullcontext() if sink is None or not _initialised() else _silenced(sink)
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """FAM: relative flatness aware minimization (Adilova et al. 2023), as a criterion around the criterion."""
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from relflat.capture.calls import Forward, depends_on, step_of
-from relflat.capture.hooks import buffers_kept
+from relflat.capture.graph import ancestors
+from relflat.capture.hooks import undisturbed
 from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer
 from relflat.capture.tap import Tap
-from relflat.distributed import kept_whole
-from relflat.errors import ConfigError
-from relflat.estimate.contributions import plain_numbers, shaped, without_gradient
+from relflat.errors import ConfigError, warn
+from relflat.estimate.contributions import shaped, without_gradient
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import Noise, perturb_passes
 from relflat.estimate.replay import Replay
@@ -25,8 +26,11 @@ from relflat.guards import Guards
 from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.loss.reading import read_loss
 from relflat.options import Curvature, Gradient, Number, Options, check, checked
+from relflat.result import step_in_numbers
 from relflat.rng import subset
 from relflat.sizing import BOUND, Sizing
+
+_FEW = 8
 
 
 class FAM(nn.Module):
@@ -131,8 +135,9 @@ class FAM(nn.Module):
             self._tap.close()
             raise
         self._tap.keep_rng = self._estimator.repeats or self._estimator.may_repeat
+        me = weakref.ref(self)  # no cycle: dropping the criterion removes its hooks at once
+        self._tap.rests = lambda: (fam := me()) is not None and fam._will_rest()
         if self.strength == 1 and radius is not None and self._sizing.every == 1 and probes == 1:
-            me = weakref.ref(self)  # no cycle: dropping the criterion removes its hooks at once
             perturb_passes(self._tap, lambda: None if (fam := me()) is None else fam._noise())
         keep_state_dict_of_criterion(self)
 
@@ -169,23 +174,25 @@ class FAM(nn.Module):
             GraphError: if the loss was not computed from a forward pass whose backward pass is yet to come.
             LossError: if the loss has no curvature, or a target lies outside the classes.
         """
-        check(loss_fn=self.loss_fn)
-        assert self.loss_fn is not None
-        criterion = Criterion(self.loss_fn, targets, kwargs)
-        active = self._active()
+        if (loss_fn := self.loss_fn) is None:
+            raise ConfigError("loss_fn=None: a criterion is needed; without one only penalty(loss) works")
+        criterion, active = Criterion(loss_fn, targets, kwargs), self._active()
         task, tensor = criterion(outputs), output_tensor(outputs)
-        if active and self._perturbs():
-            return self._perturbed(task, tensor)
         if not active:
             self._forget()
-            self._last = {"task": (mean := task.detach().mean()), "penalty": 0.0, "total": mean}
+            self._last = {"task": task.detach(), "penalty": 0.0}
             return task
-        forwards, known = self._tap.take(task), criterion.known(outputs)
+        if self._perturbs():
+            return self._perturbed(task, tensor)
+        forwards = self._tap.take(task)
+        if self._rests(forwards, task):
+            return task
+        known = criterion.known(outputs)
         if self._tap.unsettled:
             calls_behind(forwards, task)
             self._tap.settle(forwards, task, tensor)
         eager, loss = criterion.eager, task
-        if eager.loss_fn is not self.loss_fn and (known is None or self.options.curvature == "hessian"):
+        if eager is not criterion and (known is None or self.options.curvature == "hessian"):
             loss = eager(outputs)  # what is compiled cannot be differentiated twice
         scene = Scene.of(
             forwards,
@@ -222,6 +229,8 @@ class FAM(nn.Module):
         last = forwards[-1]
         if self._tap.watching and not last.parameters and not depends_on(loss, last.calls):
             return loss.new_zeros(())  # one of several losses, and not one of these layers
+        if self._rests(forwards, loss):
+            return loss.new_zeros(())
         outputs = output_tensor(last.outputs, other_than=loss) if len(forwards) == 1 else None
         known, call = read_loss(loss, calls_behind(forwards, loss), outputs) or (None, None)
         if self._tap.unsettled:
@@ -244,7 +253,11 @@ class FAM(nn.Module):
         are those drawn, ``by_layer`` has their kappas, and ``kappa`` estimates the sum over all. Where the pass
         itself was perturbed (``radius`` on a hidden layer, strength 1) ``task`` and ``penalty`` are nan.
         """
-        return plain_numbers(self._last)
+        found = step_in_numbers(**self._last) if self._last else {}
+        if "strength" not in found:
+            return found
+        guards = {"collapsed": self._guards.collapsed, "skipped": self._guards.skipped}
+        return found | self._sizing.report() | guards
 
     @property
     def layers(self) -> list[str]:
@@ -291,60 +304,73 @@ class FAM(nn.Module):
         self.step = max(self.step, step + 1)
         return loss
 
-    def _penalty(self, scene: Scene, step: int) -> Tensor | None:
-        """``lambda kappa`` of its size, or None where this step has none; reports in ``last``."""
-        task = scene.loss.detach().mean()
-        strength = self._sizing.strength_at(step, len(self.layers))
-        penalty: Tensor | None = None
-        report: dict[str, Any] = {"task": task, "penalty": 0.0, "total": task, "strength": strength}
-        if self._guards.finite("the task loss", scene.loss, step) and strength != 0:
-            must_suit(self._tap, self.options)  # "output" may have been settled since
-            kappa = self._kappa(scene, step, strength, report)
-            if kappa is not None:
-                penalty = self._sizing.penalty(strength, kappa, scene.loss)
-                report["kappa"], report["penalty"] = kappa.detach().mean(), penalty.detach().mean()
-                report["total"] = task + report["penalty"]
-        self._finish(step, scene.watched(), report)
-        return penalty
+    def _strength_of(self, step: int) -> float:
+        """That of a step; 0 where it has no penalty."""
+        return self._sizing.strength_at(step, len(self._tap.layers))
 
-    def _kappa(self, scene: Scene, step: int, strength: float, report: dict[str, Any]) -> Tensor | None:
-        """Kappa in the shape of the loss, or None where it is not finite; what was found goes into the report."""
+    def _will_rest(self) -> bool:
+        """Whether no pass that begins now can be one of a step with a penalty."""
+        steps = range(self.step, self.step + self._tap.pending + 1)  # passes that wait may have calls of their own
+        return len(steps) < _FEW and all(self._strength_of(step) == 0 for step in steps)
+
+    def _rests(self, forwards: Sequence[Forward], loss: Tensor) -> bool:
+        """Whether the step of these passes has no penalty; then it is over."""
+        step = step_of(forwards, self.step)
+        wanted, recorded = self._strength_of(step) != 0, all(f.recorded for f in forwards)
+        if self._tap.unsettled or (wanted and recorded):
+            return False
+        if wanted:
+            warn(f"strength was 0 when the forward pass of step {step} began, so this step has no penalty")
+        self._last = {"task": loss.detach(), "penalty": 0.0, "strength": 0.0}
+        self._left(forwards, loss, step)
+        return True
+
+    def _penalty(self, scene: Scene, step: int) -> Tensor | None:
+        """``strength * kappa`` in the shape of the loss, or None where there is none; reports in ``last``."""
+        strength, loss = self._strength_of(step), scene.loss
+        self._last = report = {"task": loss.detach(), "penalty": 0.0, "strength": strength}
+        if not self._guards.finite("the task loss", loss, step) or strength == 0:
+            return None
+        must_suit(self._tap, self.options)  # "output" may have been settled since
         names, size, share = self.layers, self.options.layers_per_step, 1.0
         if size is not None:
             share = len(names) / size
             report["layers"] = names = [names[i] for i in subset(self._estimator.seed, step, len(names), size)]
             scene = scene.only(names)
-        with kept_whole(self._tap.model), buffers_kept():
-            parts = self._estimator(scene, step)
-        self._tap.keep_rng |= self._estimator.plain
+        parts = self._estimator(scene, step, around=functools.partial(undisturbed, self._tap.model))
+        self._tap.keep_rng = self._tap.keep_rng or self._estimator.plain
         kappas = {layer: part.kappa for layer, part in parts.items()}
-        rows = max(1, scene.loss.numel())  # shares of samples average as their losses do
-        report["by_layer"] = {k: v.detach().mean(0).sum() / rows for k, v in kappas.items()}
+        report["kappas"] = values = {layer: kappa.detach() for layer, kappa in kappas.items()}
         report["method"] = ", ".join(dict.fromkeys(p.method for p in parts.values()))
         convex = scene.known is not None and self.options.curvature == "ggn"
-        may_be = not convex and self.options.radius is None and strength > 0
-        if not self._guards.judge(kappas, step, may_be_negative=may_be, lost=without_gradient(parts)):
-            return None
-        return share * shaped(kappas, scene.loss)
+        may_be_negative = not convex and self.options.radius is None and strength > 0
+        self._guards.look(scene.watched, values if may_be_negative else {})
+        kappa, lost = share * shaped(kappas, loss), without_gradient(parts)
+        added, report["kappa"] = self._sizing.penalty(strength, kappa, loss), kappa.detach()
+        penalty = self._guards.judge(added, kappas, step, lost=lost, beyond=lambda: set(ancestors(loss.grad_fn)))
+        if penalty is not None:
+            report["penalty"] = penalty.detach()
+        return penalty
 
-    def _finish(self, step: int, watched: dict[str, Tensor], report: dict[str, Any]) -> None:
-        self._guards.collapse(step, watched)
-        counted = {"skipped": self._guards.skipped, "collapsed": self._guards.collapsed}
-        self._last = report | self._sizing.report() | counted
+    def _noise(self) -> Noise | None:
+        """What moves the inputs of layers in the forward pass that begins."""
+        if not self._perturbs():
+            return None
+        return Noise.of(self.options, self._estimator.seed, self.step + (self._tap.pending << 40))
 
     def _perturbed(self, loss: Tensor, outputs: Tensor | None) -> Tensor:
         """The loss of the perturbed pass, which is task loss plus penalty."""
         forwards, method = self._tap.take(loss), f"radius({self.options.radius:g}), perturbed forward"
-        report = {"task": math.nan, "penalty": math.nan, "total": loss.detach().mean(), "strength": 1.0}
-        watched, step = {} if outputs is None else {"the outputs": outputs}, step_of(forwards, self.step)
-        self._finish(step, watched, report | {"method": method})
-        return self._left(forwards, loss, step)
+        self._last = {
+            "task": math.nan,
+            "penalty": math.nan,
+            "total": loss.detach(),
+            "strength": 1.0,
+            "method": method,
+        }
+        self._guards.look(lambda: {} if outputs is None else {"the outputs": outputs}, {})
+        return self._left(forwards, loss, step_of(forwards, self.step))
 
     def _perturbs(self) -> bool:
         """Whether this step's forward pass is perturbed itself; ``strength`` and the mode may have changed."""
         return self._tap.injector is not None and self.training and self.strength == 1
-
-    def _noise(self) -> Noise | None:
-        if not self._perturbs():
-            return None
-        return Noise.of(self.options, self._estimator.seed, self.step + (self._tap.pending << 40))

@@ -1,6 +1,10 @@
 """What a measurement returns: plain frozen records that carry their own error."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from relflat.plot.shown import Shown
 
@@ -39,3 +43,19 @@ class Flatness(Shown):
     loss: float
     confidence: float | None
     samples: int
+
+
+def step_in_numbers(
+    task: Any, penalty: Any, strength: float | None = None, kappas: Mapping[str, Tensor] | None = None, **rest: Any
+) -> dict[str, Any]:
+    """What ``FAM.last`` says of a step, made from tensors only when it is asked for."""
+    found = {
+        k: float(v.mean()) if isinstance(v, Tensor) else v
+        for k, v in {"task": task, "penalty": penalty, **rest}.items()
+    }
+    found = {"total": found["task"] + found["penalty"], **found}
+    if strength is not None:
+        found["strength"] = float(strength)
+    if kappas is not None:  # shares of samples average as their losses do
+        found["by_layer"] = {k: float(v.mean(0).sum()) / max(1, task.numel()) for k, v in kappas.items()}
+    return found

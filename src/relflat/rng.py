@@ -18,13 +18,15 @@ class Rng:
     """
 
     def __init__(self, seed: int, step: int, *, shared: bool = False) -> None:
-        self._seed = _hashed(f"{seed},{step},{0 if shared else _rank()}")
+        self._name = seed, step, shared
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def on(self, device: torch.device) -> torch.Generator:
         """The generator on a device, at its present state."""
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device=device).manual_seed(self._seed)
+            seed, step, shared = self._name
+            number = _hashed(f"{seed},{step},{0 if shared else _rank()}")
+            self._generators[device] = torch.Generator(device=device).manual_seed(number)
         return self._generators[device]
 
     def signs(self, shape: tuple[int, ...], like: Tensor) -> Tensor:

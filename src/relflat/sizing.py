@@ -70,6 +70,8 @@ class Sizing:
         return self._number_at(step) / (max(1, layers) if self.by_layers else 1)
 
     def _number_at(self, step: int) -> float:
+        if type(self.number) is float:
+            return self.number  # checked when it was set
         number = self.number(step) if callable(self.number) else self.number
         if callable(number):
             raise ConfigError(f"{self.name} at step {step} is a function; a finite number is needed")
@@ -95,9 +97,9 @@ class Sizing:
         return penalty
 
     def report(self) -> dict[str, Any]:
-        """What is said of it in ``last``; nothing waits for the device."""
+        """What is said of it in ``last``, which waits for the device."""
         said = {"size": self.number} if self.by_layers and not callable(self.number) else {}
-        return said | {"factor": self._factor, "bounded": self._bounded, "penalties": self._penalties}
+        return said | {"factor": float(self._factor), "bounded": int(self._bounded), "penalties": self._penalties}
 
     def __str__(self) -> str:
         return f"{self.name}={self.number}, bound={self.bound}, every={self.every}"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from relflat import relative_flatness, relative_flatness_by_layer
+from relflat import FAM, relative_flatness, relative_flatness_by_layer
 from relflat.lab.tasks.models import small_cnn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from counting import Operations, Passes, flops, passes, peak_bytes
+from counting import Operations, Passes, flops, operations, passes, peak_bytes
 from measure_cost import evaluate
 from rows import CONTROL, OUTPUT, PLAIN, SAM_ROW, Row, Trainer, fam
 
@@ -52,6 +52,28 @@ def test_fam_on_the_output_layer_adds_no_more_than_a_hundredth_of_the_operations
 @pytest.mark.parametrize("row", ON_OUTPUT, ids=lambda row: row.label)
 def test_fam_on_the_output_layer_adds_no_more_than_a_twentieth_of_the_memory(row: Row) -> None:
     assert peak_bytes(lambda: Trainer(row, "resnet18", SAMPLES)) <= 1.05 * plain_peak()
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "more"),
+    [("output", {}, 40), ("output", {"gradient": "frozen"}, 40), ("*", {}, 140), ("*", {"every": 4}, 0)],
+)
+def test_fam_on_a_small_network_adds_few_operations(layer: str, options: dict[str, object], more: int) -> None:
+    counts = []
+    for row in (PLAIN, fam(layer, **options)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+        x, y, loss_fn = torch.randn(32, 64), torch.randint(10, (32,)), nn.CrossEntropyLoss()
+        criterion = loss_fn if row is PLAIN else FAM(loss_fn, net, row.layer, **row.options)
+
+        def step(net=net, criterion=criterion, x=x, y=y) -> None:
+            net.zero_grad()
+            criterion(net(x), y).backward()
+
+        for _ in range(5):
+            step()
+        counts.append(operations(step))
+    assert counts[0] <= counts[1] <= counts[0] + more
 
 
 def test_the_counters_see_what_sam_costs() -> None:

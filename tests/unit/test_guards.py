@@ -149,25 +149,61 @@ def line_of(text: str) -> int:
     return next(i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if text in line)
 
 
-def test_kappas_of_several_layers_are_looked_at_once(monkeypatch) -> None:
-    """Looking makes the program wait for the device: once for the loss, once for all kappas."""
-    x, y = data()
-    net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)], nn.Linear(4, 3))
-    fam = FAM(CE(), net, "*", strength=1.0)
-    fam(net(x), y)
-    waits: list[int] = []
-    original = torch.Tensor.__bool__
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: waits.append(1) or original(t))
-    out = net(x)
-    fam(out, y)
-    assert len(waits) == 2
-
-
 def test_the_layer_whose_kappa_is_not_finite_is_named() -> None:
     guards = Guards()
     values = {"first": torch.ones(2), "second": torch.tensor([1.0, float("inf")], dtype=torch.float64)}
     with pytest.warns(RelflatWarning, match="'second' is inf at step 3"):
-        assert not guards.judge(values, 3, may_be_negative=False)
+        assert guards.judge(torch.tensor(float("inf")), values, 3) is None
     assert guards.skipped == 1
-    assert guards.judge({"first": torch.ones(2)}, 4, may_be_negative=False)
-    assert guards.judge({}, 4, may_be_negative=False)
+    one = torch.ones(())
+    assert guards.judge(one, {"first": torch.ones(2)}, 4) is one
+    assert guards.judge(one, {}, 4) is one
+
+
+def overflowing(net: nn.Sequential, x: torch.Tensor, layer: str) -> torch.Tensor:
+    """Have the kappa of layers overflow in float32, in the middle of it too, while the network stays what it is."""
+    with torch.no_grad():
+        if layer in ("4", "*"):
+            net[4].weight.mul_(1e30), net[2].weight.mul_(1e-30), net[2].bias.mul_(1e-30)
+        if layer in ("0", "*"):
+            net[0].weight.mul_(1e-30)
+    return x * 1e30 if layer in ("0", "*") else x
+
+
+class TestWithoutWaiting:
+    """What a device that must not be waited for does by itself: the gradient is that of the task loss alone."""
+
+    def net(self) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    @pytest.mark.parametrize("layer", ["4", "0", "*"])
+    @pytest.mark.parametrize("options", [{}, {"gradient": "frozen"}, {"curvature": "hessian"}], ids=str)
+    @pytest.mark.filterwarnings("ignore:kappa of layer")
+    def test_a_penalty_that_is_not_finite_sends_nothing_back(self, layer, options, monkeypatch) -> None:
+        monkeypatch.setattr("relflat.guards.waits", lambda x: True)
+        (x, y), net = data(), self.net()
+        fam = FAM(CE(), net, layer, strength=1.0, seed=0, **options)
+        fam(net(x), y)
+        assert fam.last["skipped"] == 0
+        x = overflowing(net, x, layer)
+        out = net(x)
+        want = [CE()(out, y), *torch.autograd.grad(CE()(out, y), list(net.parameters()))]
+        with pytest.warns(RelflatWarning, match="was not finite.*left out"):
+            for _ in range(11):
+                loss = fam(net(x), y)
+            assert fam.last["skipped"] == 11
+        assert all(bool(g.isfinite().all()) for g in want)
+        torch.testing.assert_close([loss, *torch.autograd.grad(loss, list(net.parameters()))], want, rtol=0, atol=0)
+        assert fam.last["penalty"] == 0
+
+    def test_one_that_is_finite_is_as_it_is_where_it_is_looked_at(self, monkeypatch) -> None:
+        (x, y), found = data(), []
+        for waits in (False, True):
+            monkeypatch.setattr("relflat.guards.waits", lambda _, waits=waits: waits)
+            net = self.net()
+            fam = FAM(CE(), net, "*", strength=1.0, seed=0)
+            loss = fam(net(x), y)
+            found.append([loss, *torch.autograd.grad(loss, list(net.parameters()))])
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+        assert fam.last["skipped"] == 0

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from relflat import GraphError, relative_flatness
+from relflat import GraphError, RelflatWarning, relative_flatness
 from unbounded import FAM
 
 CE = nn.CrossEntropyLoss
@@ -343,3 +343,40 @@ def test_a_model_that_differentiates_is_measured_over_batches_as_over_one(option
     )
     assert many.value == pytest.approx(one.value, rel=1e-9)
     assert many.loss == pytest.approx(one.loss, rel=1e-9)
+
+
+def test_steps_without_a_penalty_record_no_layer() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    fam, strengths, calls = FAM(nn.CrossEntropyLoss(), net, "*", strength=1.0, every=3), [], []
+    for _ in range(7):
+        out = net(x)
+        calls.append(sum(len(f.calls) for f in fam._tap._pending._fresh))
+        fam(out, y).backward()
+        strengths.append(fam.last["strength"])
+    assert calls == [2, 0, 0, 2, 0, 0, 2]
+    assert [s != 0 for s in strengths] == [n > 0 for n in calls]
+
+
+def test_two_passes_of_which_one_may_have_a_penalty_are_both_recorded() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    fam, kappas = FAM(nn.CrossEntropyLoss(), net, "output", strength=1.0, every=2), []
+    for _ in range(3):
+        for out in [net(x), net(x)]:
+            fam(out, y).backward()
+            kappas.append("kappa" in fam.last)
+    assert kappas == [True, False] * 3
+
+
+def test_a_strength_that_comes_after_the_pass_began_is_said_to_come_too_late() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    fam = FAM(nn.CrossEntropyLoss(), net, "output", strength=1.0)
+    fam(net(x), y)
+    fam.strength = 0.0
+    out = net(x)
+    fam.strength = 1.0
+    with pytest.warns(RelflatWarning, match="strength was 0 when the forward pass of step 1 began"):
+        loss = fam(out, y)
+    assert loss.item() == nn.CrossEntropyLoss()(out, y).item()

@@ -19,7 +19,7 @@ from relflat.rng import RngState
 _FEW, _MANY, _MOST = 8, 64, 1024  # waiting passes: kept as they are, worth a warning, too many
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Call:
     """One call of a tapped layer within a forward pass: input, output and weight as they were at that moment."""
 
@@ -74,10 +74,12 @@ class Call:
         return self.phi
 
 
-def autocast_now() -> dict[str, tuple[bool, torch.dtype]]:
-    """Whether autocast is on, and its type, by kind of device."""
+def autocast_now(*, off: bool = False) -> dict[str, tuple[bool, torch.dtype]]:
+    """Whether autocast is on, and its type, by kind of device; empty if nowhere; or as if it were ``off``."""
+    if not (off or torch._C._is_any_autocast_enabled()):
+        return {}
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    return {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+    return {k: (torch.is_autocast_enabled(k) and not off, torch.get_autocast_dtype(k)) for k in kinds}
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -94,6 +96,7 @@ class Forward:
     autocast: dict[str, tuple[bool, torch.dtype]] = field(default_factory=autocast_now)
     step: int | None = None  # at which a loss was first computed from it
     passed_over: bool = False  # by one that began later and led to a loss
+    recorded: bool = True  # whether the calls of layers were, as a penalty may follow
 
     def ends(self) -> list[Node]:
         """Where the graphs of the outputs end."""

@@ -40,6 +40,21 @@ def ancestors(root: Node | None, without: Collection[Node] = ()) -> Iterator[Nod
                 stack.append(parent)
 
 
+def in_order(root: Node | None) -> list[Node]:
+    """All nodes of a graph, each after those it was computed from."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+    stack: list[tuple[Node | None, bool]] = [(root, False)]
+    while stack:
+        node, left = stack.pop()
+        if node is not None and left:
+            order.append(node)
+        elif node is not None and node not in seen:
+            seen.add(node)
+            stack += [(node, True), *((parent, False) for parent, _ in node.next_functions)]
+    return order
+
+
 def foreign(node: Any) -> bool:
     """Whether the derivative is somebody's own code, which may itself be differentiated wrongly."""
     if operation(node) == "_DDPSink":
@@ -60,6 +75,21 @@ def leaves_between(root: Node | None, ends: Collection[Node]) -> list[Tensor]:
     before = {node for end in ends for node in ancestors(end)}
     found = (node for node in ancestors(root, without=ends) if node not in before)
     return [node.variable for node in found if hasattr(node, "variable")]
+
+
+def hold_back(root: Node | None, beyond: Collection[Node], *, unless: Tensor) -> None:
+    """Have nothing but zeros leave the graph of ``root`` for nodes ``beyond`` and for leaves, unless that is true.
+
+    Also where something in it is no number: those times zero are none either, so they are replaced as they leave.
+    """
+
+    def replaced(out: Sequence[Tensor | None], given: Any) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else torch.where(unless.to(g.device), g, 0.0) for g in out)
+
+    for node in ancestors(root, without=beyond):
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if any(parent in beyond or not parent.next_functions for parent in parents):
+            node.register_hook(replaced)
 
 
 def compiled(node: Any) -> bool:
@@ -88,7 +118,7 @@ def users(root: Node | None) -> dict[Node, list[Use]]:
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether both read the same numbers in the same row-major order from the same memory."""
-    if not a.numel():
+    if a is b or not a.numel():
         return a is b  # none has memory of its own
     if a.numel() != b.numel() or a.data_ptr() != b.data_ptr() or a.dtype != b.dtype:
         return False

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from relflat.distributed import kept_whole
+
 
 class WeakHook:
     """A hook that knows its owner weakly, and is inert in copies of the module it sits on."""
@@ -66,8 +68,8 @@ def recomputing() -> bool:
 
 
 @contextmanager
-def buffers_kept() -> Iterator[None]:
-    """Within the block recomputations of gradient checkpointing leave buffers, such as running averages, as they are.
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Within the block derivatives leave weights whole, and checkpointing buffers, such as running averages, alone.
 
     They are written past the version counters, as normalisations do: graphs have them saved.
     """
@@ -88,7 +90,8 @@ def buffers_kept() -> Iterator[None]:
 
     handle = nn.modules.module.register_module_forward_pre_hook(look)
     try:
-        yield
+        with kept_whole(model):
+            yield
     finally:
         handle.remove()
         restore()

@@ -98,12 +98,12 @@ def is_linear(kind: Kind, module: Any, x: Tensor, weight: Float[Tensor, "d m"], 
 
 def weight_of(module: Any) -> Tensor:
     """The weight tensor of a module of a known kind; a parameter is its own."""
-    return module if isinstance(module, nn.Parameter) else getattr(module, "base_layer", module).weight
+    return module if isinstance(module, nn.Parameter) else module._modules.get("base_layer", module).weight
 
 
 def parametrization_of(module: Any) -> nn.Module | None:
     """What computes the weight of a module of a known kind (``torch.nn.utils.parametrize``), if anything does."""
-    found = getattr(getattr(module, "base_layer", module), "parametrizations", None)
+    found = module._modules.get("base_layer", module)._modules.get("parametrizations")
     return found["weight"] if found is not None and "weight" in found else None
 
 
@@ -114,7 +114,8 @@ def own_weights(module: nn.Module) -> list[nn.Parameter]:
 
 def _runs(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
     """Trust modules that run the forward of one of the classes, not one of their own."""
-    return lambda module: "forward" not in vars(module) and type(module).forward in [c.forward for c in classes]
+    forwards = {c.forward for c in classes}
+    return lambda module: "forward" not in vars(module) and type(module).forward in forwards
 
 
 def _from(*packages: str) -> Callable[[nn.Module], bool]:

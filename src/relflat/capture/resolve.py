@@ -73,6 +73,18 @@ def part(model: nn.Module, name: str) -> nn.Module | None:
     return at
 
 
+def mode_of(model: nn.Module) -> int:
+    """Stands for which modules are in training mode."""
+    order, flags = [model], []
+    found = set(order)
+    for module in order:  # grows meanwhile
+        flags.append(module.training)
+        new = [m for m in module._modules.values() if m is not None and m not in found]
+        found.update(new)
+        order += new
+    return hash(tuple(flags))
+
+
 def _parts(model: nn.Module) -> dict[str, Target]:
     """All modules and parameters, under every name they have."""
     return {

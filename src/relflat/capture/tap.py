@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from relflat.capture.calls import Call, Forward, Pending, depends_on
 from relflat.capture.hooks import WeakHook, endpoint, recomputing, remove, runs, saved_by_us, traced, with_graph
 from relflat.capture.kinds import Kind, is_linear, kind_of, own_weights, parametrization_of, weight_of
-from relflat.capture.resolve import Layer, Target, is_pattern, part, resolve, supported_layers
+from relflat.capture.resolve import Layer, Target, is_pattern, mode_of, part, resolve, supported_layers
 from relflat.capture.settle import output_layer, taking_part
 from relflat.capture.uses import Uses
 from relflat.distributed import freed_after_forward
@@ -42,6 +42,7 @@ class Tap:
     keep_rng = False  # whether each record keeps the state of the random number generators at its start
     copied = False  # whether this is a copy (deepcopy, pickle), which watches no model
     injector: Callable[[], Inject | None] | None = None  # called as each record starts: how inputs change
+    rests: Callable[[], bool] | None = None  # asked as a pass begins: whether its layers need not be recorded
     _depth = 0
     _open: Forward | None = None
     _watched: Forward | None = None
@@ -69,8 +70,6 @@ class Tap:
         self._handles: dict[str, list[Any]] = {}
         self._attach(model)
         weakref.finalize(self, remove, self._handles)
-
-    # -- hooks ---------------------------------------------------------------------------------------
 
     def _attach(self, model: nn.Module) -> None:
         uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -104,13 +103,15 @@ class Tap:
         if _LEAVING in self._handles:
             remove({_LEAVING: self._handles.pop(_LEAVING)})
         if self._wants(model):
-            self._follow(model)
             self._pending.begin()
+            self._changed, self._inject = False, None
+            if self._called and not self.unsettled and self.rests is not None and self.rests():
+                self._open = Forward((), {}, recorded=False)
+                return
+            self._follow(model)
             rng = RngState.now() if self.keep_rng else None
-            mode = hash(tuple(m.training for m in model.modules()))
-            self._open = Forward(args, kwargs, rng, mode=mode)
+            self._open = Forward(args, kwargs, rng, mode=mode_of(model))
             self._inject = None if self.injector is None else self.injector()
-            self._changed = False
 
     def _wants(self, model: nn.Module) -> bool:
         """Whether a criterion call may follow a pass: not one of our own, recomputed, in torch.func, or traced."""
@@ -138,7 +139,7 @@ class Tap:
                     "another method"
                 )
             return None
-        if self._open is not None:
+        if self._open is not None and self._open.recorded:
             self._prepare(name, module)
         if self._inject is None or (self._open is None and not self._replaying):
             return None
@@ -169,7 +170,10 @@ class Tap:
             return None if output is None else with_graph(output)
         if self._open is None or output is None or name not in self.layers:
             return None
-        replaced, phi = with_graph(output), args[0] if args else next(iter(kwargs.values()))
+        replaced = with_graph(output)
+        if not self._open.recorded:
+            return replaced
+        phi = args[0] if args else next(iter(kwargs.values()))
         if replaced is not None:
             self._given.add(name)
         self._open.calls.append(self._call(name, module, phi, output if replaced is None else replaced))
@@ -216,8 +220,6 @@ class Tap:
         for record in forwards:
             record.calls = [c for c in record.calls if c.layer in called]
 
-    # -- use -----------------------------------------------------------------------------------------
-
     @property
     def model(self) -> nn.Module:
         """The tapped model."""
@@ -249,9 +251,9 @@ class Tap:
             return [self._watched]
         name = type(model).__name__
         records = self._pending.take(name) if loss is None else self._pending.behind(loss, name)
-        self._called |= {c.layer for r in records for c in r.calls}
+        self._called.update(c.layer for r in records for c in r.calls)
         # a layer that rests in one step, such as an expert, has kappa 0 there
-        unused = [n for n in self._asked_for if n in self._handles and n not in self._called]
+        unused = [n for n in sorted(self._asked_for - self._called) if n in self._handles]
         if unused:
             raise LayerError(
                 f"layer {unused[0]!r} was not called in the forward pass; candidates: "

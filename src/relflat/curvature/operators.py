@@ -181,11 +181,6 @@ def differentiate(
         raise _explained(error) from error
 
 
-def check_differentiable_again(value: Tensor) -> None:
-    """Refuse a value whose gradient would meet an operation that has no second derivative."""
-    _refuse([value], [], "torch::autograd::NotImplemented")
-
-
 def _check_no_dead_end(gradients: Sequence[Tensor], calls: Sequence[Call]) -> None:
     """Refuse gradients through ``once_differentiable`` operations: autograd takes them for constants there."""
     trunk = [c.edge.node for c in calls if c.edge is not None]

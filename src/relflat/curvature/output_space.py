@@ -213,6 +213,9 @@ class OutputSpace:
         ``_SKETCH`` independent Rademacher vectors b a group, as ``E_b ||W' G b||^2`` is the same number.
         """
         c, m = self.shape[2:]
+        if self._many == 1 and not adaptive:  # ||W'g||^2 ||phi||^2
+            g, size = g[:, 0], self.features[:, 0, 0].square().sum(-1)
+            return (g @ self.weight).square().sum(-1) * size, g.detach().square().sum(-1) * size.detach()
         if self._many > _FEW_POSITIONS and not adaptive:
             b = rng.signs((self._groups, _SKETCH, m), self.weight).mul_(_SKETCH**-0.5)
             images = self._by_group(self._images(self.project(b), g))

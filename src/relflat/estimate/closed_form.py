@@ -29,7 +29,7 @@ def why_not(calls: Sequence[Call], known: KnownLoss | None) -> str | None:
     if len(calls) != 1:
         return f"the layer was called {len(calls)} times"
     (call,) = calls
-    if getattr(call.module, "groups", 1) != 1:
+    if vars(call.module).get("groups", 1) != 1:
         return "the layer is a grouped convolution"
     if not known.elementwise and known.rows().shape[-1] != call.weight.shape[0]:
         return "it is not the output layer, whose outputs are the classes of the loss"
@@ -44,18 +44,15 @@ def seen_without_graph(call: Call, known: KnownLoss | None) -> bool:
 
 def closed_form(space: OutputSpace, hessian: LogitHessian, options: Options) -> Contributions:
     """Each row's share. Cost: one product of the size of the layer's own (adaptive: two)."""
-    return from_energy(space.features.flatten(0, 2).square(), space.weight, hessian, options)
+    return from_features(space.features.flatten(0, 2), space.weight, hessian, options)
 
 
-def from_energy(
-    energy: Float[Tensor, "p m"], weight: Float[Tensor, "d m"], hessian: LogitHessian, options: Options
+def from_features(
+    phi: Float[Tensor, "p m"], weight: Float[Tensor, "d m"], hessian: LogitHessian, options: Options
 ) -> Contributions:
-    """The same from ``energy``, the squared features of each row."""
-    if options.adaptive:
-        kappa = (energy * hessian.diagonal(weight)).sum(-1)
-    else:
-        kappa = energy.sum(-1) * hessian.total(weight)
-    trace = (energy.sum(-1) * hessian.trace())[None] if options.trace else None
+    """The same from the features of each row."""
+    kappa = (phi.square() * hessian.diagonal(weight)).sum(-1) if options.adaptive else hessian.kappa(weight, phi)
+    trace = (phi.square().sum(-1) * hessian.trace())[None] if options.trace else None
     return Contributions(kappa[None], trace, "closed_form", True)
 
 

@@ -4,7 +4,6 @@ import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -55,7 +54,7 @@ def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:
     """
     shares = []
     for layer, values in kappas.items():
-        share = values.mean(0)
+        share = values.mean(0) if len(values) > 1 else values
         if task.ndim > 0 and share.numel() != task.numel():
             raise LossError(
                 f"the criterion returns losses of shape {tuple(task.shape)} and kappa of layer {layer!r} has "
@@ -63,13 +62,3 @@ def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:
             )
         shares.append(share.sum() if task.ndim == 0 else share.reshape(task.shape))
     return functools.reduce(operator.add, shares) if shares else torch.zeros_like(task.detach())
-
-
-def plain_numbers(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A report with numbers in place of tensors, which waits for the device."""
-    found: dict[str, Any] = {}
-    for name, value in report.items():
-        found[name] = plain_numbers(value) if isinstance(value, dict) else value
-        if isinstance(value, Tensor):
-            found[name] = value.item()
-    return found

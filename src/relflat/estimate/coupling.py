@@ -1,26 +1,221 @@
 """Whether samples influence each other after a layer (BatchNorm in training mode, contrastive losses).
 
 Where they do not, the curvature is block-diagonal over samples: every sample is a group with directions of its own.
-A direction that is zero on some samples has an image that is zero there too, exactly, unless samples are coupled.
-Any two samples are told apart by one of ``log2 n`` directions.
+Most operations are known to leave samples apart, or not to (:func:`followed`). Where one is not known derivatives are
+asked: a direction that is zero on some samples has an image that is zero there too, exactly, unless samples are
+coupled. Any two samples are told apart by one of ``log2 n`` directions.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from relflat.capture.calls import Call
-from relflat.capture.graph import operation
+from relflat.capture.graph import foreign, in_order, operation
 from relflat.curvature.operators import Operator, pull
 from relflat.rng import Rng
 
 _LEAK = 1e-6  # what counts as exactly zero, relative to the response of a sample itself
+APART, UNKNOWN, COUPLED = 0, 1, 2
 
 
-_REORDERING = ("Flip", "Gather", "Roll", "Scatter", "ScatterAdd", "Sort", "Take", "Topk")
+class Place(NamedTuple):
+    """Where samples are in a tensor: index k of a dimension is of sample ``k // inner % n``."""
+
+    dim: int
+    inner: int = 1
+
+
+_SUM = Place(-1)  # nowhere: a number, linear in a sum over samples
+_MET: tuple[()] = ()  # samples influence each other
+
+
+class Passed(NamedTuple):
+    """An operation with its inputs that have samples: which they are, where samples are in each, their shapes."""
+
+    node: Any
+    name: str
+    positions: list[int]
+    places: list[Place]
+    shapes: list[tuple[int, ...]]
+    out: tuple[int, ...]
+    n: int
+
+    def dims(self, *names: str) -> list[int]:
+        """Saved dimensions, which autograd shows unsigned, as numbers from 0 on; none if they are not saved."""
+        saved = [getattr(self.node, f"_saved_{name}", None) for name in names]
+        each = [d for x in saved if x is not None for d in (x if isinstance(x, tuple | list) else (x,))]
+        return [(d - 2**64 if d >= 2**63 else d) % max(len(self.shapes[0]), 1) for d in each]
+
+
+Rule = Callable[[Passed], "Place | tuple[()] | None"]
+"""Where samples are in what an operation gives; None if that is not known."""
+
+
+def _one_by_one(op: Passed) -> Place | None:
+    """Number by number; what is smaller is repeated."""
+    if _SUM in op.places:
+        linear = ("Add", "Sub", "Neg", *(("Mul", "Div"[3 * op.positions[0] :]) if len(op.places) == 1 else ()))
+        return _SUM if op.name in linear and set(op.places) == {_SUM} else None
+    found = {(p.dim - len(s) + len(op.out), p.inner, s[p.dim]) for p, s in zip(op.places, op.shapes, strict=True)}
+    (dim, inner, size), more = found.pop(), bool(found)
+    return None if more or op.out[dim] != size else Place(dim, inner)
+
+
+def _copied(op: Passed) -> Place | None:
+    """In the same row-major order."""
+    (place,), (shape,) = op.places, op.shapes
+    return _SUM if place == _SUM else _located(place.inner * math.prod(shape[place.dim + 1 :]), op.out, op.n)
+
+
+def _located(flat: int, shape: Sequence[int], n: int) -> Place | None:
+    """Where samples are if number k of all, in row-major order, is of sample ``k // flat % n``."""
+    for dim, size in enumerate(shape):
+        rest = math.prod(shape[dim + 1 :])
+        if rest <= flat:
+            return Place(dim, flat // rest) if flat % rest == 0 and size % (n * flat // rest) == 0 else None
+    return None
+
+
+def _turned(op: Passed) -> Place:
+    """With dimensions in another order."""
+    order = list(range(len(op.out)))
+    if op.name == "Permute":
+        order = op.dims("dims")
+    else:
+        a, b = op.dims("dim0", "dim1") or (0, len(op.out) - 1)
+        order[a], order[b] = order[b], order[a]
+    return op.places[0]._replace(dim=order.index(op.places[0].dim))
+
+
+def _along(op: Passed) -> Place | None:
+    """Within a dimension."""
+    dims, same = op.dims("dim", "dims"), op.out == op.shapes[0] and op.name == "Slice"
+    return op.places[0] if same or (dims and op.places[0].dim not in dims) else None
+
+
+def _indexed(op: Passed) -> Place | None:
+    """By indices of dimensions next to each other, after that of the samples."""
+    used = [k for k, index in enumerate(op.node._saved_indices) if index is not None]
+    return op.places[0] if op.places[0].dim == 0 < used[0] and used[-1] - used[0] == len(used) - 1 else None
+
+
+def _without(op: Passed) -> Place | None:
+    """Without some dimensions."""
+    if not op.out and op.name in ("Sum", "Mean"):
+        return _SUM
+    place, dims = op.places[0], op.dims("dim")
+    if place == _SUM or place.dim in dims or not dims:
+        return None
+    return (
+        place
+        if len(op.out) == len(op.shapes[0])
+        else place._replace(dim=place.dim - sum(d < place.dim for d in dims))
+    )
+
+
+def _batch_normed(op: Passed) -> Place | tuple[()] | None:
+    """Apart in evaluation mode, and where samples are channels (instance normalisation)."""
+    return None if op.positions[0] else _MET if op.node._saved_training and op.places[0].dim != 1 else op.places[0]
+
+
+def _kept(position: int, before: Callable[[Passed], int]) -> Rule:
+    """Where they are in one input, if that is in one of so many dimensions."""
+    return lambda op: op.places[0] if op.positions[0] == position and op.places[0].dim < before(op) else None
+
+
+def _reduced(op: Passed) -> Place | None:
+    return None if op.out or op.positions[0] else _SUM
+
+
+_NAMES: dict[Rule, str] = {
+    _one_by_one: """
+        Relu Tanh Sigmoid Gelu Silu Elu LeakyRelu Softplus Hardtanh Hardswish Hardsigmoid Mish Celu Exp Expm1 Log
+        Log1P Sqrt Rsqrt Reciprocal Pow Neg Abs Sin Cos Erf Clamp ClampMin ClampMax Threshold LogSigmoid NativeDropout
+        MaskedFill Where Mul Add Sub Rsub Div Addcmul Addcdiv Lerp Maximum Minimum Expand""",
+    _copied: "View UnsafeView ReshapeAlias Alias Clone ToCopy Squeeze Unsqueeze _DDPSink",
+    _turned: "T Transpose Permute",
+    _along: """
+        Softmax SafeSoftmax LogSoftmax Glu Cat Split SplitWithSizes Cumsum Slice Logcumsumexp Flip Roll Gather Sort
+        IndexSelect Topk""",
+    _indexed: "Index",
+    _without: "Sum Mean Amax Amin Var Std Logsumexp LinalgVectorNorm Select Unbind",
+    _kept(0, lambda op: 1): """
+        Convolution Bmm NativeGroupNorm MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D
+        AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D ConstantPadNd ReflectionPad2D ReplicationPad2D
+        UpsampleNearest2D UpsampleBilinear2D ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
+        ScaledDotProductFlashAttentionForCpu ScaledDotProductCudnnAttention""",
+    _kept(0, lambda op: len(op.out) - 1): "Mm Linear",
+    _kept(1, lambda op: len(op.out) - 1): "Addmm",
+    _kept(0, lambda op: len(op.out) - len(op.node._saved_normalized_shape)): "NativeLayerNorm FusedRmsNorm",
+    _batch_normed: "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm",
+    _reduced: "NllLoss NllLoss2D MseLoss BinaryCrossEntropyWithLogits SmoothL1Loss HuberLoss",
+}
+_RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+_SUMS, _SEVERAL = (_one_by_one, _copied, _without), ("Bmm", "Cat", "Scaled")  # which rules, and which operations
+
+
+def _passed(op: Passed) -> Place | tuple[()] | None:
+    rule = _RULES.get(op.name)
+    if rule is None or foreign(op.node) or None in op.places or (_SUM in op.places and rule not in _SUMS):
+        return None
+    alike = len(op.places) == 1 or (op.name.startswith(_SEVERAL) and len(set(op.places)) == 1)
+    return rule(op) if alike or rule is _one_by_one else None
+
+
+def followed(root: Node | None, calls: Sequence[Call]) -> dict[str, int]:
+    """How far samples stay apart on the ways from the outputs of layers to the end of a graph.
+
+    Args:
+        root: the end.
+        calls: those of the layers, all of one number of samples.
+    """
+    order, users, n = in_order(root), dict[Any, list[Node]](), calls[0].samples
+    ends = {c.edge.node: _shape_of(c) for c in calls if c.edge is not None}
+    places: dict[Any, Any] = {}
+    met: dict[Node, int] = {}
+    for node in order:
+        given = [(k, *edge) for k, edge in enumerate(node.next_functions) if edge[0] in places]
+        if given:
+            positions, shapes = [k for k, _, _ in given], [_shape(p, i) for _, p, i in given]
+            op = Passed(
+                node, operation(node), positions, [places[p] for _, p, _ in given], shapes, _shape(node, 0), n
+            )
+            found = _passed(op)
+            met[node] = UNKNOWN if found is None else COUPLED if found == _MET else APART
+            places[node] = found or None
+        for _, p, _ in given:
+            users.setdefault(p, []).append(node)
+        if node in ends:
+            shape = ends[node]
+            places[node] = _located(math.prod(shape) // n, shape, n)
+    return _worst(calls, order, users, met)
+
+
+def _worst(
+    calls: Sequence[Call], order: Sequence[Node], users: Mapping[Any, list[Node]], met: Mapping[Node, int]
+) -> dict[str, int]:
+    """The worst that happens on the ways from each layer, from what happens at each node."""
+    after: dict[Any, int] = {}
+    for node in reversed(order):
+        after[node] = max((max(met[user], after[user]) for user in users.get(node, ())), default=APART)
+    states = [(c.layer, UNKNOWN if c.edge is None else after.get(c.edge.node, UNKNOWN)) for c in calls]
+    return {layer: max(state for name, state in states if name == layer) for layer, _ in states}
+
+
+def _shape_of(call: Call) -> tuple[int, ...]:
+    """Of what the graph passes: the output, or what that is a view of, with the same numbers in the same order."""
+    assert call.edge is not None
+    return _shape(call.edge.node, call.edge.output_nr)
+
+
+def _shape(node: Any, number: int) -> tuple[int, ...]:
+    return tuple(node._input_metadata[number].shape)
 
 
 def may_reorder(node: Any) -> bool:
@@ -32,7 +227,8 @@ def may_reorder(node: Any) -> bool:
             first.ndim == 1 and torch.equal(first, torch.arange(len(first), device=first.device))
         )
     dims = getattr(node, "_saved_dims", getattr(node, "_saved_dim", 0))
-    return name.startswith(("Index", *_REORDERING)) and (dims in (0, ()) or (isinstance(dims, tuple) and 0 in dims))
+    reorders = name.startswith(("Index", "Flip", "Gather", "Roll", "Scatter", "Sort", "Take", "Topk"))
+    return reorders and (dims in (0, ()) or (isinstance(dims, tuple) and 0 in dims))
 
 
 def coupled_in_products(operator: Operator, calls: Sequence[Call], rng: Rng, *, once: bool = False) -> bool:
@@ -49,17 +245,25 @@ def coupled_in_products(operator: Operator, calls: Sequence[Call], rng: Rng, *, 
     return any(_leaks(calls, respond(own), own) for own in _splits(calls[0], rng, once))
 
 
-def coupled_in_outputs(outputs: Tensor, calls: Sequence[Call], rng: Rng, *, once: bool = False) -> bool:
-    """Ask first derivatives of the outputs: ``2 log2 n`` backward passes of what comes after the layer, or two."""
-    if outputs.ndim == 0 or outputs.shape[0] != calls[0].samples:
-        return True  # no telling which output belongs to which sample; one group is right in any case
+def coupled_in_outputs(
+    outputs: Tensor, layers: Mapping[str, Sequence[Call]], rng: Rng, *, once: bool = False
+) -> dict[str, bool]:
+    """Ask first derivatives of the outputs, of all layers (of one number of samples) at once.
 
-    def respond(own: Bool[Tensor, " n"]) -> list[Tensor]:
+    Cost: ``2 log2 n`` backward passes of what comes after the first layer, or two.
+    """
+    calls = [c for mine in layers.values() for c in mine]
+    if outputs.ndim == 0 or outputs.shape[0] != calls[0].samples:
+        return dict.fromkeys(layers, True)  # no telling which output is of which sample; one group is always right
+    found = dict.fromkeys(layers, False)
+    for own in (split for half in _splits(calls[0], rng, once) for split in (half, ~half)):
         r = rng.signs(tuple(outputs.shape), outputs)
         r[~own] = 0
-        return pull([outputs], calls, [r], create_graph=False)
-
-    return any(_leaks(calls, respond(own), own) for half in _splits(calls[0], rng, once) for own in (half, ~half))
+        pulled = iter(pull([outputs], calls, [r], create_graph=False))
+        for layer, mine in layers.items():
+            response = [next(pulled) for _ in mine]
+            found[layer] = found[layer] or _leaks(mine, response, own)
+    return found
 
 
 def _leaks(calls: Sequence[Call], response: Sequence[Tensor], own: Bool[Tensor, " n"]) -> bool:

@@ -1,18 +1,18 @@
 """From a scene to contributions: every layer gets its method, every method runs once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from relflat.curvature.operators import check_differentiable_again
 from relflat.errors import GraphError, SecondDerivativeError, warn
 from relflat.estimate.contributions import Contributions
-from relflat.estimate.methods import Method, choose, named
+from relflat.estimate.methods import Method, choose, choose_at_once, named
 from relflat.estimate.radius import increase
 from relflat.estimate.scene import Scene
-from relflat.estimate.subject import Memory, Subject
+from relflat.estimate.subject import Memory, Subject, lost_gradients
 from relflat.options import Options
 from relflat.rng import Rng
 
@@ -39,20 +39,39 @@ class Estimator:
         o = self.options
         return (o.method, o.curvature, o.gradient, o.radius) == ("auto", "hessian", "full", None)
 
-    def __call__(self, scene: Scene, step: int, options: Options | None = None) -> dict[str, Contributions]:
+    def __call__(
+        self,
+        scene: Scene,
+        step: int,
+        options: Options | None = None,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> dict[str, Contributions]:
         """The contributions to kappa of every layer of the scene, each with its method.
 
-        Seed and step determine the probes; ``options`` may ask for another number of them.
+        Seed and step determine the probes; ``options`` may ask for another number of them. Derivatives are taken
+        within a context of ``around``.
         """
         options = options or self.options
         if options.radius is not None:
-            return {"+".join(scene.layers): increase(scene, options, self.seed, step)}
+            with around():
+                return {"+".join(scene.layers): increase(scene, options, self.seed, step)}
+        found = self._run(scene, step, options, choose_at_once)
+        rest = [layer for layer in scene.layers if layer not in found]
+        if not rest:
+            return found
+        with around():
+            others = self._differentiated(scene, step, options, rest)
+        return {layer: found[layer] if layer in found else others[layer] for layer in scene.layers}
+
+    def _differentiated(
+        self, scene: Scene, step: int, options: Options, layers: Collection[str]
+    ) -> dict[str, Contributions]:
         if self.plain and not scene.plain and scene.replay is not None:
             scene = scene.plainly()
         try:
-            return self._estimate(scene, step, options)
+            return self._run(scene, step, options, choose, layers)
         except SecondDerivativeError as error:
-            found = None if self.plain else self._plainly(scene, step, options, error)
+            found = None if self.plain else self._plainly(scene, step, options, layers, error)
             if found is not None:
                 return found
             if not self.may_repeat or scene.replay is None:
@@ -62,10 +81,10 @@ class Estimator:
                 f"such as ReLU within a step), as {error}"
             )
             self._wanted = named("finite_difference")
-            return self._estimate(scene, step, options)
+            return self._run(scene, step, options, choose, layers)
 
     def _plainly(
-        self, scene: Scene, step: int, options: Options, error: SecondDerivativeError
+        self, scene: Scene, step: int, options: Options, layers: Collection[str], error: SecondDerivativeError
     ) -> dict[str, Contributions] | None:
         """By the pass run once more without compiled and fused kernels, from now on; None if that fails."""
         if scene.replay is None or len(scene.replay.forwards) != 1:
@@ -73,7 +92,7 @@ class Estimator:
         if not any(kernel in str(error) for kernel in _AVOIDABLE):
             return None
         try:
-            found = self._estimate(scene.plainly(), step, options)
+            found = self._run(scene.plainly(), step, options, choose, layers)
         except GraphError:  # no second derivative there either, or the criterion's input cannot be had again
             return None
         self.go_plain(error)
@@ -93,29 +112,31 @@ class Estimator:
         for layer in scene.layers:
             yield Subject(scene, layer, options or self.options, self.memory, self.seed, **how)
 
-    def _estimate(self, scene: Scene, step: int, options: Options) -> dict[str, Contributions]:
-        chosen: dict[str, tuple[Method, list[Subject]]] = {}
+    def _run(
+        self,
+        scene: Scene,
+        step: int,
+        options: Options,
+        chosen: Callable[[Subject, Method | None], Method | None],
+        layers: Collection[str] | None = None,
+    ) -> dict[str, Contributions]:
+        """Those of the layers, by default all, for which a method is chosen."""
+        by_method: dict[Method, list[Subject]] = {}
         found: dict[str, Contributions] = {}
         rng = Rng(self.seed, step)
-        with torch.autocast(scene.loss.device.type, enabled=False):
+        device = scene.loss.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             for subject in self.subjects(scene, options):
-                method = choose(subject, self._wanted)
-                chosen.setdefault(method.name, (method, []))[1].append(subject)
-            for method, subjects in chosen.values():
+                method = chosen(subject, self._wanted) if layers is None or subject.layer in layers else None
+                if method is not None:
+                    by_method.setdefault(method, []).append(subject)
+            for method, subjects in by_method.items():
                 found |= method.run(subjects, rng)
-        asked = [
-            s
-            for m, subjects in chosen.values()
-            for s in subjects
-            if m.name not in ("closed_form", "finite_difference")
-        ]
-        for layer in found.keys() - self.memory.smooth if options.full else ():
-            check_differentiable_again(found[layer].kappa)
-            self.memory.smooth.add(layer)
-        for subject in asked if options.full else ():
-            if subject.gradient_lost(found[subject.layer].kappa):
-                found[subject.layer] = replace(found[subject.layer], lost=True)
-        return {layer: found[layer] for layer in scene.layers}
+        if options.full:
+            asked = [s for method, mine in by_method.items() if method.asked for s in mine]
+            for layer in lost_gradients(asked, found):
+                found[layer] = replace(found[layer], lost=True)
+        return found
 
 
 def _remedy(scene: Scene, options: Options, text: str) -> str:

@@ -26,12 +26,16 @@ class Method:
         why_not: the reason why it does not apply to a layer, or None if it does.
         run: kappa of all the layers that it was chosen for.
         automatic: whether ``"auto"`` may take it.
+        differentiates: whether it, or finding out whether it applies, takes derivatives.
+        asked: whether the gradient of its kappa may be no number, so that it must be asked for.
     """
 
     name: str
     why_not: Callable[[Subject], str | None]
     run: Callable[[Sequence[Subject], Rng], dict[str, Contributions]]
     automatic: bool = True
+    differentiates: bool = True
+    asked: bool = True
 
 
 _METHODS: dict[str, Method] = {}
@@ -58,6 +62,16 @@ def named(name: str) -> Method | None:
     if name not in _METHODS and name not in ("auto", "xtrace"):
         raise ConfigError(f"method={name!r}: choose one of {['auto', *_METHODS, 'xtrace']}")
     return _METHODS.get(name)
+
+
+def choose_at_once(subject: Subject, wanted: Method | None) -> Method | None:
+    """As :func:`choose` where no derivative needs to be taken for it, nor for kappa; else None."""
+    for method in _METHODS.values() if wanted is None else [wanted]:
+        if method.differentiates:
+            return None
+        if wanted is not None or (method.automatic and method.why_not(subject) is None):
+            return choose(subject, method)
+    return None
 
 
 def choose(subject: Subject, wanted: Method | None) -> Method:
@@ -151,7 +165,7 @@ def _differences(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributio
     return found
 
 
-register(Method("closed_form", _why_no_closed_form, _closed_form))
+register(Method("closed_form", _why_no_closed_form, _closed_form, differentiates=False, asked=False))
 register(Method("exact", _why_no_exact_sum, _exact))
 register(Method("probe", lambda subject: None, _probe))
-register(Method("finite_difference", _why_no_differences, _differences, automatic=False))
+register(Method("finite_difference", _why_no_differences, _differences, automatic=False, asked=False))

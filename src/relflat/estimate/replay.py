@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from relflat.capture.calls import Forward
+from relflat.capture.calls import Forward, autocast_now
 from relflat.capture.outputs import same_part
 from relflat.capture.tap import Inject, Tap
 from relflat.errors import GraphError
@@ -99,7 +99,7 @@ class Replay:
         with ExitStack() as stack:
             stack.enter_context(self.tap.replaying(inject))
             stack.enter_context(rng_preserved(record.rng))
-            for device, (on, dtype) in record.autocast.items():
+            for device, (on, dtype) in (record.autocast or autocast_now(off=True)).items():
                 stack.enter_context(torch.autocast(device, dtype, enabled=on))
             if self.again is not None and self.criterion is not None:
                 again, named = _Again(model, self.again), {f"model.{name}": x for name, x in replaced.items()}

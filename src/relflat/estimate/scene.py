@@ -33,6 +33,7 @@ class Scene:
         scales: standard deviation of the features by layer, if they are to be normalised by a given one.
         replay: repeats the pass with a change; None where its loss cannot be computed again.
         plain: whether the pass ran without compiled code and fused attention.
+        recorded: calls of all layers, of those too that this is not about.
     """
 
     loss: Tensor
@@ -45,6 +46,7 @@ class Scene:
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     replay: Replay | None = None
     plain: bool = False
+    recorded: Sequence[Call] = ()
 
     @classmethod
     def of(
@@ -54,7 +56,12 @@ class Scene:
         calls, last = calls_behind(forwards, loss) if calls is None else calls, forwards[-1]
         other = {c.layer: c.module for c in calls if not c.linear}
         calls = [c for c in calls if c.layer not in other]
-        return cls(loss, calls, parameters={**last.parameters, **other}, mode=last.mode, **known)
+        return cls(loss, calls, parameters={**last.parameters, **other}, mode=last.mode, recorded=calls, **known)
+
+    @functools.cached_property
+    def kind(self) -> int:
+        """Stands for the operations of the graph."""
+        return hash(tuple(map(type, ancestors(self.loss.grad_fn))))
 
     @functools.cached_property
     def uses(self) -> Uses:

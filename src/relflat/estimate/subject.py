@@ -1,7 +1,7 @@
 """One layer of a scene, with the operator and the space its kappa is taken in, each built once."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ from relflat.curvature.slope import AskedLoss, must_be_asked
 from relflat.curvature.space import Space
 from relflat.curvature.weight_space import WeightSpace
 from relflat.errors import ConfigError, GraphError, LossError, SecondDerivativeError, warn
-from relflat.estimate.coupling import coupled_in_outputs, coupled_in_products, may_reorder
+from relflat.estimate.contributions import Contributions
+from relflat.estimate.coupling import COUPLED, UNKNOWN, coupled_in_outputs, coupled_in_products, followed, may_reorder
 from relflat.estimate.scene import Scene
 from relflat.loss.known import KnownLoss
 from relflat.options import Options
@@ -34,8 +35,10 @@ class Memory:
 
     coupled: dict[tuple[str, int, int], bool] = field(default_factory=dict)
     """Whether samples are coupled after it, in a training mode of all modules and by these operations."""
+    again: set[tuple[str, int, int]] = field(default_factory=set)
+    """Where that must be asked again, as an operation may put samples in another order each time."""
     tries: int = 0
-    """How often that was asked again, as an operation may put samples in another order each time."""
+    """How often it was."""
     curved: set[str] = field(default_factory=set)
     """The loss was seen to have a curvature in its output, or said to have none."""
     past: dict[tuple[str, int], bool] = field(default_factory=dict)
@@ -44,8 +47,6 @@ class Memory:
     """A parameter as a matrix, in a training mode of all modules."""
     through: set[str] = field(default_factory=set)
     """The loss was seen to depend on it through the outputs only."""
-    smooth: set[str] = field(default_factory=set)
-    """Its kappa was seen to have a gradient."""
     finite: set[str] = field(default_factory=set)
     """Its kappa was seen to have a finite gradient, and nothing to make it otherwise later."""
     plain: set[tuple[str, int, str]] = field(default_factory=set)
@@ -187,22 +188,9 @@ class Subject:
             self._warn_if_flat(operator)
         return operator
 
-    def gradient_lost(self, kappa: Tensor) -> bool:
-        """Whether the gradient of kappa is not finite in the layer's outputs or in what comes after it.
-
-        Asked once a layer, and each time where an operation after it has derivatives that are no numbers at 0.
-        """
-        if self.layer in self.memory.finite or not kappa.requires_grad:
-            return False
-        edges, loss = [c.edge for c in self.space.calls if c.edge is not None], self.scene.loss.grad_fn
-        ends = [e.node for e in edges]
-        inputs: list[Any] = [*edges, *leaves_between(loss, ends)]
-        found = differentiate([kappa.sum()], inputs, None, create_graph=False)
-        if not all(bool(torch.isfinite(g).all()) for g in found if g is not None):
-            return True
-        if not any(singular(node) for node in ancestors(loss, without=ends)):
-            self.memory.finite.add(self.layer)
-        return False
+    def ends(self) -> list[Node]:
+        """Where the graph passes what its curvature is taken in."""
+        return [c.edge.node for c in self.space.calls if c.edge is not None]
 
     def _must_be_plain(self) -> None:
         """Refuse compiled parts between the layer and the loss; looked for once a layer, mode and kind of loss."""
@@ -287,23 +275,44 @@ class Subject:
         self.memory.curved.add(self.layer)
 
     def _coupled(self) -> bool:
-        """Ask once for each layer, mode of all modules and kind of graph, when a batch first has two samples.
+        """Settled once for each layer, mode of all modules and kind of graph, when a batch first has two samples.
 
         Where they were not, and an operation may order samples in another way each time, one split is tried again.
         """
         if self.calls[0].samples < 2 or len({c.samples for c in self.calls}) > 1:
             return False
-        after = list(ancestors(self.scene.loss.grad_fn, {c.edge.node for c in self.calls if c.edge is not None}))
-        known, key = self.memory.coupled, (self.layer, self.scene.mode, hash(tuple(map(type, after))))
-        again = known.get(key) is False and any(map(may_reorder, after))
-        if key not in known or again:
-            self.memory.tries += again
-            rng = Rng(self.seed, -4 - self.memory.tries if again else -1)
-            if self.factors is not None:
-                known[key] = coupled_in_outputs(self.factors.outputs, self.calls, rng, once=again)
+        known, key = self.memory.coupled, (self.layer, self.scene.mode, self.scene.kind)
+        if key not in known:
+            self._settle_coupling()
+        elif key in self.memory.again and not known[key] and self._reordered():
+            self.memory.tries += 1
+            rng = Rng(self.seed, -4 - self.memory.tries)
+            if self.factors is None:
+                known[key] = coupled_in_products(self.operator, self.calls, rng, once=True)
             else:
-                known[key] = coupled_in_products(self.operator, self.calls, rng, once=again)
+                known[key] = coupled_in_outputs(self.factors.outputs, {"": self.calls}, rng, once=True)[""]
         return known[key]
+
+    def _reordered(self) -> bool:
+        ends = {c.edge.node for c in self.calls if c.edge is not None}
+        return any(map(may_reorder, ancestors(self.scene.loss.grad_fn, ends)))
+
+    def _settle_coupling(self) -> None:
+        """By the operations after layers, of all of them; else by derivatives."""
+        factors, mode, kind = self.factors, self.scene.mode, self.scene.kind
+        seen = [c for c in self.scene.recorded if c.edge is not None and not c.output.is_nested]
+        calls = [c for c in dict.fromkeys([*seen, *self.calls]) if c.samples == self.calls[0].samples]
+        states = followed((self.scene.loss if factors is None else factors.outputs).grad_fn, calls)
+        found = {layer: state == COUPLED for layer, state in states.items() if state != UNKNOWN}
+        if self.layer not in found:
+            rng = Rng(self.seed, -1)
+            self.memory.again.update((layer, mode, kind) for layer in states if layer not in found)
+            asked = {layer: [c for c in calls if c.layer == layer] for layer in states if layer not in found}
+            if factors is None:
+                found[self.layer] = coupled_in_products(self.operator, self.calls, rng)
+            else:
+                found |= coupled_in_outputs(factors.outputs, asked, rng)
+        self.memory.coupled.update({(layer, mode, kind): coupled for layer, coupled in found.items()})
 
 
 def joint_operator(subjects: Sequence[Subject]) -> Operator:
@@ -316,3 +325,30 @@ def joint_operator(subjects: Sequence[Subject]) -> Operator:
     slope, calls = first._asked_slope(), [c for s in subjects for c in s.space.calls]
     of = first.scene.loss.sum() if slope is None else first._outputs(calls)
     return HessianOperator(of, calls, slope, create_graph=False)
+
+
+def lost_gradients(subjects: Sequence[Subject], found: Mapping[str, Contributions]) -> list[str]:
+    """The layers whose kappa has a gradient that is not finite in their outputs or in what comes after them.
+
+    Asked once a layer, and each time where an operation after it has derivatives that are no numbers at 0; all
+    layers at once, and one by one only where that is not finite.
+    """
+    asked = [s for s in subjects if s.layer not in s.memory.finite and found[s.layer].kappa.requires_grad]
+    lost = (
+        []
+        if not asked or _finite_gradients(asked, found)
+        else [s for s in asked if not _finite_gradients([s], found)]
+    )
+    for s in asked:
+        if s not in lost and not any(map(singular, ancestors(s.scene.loss.grad_fn, without=s.ends()))):
+            s.memory.finite.add(s.layer)
+    return [s.layer for s in lost]
+
+
+def _finite_gradients(subjects: Sequence[Subject], found: Mapping[str, Contributions]) -> bool:
+    edges = [c.edge for s in subjects for c in s.space.calls if c.edge is not None]
+    leaves = {id(x): x for s in subjects for x in leaves_between(s.scene.loss.grad_fn, s.ends())}
+    of: list[Tensor] = [found[s.layer].kappa.sum() for s in subjects]
+    inputs: list[Any] = [*edges, *leaves.values()]
+    gradients = differentiate(of, inputs, None, create_graph=False)
+    return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)

@@ -46,7 +46,8 @@ class Criterion:
     @property
     def eager(self) -> "Criterion":
         """The same without ``torch.compile``."""
-        return replace(self, loss_fn=uncompiled(self.loss_fn))
+        loss_fn = uncompiled(self.loss_fn)
+        return self if loss_fn is self.loss_fn else replace(self, loss_fn=loss_fn)
 
     @property
     def trained_through(self) -> bool:

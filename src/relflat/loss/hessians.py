@@ -1,11 +1,12 @@
 """Hessians of losses with respect to one row of logits, in the forms that kappa needs."""
 
 import copy
-from typing import Protocol
+import functools
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -15,8 +16,8 @@ class LogitHessian(Protocol):
     def diagonal(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, "p m"]:
         """The diagonal of ``W' A_p W``."""
 
-    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
-        """``Tr(W' A_p W)``."""
+    def kappa(self, weight: Float[Tensor, "d m"], phi: Float[Tensor, "p m"]) -> Float[Tensor, " p"]:
+        """``||phi_p||^2 Tr(W' A_p W)``."""
 
     def trace(self) -> Float[Tensor, " p"]:
         """``Tr A_p``."""
@@ -31,6 +32,9 @@ class LogitHessian(Protocol):
         """``constant * A_p``, for a constant that is not negative."""
 
 
+_FEW = 25  # classes up to which distances between all rows of W are exact, and cheap
+
+
 class SoftmaxHessian:
     """``A_p = mass_p (diag p - p p')``: cross-entropy (I1).
 
@@ -40,10 +44,27 @@ class SoftmaxHessian:
     """
 
     def __init__(self, logits: Float[Tensor, "p d"], mass: Float[Tensor, " p"]) -> None:
-        self.mass, self.log_p = mass, F.log_softmax(logits, dim=-1)
-        self.k = self.log_p.argmax(-1, keepdim=True)
-        self.others = self.log_p.exp().scatter(-1, self.k, 0.0)
-        self.missing = self.others.sum(-1)
+        self.logits, self.mass = logits, mass
+
+    @functools.cached_property
+    def log_p(self) -> Float[Tensor, "p d"]:
+        """Logarithms of the probabilities."""
+        return F.log_softmax(self.logits, dim=-1)
+
+    @functools.cached_property
+    def k(self) -> Int[Tensor, "p 1"]:
+        """The most likely classes."""
+        return self.log_p.argmax(-1, keepdim=True)
+
+    @functools.cached_property
+    def others(self) -> Float[Tensor, "p d"]:
+        """The probabilities of all others, and 0."""
+        return self.log_p.exp().scatter(-1, self.k, 0.0)
+
+    @functools.cached_property
+    def missing(self) -> Float[Tensor, " p"]:
+        """What is missing to certainty."""
+        return self.others.sum(-1)
 
     def _moments(self, weight: Float[Tensor, "d m"]) -> tuple[Tensor, Tensor, Tensor]:
         """``q``, W without its mean row (which kappa does not see, but rounding does), what ``q W^2`` exceeds by."""
@@ -61,6 +82,13 @@ class SoftmaxHessian:
         """``E_p ||w||^2 - ||E_p w||^2``, times the mass."""
         q, w, less = self._moments(weight)
         return self.mass * (q @ w.square().sum(-1) - less.sum(-1))
+
+    def kappa(self, weight: Float[Tensor, "d m"], phi: Float[Tensor, "p m"]) -> Float[Tensor, " p"]:
+        """The same times ``||phi||^2``."""
+        if len(weight) > _FEW:
+            return phi.square().sum(-1) * self.total(weight)
+        found: Tensor = _OfPairs.apply(self.logits, weight, phi, self.mass)  # type: ignore[no-untyped-call]
+        return found
 
     def trace(self) -> Float[Tensor, " p"]:
         """``1 - ||p||^2`` times the mass."""
@@ -85,6 +113,41 @@ class SoftmaxHessian:
         return scaled
 
 
+class _OfPairs(torch.autograd.Function):
+    """:meth:`SoftmaxHessian.kappa` for few classes, as ``1/2 sum_cc' p_c p_c' ||w_c - w_c'||^2``.
+
+    No term is negative, so all digits stay; and with its gradient written out it takes few operations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor, phi: Tensor, mass: Tensor) -> Tensor:
+        p, gaps = z.softmax(-1), torch.cdist(weight, weight).square_().mul_(0.5)
+        slope = p @ gaps
+        variance, energy = (p * slope).sum(-1) * mass, phi.square().sum(-1)
+        ctx.save_for_backward(z, weight, phi, mass, p, slope, variance, energy)
+        return variance * energy
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        """``dV/dp = 2 slope`` and ``dV/dw_c = 2 sum_c' p_c p_c' (w_c - w_c')``."""
+        z, weight, phi, mass, p, slope, variance, energy = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # to be differentiated again
+            wanted = [x for x, need in zip((z, weight, phi), needs, strict=False) if need]
+            value = phi.square().sum(-1) * SoftmaxHessian(z, mass).total(weight)
+            found = iter(torch.autograd.grad(value, wanted, v, create_graph=True))
+            return *(next(found) if need else None for need in needs[:3]), None
+        v = 2 * v
+        rows = (v * mass * energy)[:, None]
+        in_z = in_w = None
+        if needs[0]:
+            in_z = torch.ops.aten._softmax_backward_data(slope * rows, p, -1, p.dtype)
+        if needs[1]:
+            pairs = (p.mT @ (p * rows)).fill_diagonal_(0)
+            in_w = torch.addmm(pairs.sum(1)[:, None] * weight, pairs, weight, alpha=-1)
+        return in_z, in_w, phi * (v * variance)[:, None] if needs[2] else None, None
+
+
 class DiagonalHessian:
     """``A_p = diag(a_p)``: losses that are sums over the outputs, each of one output (I2)."""
 
@@ -95,9 +158,9 @@ class DiagonalHessian:
         """``sum_c a_c w_c^2`` feature by feature."""
         return self.a @ weight.square()
 
-    def total(self, weight: Float[Tensor, "d m"]) -> Float[Tensor, " p"]:
-        """``sum_c a_c ||w_c||^2``."""
-        return self.a @ weight.square().sum(-1)
+    def kappa(self, weight: Float[Tensor, "d m"], phi: Float[Tensor, "p m"]) -> Float[Tensor, " p"]:
+        """``sum_c a_c ||w_c||^2``, times ``||phi||^2``."""
+        return phi.square().sum(-1) * (self.a @ weight.square().sum(-1))
 
     def trace(self) -> Float[Tensor, " p"]:
         """``sum_c a_c``."""

@@ -10,7 +10,7 @@ To add a loss, write a function that turns a call into a :class:`KnownLoss` and 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,10 +32,13 @@ class KnownLoss:
     divisor: Callable[[], Tensor] | None  # of a mean: samples, class weights, tokens not ignored; None: not known
     confidence: Callable[[], Tensor] | None  # of the most likely class, at each row that counts
     elementwise: bool  # whether a row may be cut anywhere, as each output stands alone
+    _made: dict[bool, LogitHessian] = field(default_factory=dict, init=False, repr=False)
 
     def hessian(self, *, constant: bool) -> LogitHessian:
         """The Hessian, without a graph if it counts as constant."""
-        return self.hessian_at(self.outputs.detach() if constant else self.outputs)
+        if constant not in self._made:
+            self._made[constant] = self.hessian_at(self.outputs.detach() if constant else self.outputs)
+        return self._made[constant]
 
     def times(self, constant: float) -> "KnownLoss":
         """The loss multiplied by a constant that is not negative."""
@@ -51,7 +54,8 @@ class KnownLoss:
 
     def rows(self) -> Float[Tensor, "... d"]:
         """The logits with one row in the last dimension."""
-        return self.outputs.movedim(self.class_dim, -1) if self.outputs.ndim > 1 else self.outputs
+        last = self.class_dim in (-1, self.outputs.ndim - 1) or self.outputs.ndim < 2
+        return self.outputs if last else self.outputs.movedim(self.class_dim, -1)
 
     def from_rows(self, rows: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
         """Undo :meth:`rows`, for a tensor like it."""
@@ -87,9 +91,9 @@ def known_loss(
         return known_loss(loss_fn.func, outputs, targets, {**loss_fn.keywords, **kwargs})
     for module, function, describe in _KNOWN:
         if isinstance(loss_fn, nn.Module) and _runs(loss_fn, module.forward) and not kwargs:
-            attributes = vars(loss_fn) | dict(loss_fn.named_buffers())
+            attributes = vars(loss_fn) | loss_fn._buffers
             return describe(
-                outputs, targets[0], **{k: attributes[k] for k in attributes.keys() & _parameters(function)}
+                outputs, targets[0], **{k: attributes[k] for k in _parameters(function) & attributes.keys()}
             )
         if loss_fn is function and not {"size_average", "reduce"} & set(kwargs):
             return describe(outputs, targets[0], **kwargs)
@@ -98,7 +102,8 @@ def known_loss(
 
 def uncompiled(function: Any) -> Any:
     """What ``torch.compile`` was given, if this is what it made of it."""
-    inner = getattr(function, "_orig_mod", getattr(function, "_torchdynamo_orig_callable", None))
+    known = function._modules if isinstance(function, nn.Module) else getattr(function, "__dict__", {})
+    inner = known.get("_orig_mod", known.get("_torchdynamo_orig_callable"))
     return function if inner is None else uncompiled(inner)
 
 
@@ -137,16 +142,18 @@ def _softmax_cross_entropy(
     dim = 1 if outputs.ndim > 1 else 0
     d, wide = outputs.shape[dim], _wide(outputs)
 
-    @functools.cache
     def masses() -> tuple[Tensor, Tensor]:
         """The mass of each row, and the sum a mean reduction divides by."""
-        w = (outputs.new_ones(d) if weight is None else weight).to(wide)
+        w = None if weight is None else weight.to(wide)
         if probabilities:  # sum_c w_c t_c, targets smoothed
+            w = outputs.new_ones(d, dtype=wide) if w is None else w
             t = target.movedim(dim, -1).reshape(-1, d).to(w.dtype)
             mass = (t * (1 - label_smoothing) + label_smoothing / d) @ w
             return mass, mass.new_tensor(float(mass.numel()))
         y = target.reshape(-1).long()
         valid = y != ignore_index
+        if w is None:
+            return valid, valid.sum(dtype=wide)
         own = torch.where(valid, w[torch.where(valid, y, 0)], 0.0)
         # (1-s) w_y + s/C sum_c w_c
         mass = (1 - label_smoothing) * own + torch.where(valid, label_smoothing / d * w.sum(), 0.0)
@@ -154,8 +161,8 @@ def _softmax_cross_entropy(
 
     def hessian_at(logits: Tensor) -> LogitHessian:
         mass, total = masses()
-        rows = logits.movedim(dim, -1).reshape(-1, d).to(wide)
-        return SoftmaxHessian(rows, mass / total if reduction == "mean" else mass)
+        rows = (logits if logits.ndim == 2 else logits.movedim(dim, -1).reshape(-1, d)).to(wide)
+        return SoftmaxHessian(rows, mass / total if reduction == "mean" else mass.to(wide))
 
     def confidence() -> Tensor:
         top = outputs.detach().to(wide).softmax(dim).amax(dim)

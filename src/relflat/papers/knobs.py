@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relflat import FAM
@@ -40,11 +41,9 @@ def closed_form_of(temperature: float, unit_features: bool) -> Method:
             assert known is not None
             logits = known.outputs if s.options.full else known.outputs.detach()
             hessian = closed_form.by_rows(s.calls[0], known.hessian_at(logits / temperature))
-            energy = space.features.flatten(0, 2).square()
-            if unit_features:
-                total = energy.sum(-1, keepdim=True)
-                energy = energy / torch.where(total > 0, total, 1.0)
-            part = closed_form.from_energy(energy, space.weight, hessian, s.options)
+            phi = space.features.flatten(0, 2)
+            phi = F.normalize(phi, dim=-1, eps=1e-30) if unit_features else phi
+            part = closed_form.from_features(phi, space.weight, hessian, s.options)
             found[s.layer] = replace(part, method=name)
         return found
 
