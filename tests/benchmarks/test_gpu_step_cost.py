@@ -17,9 +17,11 @@ def test_it_runs_small_on_the_cpu(tmp_path, monkeypatch, capsys):
     options = ["--device", "cpu", "--small", "--precisions", "fp32", "fp16", "--json", str(results)]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    for place in (torch.backends.cuda.matmul, torch.backends.cudnn):  # which the script sets for its process
-        monkeypatch.setattr(place, "allow_tf32", place.allow_tf32)
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)  # which the script sets for its process
+    before = [place.allow_tf32 for place in places]
     runpy.run_path(str(SCRIPT), run_name="__main__")
+    for place, allowed in zip(places, before, strict=True):
+        place.allow_tf32 = allowed
     assert "not a GPU" in capsys.readouterr().out
     found = json.loads(results.read_text())
     assert found["device"] == "cpu"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from device import DEVICE
 from relflat import FAM, ConfigError, GraphError, LayerError, LossError, RelflatWarning, reference, relative_flatness
 
 CE = nn.CrossEntropyLoss
@@ -270,17 +271,18 @@ class TestCoupling:
 class TestPrecision:
     @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
     @pytest.mark.parametrize("layer", ["4", "2"])
-    def test_autocast_computes_kappa_in_float32(self, layer: str, curvature: str) -> None:
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+    def test_autocast_computes_kappa_in_float32(self, half: torch.dtype, layer: str, curvature: str) -> None:
         x, y = batch(64)
         net = mlp().float()
         fam = FAM(CE(), net, layer, strength=1.0, curvature=curvature, seed=0)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=half):
             loss = fam(net(x.float()), y)
         loss.backward()
-        half = fam.last["kappa"]
+        mixed = fam.last["kappa"]
         fam.step = 0
         fam(net(x.float()), y)
-        assert half == pytest.approx(fam.last["kappa"], rel=0.1)
+        assert mixed == pytest.approx(fam.last["kappa"], rel=0.1)
         assert fam.last["method"] == ("closed_form" if layer == "4" else f"probe({curvature}, 1)")
 
     def test_a_confident_classifier_keeps_its_digits(self) -> None:
