@@ -4,7 +4,6 @@ The cluster is of this machine alone: loopback, one CPU a node, small object sto
 """
 
 import json
-import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,14 +78,8 @@ def cluster():
         made.shutdown()
 
 
-@pytest.fixture(scope="module")
-def joined(cluster):
-    """This process is in the cluster for good, so that workers of one test go on with the next."""
-    ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-
-
 @pytest.fixture
-def pool(cluster, joined, tmp_path):
+def pool(cluster, tmp_path):
     """The cluster as an engine, and the folder of runs."""
     with Engine(2, "ray", cluster.address).pool(tmp_path / "runs") as engine:
         yield engine
@@ -195,7 +188,6 @@ def test_a_worker_with_other_versions(tmp_path):
 
 def test_the_command(cluster, tmp_path, monkeypatch, capsys):
     """A comparison by its command gives the report that the local engine gives."""
-    ray.shutdown()  # the command joins by itself
     monkeypatch.chdir(tmp_path)
     command = ["compare", "digits", "--arms", "plain", "fam-radius", "--seeds", "2", "--search-seeds", "1"]
     command += ["--trials", "2", "--train-size", "100", "--epochs", "1", "--json"]
