@@ -18,7 +18,7 @@ from counting import peak_bytes
 
 CE = nn.CrossEntropyLoss()
 pytestmark = pytest.mark.slow
-STEPS, WARM_UP = 500, 200
+STEPS, WARM_UP = 500, 400
 LEAK = 2**11  # bytes a step
 PAGE = 4096
 
