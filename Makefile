@@ -8,10 +8,11 @@ ARCHITECTURES := .venv-architectures
 LOWEST := .venv-lowest
 WHEEL := .venv-wheel
 PUBLISHED := $(ARCHITECTURES)/.installed
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# the processes of a test run compile the sources once
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-architectures architectures lint types format lowest dist bench house results hooks clean
+.PHONY: help demo quick test test-gpu test-architectures architectures lint types format lowest dist bench house results hooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +25,9 @@ quick: $(READY)  ## tests of the core's parts, of every awkward network and of q
 
 test: $(READY)  ## every test, doctest and document
 	$(PYTEST)
+
+test-gpu: $(READY)  ## tests of numbers on a GPU, in float64 and half precision; where there is none it says so
+	@$(BIN)/python tests/gpu.py
 
 test-architectures: $(PUBLISHED)  ## every published architecture, those of timm, torchvision and smp too, layer by layer
 	$(ARCHITECTURES)/bin/python -m pytest -n 2 --dist loadgroup tests/architectures

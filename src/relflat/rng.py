@@ -47,7 +47,7 @@ def _rank() -> int:
 def subset(seed: int, step: int, count: int, size: int) -> list[int]:
     """``size`` of the numbers below ``count``, uniform without replacement, in order; the same on all ranks."""
     generator = torch.Generator().manual_seed(_hashed(f"{seed},{step},subset"))
-    return sorted(torch.randperm(count, generator=generator)[:size].tolist())
+    return sorted(torch.randperm(count, generator=generator, device="cpu")[:size].tolist())
 
 
 def _hashed(name: str) -> int:

@@ -17,7 +17,7 @@ from counting import Operations, Passes, flops, operations, passes, peak_bytes
 from measure_cost import evaluate
 from rows import CONTROL, OUTPUT, PLAIN, SAM_ROW, Row, Trainer, fam
 
-SAMPLES = 8
+SAMPLES = 2
 ON_OUTPUT = [row for row in OUTPUT if row not in (PLAIN, CONTROL, SAM_ROW)]
 
 

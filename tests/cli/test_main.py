@@ -375,11 +375,6 @@ def test_module_is_the_command():
     assert json.loads(done.stdout)["fashion-mnist"]["licence"].startswith("MIT")
 
 
-def test_core_does_not_import_the_lab():
-    code = "import sys, relflat; print([name for name in sys.modules if name.startswith('relflat.lab')])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
 @pytest.mark.parametrize(
     ("command", "nearest"),
     [

@@ -2,13 +2,18 @@
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from processes import relflat
 from relflat.cli.main import main
 
 TRAIN = ["train", "digits", "--epochs", "3", "--train-size", "100", "--json"]
@@ -66,23 +71,23 @@ def test_full_disk(small_disk, tmp_path, capsys, command):
     assert without_times(answer[key]) == without_times(expected[key])
 
 
-def limited(command, place, kilobytes):
-    """The command in a process whose files may not grow beyond a size, as on a disk with a quota."""
-    code = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes * 1024},) * 2)\n"
-        "from relflat.cli.main import main\n"
-        "main(sys.argv[1:])\n"
-    )
-    ways = [*command, "--runs", str(place / "runs")] + (["--out", str(place / "out")] * (command is COMPARE))
-    return subprocess.run([sys.executable, "-c", code, *ways], capture_output=True, text=True), ways
+@contextmanager
+def small_files(kilobytes: int) -> Iterator[None]:
+    """Files may not grow beyond a size, as on a disk with a quota."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(("command", "kilobytes"), [(TRAIN, 100), (COMPARE, 100), (COMPARE, 1)])
 def test_files_that_may_not_grow(tmp_path, command, kilobytes, capsys):
     """Checkpoints of digits are larger than 100 KiB, the plan of a comparison is larger than 1."""
-    done, ways = limited(command, tmp_path, kilobytes)
+    ways = [*command, "--runs", str(tmp_path / "runs")]
+    ways += ["--out", str(tmp_path / "out")] * (command is COMPARE)
+    done = relflat(*ways, within=partial(small_files, kilobytes))
     assert done.returncode == 2, done.stderr
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr

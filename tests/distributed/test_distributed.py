@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, CLASSES, Net, alone, data, ddp, dying, fsdp, head_alone, measure, precision, probes
-from ranks import run
 from torch import nn
 
+from processes import run
 from relflat import relative_flatness, relative_flatness_by_layer
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 def on(work, ranks, *args, **limits):

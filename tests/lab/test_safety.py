@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from importlib import import_module
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 import relflat
+from processes import relflat as in_a_process
 from relflat.cli.main import main
 from relflat.errors import ConfigError, DataError
 from relflat.lab import moved
@@ -311,10 +311,11 @@ def test_a_task_file_that_ends_is_named(capsys, tmp_path, end):
     assert (code, "mine.py raises an error" in " ".join(err.split())) == (2, True)
 
 
+@pytest.mark.xdist_group("processes")
 def test_what_a_task_file_prints_by_whatever_means_is_no_part_of_the_answer(tmp_path):
     says = 'print("hello")\nimport os\nos.system("echo hello")\n'
     arguments = ["train", task_file(tmp_path, "", says), "--train-size", "40", "--runs", str(tmp_path), "--json"]
-    done = subprocess.run([sys.executable, "-m", "relflat", *arguments], capture_output=True, text=True)
+    done = in_a_process(*arguments)
     assert json.loads(done.stdout)["result"]["status"] == "finished"
     assert done.stderr.count("hello") == 2
 

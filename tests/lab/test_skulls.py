@@ -25,6 +25,7 @@ from relflat.papers.skull_tasks import Autoencoder, Completion, dice_cross_entro
 from relflat.papers.skulls import LARGE, SIDE, SMALL, Sizes
 
 FEW = Sizes(train=4, validation=2, evaluation=2)
+pytestmark = pytest.mark.xdist_group("monai")  # takes 15 s to import
 
 
 @pytest.fixture(scope="module")

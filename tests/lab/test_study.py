@@ -1,19 +1,17 @@
 """A comparison on disk: killed and resumed, reported again, and blind to test labels while it chooses."""
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 
 import pytest
-from killable import Killable
+from killable import end, start
 
 from relflat.errors import ConfigError, DataError
 from relflat.lab.compare.arms import Budget
@@ -67,20 +65,18 @@ KILLS = 10
 class Study:
     """A comparison in a folder of its own, by its command."""
 
-    killable: Killable
     place: Path
 
     def start(self, fatal=0):
         self.place.mkdir(exist_ok=True)
         ways = ["--runs", str(self.place / "runs"), "--out", str(self.place / "out")]
-        return self.killable.start([*COMMAND, *ways], self.place / "log", self.place, fatal)
+        return start([*COMMAND, *ways], self.place / "log", self.place, fatal)
 
     def finish(self):
         """Seconds and changes of files that an uninterrupted command takes."""
-        start = time.monotonic()
-        self.start()
-        assert self.killable.end() == 0, (self.place / "log").read_text()
-        return time.monotonic() - start, int((self.place / "log").read_text().rpartition("changes: ")[2])
+        begin = time.monotonic()
+        assert end(self.start()) == 0, (self.place / "log").read_text()
+        return time.monotonic() - begin, int((self.place / "log").read_text().rpartition("changes: ")[2])
 
     def numbers(self):
         """Everything that is left, except times: the names of all files, and what is in those with numbers."""
@@ -97,42 +93,34 @@ def content(path):
 
 
 @pytest.fixture(scope="module")
-def killable():
-    made = Killable()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def whole(killable, tmp_path_factory):
+def whole(tmp_path_factory):
     """An uninterrupted comparison: its seconds, its changes of files, what is left of it."""
-    study = Study(killable, tmp_path_factory.mktemp("whole"))
+    study = Study(tmp_path_factory.mktemp("whole"))
     return *study.finish(), study.numbers()
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("kill")
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("moment", ["in time", "between writes"])
-def test_killed_ten_times_and_resumed_it_gives_the_same_numbers(killable, whole, tmp_path, moment):
+def test_killed_ten_times_and_resumed_it_gives_the_same_numbers(whole, tmp_path, moment):
     """Kill -9 at random moments; what comes out equals the uninterrupted comparison, bit for bit."""
     seconds, changes, expected = whole
     chance = random.Random(moment)
     killed = 0
     for attempt in count():
-        one = Study(killable, tmp_path / str(attempt))
+        one = Study(tmp_path / str(attempt))
         while killed < KILLS:
             share = chance.uniform(0, 2 / KILLS)
             if moment == "in time":
                 process = one.start()
                 time.sleep(share * seconds)
-                with suppress(ProcessLookupError):  # it may have finished before
-                    os.kill(process, signal.SIGKILL)
+                process.kill()
             else:
-                one.start(fatal=1 + int(share * changes))
-            end = killable.end()
-            if end == 0:  # all done before it could be killed: another one
+                process = one.start(fatal=1 + int(share * changes))
+            code = end(process)
+            if code == 0:  # all done before it could be killed: another one
                 break
-            assert end == -signal.SIGKILL, (one.place / "log").read_text()
+            assert code == -signal.SIGKILL, (one.place / "log").read_text()
             killed += 1
         one.finish()
         assert one.numbers() == expected
@@ -141,14 +129,14 @@ def test_killed_ten_times_and_resumed_it_gives_the_same_numbers(killable, whole,
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("kill")
-def test_finished_runs_are_not_done_twice(killable, tmp_path):
-    one = Study(killable, tmp_path / "one")
+@pytest.mark.xdist_group("processes")
+def test_finished_runs_are_not_done_twice(tmp_path):
+    one = Study(tmp_path / "one")
     process = one.start()
     while len(done := list(one.place.glob("runs/*/result.json"))) < 3:
         time.sleep(0.005)
-    os.kill(process, signal.SIGKILL)
-    assert killable.end() == -signal.SIGKILL
+    process.kill()
+    assert end(process) == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in done}
     one.finish()
     assert {path: path.stat().st_mtime_ns for path in done} == before

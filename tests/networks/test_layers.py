@@ -155,14 +155,20 @@ def test_gauss_newton(name: str) -> None:
 @pytest.mark.parametrize("method", ["exact", "probe"])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name: str, method: str) -> None:
-    """Exact: in every parameter as autograd through the dense definition. Probes: on average over many."""
+    """Exact: in every parameter as autograd through the dense definition. Probes: on average over many.
+
+    A batch of copies has the same mean loss, and every sample has probes of its own: k copies with 1000 / k probes
+    average as many.
+    """
     model, x, y, _, _ = build(name)
     case = CASES[name]
     _, back = torch.func.vjp(case.matrix, model.layer.weight.detach())
     want = torch.autograd.grad(
         reference.kappa(loss_with_graph(model, x, y, back), case.matrix(model.layer.weight)), list(model.parameters())
     )
-    n = 1 if method == "exact" else 1000
+    copies = 40 if method == "probe" and y.ndim else 1
+    x, y = (t.repeat(copies, *[1] * (t.ndim - 1)) if y.ndim else t for t in (x, y))
+    n = 1 if method == "exact" else 1000 // copies
     fam = FAM(CE, model, "layer", strength=1.0, curvature="hessian", method=method, probes=n, seed=1)
     task = CE(model(x), y)
     got = torch.autograd.grad(fam(model(x), y) - task, list(model.parameters()))

@@ -165,6 +165,8 @@ COUPLED = {
     "pairs of neighbours",
     "several terms",
 }
+MONAI = pytest.mark.xdist_group("monai")  # takes 15 s to import
+NAMES = [pytest.param(name, marks=MONAI) if "monai" in name else name for name in LOSSES]
 
 
 def network(width: int) -> nn.Sequential:
@@ -178,7 +180,7 @@ def inputs() -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:kappa of layer")
 @pytest.mark.parametrize("layer", ["0", "2"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradients(name: str, layer: str) -> None:
     case = LOSSES[name]
     model, x, y, kwargs = network(case.width), inputs(), case.y(), case.kwargs()
@@ -199,7 +201,7 @@ def test_value_and_gradients(name: str, layer: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:kappa of layer")
 @pytest.mark.parametrize("layer", ["0", "2"])
-@pytest.mark.parametrize("name", [n for n in LOSSES if n != "keywords"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "keywords"])
 def test_measured_and_sampled(name: str, layer: str) -> None:
     case = LOSSES[name]
     model, x, y = network(case.width), inputs(), case.y()
@@ -230,6 +232,7 @@ def test_one_loss_a_sample(layer: str) -> None:
         assert float(shares[i]) == pytest.approx(float(reference.kappa(loss, W)), rel=1e-9, abs=1e-10)
 
 
+@MONAI
 class TestDiceOfMonai:
     """The loss of MONAI itself: its own reductions, and curvature without a second derivative by autograd."""
 

@@ -1,7 +1,9 @@
 """Recurrent cells, attention, transformer encoders, embeddings, and samples coupled over rows."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from architectures import CLASSES, IN, Family, N, Net, image
@@ -94,6 +96,13 @@ def embedding_with_sparse_gradients() -> nn.Module:
         embed=nn.Embedding(4, 2, sparse=True),
         head=nn.Linear(2, CLASSES),
     )
+
+
+@pytest.fixture(autouse=True)
+def _without_cudnn() -> Iterator[None]:
+    """Its recurrent kernels have no second derivative."""
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 class TestSequences(EachArchitecture):

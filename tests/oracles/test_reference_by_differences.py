@@ -48,7 +48,7 @@ def test_hessian_kappa_and_measures_by_finite_differences(layer: str, seed: int)
         largest += (W[s] @ W[s]) * np.linalg.eigvalsh(H[s, :, s, :]).max()
 
     loss, V, _ = reference_at(weights, x, layer)
-    assert reference.layer_hessian(loss, V).detach().numpy() == pytest.approx(H, abs=1e-6)
+    assert reference.layer_hessian(loss, V).detach().cpu().numpy() == pytest.approx(H, abs=1e-6)
     assert reference.kappa(loss, V).item() == pytest.approx(kappa, abs=1e-6)
     assert reference.trace(loss, V).item() == pytest.approx(trace, abs=1e-6)
     assert reference.layerwise(loss, V).item() == pytest.approx(np.sum(W**2) * trace, abs=1e-6)

@@ -23,7 +23,7 @@ def two_by_two(V: torch.Tensor) -> torch.Tensor:
 
 def test_two_by_two_hessian() -> None:
     phi_phi = np.array([[1.0, 2.0], [2.0, 4.0]])
-    H = reference.layer_hessian(two_by_two, W).numpy()
+    H = reference.layer_hessian(two_by_two, W).cpu().numpy()
     assert H[0, :, 0, :] == pytest.approx(phi_phi / 4)
     assert H[0, :, 1, :] == pytest.approx(-phi_phi / 4)
     assert H[1, :, 0, :] == pytest.approx(-phi_phi / 4)
@@ -64,7 +64,7 @@ def test_softmax_regression_has_the_known_hessian() -> None:
         H += np.einsum("sc,t,u->stcu", np.diag(p_i) - np.outer(p_i, p_i), phi_i, phi_i) / 6
         mean_row = p_i @ V
         kappa += (phi_i @ phi_i) * sum(p_i[c] * np.sum((V[c] - mean_row) ** 2) for c in range(4)) / 6
-    assert reference.layer_hessian(loss, W).detach().numpy() == pytest.approx(H, abs=1e-14)
+    assert reference.layer_hessian(loss, W).detach().cpu().numpy() == pytest.approx(H, abs=1e-14)
     assert reference.kappa(loss, W).item() == pytest.approx(kappa, abs=1e-13)
 
 

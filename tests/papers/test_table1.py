@@ -40,6 +40,10 @@ def test_a_tiny_table(reproduced, tiny, tmp_path):
     assert any("2 seeds can show nothing" in line for line in values["findings"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 2
+    for path in (tmp_path / "runs").glob("*/result.json"):  # the test split is not seen while choosing
+        config = json.loads((path.parent / "config.json").read_text())
+        tested = json.loads(path.read_text())["test"] is not None
+        assert tested == (config["seed"] < 100)
 
 
 def test_an_interrupted_table_goes_on(relflat, reproduced, tiny, monkeypatch, tmp_path):
@@ -61,14 +65,6 @@ def test_an_interrupted_table_goes_on(relflat, reproduced, tiny, monkeypatch, tm
     monkeypatch.setattr(trials, "train", train)
     reproduced("table1")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-
-
-def test_the_test_split_is_not_seen_while_choosing(reproduced, tiny, tmp_path):
-    reproduced("table1")
-    for path in (tmp_path / "runs").glob("*/result.json"):
-        config = json.loads((path.parent / "config.json").read_text())
-        tested = json.loads(path.read_text())["test"] is not None
-        assert tested == (config["seed"] < 100)
 
 
 def test_the_papers_settings():

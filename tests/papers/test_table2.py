@@ -14,7 +14,8 @@ from relflat.papers.experiment import Context
 from relflat.papers.skull_tasks import Autoencoder
 from relflat.papers.table2 import ARMS, SIZES, STRENGTHS, Arm, conclude, configuration
 
-FEW = skulls.Sizes(train=4, validation=2, evaluation=2)
+FEW = skulls.Sizes(train=2, validation=2, evaluation=2)
+pytestmark = pytest.mark.xdist_group("monai")  # takes 15 s to import
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def few(monkeypatch, tmp_path):
     monkeypatch.setenv("RELFLAT_CACHE", str(tmp_path))
     skulls.arrays.cache_clear()
     skulls.write(skulls.kept(FEW), made)
-    small = {"model": partial(Autoencoder, (2, 2, 2, 2, 8)), "splits": partial(skulls.splits, sizes=FEW)}
+    small = {"model": partial(Autoencoder, (2, 2, 2, 2, 2)), "splits": partial(skulls.splits, sizes=FEW)}
     monkeypatch.setitem(TASKS, "skulls", replace(TASKS["skulls"], **small))
     yield
     skulls.arrays.cache_clear()

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from device import DEVICE
 from relflat import ConfigError, DataError, GraphError, LayerError, linear_cross_entropy_fam, reference
 from unbounded import FAM
 
@@ -187,7 +188,7 @@ def test_half_precision_inputs_are_summed_in_float32(dtype):
 def test_autocast_does_not_reach_the_sums():
     phi, weight, b, y = problem(dtype=torch.float32)
     expected = linear_cross_entropy_fam(phi, weight, y, strength=0.3, bias=b)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         found = linear_cross_entropy_fam(phi, weight, y, strength=0.3, bias=b)
     assert_same(found, expected, 0)
     mixed = linear_cross_entropy_fam(phi.bfloat16(), weight, y, strength=0.3, bias=b)
@@ -313,13 +314,13 @@ def test_features_that_overflow_in_half_precision_leave_the_weights_alone():
     """The task loss is not a number then, and GradScaler skips the step; the next one trains."""
     body, head = nn.Linear(5, 5), nn.Linear(5, 23)
     parameters = [*body.parameters(), *head.parameters()]
-    optimizer, scaler = torch.optim.SGD(parameters, lr=0.1), torch.amp.GradScaler("cpu", init_scale=16.0)
+    optimizer, scaler = torch.optim.SGD(parameters, lr=0.1), torch.amp.GradScaler(DEVICE.type, init_scale=16.0)
     x, y = torch.randn(17, 5), torch.randint(23, (17,))
     changed = []
     for size in (1e7, 1.0):
         before = [p.detach().clone() for p in parameters]
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(DEVICE.type, torch.float16):
             loss = linear_cross_entropy_fam(
                 body(x * size), head.weight, y, strength=0.3, bias=head.bias, probes=2, step=0
             )

@@ -93,11 +93,17 @@ class TestDerivatives:
 
 
 class TestPrecision:
-    @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, None])
-    def test_half_precision_is_as_good_as_its_inputs(self, weight: torch.dtype | None) -> None:
-        bn = nn.BatchNorm2d(8, affine=weight is not None)
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("own", ["float32", "half", None])
+    def test_half_precision_is_as_good_as_its_inputs(
+        self, own: str | None, half: torch.dtype, training: bool, layout: torch.memory_format
+    ) -> None:
+        weight = {"float32": torch.float32, "half": half, None: None}[own]
+        bn = nn.BatchNorm2d(8, affine=weight is not None).train(training)
         bn = bn if weight is None else bn.to(weight)
-        x, gy, v = (torch.randn(16, 8, 6, 6).bfloat16().requires_grad_() for _ in range(3))
+        x, gy, v = (torch.randn(16, 8, 6, 6).to(half, memory_format=layout).requires_grad_() for _ in range(3))
         given = [x, gy] if weight is None else [x, gy, bn.weight]
 
         def derivatives(bn: nn.Module, x: Tensor, gy: Tensor, v: Tensor, cheap: bool) -> tuple[Tensor, ...]:
@@ -108,7 +114,7 @@ class TestPrecision:
                     (g,) = torch.autograd.grad(y, x, gy, create_graph=True)
             else:
                 (g,) = torch.autograd.grad(y, x, gy, create_graph=True)
-            return torch.autograd.grad(g, wanted, v)
+            return torch.autograd.grad(g, wanted, v, materialize_grads=True)
 
         ours = derivatives(bn, x, gy, v, cheap=True)
         exact = derivatives(
@@ -116,7 +122,7 @@ class TestPrecision:
         )
         for a, b, t in zip(ours, exact, given, strict=True):
             assert a.dtype == t.dtype
-            assert float((a.double() - b).norm() / b.norm()) < 8e-3  # bfloat16 has 8 bits
+            assert float((a.double() - b).norm()) <= 8e-3 * float(b.norm())  # bfloat16 has 8 bits
 
     def test_float32_against_float64(self) -> None:
         torch.manual_seed(0)
@@ -325,7 +331,9 @@ def test_the_node_of_cudnn_by_a_stand_in_against_elementary_operations(running, 
     x = x.detach().to(memory_format=layout).requires_grad_()
     with torch.no_grad():
         bn.weight.copy_(weight)
-    rule = norms._MENDED["CudnnBatchNormBackward0"](CuDNN(bn(x).grad_fn))
+    node = bn(x).grad_fn
+    real = node.name() == "CudnnBatchNormBackward0"
+    rule = norms._MENDED["CudnnBatchNormBackward0"](node if real else CuDNN(node))
     over, shape = [0, 2, 3], (1, 3, 1, 1)
     mean, var = x.mean(over, keepdim=True), x.var(over, correction=0, keepdim=True)
     if not training:

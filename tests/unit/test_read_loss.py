@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from device import DEVICE
 from relflat.errors import GraphError
 from relflat.loss.reading import read_loss
 from unbounded import FAM
@@ -110,11 +111,11 @@ def test_autocast_casts_are_seen_through() -> None:
     model = net().float()
     x, y = tokens()
     fam = FAM(nn.CrossEntropyLoss(), model, "output", strength=1.0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         loss = F.cross_entropy(model(x.float()).view(-1, 3), y.view(-1))
     penalty = fam.penalty(loss)
     assert fam.last["method"] == "closed_form"
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         direct = fam(model(x.float()).movedim(-1, 1), y)
     assert penalty.item() == pytest.approx(direct.item() - fam.last["task"], rel=1e-2)
 

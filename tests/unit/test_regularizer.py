@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from device import DEVICE
 from relflat import ConfigError, GraphError, LayerError, LossError, RelflatWarning, reference, relative_flatness
 from unbounded import FAM
 
@@ -263,7 +264,7 @@ class TestCoupling:
         fam = FAM(CE(), net, "0", strength=1.0, curvature="hessian", method="exact")
         fam(net(x), y)
         assert fam.last["kappa"] == pytest.approx(want, rel=1e-9, abs=1e-12)
-        many = FAM(CE(), net, "0", strength=1.0, curvature="hessian", probes=4000, seed=1)
+        many = FAM(CE(), net, "0", strength=1.0, curvature="hessian", probes=1000, seed=1)
         many(net(x), y)
         assert many.last["kappa"] == pytest.approx(want, rel=0.2, abs=0.02)
 
@@ -271,17 +272,18 @@ class TestCoupling:
 class TestPrecision:
     @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
     @pytest.mark.parametrize("layer", ["4", "2"])
-    def test_autocast_computes_kappa_in_float32(self, layer: str, curvature: str) -> None:
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+    def test_autocast_computes_kappa_in_float32(self, half: torch.dtype, layer: str, curvature: str) -> None:
         x, y = batch(64)
         net = mlp().float()
         fam = FAM(CE(), net, layer, strength=1.0, curvature=curvature, seed=0)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=half):
             loss = fam(net(x.float()), y)
         loss.backward()
-        half = fam.last["kappa"]
+        mixed = fam.last["kappa"]
         fam.step = 0
         fam(net(x.float()), y)
-        assert half == pytest.approx(fam.last["kappa"], rel=0.1)
+        assert mixed == pytest.approx(fam.last["kappa"], rel=0.1)
         assert fam.last["method"] == ("closed_form" if layer == "4" else f"probe({curvature}, 1)")
 
     def test_a_confident_classifier_keeps_its_digits(self) -> None:
@@ -363,9 +365,9 @@ class TestRadius:
         for layer, m in (("4", 5), ("2", 6)):
             want = float(kappa_of(net, x, y, layer))
             delta = 1e-2
-            fam = FAM(CE(), net, layer, strength=0.5, radius=delta, probes=3000, seed=0)
+            fam = FAM(CE(), net, layer, strength=0.5, radius=delta, probes=100, seed=0)
             # antithetic first-order terms average out only slowly, so compare within their error
-            fam(net(x), y)
+            fam(net(x.repeat(30, 1)), y.repeat(30))  # each copy of a sample has noise of its own
             got = fam.last["kappa"] * 2 * m / delta**2
             slope = 2 * m / delta / math.sqrt(3000 * 64)
             assert got == pytest.approx(want, abs=4 * slope)
@@ -419,8 +421,8 @@ class TestRadius:
     @pytest.mark.slow
     def test_adaptive_radius_is_gaussian_dropout(self) -> None:
         net, (x, y) = nn.Linear(4, 3).double(), batch(4)
-        fam = FAM(CE(), net, "output", strength=1.0, radius=0.7, adaptive=True, probes=20000, seed=0)
-        fam(net(x), y)
+        fam = FAM(CE(), net, "output", strength=1.0, radius=0.7, adaptive=True, probes=50, seed=0)
+        fam(net(x.repeat(400, 1)), y.repeat(400))  # each copy of a sample has noise of its own
         noisy = x * (1 + 0.7 * torch.randn(20000, 4, 4, dtype=torch.float64))
         logits = net(noisy).flatten(0, 1)
         want = CE()(logits, y.repeat(20000)) - CE()(net(x), y)

@@ -140,7 +140,10 @@ def random_rescaling(
             "no two neighbouring Linear or convolution layers of the model have only positively homogeneous "
             "modules between them. Use rescale_layer on the pairs of a model that is not a plain Sequential."
         )
-    factors: list[float] = (low + (high - low) * torch.rand(len(pairs), generator=generator)).tolist()
+    factors: list[float] = (
+        low
+        + (high - low) * torch.rand(len(pairs), generator=generator, device=generator.device if generator else None)
+    ).tolist()
     for (first, between, second), factor in zip(pairs, factors, strict=True):
         rescale_layer(first, between, second, factor)
     return factors
