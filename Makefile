@@ -35,7 +35,7 @@ architectures: $(PUBLISHED)  ## write docs/architectures.md
 coverage: $(DEV)  ## lines of the core that its tests run; fails under 95 %
 	$(PYTEST) $(CORE) --cov --cov-report=term --cov-fail-under=95
 
-mutants: $(DEV)  ## do the tests notice 150 small changes at random? docs/mutation.md; hours; SEED=2
+mutants: $(DEV)  ## do the tests notice 150 small changes at random to what chooses, captures, estimates? an hour; SEED=2
 	mkdir -p build
 	$(PYTEST) $(CORE) --cov --cov-report= --cov-context=test -vv --durations=0 --durations-min=0 > build/durations.txt
 	$(BIN)/python tools/mutants.py --durations build/durations.txt --out build/mutants.jsonl --seed $(or $(SEED),2)

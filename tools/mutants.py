@@ -112,7 +112,9 @@ class Tests:
         self.ran = functools.cache(self._ran)
         self.seconds: dict[str, float] = defaultdict(float)
         for text in durations:
-            for s, test in re.findall(r"^([\d.]+)s (?:setup|call) +(.*?)(?:@[\w-]+)?$", text.read_text(), re.MULTILINE):
+            for s, test in re.findall(
+                r"^([\d.]+)s (?:setup|call) +(.*?)(?:@[\w-]+)?$", text.read_text(), re.MULTILINE
+            ):
                 self.seconds[test] += float(s)
 
     def _ran(self, path: Path) -> dict[int, set[str]]:
@@ -180,7 +182,14 @@ def tried(change: dict[str, Any], tests: Sequence[str], seconds: dict[str, float
 
 def load() -> None:
     """Import what tests import besides the library, once for all changes."""
-    for name in ("torch._dynamo", "pytest", "hypothesis.strategies", "jaxtyping", "torch.testing", "torch.distributed"):
+    for name in (
+        "torch._dynamo",
+        "pytest",
+        "hypothesis.strategies",
+        "jaxtyping",
+        "torch.testing",
+        "torch.distributed",
+    ):
         importlib.import_module(name)
     sys.dont_write_bytecode = True
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -198,7 +207,9 @@ def report(found: Sequence[dict[str, Any]]) -> None:
         counts = f"{len(mine)} | {len(mine) - left} | {left} | {1 - left / len(mine):.0%}"
         print(f"| {name} | {counts} | {low:.0%} to {high:.0%} |")
     for f in sorted((f for f in found if f["came"] == "survived"), key=lambda f: (f["module"], f["line"])):
-        print(f"\n{f['module']}:{f['line']}:{f['column']} {f['change']} ({f['tests']} tests)", *f["diff"], sep="\n    ")
+        print(
+            f"\n{f['module']}:{f['line']}:{f['column']} {f['change']} ({f['tests']} tests)", *f["diff"], sep="\n    "
+        )
 
 
 def main() -> None:
