@@ -1,5 +1,6 @@
 """Guards: said once, counted, and the training untouched."""
 
+import math
 import warnings
 from pathlib import Path
 
@@ -50,7 +51,35 @@ class TestCollapse:
                 fam(net(x), y)
         assert fam.last["collapsed"] == ["the features of layer '2'", "the outputs"]
 
+    def test_said_at_the_fifth_look_in_a_row_of_every_tenth_step(self) -> None:
+        guards, constant, varied = Guards(), {"it": torch.ones(4, 3)}, {"it": torch.eye(4)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for step in range(40):
+                guards.collapse(step, constant)
+            guards.collapse(40, varied)
+            for step in range(41, 90):
+                guards.collapse(step, constant)
+        with pytest.warns(RelflatWarning, match=r"^it no longer.*over the last 50 steps.*less than 0.001 of"):
+            guards.collapse(90, constant)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for step in range(91, 200):
+                guards.collapse(step, constant)
+
+    def test_looked_at_are_two_samples_or_more_that_vary_by_less_than_a_thousandth(self) -> None:
+        tensors = {f"{by:g}": torch.tensor([[1 + by], [1 - by]]) for by in (0.0, 5e-4, 2e-3, 0.5)}
+        tensors |= {"one sample": torch.ones(1, 3), "numbers": torch.ones(4)}
+        guards = Guards()
+        for step in (1, 5, 9, 11):
+            guards.collapse(step, tensors)
+            assert guards.collapsed == []
+        guards.collapse(20, tensors)
+        assert guards.collapsed == ["0", "0.0005"]
+
     def test_spread(self) -> None:
+        assert spread(torch.tensor([[0], [2]])) == pytest.approx(0.5**0.5)
+        assert spread(torch.tensor([[3.0, 1.0], [1.0, 1.0]], dtype=torch.bfloat16)) == pytest.approx((1 / 6) ** 0.5)
         assert spread(torch.ones(4, 3)) == 0
         assert spread(torch.zeros(4, 3)) == 1
         assert spread(torch.randn(1000, 3)) == pytest.approx(1, rel=0.01)
@@ -170,3 +199,28 @@ def test_the_layer_whose_kappa_is_not_finite_is_named() -> None:
     assert guards.skipped == 1
     assert guards.judge({"first": torch.ones(2)}, 4, may_be_negative=False)
     assert guards.judge({}, 4, may_be_negative=False)
+
+
+def test_a_negative_kappa_is_that_of_all_samples_in_the_mean_over_probes() -> None:
+    guards, silent = Guards(), {"zero": torch.zeros(1, 2), "sum": torch.tensor([[3.0, -2.0], [-4.0, 3.0]])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert guards.judge(silent, 0, may_be_negative=True)
+        assert guards.judge({"below": -torch.ones(1, 2)}, 0, may_be_negative=False)
+    with pytest.warns(RelflatWarning, match="kappa of layer 'below' is -3, or"):
+        assert guards.judge(silent | {"below": torch.tensor([[1.0, -6.0], [-3.0, 2.0]])}, 0, may_be_negative=True)
+    assert guards.skipped == 0
+
+
+def test_what_is_left_out_is_counted_each_time_and_said_once() -> None:
+    guards = Guards()
+    with pytest.warns(RelflatWarning, match=r"^the task loss is nan at step 2"):
+        assert not guards.finite("the task loss", torch.tensor([1.0, math.nan, math.inf]), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not guards.judge({"a": torch.ones(1, 1)}, 3, may_be_negative=False, lost=["a"])
+        assert guards.finite("the task loss", torch.ones(2), 4)
+        assert guards.judge({"a": torch.ones(1, 1)}, 5, may_be_negative=False)
+    assert guards.skipped == 2
+    with pytest.warns(RelflatWarning, match=r"gradient of kappa of layer 'b' is nan .* at step 6"):
+        assert not Guards().judge({"b": torch.ones(1, 1)}, 6, may_be_negative=False, lost=["b", "c"])
