@@ -8,11 +8,14 @@ ARCHITECTURES := .venv-architectures
 LOWEST := .venv-lowest
 WHEEL := .venv-wheel
 PUBLISHED := $(ARCHITECTURES)/.installed
+# what measures the tests: coverage, changes at random
+DEV := $(VENV)/.dev
+CORE := tests/unit tests/oracles tests/networks tests/properties tests/distributed
 # the processes of a test run compile the sources once
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-gpu test-architectures architectures lint types format lowest dist bench house results hooks clean
+.PHONY: help demo quick test test-gpu test-architectures architectures coverage mutants lint types format lowest dist bench house results hooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +37,14 @@ test-architectures: $(PUBLISHED)  ## every published architecture, those of timm
 
 architectures: $(PUBLISHED)  ## write docs/architectures.md
 	$(ARCHITECTURES)/bin/python tests/architectures/report.py
+
+coverage: $(DEV)  ## lines of the core that its tests run; fails under 95 %
+	$(PYTEST) $(CORE) --cov --cov-report=term --cov-fail-under=95
+
+mutants: $(DEV)  ## do the tests notice 150 small changes at random to what chooses, captures, estimates? an hour; SEED=2
+	mkdir -p build
+	$(PYTEST) $(CORE) --cov --cov-report= --cov-context=test -vv --durations=0 --durations-min=0 > build/durations.txt
+	$(BIN)/python tools/mutants.py --durations build/durations.txt --out build/mutants.jsonl --seed $(or $(SEED),2)
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check src tests benchmarks docs tools
@@ -79,6 +90,10 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,lightning,transformers,accelerate,skorch,peft,hub,ray]" --group test --group architectures
+	touch $@
+
+$(DEV): $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
 	touch $@
 
 $(PUBLISHED): pyproject.toml

@@ -1,10 +1,17 @@
-"""Whether samples are coupled is found out again when precision or modes change."""
+"""Whether samples are coupled is found out again when precision or modes change, or operations may reorder them."""
+
+from collections.abc import Callable
+from itertools import combinations
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from small import data, mlp
-from torch import nn
+from torch import Tensor, nn
 
+from relflat.estimate.coupling import _splits, may_reorder
+from relflat.rng import Rng
 from unbounded import FAM
 
 CE = nn.CrossEntropyLoss
@@ -84,3 +91,47 @@ def test_that_is_looked_into_again_when_operations_change() -> None:
         net.mix = mix
         fam(net(x), y)
     assert [v for k, v in fam._estimator.memory.coupled.items() if k[0] == "a"] == [False, True]
+
+
+ORDERED = torch.arange(4)
+MIXED = torch.tensor([2, 0, 3, 1])
+REORDER: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "indexed": (lambda x: x[MIXED], True),
+    "indexed in order": (lambda x: x[ORDERED], False),
+    "indexed by a table": (lambda x: x[torch.stack([ORDERED, ORDERED])], True),
+    "features indexed": (lambda x: x[:, MIXED[:3]], False),
+    "selected": (lambda x: x.index_select(0, MIXED), True),
+    "features selected": (lambda x: x.index_select(1, MIXED[:2]), False),
+    "flipped": (lambda x: x.flip(0), True),
+    "features flipped": (lambda x: x.flip(1), False),
+    "both flipped": (lambda x: x.flip(1, 0), True),
+    "rolled": (lambda x: x.roll(1, 0), True),
+    "rolled as one": (lambda x: x.roll(1), True),
+    "features rolled": (lambda x: x.roll(1, 1), False),
+    "sorted": (lambda x: x.sort(0).values, True),
+    "features sorted": (lambda x: x.sort(1).values, False),
+    "gathered": (lambda x: x.gather(0, MIXED[:, None].expand(4, 5)), True),
+    "features gathered": (lambda x: x.gather(1, MIXED[:, None].expand(4, 5)), False),
+    "largest": (lambda x: x.topk(2, 0).values, True),
+    "computed": (lambda x: x.exp(), False),
+    "summed": (lambda x: x.sum(0), False),
+}
+
+
+@pytest.mark.parametrize("name", REORDER)
+def test_operations_that_may_reorder_samples(name: str) -> None:
+    operation, may = REORDER[name]
+    assert may_reorder(operation(torch.randn(4, 5, requires_grad=True)).grad_fn) == may
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 9, 17])
+def test_any_two_samples_are_told_apart_by_a_split(n: int) -> None:
+    call: Any = SimpleNamespace(samples=n, output=torch.zeros(n, 2))
+    splits = [split.tolist() for split in _splits(call, Rng(0, 0), False)]
+    assert len(splits) == (n - 1).bit_length()
+    assert all(any(s[a] != s[b] for s in splits) for a, b in combinations(range(n), 2))
+    (half,) = _splits(call, Rng(0, 0), True)
+    assert half.shape == (n,)
+    assert half[0] != half[-1]
+    if n > 9:
+        assert 1 < int(half.sum()) < n - 1

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from device import DEVICE
+from relflat import reference
 from relflat.errors import GraphError
 from relflat.loss.reading import read_loss
 from unbounded import FAM
@@ -75,12 +76,23 @@ def penalty_and_gradient(method: str, loss_of) -> tuple[float, list[Tensor], str
     return (penalty.item(), list(torch.autograd.grad(penalty, list(model.parameters())[:3])), fam.last["method"])
 
 
+def dense(loss_of) -> float:
+    """Kappa of the output layer by Definition 3, its Hessian by double backward of the loss."""
+    torch.manual_seed(0)
+    model = net()
+    x, y = tokens()
+    phi, weight = model[:2](x).detach(), model[2].weight.detach()
+    H = torch.autograd.functional.hessian(lambda W: loss_of(F.linear(phi, W, model[2].bias.detach()), y), weight)
+    return float(reference.kappa_of_hessian(weight, H))
+
+
 @pytest.mark.parametrize("name", READ)
 def test_a_loss_that_is_read_has_the_closed_form_of_its_hessian(name) -> None:
     value, gradient, method = penalty_and_gradient("auto", READ[name])
-    reference, expected, _ = penalty_and_gradient("exact", READ[name])
+    exact, expected, _ = penalty_and_gradient("exact", READ[name])
     assert method == "closed_form"
-    assert value == pytest.approx(reference, rel=1e-10)
+    assert value == pytest.approx(exact, rel=1e-10)
+    assert value == pytest.approx(0.5 * dense(READ[name]), rel=1e-10)
     for mine, other in zip(gradient, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
 
@@ -89,10 +101,11 @@ def test_a_loss_that_is_read_has_the_closed_form_of_its_hessian(name) -> None:
 @pytest.mark.parametrize("name", NOT_READ)
 def test_anything_else_is_left_to_autograd_and_stays_exact(name) -> None:
     value, _, method = penalty_and_gradient("auto", NOT_READ[name])
-    reference, _, _ = penalty_and_gradient("exact", NOT_READ[name])
+    exact, _, _ = penalty_and_gradient("exact", NOT_READ[name])
     assert method in ("exact", "probe(hessian, 1)", "probe(ggn, 1)")
+    assert exact == pytest.approx(0.5 * dense(NOT_READ[name]), rel=1e-10)
     if method == "exact":
-        assert value == pytest.approx(reference, rel=1e-10)
+        assert value == pytest.approx(exact, rel=1e-10)
 
 
 def test_hidden_layers_use_what_was_read() -> None:

@@ -1,0 +1,241 @@
+"""Which small changes to the modules that choose, capture and estimate do the tests notice? A random sample of them.
+
+The changes are cosmic-ray's; sites are drawn alike, then one change at each, as many in a module as it has sites of
+all. The tests of a change are those that ran its line, by the contexts of a coverage run; a process that has loaded
+torch forks for each change, so that one costs seconds, and nothing is written to the sources.
+
+python -m pytest tests/unit ... --cov --cov-context=test --durations=0 --durations-min=0 -vv > durations.txt
+python tools/mutants.py --durations durations.txt --seed 2 --count 150 --out mutants.jsonl
+python tools/mutants.py --out mutants.jsonl --count 0       what was found so far
+"""
+
+import argparse
+import ast
+import difflib
+import functools
+import gc
+import importlib
+import json
+import os
+import random
+import re
+import resource
+import signal
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from importlib.machinery import SourceFileLoader
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from cosmic_ray.ast import ast_nodes, get_ast_from_path
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+from coverage import CoverageData
+from scipy.stats import binomtest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "relflat"
+MODULES = ("options.py", "guards.py", "capture/*.py", "estimate/*.py", "loss/known.py", "loss/reading.py")
+FIRST, SECONDS, LIMIT = 30, 20.0, 300  # tests tried at first and their time; of one try, before it counts as endless
+PYTEST = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "xdist"]
+Site = tuple[Path, tuple[int, int], list[tuple[str, int]]]
+
+
+def is_type(node: ast.AST) -> bool:
+    """Whether a statement at the top gives a name to a type, as far as its form tells."""
+    return isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp | ast.Subscript)
+
+
+def annotations(tree: ast.Module) -> Iterator[ast.AST]:
+    """What is there for type checkers only."""
+    yield from (node for node in tree.body if is_type(node))
+    for node in ast.walk(tree):
+        for name in ("annotation", "returns"):
+            if getattr(node, name, None) is not None:
+                yield getattr(node, name)
+
+
+def sites(path: Path) -> list[Site]:
+    """The places of a module where something can be changed, each with its changes."""
+    nodes, found = list(ast_nodes(get_ast_from_path(path))), defaultdict(list)
+    for name in operator_names():
+        if not get_operator(name).arguments():
+            positions = [p for node in nodes for p in get_operator(name)().mutation_positions(node)]
+            for occurrence, (start, _) in enumerate(positions):
+                found[start].append((name, occurrence))
+    types = [((a.lineno, a.col_offset), (a.end_lineno, a.end_col_offset)) for a in annotations(parsed(path))]
+    return [(path, at, made) for at, made in sorted(found.items()) if not any(a <= at < b for a, b in types)]
+
+
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a module."""
+    return ast.parse(path.read_text())
+
+
+def sample(count: int, seed: int) -> list[dict[str, Any]]:
+    """Changes drawn at random, proportionally from all modules."""
+    rng, modules = random.Random(seed), [sites(p) for pattern in MODULES for p in sorted(SOURCE.glob(pattern))]
+    total, taken, passed, drawn = sum(map(len, modules)), 0, 0, []
+    for module in modules:
+        passed += len(module)
+        upto = round(count * passed / total)
+        for path, (line, column), made in rng.sample(module, min(len(module), upto - taken)):
+            operator, occurrence = rng.choice(made)
+            name = str(path.relative_to(SOURCE))
+            drawn.append({"module": name, "line": line, "column": column, "change": operator.split("/")[1]})
+            drawn[-1] |= {"operator": operator, "occurrence": occurrence}
+        taken = upto
+    rng.shuffle(drawn)
+    return drawn
+
+
+def spans(tree: ast.Module, line: int) -> Iterator[range]:
+    """The lines of a line's statement, function and class, from the inside out, without nested headers."""
+    around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or 0)]
+    yield range(line, line + 1)
+    for node in sorted(around, key=lambda n: (n.end_lineno or 0) - n.lineno):
+        yield range(node.lineno, (node.end_lineno or 0) + 1)
+    yield range(1, 10_000)
+
+
+class Tests:
+    """Which tests ran a line, and how long they take."""
+
+    def __init__(self, coverage: Path, durations: Sequence[Path]) -> None:
+        self.data = CoverageData(str(coverage))
+        self.data.read()
+        self.ran = functools.cache(self._ran)
+        self.seconds: dict[str, float] = defaultdict(float)
+        for text in durations:
+            for s, test in re.findall(
+                r"^([\d.]+)s (?:setup|call) +(.*?)(?:@[\w-]+)?$", text.read_text(), re.MULTILINE
+            ):
+                self.seconds[test] += float(s)
+
+    def _ran(self, path: Path) -> dict[int, set[str]]:
+        contexts = self.data.contexts_by_lineno(str(path))
+        return {n: {re.sub(r"(@[\w-]+)?\|\w+$", "", c) for c in names if c} for n, names in contexts.items()}
+
+    def of(self, path: Path, line: int) -> list[str]:
+        """Tests of a line, or of what is around it where it runs on import: quick ones first, files in turn."""
+        for span in spans(parsed(path), line):
+            ran = {test for n, tests in self.ran(path).items() if n in span for test in tests}
+            by_file = defaultdict(list)
+            for test in sorted(ran & self.seconds.keys(), key=lambda t: (self.seconds[t], t)):
+                by_file[test.split("::")[0]].append(test)
+            if by_file:
+                turns = [(k, self.seconds[t], t) for tests in by_file.values() for k, t in enumerate(tests)]
+                return [t for *_, t in sorted(turns)]
+        return []
+
+
+def attempt(path: Path, source: str, tests: Sequence[str]) -> tuple[str, str]:
+    """What comes of some tests with a module changed, in a process of its own; and the test that noticed."""
+    with tempfile.TemporaryFile("w+") as said:
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            signal.alarm(LIMIT)
+            resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
+            pretend(path, source)
+            os._exit(int(importlib.import_module("pytest").main([*PYTEST, *tests])))
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        said.seek(0)
+        text = said.read()
+    why = re.findall(r"^(?:FAILED|ERROR) (.*)$", text, re.MULTILINE)
+    return ("survived" if status == 0 else "endless" if status < 0 else "killed"), (why or [text[-200:]])[-1][:300]
+
+
+def pretend(path: Path, source: str) -> None:
+    """Have a module be made from another source."""
+    get_code = SourceFileLoader.get_code
+
+    def changed(loader: SourceFileLoader, name: str) -> Any:
+        return compile(source, loader.path, "exec") if loader.path == str(path) else get_code(loader, name)
+
+    SourceFileLoader.get_code = changed
+
+
+def tried(change: dict[str, Any], tests: Sequence[str], seconds: dict[str, float]) -> dict[str, Any]:
+    """A change with what came of it: quick tests of its line first, all others only if those pass."""
+    path = SOURCE / change["module"]
+    before = path.read_text()
+    after = mutate_code(before, get_operator(change["operator"])(), change["occurrence"])
+    diff = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+    change["diff"] = [d for d in diff if d[0] in "+-" and d[:3] not in ("+++", "---")]
+    first = [t for i, t in enumerate(tests[:FIRST]) if i < 5 or sum(map(seconds.get, tests[:i])) < SECONDS]
+    change["came"], change["by"] = attempt(path, after, first) if tests else ("survived", "no test runs it")
+    rest = [t for t in tests if t not in first]
+    if change["came"] == "survived" and rest:
+        change["came"], change["by"] = attempt(path, after, rest)
+    return change | {"tests": len(tests)}
+
+
+def load() -> None:
+    """Import what tests import besides the library, once for all changes."""
+    for name in (
+        "torch._dynamo",
+        "pytest",
+        "hypothesis.strategies",
+        "jaxtyping",
+        "torch.testing",
+        "torch.distributed",
+    ):
+        importlib.import_module(name)
+    sys.dont_write_bytecode = True
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    gc.freeze()  # nothing of this is looked through again in what is forked
+
+
+def report(found: Sequence[dict[str, Any]]) -> None:
+    """Counts by module, the share that was noticed with its 95 % interval (Wilson), and what was not."""
+    print("| module | changes | noticed | not | share | 95 % |\n|---|--:|--:|--:|--:|---|")
+    names = sorted({f["module"] for f in found})
+    for name in [*names, "all"]:
+        mine = [f for f in found if name in ("all", f["module"])]
+        left = sum(f["came"] == "survived" for f in mine)
+        low, high = binomtest(len(mine) - left, len(mine)).proportion_ci(method="wilson")
+        counts = f"{len(mine)} | {len(mine) - left} | {left} | {1 - left / len(mine):.0%}"
+        print(f"| {name} | {counts} | {low:.0%} to {high:.0%} |")
+    for f in sorted((f for f in found if f["came"] == "survived"), key=lambda f: (f["module"], f["line"])):
+        print(
+            f"\n{f['module']}:{f['line']}:{f['column']} {f['change']} ({f['tests']} tests)", *f["diff"], sep="\n    "
+        )
+
+
+def main() -> None:
+    """Try the changes that were not tried yet, and say what is known of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage")
+    parser.add_argument("--durations", type=Path, nargs="*", default=[])
+    parser.add_argument("--count", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "mutants.jsonl")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    found = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    known = {(f["module"], f["operator"], f["occurrence"]) for f in found}
+    new = [c for c in sample(args.count, args.seed) if (c["module"], c["operator"], c["occurrence"]) not in known]
+    if new:
+        tests = Tests(args.coverage, args.durations)
+        with ProcessPoolExecutor(args.jobs, get_context("fork"), load) as pool, args.out.open("a") as out:
+            chosen = [(c, tests.of(SOURCE / c["module"], c["line"])) for c in new]
+            waiting = [pool.submit(tried, c, names, dict(tests.seconds)) for c, names in chosen]
+            for one in as_completed(waiting):
+                found.append(one.result())
+                print(json.dumps(found[-1]), file=out, flush=True)
+    report(found)
+
+
+if __name__ == "__main__":
+    main()
