@@ -9,7 +9,8 @@ from torch import nn
 
 from relflat import FAM, ConfigError, RelflatError
 from relflat.errors import ArgumentError
-from relflat.options import Options, check, checked, strength_at, takes, warmed_up
+from relflat.options import Options, check, checked, takes
+from relflat.sizing import Sizing
 
 CE = nn.CrossEntropyLoss
 
@@ -97,7 +98,7 @@ def test_whether_a_function_takes_arguments() -> None:
     [
         ({}, "curvature='ggn'"),
         ({"probes": 2}, "curvature='ggn', probes=2"),
-        ({"curvature": "hessian", "every": 3}, "curvature='hessian', every=3"),
+        ({"curvature": "hessian", "probes": 3}, "curvature='hessian', probes=3"),
         ({"radius": 0.1, "adaptive": True}, "adaptive=True, radius=0.1"),
     ],
 )
@@ -129,17 +130,22 @@ def test_xtrace_spends_products_in_pairs(probes: int, right: bool) -> None:
         Options(method="xtrace", probes=probes, measuring=True)
 
 
+def of(strength, **options) -> Sizing:
+    return Sizing({"layer": "0", "strength": strength}, None, None, **options)
+
+
 def test_strength_of_a_step() -> None:
-    assert strength_at(0.5, 7) == 0.5
-    assert strength_at(lambda step: step / 2, 7) == 3.5
-    for wrong in (lambda step: math.inf, lambda step: "1", lambda step: None, lambda step: lambda step: 1.0):
-        with pytest.raises(ConfigError, match="at step 7: a finite number"):
-            strength_at(wrong, 7)
+    assert of(0.5).strength_at(7, 3) == 0.5
+    assert of(lambda step: step / 2).strength_at(7, 3) == 3.5
+    for wrong in (math.inf, "1", None, lambda step: 1.0):
+        later = of(lambda step, wrong=wrong: wrong if step else 1.0)
+        with pytest.raises(ConfigError, match=r"at step 7.*a finite number is needed"):
+            later.strength_at(7, 3)
 
 
 def test_warmup_rises_in_even_steps_to_the_strength() -> None:
     with pytest.warns(DeprecationWarning, match=r"strength=lambda step: 2.0 \* min\(1, \(step \+ 1\) / 4\)"):
-        strength = warmed_up(2.0, 3)
-    assert [strength(step) for step in (0, 1, 2, 3, 4, 100)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+        sizing = of(2.0, warmup_steps=3)
+    assert [sizing.strength_at(step, 3) for step in (0, 1, 2, 3, 4, 100)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     with pytest.raises(ConfigError, match="as a function of the step"):
-        warmed_up(lambda step: 1.0, 3)
+        of(lambda step: 1.0, warmup_steps=3)
