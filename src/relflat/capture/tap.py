@@ -1,8 +1,6 @@
 """Hooks that keep the inputs and outputs of some layers during the model's own forward pass.
 
-The tap never runs the model. It opens a record when the model's own forward begins, closes it when
-that forward ends, and so ignores whatever else calls the layer: a recomputation by gradient
-checkpointing, another model that shares it, a forward in evaluation mode.
+The tap never runs the model. It ignores whatever else calls the layer: a recomputation, another model that shares it.
 """
 
 import weakref
@@ -31,11 +29,7 @@ Inject = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Tap:
-    """Hooks on a model that record the calls of some layers during each forward, by default while it trains.
-
-    The hooks hold no reference to the tap, so dropping the tap removes them. A deep copy or an unpickled
-    copy of the model carries inert hooks.
-    """
+    """Hooks on a model that record the calls of some layers during each forward; they hold no reference to the tap."""
 
     needs_features = False  # whether layers that globs stand for must have been called with features
     searching = False  # whether the output layer is yet to be found by the first forward pass
@@ -105,13 +99,16 @@ class Tap:
         if self._wants(model):
             self._pending.begin()
             self._changed, self._inject = False, None
-            if self._called and not self.unsettled and self.rests is not None and self.rests():
+            if self._may_rest():
                 self._open = Forward((), {}, recorded=False)
                 return
             self._follow(model)
             rng = RngState.now() if self.keep_rng else None
             self._open = Forward(args, kwargs, rng, mode=mode_of(model))
             self._inject = None if self.injector is None else self.injector()
+
+    def _may_rest(self) -> bool:
+        return bool(self._called) and not self.unsettled and self.rests is not None and self.rests()
 
     def _wants(self, model: nn.Module) -> bool:
         """Whether a criterion call may follow a pass: not one of our own, recomputed, in torch.func, or traced."""

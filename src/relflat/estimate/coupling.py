@@ -182,11 +182,7 @@ def followed(root: Node | None, calls: Sequence[Call]) -> dict[str, int]:
     for node in order:
         given = [(k, *edge) for k, edge in enumerate(node.next_functions) if edge[0] in places]
         if given:
-            positions, shapes = [k for k, _, _ in given], [_shape(p, i) for _, p, i in given]
-            op = Passed(
-                node, operation(node), positions, [places[p] for _, p, _ in given], shapes, _shape(node, 0), n
-            )
-            found = _passed(op)
+            found = _passed(_operation_on(node, given, places, n))
             met[node] = UNKNOWN if found is None else COUPLED if found == _MET else APART
             places[node] = found or None
         for _, p, _ in given:
@@ -195,6 +191,12 @@ def followed(root: Node | None, calls: Sequence[Call]) -> dict[str, int]:
             shape = ends[node]
             places[node] = _located(math.prod(shape) // n, shape, n)
     return _worst(calls, order, users, met)
+
+
+def _operation_on(node: Node, given: Sequence[tuple[int, Any, int]], places: Mapping[Any, Any], n: int) -> Passed:
+    """A node with its inputs that come from layers: which, from where, and where the samples are in them."""
+    where, shapes = [places[p] for _, p, _ in given], [_shape(p, i) for _, p, i in given]
+    return Passed(node, operation(node), [k for k, _, _ in given], where, shapes, _shape(node, 0), n)
 
 
 def _worst(

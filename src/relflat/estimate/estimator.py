@@ -9,10 +9,11 @@ import torch
 
 from relflat.errors import GraphError, SecondDerivativeError, warn
 from relflat.estimate.contributions import Contributions
+from relflat.estimate.lost import lost_gradients
 from relflat.estimate.methods import Method, choose, choose_at_once, named
 from relflat.estimate.radius import increase
 from relflat.estimate.scene import Scene
-from relflat.estimate.subject import Memory, Subject, lost_gradients
+from relflat.estimate.subject import Memory, Subject
 from relflat.options import Options
 from relflat.rng import Rng
 

@@ -85,6 +85,15 @@ class Replay:
             return None
         return self.criterion(tree_map(lambda x: outputs if x is given else x, self.outputs))
 
+    def _as_then(self, inject: Inject | None) -> ExitStack:
+        """The random state and the precision of the pass."""
+        stack, record = ExitStack(), self.forwards[0]
+        stack.enter_context(self.tap.replaying(inject))
+        stack.enter_context(rng_preserved(record.rng))
+        for device, (on, dtype) in (record.autocast or autocast_now(off=True)).items():
+            stack.enter_context(torch.autocast(device, dtype, enabled=on))
+        return stack
+
     def _run(self, inject: Inject | None, change: tuple[Tensor, Tensor] | None) -> tuple[Any, Tensor]:
         """What the criterion takes of one more pass, and the loss."""
         if len(self.forwards) != 1 and self.again is None:
@@ -96,11 +105,7 @@ class Replay:
         replaced: dict[str, Tensor] = {name: b.clone() for name, b in model.named_buffers()}
         if change is not None:
             replaced |= {n: change[1] for n, p in model.named_parameters() if p is change[0]}
-        with ExitStack() as stack:
-            stack.enter_context(self.tap.replaying(inject))
-            stack.enter_context(rng_preserved(record.rng))
-            for device, (on, dtype) in (record.autocast or autocast_now(off=True)).items():
-                stack.enter_context(torch.autocast(device, dtype, enabled=on))
+        with self._as_then(inject):
             if self.again is not None and self.criterion is not None:
                 again, named = _Again(model, self.again), {f"model.{name}": x for name, x in replaced.items()}
                 outputs, targets = torch.func.functional_call(again, named, ())

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from relflat.capture.calls import Call, Forward, depends_on, no_graph
 from relflat.capture.graph import ancestors
 from relflat.capture.outputs import output_tensor
+from relflat.capture.tap import Tap
 from relflat.capture.uses import Uses
 from relflat.errors import GraphError
 from relflat.estimate.replay import Replay
@@ -63,6 +64,16 @@ class Scene:
         """Stands for the operations of the graph."""
         return hash(tuple(map(type, ancestors(self.loss.grad_fn))))
 
+    @classmethod
+    def of_loss(cls, tap: Tap, forwards: Sequence[Forward], loss: Tensor) -> "Scene":
+        """What a loss tells that was computed elsewhere, from passes that a tap recorded."""
+        outputs = output_tensor(forwards[-1].outputs, other_than=loss) if len(forwards) == 1 else None
+        known, call = read_loss(loss, calls_behind(forwards, loss), outputs) or (None, None)
+        if tap.unsettled:
+            tap.settle(forwards, loss, outputs if known is None else known.outputs, call)
+        given, replay = [outputs, *(f.outputs for f in forwards)], Replay.of_loss(tap, forwards, loss)
+        return cls.of(forwards, loss, outputs=outputs, given=given, known=known, replay=replay)
+
     @functools.cached_property
     def uses(self) -> Uses:
         """Where parameters go; a walk over all of the graph."""
@@ -107,6 +118,11 @@ class Scene:
     def calls_of(self, layer: str) -> list[Call]:
         """The calls of one layer, in order; none for a parameter."""
         return [c for c in self.calls if c.layer == layer]
+
+    def with_samples_of(self, calls: Sequence[Call]) -> list[Call]:
+        """All recorded calls with a place in the graph and as many samples as these."""
+        seen = [c for c in self.recorded if c.edge is not None and not c.output.is_nested]
+        return [c for c in dict.fromkeys([*seen, *calls]) if c.samples == calls[0].samples]
 
     def only(self, layers: Collection[str]) -> "Scene":
         """The part that belongs to some layers."""

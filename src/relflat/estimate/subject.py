@@ -3,25 +3,22 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from relflat.capture.calls import Call, is_recurrent, same_values
-from relflat.capture.graph import ancestors, compiled, leaves_between, operation, singular
+from relflat.capture.graph import ancestors, compiled, operation
 from relflat.capture.kinds import own_weights
 from relflat.capture.matrix import Matrix
 from relflat.capture.pieces import piecewise_linear
 from relflat.capture.uses import View, leaf
-from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, differentiate, slope_in
+from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, slope_in
 from relflat.curvature.output_space import OutputSpace, feature_std
 from relflat.curvature.slope import AskedLoss, must_be_asked
 from relflat.curvature.space import Space
 from relflat.curvature.weight_space import WeightSpace
 from relflat.errors import ConfigError, GraphError, LossError, SecondDerivativeError, warn
-from relflat.estimate.contributions import Contributions
 from relflat.estimate.coupling import COUPLED, UNKNOWN, coupled_in_outputs, coupled_in_products, followed, may_reorder
 from relflat.estimate.scene import Scene
 from relflat.loss.known import KnownLoss
@@ -297,21 +294,23 @@ class Subject:
         ends = {c.edge.node for c in self.calls if c.edge is not None}
         return any(map(may_reorder, ancestors(self.scene.loss.grad_fn, ends)))
 
+    def _coupled_by_derivatives(self, asked: Mapping[str, Sequence[Call]]) -> dict[str, bool]:
+        """Of all the layers at once where one pull-back answers, else of this one."""
+        rng = Rng(self.seed, -1)
+        if self.factors is None:
+            return {self.layer: coupled_in_products(self.operator, self.calls, rng)}
+        return coupled_in_outputs(self.factors.outputs, asked, rng)
+
     def _settle_coupling(self) -> None:
         """By the operations after layers, of all of them; else by derivatives."""
         factors, mode, kind = self.factors, self.scene.mode, self.scene.kind
-        seen = [c for c in self.scene.recorded if c.edge is not None and not c.output.is_nested]
-        calls = [c for c in dict.fromkeys([*seen, *self.calls]) if c.samples == self.calls[0].samples]
+        calls = self.scene.with_samples_of(self.calls)
         states = followed((self.scene.loss if factors is None else factors.outputs).grad_fn, calls)
         found = {layer: state == COUPLED for layer, state in states.items() if state != UNKNOWN}
         if self.layer not in found:
-            rng = Rng(self.seed, -1)
-            self.memory.again.update((layer, mode, kind) for layer in states if layer not in found)
             asked = {layer: [c for c in calls if c.layer == layer] for layer in states if layer not in found}
-            if factors is None:
-                found[self.layer] = coupled_in_products(self.operator, self.calls, rng)
-            else:
-                found |= coupled_in_outputs(factors.outputs, asked, rng)
+            self.memory.again.update((layer, mode, kind) for layer in asked)
+            found |= self._coupled_by_derivatives(asked)
         self.memory.coupled.update({(layer, mode, kind): coupled for layer, coupled in found.items()})
 
 
@@ -325,30 +324,3 @@ def joint_operator(subjects: Sequence[Subject]) -> Operator:
     slope, calls = first._asked_slope(), [c for s in subjects for c in s.space.calls]
     of = first.scene.loss.sum() if slope is None else first._outputs(calls)
     return HessianOperator(of, calls, slope, create_graph=False)
-
-
-def lost_gradients(subjects: Sequence[Subject], found: Mapping[str, Contributions]) -> list[str]:
-    """The layers whose kappa has a gradient that is not finite in their outputs or in what comes after them.
-
-    Asked once a layer, and each time where an operation after it has derivatives that are no numbers at 0; all
-    layers at once, and one by one only where that is not finite.
-    """
-    asked = [s for s in subjects if s.layer not in s.memory.finite and found[s.layer].kappa.requires_grad]
-    lost = (
-        []
-        if not asked or _finite_gradients(asked, found)
-        else [s for s in asked if not _finite_gradients([s], found)]
-    )
-    for s in asked:
-        if s not in lost and not any(map(singular, ancestors(s.scene.loss.grad_fn, without=s.ends()))):
-            s.memory.finite.add(s.layer)
-    return [s.layer for s in lost]
-
-
-def _finite_gradients(subjects: Sequence[Subject], found: Mapping[str, Contributions]) -> bool:
-    edges = [c.edge for s in subjects for c in s.space.calls if c.edge is not None]
-    leaves = {id(x): x for s in subjects for x in leaves_between(s.scene.loss.grad_fn, s.ends())}
-    of: list[Tensor] = [found[s.layer].kappa.sum() for s in subjects]
-    inputs: list[Any] = [*edges, *leaves.values()]
-    gradients = differentiate(of, inputs, None, create_graph=False)
-    return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
