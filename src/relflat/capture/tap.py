@@ -29,7 +29,7 @@ Inject = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Tap:
-    """Hooks on a model that record the calls of some layers during each forward; they hold no reference to the tap."""
+    """Hooks on a model that record the calls of some layers during each forward; they do not hold the tap."""
 
     needs_features = False  # whether layers that globs stand for must have been called with features
     searching = False  # whether the output layer is yet to be found by the first forward pass
