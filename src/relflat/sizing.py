@@ -86,11 +86,11 @@ class Sizing:
 
         The factor c counts as a constant. Means over samples stand for losses that are not reduced.
         """
-        penalty = self.every * strength * kappa
+        penalty = (self.every * strength) * kappa
         self._penalties += 1
         if self.bound is not None:
-            large = penalty.detach().mean().abs()
-            most = self.bound * task.detach().mean().abs().to(large)
+            large, most = (x.detach() if x.ndim == 0 else x.detach().mean() for x in (penalty, task))
+            large, most = large.abs(), self.bound * most.abs().to(large)
             self._factor = torch.where(large > most, most / large, 1.0)
             self._bounded = self._bounded + (large > most)
             penalty = penalty * self._factor

@@ -56,7 +56,7 @@ def test_fam_on_the_output_layer_adds_no_more_than_a_twentieth_of_the_memory(row
 
 @pytest.mark.parametrize(
     ("layer", "options", "more"),
-    [("output", {}, 40), ("output", {"gradient": "frozen"}, 40), ("*", {}, 140), ("*", {"every": 4}, 0)],
+    [("output", {}, 50), ("output", {"gradient": "frozen"}, 50), ("*", {}, 150), ("*", {"every": 4}, 0)],
 )
 def test_fam_on_a_small_network_adds_few_operations(layer: str, options: dict[str, object], more: int) -> None:
     counts = []
@@ -88,7 +88,7 @@ def test_the_counters_see_what_sam_costs() -> None:
 def test_all_layers_take_little_more_than_a_pull_back_and_its_derivative() -> None:
     """And so few operations that a GPU need not wait for them."""
     trainer = ready(fam("*"))
-    assert flops(trainer.step) <= 2.15 * plain_flops()
+    assert flops(trainer.step) <= 2.18 * plain_flops()  # 2.15 at a batch of 8
     with Operations() as operations:
         trainer.step()
     assert operations.total <= 1900

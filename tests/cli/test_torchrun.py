@@ -39,9 +39,11 @@ def test_measure_on_two_processes(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["plain", "fam", "sam"])
 def test_training_on_two_processes_is_training_on_one(algorithm, tmp_path):
-    values = {"task": "digits", "algorithm": algorithm, "epochs": 2, "lr": 0.01}
+    settings = {"strength": 0.1, "bound": None} if algorithm == "fam" else {}  # each process has a bound of its own
+    values = {"task": "digits", "algorithm": algorithm, "epochs": 2, "lr": 0.01, **settings}
     alone = training.train(make(values), tmp_path / "alone", tensorboard=False)
     way = ("--algorithm", algorithm, "--epochs", "2", "--lr", "0.01", "--runs", str(tmp_path), "--name", "two")
+    way += tuple(str(x) for key, value in settings.items() for x in (f"--{key}", value))
     code, out, err = relflat("train", "digits", *way, "--json", ranks=2)
     assert code == 0, err
     found = json.loads(out)["result"]  # one object: one process prints

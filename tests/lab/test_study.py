@@ -276,7 +276,7 @@ def test_default_folder_depends_on_the_plan(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"trials": 9}, "trials=9 must lie between 1 and 4"),
+        ({"trials": 9}, "trials=9 must lie between 0 and 4"),
         ({"seeds": 0}, "seeds=0 must lie between 1 and 100"),
         ({"search_seeds": 0}, "search_seeds=0 must be above 0"),
         ({"label_noise": 2.0}, "not a probability"),

@@ -72,7 +72,7 @@ def test_a_changed_setting_is_seen():
     ("given", "digest"),
     [
         ({"task": "digits"}, "901c6476c4"),
-        ({"task": "fashion-mnist", "algorithm": "fam"}, "3791bfb50e"),
+        ({"task": "fashion-mnist", "algorithm": "fam"}, "dbff8a53ce"),
         ({"task": "addition", "algorithm": "sam"}, "ca1c05e445"),
     ],
 )

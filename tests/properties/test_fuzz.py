@@ -48,7 +48,8 @@ BAD: dict[str, list[Any]] = {
     "positive": [*_NO_NUMBER, 0, -1, -0.5],
     "number": _NO_NUMBER,
     "strength": [x for x in _NO_NUMBER if x is not print and not isinstance(x, nn.Module)]
-    + [None, lambda step: None, lambda step: "1", _nothing],
+    + [lambda step: None, lambda step: "1", _nothing],
+    "bound": [x for x in _NO_NUMBER if x is not INF] + [0, -1, -0.5],
     "whole": [*_NO_NUMBER, 1.5, np.float64(1.5)],
     "count": [*_NO_NUMBER, 1.5, 1.0, 0, -1, np.float64(2.0), np.int64(0)],
     "truth": ["True", "False", "", 0, 1, 1.0, NAN, [], [True], {}, Empty(), torch.tensor(True), print, nn.Linear],
@@ -80,6 +81,7 @@ BAD: dict[str, list[Any]] = {
     "targets": [None, 1, "y", [0, 1], np.ones(6, int), Empty(), Y.float(), Y[:3], Y + 9, Y - 9, X],
     "matrix": [*_NO_TENSOR, X[0], torch.ones(2, 2, 2), X.to(torch.complex64)],
 }
+BAD["a strength"], BAD["size"] = [*BAD["strength"], None], [*BAD["strength"], -1, lambda step: -1.0]
 _FORWARD = [_nothing, lambda model: (X, Y), lambda model, batch: None, lambda model, batch: (model(X),)]
 BAD["forward"] = [*BAD["function"], *_FORWARD, lambda model, batch: (None, Y), lambda model, batch: 3]
 
@@ -144,6 +146,7 @@ CALLS: dict[str, Call] = {
             "model": "model",
             "layer": "layer",
             "strength": "strength",
+            "bound": "bound",
             "radius": "positive",
             **_PROBING,
             "gradient": "choice",
@@ -154,7 +157,8 @@ CALLS: dict[str, Call] = {
             "warmup_steps": "whole",
         },
     ),
-    "FAM.strength": (_set_strength, lambda: {"strength": 0.2}, {"strength": "strength"}),
+    "FAM of a size": (_step, lambda: {"loss_fn": CE(), "model": net()}, {"size": "size"}),
+    "FAM.strength": (_set_strength, lambda: {"strength": 0.2}, {"strength": "a strength"}),
     "FAM.penalty": (_penalty, lambda: {"loss": X.sum()}, {"loss": "function"}),
     "linear_cross_entropy_fam": (
         relflat.linear_cross_entropy_fam,

@@ -80,7 +80,7 @@ class OutputSpace:
     def _many(self) -> int:
         """Positions of a group, in all channel groups."""
         n, t, c, _ = self.shape
-        return n * t * c // self._groups
+        return n * t * c if self.coupled else t * c  # there may be no samples
 
     @functools.cached_property
     def _positions(self) -> list[int]:
@@ -150,7 +150,7 @@ class OutputSpace:
     def terms(self) -> Iterator[Term]:
         """I3: ``kappa = sum_{p,j} < (Phi Phi' e_p) (x) (W W' e_j), H (e_p (x) e_j) >`` for every group."""
         (n, t, c, m), d, g = self.shape, self.weight.shape[0], self._groups
-        gram, features = self.weight @ self.weight.mT, self.features.reshape(g, -1, c, m)
+        gram, features = self.weight @ self.weight.mT, self.features.reshape(g, self._many // c, c, m)
         for p in range(features.shape[1]):
             for j in range(d):
                 basis = self.weight.new_zeros((g, features.shape[1], d))
@@ -242,7 +242,8 @@ class OutputSpace:
 
     def _gram_product(self, x: Float[Tensor, "n t c a"], y: Float[Tensor, "n t c b"]) -> Shares:
         """``||sum_p x_p y_p'||_F^2`` over all p of a group."""
-        x, y = (z.reshape(self._groups, -1, z.shape[-1]) for z in (x, y))
+        rows = x[..., 0].numel() // max(1, self._groups)
+        x, y = (z.reshape(self._groups, rows, z.shape[-1]) for z in (x, y))
         if x.shape[1] == 1:
             return x.square().sum((1, 2)) * y.square().sum((1, 2))
         return ((x @ x.mT) * (y @ y.mT)).sum((1, 2))
