@@ -141,7 +141,7 @@ _ARGUMENTS = {
     ),
     "bound": Check(
         "a positive number is needed, the largest penalty as a share of the loss, or None for no bound",
-        lambda x: (_number(x) or x == math.inf) and x > 0,
+        lambda x: (_number(x) or (isinstance(x, float) and x == math.inf)) and x > 0,
     ),
     "device": Check("a device that is there is needed, such as 'cpu' or 'cuda:0'", _device),
     "process_group": Check(

@@ -4,6 +4,7 @@ Measuring starts ``torchrun`` itself; the others are forked into the environment
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -39,7 +40,9 @@ def test_measure_on_two_processes(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["plain", "fam", "sam"])
 def test_training_on_two_processes_is_training_on_one(algorithm, tmp_path):
-    settings = {"strength": 0.1, "bound": None} if algorithm == "fam" else {}  # each process has a bound of its own
+    settings = (
+        {"strength": 0.1, "bound": math.inf} if algorithm == "fam" else {}
+    )  # each process has a bound of its own
     values = {"task": "digits", "algorithm": algorithm, "epochs": 2, "lr": 0.01, **settings}
     alone = training.train(make(values), tmp_path / "alone", tensorboard=False)
     way = ("--algorithm", algorithm, "--epochs", "2", "--lr", "0.01", "--runs", str(tmp_path), "--name", "two")

@@ -6,6 +6,7 @@ this package, call ``register``.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -186,7 +187,7 @@ class Fam(Algorithm):
         strength: lambda of the paper, on kappa without division by m, in place of a size.
         layer: the layers it acts on, by name or glob; several with commas; else all, or with a strength the output.
         size: lambda times the number of layers.
-        bound: largest penalty as a share of the loss; None for no bound.
+        bound: largest penalty of a step as a share of its loss; inf for no bound.
         radius: finite radius of the feature noise instead of kappa itself.
         curvature: what kappa is made of.
         gradient: which part of Lemma 1 is used.
@@ -211,6 +212,10 @@ class Fam(Algorithm):
     every: int | None = None
     normalize_features: bool = False
     layers_per_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bound == math.inf:  # which JSON does not have
+            object.__setattr__(self, "bound", None)
 
     def criterion(self, loss: nn.Module, model: nn.Module, seed: int) -> nn.Module:
         """The task loss wrapped by `relflat.FAM`."""
