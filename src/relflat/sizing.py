@@ -3,8 +3,8 @@
 A penalty ``lambda kappa`` has no scale of its own: kappa is a high power of the weights and is summed over layers, so
 a lambda that regularises one network kills another. Two things make one number fit many networks. The *size* is the
 lambda of the mean over layers, ``lambda = size / number of layers``; as kappa and the loss have the same unit, it has
-none. The *bound* keeps the penalty of a step below a share of its loss, by a factor that counts as a constant, so
-that a network that is not fitted yet cannot be driven to a constant function (docs/concepts.md).
+none. The *bound* keeps the penalty of a step below a share of its loss, by a factor that counts as a constant: one
+step of an unbounded one may turn a network that is not fitted yet into a constant function (docs/concepts.md).
 """
 
 import warnings
@@ -18,7 +18,7 @@ from relflat.errors import ConfigError
 from relflat.options import Number, check
 
 SIZE, BOUND, EVERY = 0.004, 0.3, 8
-"""Of ``FAM(loss_fn, model)``: set on validation data before any test split was touched (docs/study/default.md)."""
+"""Of ``FAM(loss_fn, model)``; docs/study/default.md has how they were set, on validation data, and where they end."""
 
 
 class Sizing:
