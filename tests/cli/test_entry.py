@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import relflat
+from fetched import have
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -27,6 +28,7 @@ def test_without_the_lab_it_says_what_to_install(missing) -> None:
 
 
 def test_an_extra_beside_the_lab_is_named(tmp_path) -> None:
+    have("skulls")
     done = run("monai", "train", "skulls-unet", "--runs", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.endswith("pip install 'relflat[skulls]'\n")
