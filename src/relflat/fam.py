@@ -122,7 +122,7 @@ class FAM(nn.Module):
         self._tap.needs_features = normalize_features or radius is not None
         try:
             must_suit(self._tap, self.options)
-        except Exception:
+        except Exception:  # whatever it was, the model keeps no hooks of a criterion that was not built
             self._tap.close()
             raise
         self._tap.keep_rng = self._estimator.repeats or self._estimator.may_repeat

@@ -78,8 +78,10 @@ class Suggestion:
             f"{self.every} steps a penalty of {self.penalty:.3g}, {self.share:.2g} times the loss {sums}"
         ]
         if self.share > self.bound:
-            lines.append(f"the bound holds it at {self.bound:g} of the loss, {self.bounded:.3g}")
-        if self.penalty > 0 and self.loss > 0:
+            lines.append(
+                f"the bound holds it at {self.bound:g} of the loss, {self.bounded:.3g}, and sets it, not the size"
+            )
+        elif self.penalty > 0 and self.loss > 0:
             low, high = map(self.size_for, _USUAL)
             lines.append(
                 f"sizes {low:.1g} to {high:.1g} give a penalty of {_USUAL[0]:g} to {_USUAL[1]:g} of the loss"
