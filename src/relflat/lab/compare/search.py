@@ -120,7 +120,8 @@ def conclude(plan: Plan, runs: Path, do: Do, failed: Mapping[str, str]) -> Compa
     """All trials of the search first, then the tested runs of what was chosen, without arms that are said to fail."""
     reasons = dict(failed)
     arms = {arm.name: arm for arm in plan.arms if arm.name not in failed}
-    searched = by_arm(plan.searching(runs, arms.values()), do, reasons)
+    jobs = plan.searching(runs, arms.values())
+    searched = by_arm(jobs, do, reasons) if jobs else {name: [] for name in arms}
     candidates = [found for name, trials in searched.items() for found in judged(plan, arms[name], trials)]
     chosen = {name: choose(candidates, name) for name in searched}
     finals = by_arm(plan.testing(runs, [(arms[name], chosen[name].settings) for name in chosen]), do, reasons)
