@@ -46,8 +46,7 @@ def programs() -> list[Path]:
 def draw(program: Path, folder: Path) -> Path:
     """Run a program in a folder; the figure it has saved there."""
     look = STYLE | {"axes.prop_cycle": matplotlib.cycler(color=[COLOURS[k] for k in (2, 1, 3, 4, 5, 0)])}
-    look |= {"svg.hashsalt": program.stem, "axes.titlesize": "medium"}
-    os.environ["SOURCE_DATE_EPOCH"] = "0"
+    look |= {"svg.hashsalt": program.stem, "text.parse_math": True, "axes.titlesize": "medium"}
     with matplotlib.rc_context(look), contextlib.chdir(folder):
         matplotlib.use("agg")
         runpy.run_path(str(program), run_name="__main__")
@@ -82,6 +81,7 @@ def page() -> str:
 
 def main(*names: str) -> None:
     """Draw the programs of these names, or all, and write the page."""
+    os.environ["SOURCE_DATE_EPOCH"] = "0"  # no date in figures
     for program in programs():
         if not names or program.stem in names:
             start, printed = time.process_time(), io.StringIO()

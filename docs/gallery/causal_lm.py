@@ -48,7 +48,9 @@ def losses(model, ids, starts, strength):
 
 
 figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.2), layout="constrained")
-figure.suptitle(f"{len(words):,} words of docstrings, {len(number):,} different, a tenth held out, one seed")
+figure.suptitle(
+    f"{len(words):,} words of docstrings, {len(number):,} different, a tenth held out, one seed", fontsize="medium"
+)
 for strength in (0.0, 0.003):
     torch.manual_seed(0)
     model, found = GPT(), []

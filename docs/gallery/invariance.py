@@ -38,6 +38,7 @@ for name, look in looks.items():
     print(f"{name}: from {min(values):.3g} to {max(values):.3g} times what it was")
     ax.plot(factors, values, look, markersize=5, label=name)
 ax.set_xscale("log", base=2)
+ax.xaxis.set_major_formatter("{x:g}")
 ax.set(yscale="log", xlabel="c: weights of the output layer times c, its features divided by c")
 ax.set(ylabel="measure, relative to c = 1 (log)", title="One function. MLP on 1,797 digits, one seed")
 ax.legend()

@@ -31,5 +31,5 @@ for name in ("plain", "FAM"):
     found[name] = along
 
 ax = relflat.plot.landscape(found, rise=True)
-ax.set_title("Output layer, 1,000 digits, one seed, 8 directions", y=1.14)
+ax.figure.suptitle("Output layer, 1,000 digits, one seed, 8 directions", fontsize="medium")
 ax.figure.savefig("landscape.svg")

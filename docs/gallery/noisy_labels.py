@@ -47,6 +47,7 @@ for arm in ("plain", "FAM", "finite radius .6"):
     print(f"{arm}: {runs[:, -1].mean():.1f} % after {epochs} epochs, {runs.max(1).values.mean():.1f} % at best")
     (line,) = ax.plot(range(1, epochs + 1), runs.mean(0), label=arm)
     ax.fill_between(range(1, epochs + 1), runs.min(0).values, runs.max(0).values, color=line.get_color(), alpha=0.15)
+ax.set_ylim(75, 96)
 ax.set(
     xlabel="epoch", ylabel="test accuracy, %", title="MLP, 900 digits, 20 % of labels redrawn; mean, range of 3 seeds"
 )

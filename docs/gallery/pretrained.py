@@ -17,7 +17,7 @@ rows = torch.randperm(len(reviews.targets))[:32]
 batch = {name: ids[rows] for name, ids in reviews.inputs.items()}, reviews.targets[rows]
 model = minilm().eval()
 found = relflat.suggest(model, nn.CrossEntropyLoss(), batch, layer="encoder.encoder.*")
-print(str(found).splitlines()[-1])
+print(*str(found).splitlines()[:4], "...", str(found).splitlines()[-1], sep="\n")
 
 kinds = {
     "attention.self.query": "query",

@@ -38,7 +38,7 @@ figure, axes = plt.subplots(len(drawn), 1, figsize=(7.6, 3.8), layout="constrain
 for ax, (name, halves) in zip(axes, drawn.items(), strict=True):
     digits = torch.cat([upper[test], halves], dim=1)[:12].view(-1, 8, 8)
     row = nn.functional.pad(digits, (0, 2)).transpose(0, 1).flatten(1)  # side by side
-    ax.imshow(row, cmap="gray_r", vmin=0, vmax=1)
+    ax.imshow(row, cmap="gray_r", interpolation="none", vmin=0, vmax=1)
     ax.axhline(3.5, color="C1", linewidth=1)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)

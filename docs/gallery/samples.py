@@ -35,10 +35,10 @@ for place, (word, which) in enumerate({"sharpest": order[:6], "flattest": order[
     print(f"{word}: kappa from {kappa[which].min():.3g} to {kappa[which].max():.3g}")
     for k, i in enumerate(which.tolist()):
         ax = pictures.add_subplot(2, 6, 6 * place + k + 1)
-        ax.imshow(images[i, 0], cmap="gray_r")
+        ax.imshow(images[i, 0], cmap="gray_r", interpolation="none")
         ax.set_title(f"{clothes[labels[i]]}: {clothes[said[i]]} {probability[i]:.2f}", fontsize=7)
         ax.axis("off")
 figure.suptitle(
     "1,000 test pictures of Fashion-MNIST, MLP, one seed. Below: label, answer, confidence", fontsize="medium"
 )
-figure.savefig("samples.png", dpi=110)
+figure.savefig("samples.svg")

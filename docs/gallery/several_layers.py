@@ -42,5 +42,5 @@ for name in ("plain", "FAM"):
 print("regularised:", fam.layers)
 print(found["after 10 epochs, FAM"])
 ax = relflat.plot.layers(found)
-ax.set_title("MLP on 1,797 digits, one seed", loc="right", y=1.08)
+ax.figure.suptitle("MLP on 1,797 digits, one seed", fontsize="medium")
 ax.figure.savefig("several_layers.svg")

@@ -17,7 +17,13 @@ PAGES = [
 ]
 NUMBER = re.compile(r"(?:(?<![\w.])[-+−])?(?<![\w.])(?:\d+\.\d+|\.\d+|\d+)(?:e-?\d+)?")
 WHOLE = ("docs/study/README.md", "docs/study/fashion-mnist.md")  # pages of nothing but results
-SECTIONS = {"README.md": "## What it buys", "docs/tasks.md": "## Measured", "docs/compare.md": "## Arms"}
+SECTIONS = {
+    "README.md": ("## What it buys", "## What it costs"),
+    "docs/methods.md": ("## What it buys",),
+    "docs/tasks.md": ("## Measured",),
+    "docs/compare.md": ("## Arms",),
+}
+HERE = "https://github.com/relflat/relflat/blob/main/"
 # numbers of the papers, of the tasks and of statistics
 OTHER = re.compile(
     r"paper has [+\d. to%]+|strength 3e6|\(\.35 for|20 to 40 %|SGD 0\.05|momentum 0\.9|weight decay 5e-4|torch [\d.]+"
@@ -92,14 +98,13 @@ def passages(page: str, text: str) -> list[str]:
     """The parts of a page that speak of results: whole pages, sections, and whatever links to a study."""
     if page in WHOLE:
         return [text]
-    section = SECTIONS.get(page)
     found = []
-    if section:
+    for section in SECTIONS.get(page, ()):
         rest = text[text.index(f"\n{section}\n") + len(section) + 2 :]
         found.append(re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0])
-        text = text.replace(found[0], "")
+        text = text.replace(found[-1], "")
     blocks = re.split(r"\n\s*\n|\n(?=[|-] ?)", text)
-    return found + [block for block in blocks if re.search(r"\]\((?:\.\./|docs/)?study/.*\.md", block)]
+    return found + [block for block in blocks if re.search(rf"\]\((?:{HERE})?(?:\.\./|docs/)?study/.*\.md", block)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
