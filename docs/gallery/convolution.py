@@ -45,6 +45,6 @@ for strength, *at in zip(strengths, kappa, accuracy, strict=True):
 ax.set_xscale("log", base=2)
 ax.xaxis.set_major_formatter("{x:g}")
 ax.set(xlabel="kappa of the second convolution (log; ± standard error)", ylabel="test accuracy, %")
-ax.set_title("Labels: strength. CNN on 1,000 digits, 797 to test, one seed")
+ax.set_title("By strength of the penalty. CNN on 1,000 digits, 797 to test, one seed")
 ax.margins(y=0.15)
 figure.savefig("convolution.svg")

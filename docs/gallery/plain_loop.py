@@ -1,7 +1,7 @@
 """Train with FAM in a plain loop, and watch kappa.
 
 One line differs from ordinary training, and nothing is tuned; `Monitor` measures both networks as they train. A fifth
-of the labels is wrong: plain training learns them by heart, and its kappa rises far above that of FAM.
+of the labels is wrong: plain training learns them by heart, and its kappa rises above that of FAM.
 """
 
 import matplotlib.pyplot as plt

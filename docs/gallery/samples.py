@@ -28,8 +28,8 @@ for _ in range(4):
 kappa = relflat.per_sample_flatness(model, nn.CrossEntropyLoss(), (images, labels), layer="output")
 order = kappa.argsort(descending=True)
 probability, said = model(images).softmax(1).max(1)
-figure = plt.figure(figsize=(7.6, 4.6), layout="constrained")
-curve, pictures = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+figure = plt.figure(figsize=(7.6, 5.8), layout="constrained")
+curve, pictures = figure.subfigures(2, 1, height_ratios=(1.5, 1))
 relflat.plot.samples(kappa, names=[clothes[k] for k in labels], extremes=3, ax=curve.subplots())
 for place, (word, which) in enumerate({"sharpest": order[:6], "flattest": order[-6:]}.items()):
     print(f"{word}: kappa from {kappa[which].min():.3g} to {kappa[which].max():.3g}")

@@ -57,7 +57,7 @@ def panel(axes: Axes, arms: dict[str, Any]) -> list[Point]:
         axes.plot([across, across], [low, high], color=colour, linewidth=1, alpha=0.6, zorder=2)
         axes.plot(across, up, "o", color=colour, markerfacecolor=filled, markersize=6, zorder=3)
         bold = "bold" if name.startswith("fam") else "normal"
-        points.append((across, up, GONE.get(name) or ARMS[name].title, colour, bold))
+        points.append((across, up, ARMS[name].title if name in ARMS else GONE.get(name, name), colour, bold))
     axes.axhline(0, color=INK, linewidth=0.8, zorder=1)
     return points
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ import pytest
 from quotes import QUOTES, Quote
 
 ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "docs" / "study"
+sys.path.append(str(STUDIES))
+import picture  # noqa: E402
+
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -134,6 +139,23 @@ def test_no_number_is_left_without_a_run(page: Path) -> None:
 )
 def test_rounding(printed: str, value: float, same: bool) -> None:
     assert agrees(printed, value) is same
+
+
+def test_the_picture_shows_untuned_comparisons_where_there_are_any() -> None:
+    results = {"a": {"search_seeds": [100]}, "b": {"search_seeds": []}, "c": {}}
+    assert list(picture.comparisons(results)) == ["b"]
+    tuned = {name: {"search_seeds": [100]} for name in picture.TUNED}
+    assert list(picture.comparisons(tuned | results | {"b": {}})) == list(picture.TUNED)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the source distribution leaves pictures out")
+def test_the_picture_is_of_the_results(tmp_path: Path) -> None:
+    def shown(path: Path) -> list[str]:
+        """Names, numbers beside the axes, and how many points there are."""
+        return [*re.findall("<text[^>]*>([^<]*)<", path.read_text()), str(path.read_text().count("<use "))]
+
+    picture.main(tmp_path / "picture.svg")
+    assert shown(tmp_path / "picture.svg") == shown(STUDIES / "picture.svg"), "draw it again: make results"
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the source distribution leaves pictures out")
