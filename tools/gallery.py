@@ -23,8 +23,8 @@ from relflat.plot.style import COLOURS, STYLE
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 HEAD = """# Gallery
 
-Complete programs of at most 66 lines on real data: `python docs/gallery/NAME.py` prints a few lines and saves its
-figure where you are, in seconds on one core. They need `pip install "relflat[lab]"`, and two of them what `relflat
+Complete, short programs on real data: `python docs/gallery/NAME.py` prints a few lines and saves its figure where
+you are, in seconds on one core. They need `pip install "relflat[lab]"`, and two of them what `relflat
 data` fetches. `make gallery` draws them all and writes this page.
 """
 ENTRY = """
