@@ -15,7 +15,7 @@ CORE := tests/unit tests/oracles tests/networks tests/properties tests/distribut
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-gpu test-architectures architectures coverage mutants lint types format lowest dist bench house results hooks clean
+.PHONY: help demo quick test test-gpu test-architectures architectures coverage mutants lint types format lowest dist bench gallery house results hooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,11 +76,16 @@ dist: $(READY)  ## wheel and source distribution under dist, checked, the wheel 
 bench: $(READY)  ## cost of training and measuring, as JSON and a picture in benchmarks/results
 	$(BIN)/python benchmarks/cost.py
 
+gallery: $(READY)  ## draw the figures of docs/gallery by its programs, and write its page
+	$(BIN)/relflat data get fashion-mnist minilm reviews
+	$(BIN)/python tools/gallery.py
+
 house: $(READY)  ## sizes, arrows between modules and rooms, and what is over the limits
 	$(BIN)/python tools/house.py
 
-results: $(READY)  ## take the numbers of new reports under docs/study over into docs/study/results.json
+results: $(READY)  ## take the numbers of new reports under docs/study over into docs/study/results.json, and draw their picture
 	$(BIN)/python docs/study/collect.py
+	$(BIN)/python docs/study/picture.py
 
 hooks: $(READY)  ## run ruff and mypy before each commit
 	$(BIN)/pip install --quiet --constraint constraints.txt pre-commit

@@ -126,6 +126,23 @@ class TestLayers:
         assert [bar.get_width() for bar in axes.patches] == [f.value for f in (*flats.values(), flats["2"])]
         assert [text.get_text() for text in axes.get_legend().get_texts()] == list(groups)
 
+    def test_a_legend_of_long_names_lies_within_the_figure(self, flats) -> None:
+        axes = plot.layers({f"after {epochs} epochs of plain training": flats for epochs in (1, 10, 100)})
+        axes.figure.canvas.draw()
+        assert axes.get_legend().get_window_extent().x1 <= axes.figure.bbox.x1
+
+    def test_keeps_what_a_notebook_sets_with_the_first_figure(self, flats, monkeypatch) -> None:
+        figure = matplotlib.pyplot.figure
+
+        def as_inline(*args, **options):
+            matplotlib.interactive(True)  # without it cells that follow show no figure
+            return figure(*args, **options)
+
+        monkeypatch.setattr(matplotlib.pyplot, "figure", as_inline)
+        monkeypatch.setitem(matplotlib.rcParams, "interactive", False)
+        flats.plot()
+        assert matplotlib.is_interactive()
+
     def test_draws_where_it_is_told(self, flats) -> None:
         given = matplotlib.figure.Figure().add_subplot()
         assert flats.plot(ax=given, log=True) is given

@@ -55,5 +55,5 @@ def as_html(columns: Sequence[str], rows: Iterable[Sequence[str]], below: str = 
         return f"<tr>{''.join(inside)}</tr>"
 
     body = "".join(row("td", cells) for cells in rows)
-    caption = f'<caption style="caption-side: bottom; text-align: left">{escape(below)}</caption>' if below else ""
-    return f"<table>{caption}<thead>{row('th', columns)}</thead><tbody>{body}</tbody></table>"
+    table = f"<table><thead>{row('th', columns)}</thead><tbody>{body}</tbody></table>"
+    return f'<div>{table}<p style="max-width: 48em">{escape(below)}</p></div>' if below else table
