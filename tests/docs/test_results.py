@@ -13,11 +13,17 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "howto").glob("*.md")),
     *(ROOT / "docs" / "study" / name for name in ("README.md", "fashion-mnist.md")),
 ]
 NUMBER = re.compile(r"(?:(?<![\w.])[-+−])?(?<![\w.])(?:\d+\.\d+|\.\d+|\d+)(?:e-?\d+)?")
 WHOLE = ("docs/study/README.md", "docs/study/fashion-mnist.md")  # pages of nothing but results
-SECTIONS = {"README.md": "## What it buys", "docs/tasks.md": "## Measured", "docs/compare.md": "## Arms"}
+SECTIONS = {
+    "README.md": "## What it buys",
+    "docs/benchmarks.md": "## What it buys",
+    "docs/tasks.md": "## Measured",
+    "docs/compare.md": "## Arms",
+}
 # numbers of the papers, of the tasks and of statistics
 OTHER = re.compile(
     r"paper has [+\d. to%]+|strength 3e6|\(\.35 for|20 to 40 %|SGD 0\.05|momentum 0\.9|weight decay 5e-4|torch [\d.]+"
