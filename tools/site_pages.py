@@ -83,6 +83,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         anchor = "" if path in HOME else match[2] or ""
         return posixpath.relpath(_place(path), here or ".") + anchor
 
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]  # it would list nothing but itself
     if page.file.src_uri.startswith("files/"):
         return markdown
     parts = FENCE.split(markdown)
