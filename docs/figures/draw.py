@@ -1,4 +1,4 @@
-"""Draw the figures of docs/ten-minutes.md from networks trained here: python docs/figures/draw.py [NAME ...] [--to DIR]."""
+"""Draw the figures of docs/ten-minutes.md from networks trained here: python docs/figures/draw.py [NAME ...]."""
 
 import argparse
 from collections.abc import Callable
@@ -124,7 +124,7 @@ def penalty(sizes: tuple[float, ...] = (1e-3, 4e-3, 0.016, 0.064, 0.256), seeds:
 
 
 def _with_penalty(seed: int, **options: object) -> tuple[float, float]:
-    """The penalty's mean share of the loss at the end of a training, and the training loss; of labels partly wrong."""
+    """The penalty's mean share of the loss after a training on labels partly wrong, and the training loss."""
     targets, model, shares = noisy(seed), network(seed), []
     with FAM(cross_entropy, model, **options) as criterion:
         train(model, 15, targets, criterion)

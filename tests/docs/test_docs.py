@@ -184,7 +184,10 @@ def test_every_public_name_has_a_place_on_an_api_page(name):
 @pytest.mark.parametrize("name", [n for n in relflat.__all__ if not _is_error(n)])
 def test_every_argument_is_in_the_docstring_that_the_page_is_made_of(name):
     thing = getattr(relflat, name)
-    assert [a for a in _arguments(thing) if not re.search(rf"\b{a}\b", inspect.getdoc(thing))] == []
+    text = inspect.getdoc(thing)
+    known = _arguments(relflat.relative_flatness) if "relative_flatness`" in text else []  # where it refers to that
+    missing = [a for a in _arguments(thing) if a not in known and not re.search(rf"\b{a}\b", text)]
+    assert missing == []
 
 
 def test_every_method_of_fam_has_a_docstring():
