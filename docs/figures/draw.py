@@ -53,24 +53,24 @@ def noisy(seed: int) -> torch.Tensor:
     return torch.where(torch.rand(len(y), generator=random) < 0.2, torch.randint(10, y.shape, generator=random), y)
 
 
-def kappa() -> Figure:
+def kappa(points: int = 13) -> Figure:
     """The loss along random linear changes of a layer's features: kappa is its curvature."""
     plain, flat = network(), network()
     targets = noisy(0)
     train(plain, 10, targets)
     train(flat, 10, targets, FAM(cross_entropy, flat))
     along = {
-        name: loss_along(model, cross_entropy, (x, targets), layer="2", radius=0.3, points=13)
+        name: loss_along(model, cross_entropy, (x, targets), layer="2", radius=0.3, points=points)
         for name, model in (("plain", plain), ("with FAM", flat))
     }
     return plot.landscape(along, rise=True).figure
 
 
-def invariance() -> Figure:
+def invariance(steps: int = 4) -> Figure:
     """Measures of one function, written with other weights."""
     model = network()
     train(model, 3, y)
-    factors = [10 ** (k / 4) for k in range(-4, 5)]
+    factors = [10 ** (k / steps) for k in range(-steps, steps + 1)]
     found = {name: [] for name in ("kappa", "Tr H", "lambda_max(H)", "SAM sharpness")}
     for factor, back in zip(factors, [1.0, *factors], strict=False):
         reparam.rescale_layer(model[2], model[3], model[4], factor=factor / back)
