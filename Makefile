@@ -7,6 +7,7 @@ READY := $(VENV)/.installed
 ARCHITECTURES := .venv-architectures
 LOWEST := .venv-lowest
 WHEEL := .venv-wheel
+DOCS := .venv-docs
 PUBLISHED := $(ARCHITECTURES)/.installed
 # what measures the tests: coverage, changes at random
 DEV := $(VENV)/.dev
@@ -15,7 +16,7 @@ CORE := tests/unit tests/oracles tests/networks tests/properties tests/distribut
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-gpu test-architectures architectures coverage mutants lint types format lowest dist bench gallery house results hooks clean
+.PHONY: help demo quick test test-gpu test-architectures architectures coverage mutants lint types docs format lowest dist bench gallery house results hooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +53,9 @@ lint: $(READY)  ## ruff: rules and format
 
 types: $(READY)  ## mypy --strict on src
 	$(BIN)/mypy
+
+docs: $(DOCS)/.installed  ## the site, in site/; strict: every link and anchor must lead somewhere
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
 
 format: $(READY)  ## write what ruff can mend
 	$(BIN)/ruff check --fix src tests benchmarks docs tools
@@ -94,7 +98,14 @@ hooks: $(READY)  ## run ruff and mypy before each commit
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,lightning,transformers,accelerate,skorch,peft,hub,ray]" --group test --group architectures
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,lightning,transformers,accelerate,skorch,peft,hub,ray]" --group test --group architectures --group examples
+	touch $@
+
+# neither torch nor relflat: docstrings are read, not imported
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(DOCS)/bin/pip install --quiet --constraint constraints.txt --group docs
 	touch $@
 
 $(DEV): $(READY)
@@ -108,4 +119,4 @@ $(PUBLISHED): pyproject.toml
 	touch $@
 
 clean:  ## remove the environment, caches and the demo
-	rm -rf $(VENV) $(ARCHITECTURES) $(LOWEST) $(WHEEL) dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ARCHITECTURES) $(LOWEST) $(WHEEL) $(DOCS) dist demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,7 +42,7 @@ README: list[Quote] = [
     ("| SAM | 2.00x | 2.02x |", OUTPUT, "SAM-(pytorch_optimizer) flops step"),
 ]
 
-METHODS: list[Quote] = [
+BENCHMARKS: list[Quote] = [
     ("| plain | 93.1 ± 0.9 | 21 ± 2 | 1.00x | weight decay 0.002 |", DEMO, f"plain {ROW} settings.weight_decay"),
     ("| label smoothing | 93.3 ± 0.7 | 21 ± 2 | 1.1x | smoothing 0.1 |", DEMO, f"smoothing {ROW} settings.smoothing"),
     ("| SAM | 91.9 ± 1.1 | 14 ± 1 | 2.1x | rho 0.2 |", DEMO, f"sam {ROW} settings.rho"),
@@ -260,15 +260,15 @@ TASKS: list[Quote] = [
     ),
 ]
 
-HOWTO: list[Quote] = [
+LAYERS: list[Quote] = [
     ("drawing one layer gained 1.1 points where all of them gained 1.3", FRESH, "fam-one gain; fam-all gain")
 ]
 
 QUOTES = {
     "README.md": README,
-    "docs/methods.md": METHODS,
+    "docs/benchmarks.md": BENCHMARKS,
     "docs/compare.md": COMPARE + GRIDS,
-    "docs/howto.md": HOWTO,
+    "docs/howto/layers.md": LAYERS,
     "docs/reproduce.md": REPRODUCE,
     "docs/study/README.md": STUDY,
     "docs/study/fashion-mnist.md": FASHION,

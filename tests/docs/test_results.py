@@ -18,13 +18,14 @@ import picture  # noqa: E402
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "howto").glob("*.md")),
     *(ROOT / "docs" / "study" / name for name in ("README.md", "fashion-mnist.md")),
 ]
 NUMBER = re.compile(r"(?:(?<![\w.])[-+−])?(?<![\w.])(?:\d+\.\d+|\.\d+|\d+)(?:e-?\d+)?")
 WHOLE = ("docs/study/README.md", "docs/study/fashion-mnist.md")  # pages of nothing but results
 SECTIONS = {
     "README.md": ("## What it buys", "## What it costs"),
-    "docs/methods.md": ("## What it buys",),
+    "docs/benchmarks.md": ("## What it buys",),
     "docs/tasks.md": ("## Measured",),
     "docs/compare.md": ("## Arms",),
 }
