@@ -2,8 +2,8 @@
 
 The changes are cosmic-ray's; sites are drawn alike, then one change at each, as many in a module as it has sites of
 all. The tests of a change are those that ran its line, by the contexts of a coverage run; a process that has loaded
-torch forks for each change, so that one costs seconds, and nothing is written to the sources. A test that says no must say
-yes to the unchanged sources in such a process, or it does not count.
+torch forks for each change, so that one costs seconds, and nothing is written to the sources. A test that says no
+must say yes to the unchanged sources in such a process, or it does not count.
 
 python -m pytest tests/unit ... --cov --cov-context=test --durations=0 --durations-min=0 -vv > durations.txt
 python tools/mutants.py --durations durations.txt --seed 2 --count 150 --out mutants.jsonl
