@@ -133,18 +133,20 @@ def check_default(case: Published) -> str:
             stepped(case, model, criterion, torch.float32)
             if step % EVERY == 0:
                 last = criterion.last
+                curved = [name for name, kappa in last["by_layer"].items() if kappa > 0]
                 assert math.isfinite(last["penalty"]), last
+                assert (last["penalty"] > 0) == bool(curved), last
                 assert not last["skipped"], last
-                bent = [name for name, kappa in last["by_layer"].items() if kappa > 0]
-                assert (last["penalty"] > 0) == bool(bent), last
             if step == 0:
-                found, alike = bent, unchanged(bent, plain, model, lambda p: p.grad)
+                regularised = [n for n in curved if any(p.requires_grad for p in matrices(model, n))]
+                alike = unchanged(regularised, plain, model, lambda p: p.grad)
                 assert not alike, f"the penalty has no gradient in {alike}"
             optimizer.step()
         assert last["penalties"] == 2
-        still = unchanged(found, started, model, lambda p: p)
+        still = unchanged(regularised, started, model, lambda p: p)
         assert not still, f"not trained: {still}"
-        return f"{len(found)} of {len(criterion.layers)}"
+        frozen = [n for n in criterion.layers if not any(p.requires_grad for p in matrices(model, n))]
+        return f"{len(regularised)} of {len(criterion.layers)}" + f", {len(frozen)} frozen" * bool(frozen)
 
 
 def stepped(case: Published, model: nn.Module, criterion: nn.Module, dtype: torch.dtype = torch.float64) -> None:

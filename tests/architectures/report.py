@@ -24,7 +24,7 @@ Each with random weights in a small configuration, in float64, run by its librar
 - *step*: the gradient of a training step with FAM on the output layer is finite;
 - *default*: training with `FAM(loss_fn, model)`, nothing chosen, in float32, until after its second penalty (nine
   steps): penalties and gradients are finite, the penalty is positive and has a gradient in the weight of every layer
-  with a kappa, and each of those is trained. How many of the layers have a kappa above 0 in the first step.
+  with a kappa that is not frozen, and each of those is trained. How many of the layers of `"*"` that are.
 
 {count} architectures, {right} of them right in everything.
 
