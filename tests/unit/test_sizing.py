@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from relflat import FAM, ConfigError
-from relflat.sizing import BOUND, BOUND_OF_STRENGTH, EVERY, SIZE
+from relflat.sizing import BOUND, EVERY, LOOSE, SIZE
 
 CE = nn.CrossEntropyLoss
 
@@ -95,7 +95,7 @@ def test_the_bound_is_on_unless_switched_off():
         with FAM(CE(), net, "output", strength=5.0, bound=bound) as fam:
             fam(net(x), y)
             assert fam.last["penalty"] == pytest.approx(right)
-    for how, bound in (({"strength": 50.0}, BOUND_OF_STRENGTH), ({"size": 50.0}, BOUND)):
+    for how, bound in (({"strength": 50.0}, LOOSE), ({"strength": 50.0, "every": 2}, BOUND), ({"size": 50.0}, BOUND)):
         with FAM(CE(), net, "output", **how) as fam:
             fam(net(x), y)
             assert fam.last["penalty"] == pytest.approx(bound * fam.last["task"])
