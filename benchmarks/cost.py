@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from networks import TextEncoder, bert, mlp, pictures, resnet18, sentences, vit
 from output import RESULTS, environment, save, show
 from paired import ratio_to
 from relflat import FAM, relative_flatness_by_layer
+from relflat.lab.tasks.models import wide_resnet
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -100,7 +101,7 @@ UNEVEN = {"all, every 4": 4, "one drawn, every 4": 4, "default": 8}  # steps unt
 
 
 def _resnet(small: bool) -> nn.Module:
-    return resnet18(width=8) if small else resnet18()
+    return wide_resnet(depth=10, widen=1) if small else resnet18()
 
 
 CPU = (
@@ -335,8 +336,9 @@ def draw(rows: list[dict[str, Any]], old: dict[tuple[str, str], dict[str, Any]],
     plt.close(figure)
 
 
-def main() -> None:
-    options = tyro.cli(Options)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, show and write; the command line's arguments by default."""
+    options = tyro.cli(Options, args=arguments)
     options = Options(**{**asdict(options), "rounds": 2}) if options.small else options
     if options.threads:
         torch.set_num_threads(options.threads)
