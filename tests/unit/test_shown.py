@@ -267,6 +267,10 @@ class TestMonitor:
         monitor = Monitor(mlp(), CE(), data(), "output", every=100)
         assert [monitor(step) is not None for step in (0, 50, 100, 150, 200)] == [True, False, True, False, True]
         assert [step for step, _ in monitor.history] == [0, 100, 200]
+        assert (
+            repr(monitor)
+            == f"Monitor(every=100, measured 3 times, last at step 200: {monitor.history[-1].flats.total:.4g})"
+        )
         monitor()
         assert len(monitor.history) == 3
 

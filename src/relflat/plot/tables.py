@@ -17,7 +17,7 @@ def rows_of(flats: Mapping[str, "Flatness"]) -> list[tuple[str, ...]]:
     shared = total > 0 and min(f.value for f in flats.values()) >= 0
     return [
         (
-            name,
+            name or "(the model)",
             f"{f.value:.5g}",
             f"{f.stderr:.2g}" if f.stderr else "exact",
             f"{f.value / total:.1%}" if shared else "-",
