@@ -191,34 +191,30 @@ def choose_recipe(plan: Plan, runs: Path, do: Do) -> list[Candidate]:
 
 
 def search(plan: Plan, runs: Path, do: Do, reasons: dict[str, str]) -> list[Candidate]:
-    """Each arm's grid, then step by step past an end that did best; a usual setting where there is no grid."""
+    """Each arm's grid, then step by step past an end that did best; a usual setting where nothing is searched."""
     arms = {arm.name: arm for arm in plan.arms if arm.name not in reasons}
     found: dict[str, list[Candidate]] = {name: [] for name in arms}
-    tried = {name: arm.grid for name, arm in arms.items() if arm.values and not plan.untuned}
+    tried = {name: arm.grid for name, arm in arms.items() if arm.values}
     for _ in range(1 + plan.beyond):
         for name, own in by_arm(plan.searching(runs, tried), do, reasons).items():
             found[name] += judged(plan, name, tried[name], own)
-        tried = {name: further(arms[name], own) for name, own in found.items() if own}
-    usual = {name: [Candidate(name, arm.grid[0], math.nan, math.nan, 0, ())] for name, arm in arms.items()}
-    return [
-        each
-        for name, own in found.items()
-        if name not in reasons
-        for each in in_order(arms[name], own) or usual[name]
-    ]
+        tried = {name: further(arms[name], own) for name, own in found.items()}
+    return [each for name, own in found.items() if name not in reasons for each in in_order(arms[name], own)]
 
 
 def further(arm: Arm, own: Sequence[Candidate]) -> list[Values]:
     """The setting past the end of what was tried, where that end did best."""
-    best = choose(own, arm.name)
-    value = None if best.diverged else arm.beyond([each.settings[arm.key] for each in own], best.settings[arm.key])
+    if not own or (best := choose(own, arm.name)).diverged:
+        return []
+    value = arm.beyond([each.settings[arm.key] for each in own], best.settings[arm.key])
     return [] if value is None else [value]
 
 
 def in_order(arm: Arm, own: Sequence[Candidate]) -> list[Candidate]:
-    """The settings of an arm as its grid goes, those past its ends too."""
-    sign = -1 if arm.values and arm.values[0] > arm.values[-1] else 1
-    return sorted(own, key=lambda each: sign * each.settings.get(arm.key, 0.0))
+    """The settings of an arm as its grid goes, those past its ends too; the usual one where none was tried."""
+    if not own:
+        return [Candidate(arm.name, arm.grid[0], math.nan, math.nan, 0, ())]
+    return sorted(own, key=lambda each: each.settings[arm.key], reverse=arm.values[0] > arm.values[-1])
 
 
 def judged(plan: Plan, arm: str, tried: Sequence[Values], trials: Sequence[Trial]) -> list[Candidate]:
