@@ -156,6 +156,20 @@ def test_compare_and_report_for_people_and_machines(relflat, tmp_path):
     assert (folder / "report.tex").is_file()
 
 
+def test_compare_with_both_tables_and_a_recipe(relflat, tmp_path):
+    ways = ("compare", "digits", "--arms", "plain", "smoothing", "fam-default", "fam", *TINY)
+    code, out, _ = relflat(*ways, "--also-untuned", "--recipe", "--out", "out")
+    assert code == 0
+    assert "Tuned: FAM against plain: no difference shown" in out
+    assert "Untuned: FAM default against plain: no difference shown" in out
+    assert "under every arm: label smoothing 0." in out
+    made = (tmp_path / "out" / "report.md").read_text()
+    assert "Left out, as part of it: smoothing." in made
+    code, again, err = relflat("report", "out")
+    assert (code, again, err) == (0, out, "")
+    assert (tmp_path / "out" / "report.md").read_text() == made
+
+
 def test_values_of_all_arms(relflat):
     values = ("--batch-size", "16", "--lr", "0.01", "--weight-decay", "0.001", "--precision", "bf16")
     code, out, err = relflat("compare", "digits", "--arms", "plain", "fam", *TINY, *values, "--json")

@@ -219,6 +219,7 @@ GRIDS: list[Quote] = [  # of arms that no committed run has timed
     (f"| `{arm}` | … | size 0.001, 0.002, 0.004, 0.008 | 0.004 |", NINE, "_; _; _; _; _")
     for arm in ("fam", "fam-one", "fam-sam")
 ]
+GRIDS.append(("| `fam-default` | … | none | 0.004 |", NINE, "_"))
 COMPARE: list[Quote] = [
     (f"| `{arm}` | … | {time} |", study, f"{CALLED.get(arm, arm)} step")
     for study, times in {

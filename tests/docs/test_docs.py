@@ -282,9 +282,9 @@ def test_every_arm_of_a_comparison_has_a_row_with_its_grid():
     listed = {row[0].strip("`"): row for row in rows if row and row[0].startswith("`")}
     assert list(listed) == list(ARMS)
     for name, (_, _, grid, usual, cost) in listed.items():
-        key = ARMS[name].key.replace("_", " ")
-        assert grid == f"{key} " + ", ".join(f"{value:g}" for value in ARMS[name].values), name
-        assert float(usual) == ARMS[name].usual, name
+        arm, key = ARMS[name], ARMS[name].key.replace("_", " ")
+        assert grid == (f"{key} " + ", ".join(f"{value:g}" for value in arm.values) if arm.values else "none"), name
+        assert usual == ("the task's" if arm.usual is None else f"{arm.usual:g}"), name
         assert not cost or float(cost) >= 1, name
     default = inspect.signature(compare).parameters["arms"].default
     assert f"The default is `{' '.join(default)}`." in section

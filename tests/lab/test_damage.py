@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from relflat.cli.options import Budget
+from relflat.cli.plan import plan_for
 from relflat.errors import ConfigError, DataError
-from relflat.lab.compare.arms import Budget
 from relflat.lab.compare.trials import Job, read_trial, run_job
 from relflat.lab.report import study
 from relflat.lab.train import store
@@ -81,7 +82,7 @@ def test_a_damaged_configuration_may_be_replaced(run):
 
 def test_a_damaged_comparison(tmp_path):
     budget = Budget(seeds=1, search_seeds=1, trials=1)
-    plan = study.plan_for("digits", ["plain", "sam"], budget, epochs=1, train_size=100)
+    plan = plan_for("digits", ["plain", "sam"], budget, epochs=1, train_size=100)
     folder = tmp_path / "out"
     study.open_study(folder, plan, tmp_path / "runs", "")
     study.carry_out(folder, plan, tmp_path / "runs", 1, lambda trial: None)

@@ -155,6 +155,69 @@ def test_diverged_seed_is_counted_and_left_out_of_pairs():
     assert "6 (+1 diverged)" in page(CLEAR, lost=[(2, 1)])
 
 
+def test_each_sentence_of_the_verdict_says_which_table_it_speaks_of():
+    one, other = comparison(CLEAR), comparison(UNCLEAR)
+    usual = replace(other, plan=replace(other.plan.usual, arms=other.plan.usual.arms))
+    forms = all_forms(replace(one, untuned=usual))
+    for name in ("html", "markdown", "terminal"):
+        text = " ".join(forms[name].split())
+        assert "Tuned: SAM is better than plain: +10.3 points" in text
+        assert "Untuned: SAM against plain: no difference shown" in text
+    assert "## Results, untuned" in forms["markdown"]
+    assert "| SAM | 90.6 ± 1.3" not in forms["markdown"].split("## Results, untuned")[0]
+    assert json.loads(forms["json"])["untuned"]["differences"][0]["second"] == "SAM"
+
+
+def with_corruptions(one, keep=7):
+    """The same with accuracies under a corruption, half of those without, in the first so many runs of each arm."""
+    finals = {}
+    for name, trials in one.finals.items():
+        accuracies = [each.result["test"]["accuracy"] / 2 for each in trials]
+        finals[name] = [
+            replace(
+                each,
+                result={**each.result, "corrupted": {"noise": [{"accuracy": half}] * 2}}
+                if place < keep
+                else each.result,
+            )
+            for place, (each, half) in enumerate(zip(trials, accuracies, strict=True))
+        ]
+    return replace(one, finals=finals)
+
+
+def test_what_the_test_split_shows_beyond_accuracy():
+    text = all_forms(with_corruptions(comparison(CLEAR)))["markdown"].split("## Beyond accuracy, tuned")[1]
+    assert "| arm | test loss | ECE, % | confidence, % | noise, % |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| SAM "))
+    assert "0.09 ± 0.01 -0.103 (-0.105 to -0.101)" in row  # the loss is made up: one minus the accuracy
+    assert "45.6 ± 0.4 +5.1 (+5.1 to +5.2)" in row
+    assert "| 67.5 ± 0.0 +0.0 (+0.0 to +0.0) |" in row  # half of the samples at .4, half at .95
+    assert "older version" not in text
+
+
+def test_runs_of_an_older_version_lack_corruptions_and_the_report_says_so():
+    text = all_forms(comparison(CLEAR))["markdown"]
+    assert "21 runs were tested by an older version, without corruptions" in text
+    assert "noise, %" not in text
+    text = all_forms(with_corruptions(comparison(CLEAR), keep=3))["markdown"]
+    assert "12 runs were tested by an older version" in text
+    assert "nan" not in text
+
+
+def test_a_recipe_is_stated():
+    one = comparison(CLEAR)
+    common = {**one.plan.common, "recipe_smoothing": 0.1, "recipe_dropout": 0.0}
+    forms = all_forms(replace(one, plan=replace(one.plan, common=common, in_recipe=("smoothing", "dropout"))))
+    said = "Every arm has the same recipe under it: label smoothing 0.1, dropout 0.0 (as given)."
+    assert said in forms["markdown"]
+    assert "Left out, as part of it: smoothing, dropout." in forms["markdown"]
+    assert "under every arm: label smoothing 0.1, dropout 0.0" in forms["terminal"]
+
+
+def test_the_report_says_how_many_settings_each_arm_tried():
+    assert "each on search seeds 100: plain 2, SAM 2, FAM radius 2." in all_forms(comparison(CLEAR))["markdown"]
+
+
 def test_calibration_of_several_runs_is_merged():
     (share, confidence, right), (_, high, best) = merged_bins(comparison(CLEAR).finals["plain"])
     assert (share / 7, confidence, right) == pytest.approx((0.5, 0.4, 0.5))

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from killable import end, start
 
+from relflat.cli.options import Budget
+from relflat.cli.plan import plan_for
 from relflat.errors import ConfigError, DataError
-from relflat.lab.compare.arms import Budget
 from relflat.lab.compare.trials import workers
 from relflat.lab.report import study
 from relflat.lab.train import store
@@ -30,7 +31,7 @@ def small_plan(**values):
 
 def plan_with(arms, task="digits", **values):
     budget = {field.name: values.pop(field.name) for field in fields(Budget) if field.name in values}
-    return study.plan_for(task, arms, Budget(**budget), **values)
+    return plan_for(task, arms, Budget(**budget), **values)
 
 
 def do(folder, runs, plan, processes=1):

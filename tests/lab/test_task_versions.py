@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from relflat.cli.options import Budget
+from relflat.cli.plan import plan_for
 from relflat.errors import ConfigError
-from relflat.lab.compare.arms import Budget
 from relflat.lab.report import study
 from relflat.lab.tasks import TASKS
 from relflat.lab.train import store
@@ -106,7 +107,7 @@ def test_runs_of_another_version_are_not_reused(tmp_path, raised):
 
 def test_a_comparison_of_another_version_is_not_gone_on_with(tmp_path, raised):
     def plan():
-        return study.plan_for("digits", ["plain", "sam"], Budget(1, search_seeds=1, trials=1), epochs=1)
+        return plan_for("digits", ["plain", "sam"], Budget(1, search_seeds=1, trials=1), epochs=1)
 
     before, folder, runs = plan(), tmp_path / "out", tmp_path / "runs"
     study.open_study(folder, before, runs, "Notes.")

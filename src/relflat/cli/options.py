@@ -4,7 +4,7 @@ A field of `RunConfig` or of an algorithm's settings is an option; its help is i
 its default is the field's. So nothing about an option is written a second time.
 """
 
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 import tyro
@@ -15,8 +15,8 @@ from relflat.lab.train.config import RunConfig
 
 TASKS = (
     "digits, fashion-mnist, fashion-mnist-resnet18, fashion-mnist-wrn, cifar10, cifar10-resnet20, cifar10-resnet18, "
-    "cifar10-wrn, cifar10-finetune, cifar100, cifar100-finetune, svhn, svhn-wrn, mnist1d, skulls, skulls-unet, "
-    "addition, addition-transformer, reviews, rte, mrpc, sst2"
+    "cifar10-wrn, cifar10-finetune, cifar100, cifar100-finetune, svhn, svhn-wrn, mnist1d, reviews, rte, mrpc, sst2, "
+    "skulls, skulls-unet, addition, addition-transformer"
 )  # written out, so that the help of other commands need not import the tasks
 
 TaskName = Annotated[
@@ -28,6 +28,29 @@ TaskName = Annotated[
         f"(docs/tasks.md): {TASKS}.",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each arm may spend. Its fields are options of ``relflat compare``, with the texts below.
+
+    Attributes:
+        seeds: number of tested seeds an arm.
+        first_seed: the first of them; another one repeats a comparison on seeds of its own.
+        search_seeds: number of seeds that settings are chosen by (100, 101, ...).
+        trials: number of settings an arm, at most as many as its grid has; 0: none, the usual one.
+        beyond: how far to go on where the best of three settings or more is the last on its side: settings more.
+        also_untuned: make a second table, of every arm at its usual setting.
+        recipe: choose label smoothing, dropout and augmentation by plain alone, and put them under every arm.
+    """
+
+    seeds: int = 8
+    first_seed: int = 0
+    search_seeds: int = 2
+    trials: int = 4
+    beyond: int = 2
+    also_untuned: bool = False
+    recipe: bool = False
 
 
 def run_values() -> Any:

@@ -16,7 +16,7 @@ from relflat.lab.data.arrays import RawData
 from relflat.lab.data.fetch import cache_folder
 from relflat.lab.data.splits import classification
 from relflat.lab.tasks import AdamW, Task, text
-from relflat.lab.tasks.text import REVIEWS, RTE, glue
+from relflat.lab.tasks.records import RECORDS
 
 SHORT = 16  # most tokens of a sentence of the small task
 BERT = "bert-base-uncased"
@@ -30,7 +30,7 @@ def read_short() -> RawData:
 
 
 few: Task = replace(
-    REVIEWS,
+    RECORDS["reviews"],
     name="few",
     summary="short sentences of film reviews, good or bad, pretrained MiniLM",
     splits=partial(classification, read_short, validation=200, test=400, standardise=False),
@@ -83,10 +83,10 @@ def bert() -> Bert:
 
 
 rte_bert: Task = replace(
-    RTE,
+    RECORDS["rte"],
     name="rte-bert",
     summary="does a sentence follow from another, pretrained BERT-base, the FAM paper's budget",
-    splits=glue("rte", 40),
+    splits=partial(classification, partial(text.read_glue, "rte"), validation=40, test=None, standardise=False),
     model=bert,
     optimizer=AdamW(lr=2e-5),
     epochs=20,

@@ -24,9 +24,10 @@ class Arm:
     title: str  # in tables and figures
     algorithm: str
     key: str  # the value that is searched over
-    values: tuple[float, ...]  # what is tried for it
-    usual: float | None = None  # what it is where nothing is searched
+    values: tuple[float, ...]  # what is tried for it; none: nothing is searched
+    usual: float | None = None  # what it is where nothing is searched; None: what the task has
     fixed: Values = field(default_factory=dict)  # other values that differ from the algorithm's defaults
+    below: float | None = None  # what a value beyond the last one must stay below
     origin: str = ""  # where the values come from
 
     def __post_init__(self) -> None:
@@ -34,25 +35,20 @@ class Arm:
 
     @property
     def grid(self) -> list[Values]:
-        """The settings to try."""
-        return [{**self.fixed, self.key: value} for value in self.values]
+        """The settings to try, or the usual one."""
+        values = self.values or (() if self.usual is None else (self.usual,))
+        return [{**self.fixed, self.key: value} for value in values] or [self.fixed]
 
-
-@dataclass(frozen=True)
-class Budget:
-    """What each arm may spend. Its fields are options of ``relflat compare``, with the texts below.
-
-    Attributes:
-        seeds: number of tested seeds an arm.
-        first_seed: the first of them; another one repeats a comparison on seeds of its own.
-        search_seeds: number of seeds that settings are chosen by (100, 101, ...).
-        trials: number of settings an arm, at most as many as its grid has; 0: none, the usual one.
-    """
-
-    seeds: int = 8
-    first_seed: int = 0
-    search_seeds: int = 2
-    trials: int = 4
+    def beyond(self, tried: Iterable[float], best: float) -> Values | None:
+        """The setting past the end of what was tried, a step as large as the last, if the best is that end."""
+        values = sorted(tried)
+        if len(self.values) < 3 or best not in (values[0], values[-1]):
+            return None
+        beside = values[1] if best == values[0] else values[-2]
+        if min(best, beside) <= 0:
+            return None
+        value = float(f"{best * best / beside:.6g}")
+        return None if self.below is not None and value >= self.below else {**self.fixed, self.key: value}
 
 
 ARMS = {

@@ -23,6 +23,12 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def pictures(self) -> bool:
+        """Whether these are pictures (n, c, h, w) with a class index each, which stays right if one is changed."""
+        whole = isinstance(self.inputs, Tensor) and self.inputs.dim() == 4
+        return whole and self.targets.dim() == 1 and not self.targets.is_floating_point()
+
     def take(self, index: Tensor | slice) -> "Arrays":
         """The samples at these positions."""
         return self._each(lambda values: values[index])

@@ -1,6 +1,7 @@
 """Random changes to training pictures; the draws follow from seed, epoch and place of the sample alone."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ DRAWS = 5  # uniform numbers a picture and epoch; each change says which it uses
 Pictures = Float[Tensor, "n c h w"]
 Draws = Float[Tensor, "n draws"]
 Augment = Callable[[Pictures, Draws], Pictures]
+Augmentation = Literal["task", "none", "shift", "crop-flip"]  # what a recipe may have in place of the task's
 
 
 def draws_for(samples: int, seed: int, epoch: int) -> Draws:

@@ -29,16 +29,16 @@ def number(pair: MeanSd) -> str:
     return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
 
 
-def interval(pair: Difference) -> str:
+def interval(pair: Difference, scale: int = 100, form: str = ".1f") -> str:
     """Both ends of a difference's interval, in percentage points."""
-    return f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
+    return f"{scale * pair.low:+{form}} to {scale * pair.high:+{form}}"
 
 
-def points(pair: Difference | None) -> str:
-    """A mean paired difference with its interval, in percentage points."""
+def points(pair: Difference | None, scale: int = 100, form: str = ".1f") -> str:
+    """A mean paired difference with its interval, in percentage points, or at another scale."""
     if pair is None:
         return ""
-    return f"{100 * pair.mean:+.1f} ({'n = 1' if pair.n == 1 else interval(pair)})"
+    return f"{scale * pair.mean:+{form}} ({'n = 1' if pair.n == 1 else interval(pair, scale, form)})"
 
 
 def certainty(pair: Difference) -> str:
@@ -58,3 +58,10 @@ def settings_text(settings: Values) -> str:
 def named(title: str, name: str) -> str:
     """An arm's title, followed by its name on the command line where one does not tell the other."""
     return title if title.lower().replace(" ", "-") == name else f"{title} ({name})"
+
+
+def recipe_text(values: Values) -> str:
+    """The recipe among a run's values, or nothing where there is none."""
+    named = {"augmentation": "recipe_augment", "label smoothing": "recipe_smoothing", "dropout": "recipe_dropout"}
+    found = [f"{word} {values[key]}" for word, key in named.items() if key in values]
+    return ", ".join(found).replace("augmentation task", "augmentation as the task has it")

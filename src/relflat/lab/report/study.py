@@ -13,12 +13,11 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from relflat.errors import ConfigError, DataError
-from relflat.lab.compare.arms import Budget, arms_named
 from relflat.lab.compare.search import Comparison, Plan, compare, conclude, plan_from
 from relflat.lab.compare.trials import Job, OnTrial, Trial, one_thread, read_trial, workers
 from relflat.lab.report import report
@@ -34,32 +33,6 @@ from relflat.lab.train.timing import StepCost, step_costs
 PLAN, COSTS, ENVIRONMENT, REPORT = "plan.json", "costs.json", "environment.json", "report.json"
 FAILED = "failed.json"
 WRITTEN = r"(?:plan|costs|failed|environment)\.json|report\.\w+|[a-z0-9-]+\.svg"
-FIRST_SEARCH_SEED = 100
-
-
-def plan_for(task: str, arms: Sequence[str], budget: Budget, **common: Any) -> Plan:
-    """The plan of a comparison as the command line gives it; ``common`` holds the values that all runs share."""
-    contenders = arms_named(arms)
-    most = min((len(arm.values) for arm in contenders), default=0)
-    for name, least, limit, what in (
-        ("trials", 0, most, ", the settings in the arms' grids"),
-        ("first_seed", 0, FIRST_SEARCH_SEED - 1, ""),
-        ("seeds", 1, FIRST_SEARCH_SEED - budget.first_seed, ""),
-    ):
-        if not least <= getattr(budget, name) <= limit:
-            raise ConfigError(f"{name}={getattr(budget, name)} must lie between {least} and {limit}{what}.")
-    if budget.search_seeds < 1:
-        raise ConfigError(f"search_seeds={budget.search_seeds} must be above 0.")
-    plan = Plan(
-        task,
-        common,
-        tuple(replace(arm, values=arm.values[: budget.trials] or (arm.usual or 0.0,)) for arm in contenders),
-        tuple(range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + (budget.search_seeds if budget.trials else 0))),
-        tuple(range(budget.first_seed, budget.first_seed + budget.seeds)),
-    )
-    for arm in plan.arms:  # a wrong value is found before anything runs
-        plan.config(arm, arm.grid[0], 0)
-    return plan
 
 
 def folder_for(plan: Plan, runs: Path) -> Path:
@@ -155,6 +128,7 @@ def numbers(found: Summary) -> dict[str, Any]:
         "arms": [asdict(line) for line in found.rows],
         "differences": [asdict(pair) for pair in found.differences],
         "verdict": judgement(found),  # without times, which are with the arms
+        "untuned": None if found.untuned is None else numbers(found.untuned),
         "search": [
             {
                 "arm": candidate.arm,
@@ -162,12 +136,15 @@ def numbers(found: Summary) -> dict[str, Any]:
                 f"validation_{found.metric.name}": candidate.score,
                 "validation_loss": candidate.loss,
                 "diverged": candidate.diverged,
-                "chosen": candidate is comparison.chosen[candidate.arm],
+                "chosen": candidate is comparison.chosen.get(candidate.arm),
             }
-            for candidate in comparison.candidates
+            for candidate in (*comparison.recipe, *comparison.candidates)
         ],
         "tested": {
-            name: [{"seed": trial.config.seed, "test": trial.result["test"]} for trial in trials]
+            name: [
+                {"seed": trial.config.seed, "test": trial.result["test"], "corrupted": trial.result.get("corrupted")}
+                for trial in trials
+            ]
             for name, trials in comparison.finals.items()
         },
     }

@@ -1,9 +1,9 @@
 """The numbers of a comparison that its report shows: a row for each arm, and the differences between them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from relflat.lab.compare.arms import Arm, Values
@@ -11,10 +11,12 @@ from relflat.lab.compare.search import Candidate, Comparison
 from relflat.lab.compare.statistics import Difference, differences, mean_sd
 from relflat.lab.compare.trials import Trial
 from relflat.lab.report.document import Table
-from relflat.lab.report.formats import MeanSd, number, percent, points, settings_text
+from relflat.lab.report.formats import NONE, MeanSd, number, percent, points, settings_text
 from relflat.lab.tasks.catalogue import task_named
 from relflat.lab.tasks.metrics import Metric
 from relflat.lab.train.timing import StepCost
+
+Number = Callable[[Mapping[str, Any]], float | None]  # of a run's result
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,22 @@ class Summary:
         return score_differences(self.comparison)
 
     @cached_property
+    def untuned(self) -> "Summary | None":
+        """The second table."""
+        found = self.comparison.untuned
+        return None if found is None else Summary(found, self.costs)
+
+    @property
+    def tables(self) -> list["Summary"]:
+        """This table, and the second one if there is one."""
+        return [self] if self.untuned is None else [self, self.untuned]
+
+    @property
+    def kind(self) -> str:
+        """Which table this is."""
+        return "untuned" if self.comparison.plan.untuned else "tuned"
+
+    @cached_property
     def tested(self) -> dict[str, Sequence[Trial]]:
         """The tested runs of each arm, by title."""
         return {arm.title: self.comparison.finals[arm.name] for arm in self.comparison.arms}
@@ -101,7 +119,7 @@ def row(comparison: Comparison, arm: Arm, cost: StepCost) -> Row:
         ece=over_seeds("test", "ece"),
         equal_time=spread([at_equal_time(trial, cost, metric) for trial in done]),
         shifts={
-            name: spread([trial.result["shifts"][name][metric] for trial in done])
+            name: spread([elsewhere(trial.result, "shifts", name, metric) for trial in done])
             for name in (done[0].result.get("shifts", {}) if done else {})
         },
         kappa=over_seeds("flatness", "value"),
@@ -129,19 +147,36 @@ def at_equal_time(trial: Trial, cost: StepCost, metric: str) -> float:
     return math.nan if found is None else float(found)
 
 
+def test_confidence(result: Mapping[str, Any]) -> float | None:
+    """Mean confidence of a run on the test split, out of its bins; None where the task has none."""
+    bins = result["test"].get("bins")
+    return None if bins is None else sum(share * confidence for share, confidence, _ in bins)
+
+
+def elsewhere(result: Mapping[str, Any], part: str, name: str, metric: str) -> float | None:
+    """The metric of a run on a further test set: shifted, or corrupted (mean of its severities); None without it."""
+    found = result.get(part, {}).get(name)
+    values = [each[metric] for each in (found if isinstance(found, list) else [found] if found else [])]
+    return None if not values or None in values else sum(values) / len(values)
+
+
 def score_differences(comparison: Comparison) -> list[Difference]:
     """Paired differences of the metric on test data to the first arm, over the seeds on which every arm finished."""
     metric = metric_of(comparison).name
+    return paired(comparison, lambda result: float(result["test"][metric]))
+
+
+def paired(comparison: Comparison, number: Number) -> list[Difference]:
+    """The same of any number of a run; nothing where a run lacks it, or every seed has a run that diverged."""
     by_seed = zip(*(comparison.finals[arm.name] for arm in comparison.arms), strict=True)
-    whole = [trials for trials in by_seed if all(trial.finished for trial in trials)]
-    if not whole:
+    whole = [[number(run.result) for run in runs] for runs in by_seed if all(run.finished for run in runs)]
+    if not whole or any(value is None for values in whole for value in values):
         return []
-    scores = zip(*([trial.result["test"][metric] for trial in trials] for trials in whole), strict=True)
-    return differences({arm.title: own for arm, own in zip(comparison.arms, scores, strict=True)})
+    return differences({arm.title: own for arm, own in zip(comparison.arms, zip(*whole, strict=True), strict=True)})
 
 
-def table(summary: Summary, where: str = "") -> Table:
-    """The arms' table: all columns or those of a narrower one, without numbers that the task does not have."""
+def table(summary: Summary, where: str = "h") -> Table:
+    """The arms' table of the page, or "t" and "p" a narrower one, without numbers that the task does not have."""
     done = summary.results
     absent = {"ECE, %", "confidence"} if done and "ece" not in done[0]["test"] else set()
     if not any("kappa_before" in result for result in done):
@@ -150,28 +185,64 @@ def table(summary: Summary, where: str = "") -> Table:
         [cell for cell in cells(summary, line) if where in cell[1] and cell[0] not in absent] for line in summary.rows
     ]
     headings, _, _ = zip(*lines[0], strict=True)
-    return Table("Results", headings, [[text for _, _, text in line] for line in lines])
+    return Table(f"Results, {summary.kind}", headings, [[text for _, _, text in line] for line in lines])
 
 
 def cells(summary: Summary, line: Row) -> list[tuple[str, str, str]]:
-    """A row of the table: heading, "t" and "p" where the terminal's and a paper's table have it too, and the text."""
+    """A row of the tables: heading, the table that has it (page, terminal, paper), and the text."""
     title = summary.metric.title
     shifts = dict.fromkeys(name for row in summary.rows for name in row.shifts)
     against = {pair.second: points(pair) for pair in summary.differences}
     lost = f" (+{line.diverged} diverged)" if line.diverged else ""
     return [
-        ("arm", "tp", line.title),
-        (f"test {title}, %", "tp", percent(line.score)),
-        ("difference, points", "p", against.get(line.title, "")),
-        ("n", "tp", f"{line.n}{lost}"),
+        ("arm", "htp", line.title),
+        (f"test {title}, %", "htp", percent(line.score)),
+        ("difference, points", "hp", against.get(line.title, "")),
+        ("n", "htp", f"{line.n}{lost}"),
         ("test loss", "p", number(line.loss)),
         *((f"on {name}, %", "p", percent(line.shifts[name]) if name in line.shifts else "") for name in shifts),
         ("ECE, %", "p", percent(line.ece)),
-        ("validation at equal time, %", "", percent(line.equal_time)),
-        ("kappa", "tp", number(line.kappa)),
-        ("kappa before", "", number(line.kappa_before)),
-        ("confidence", "t", number(line.confidence)),
-        ("||W||", "t", number(line.weight_norm)),
-        ("step", "tp", f"{line.cost.ratio:.2f}x"),
-        ("chosen on validation", "", settings_text(line.settings)),
+        ("validation at equal time, %", "h", percent(line.equal_time)),
+        ("kappa", "htp", number(line.kappa)),
+        ("kappa before", "h", number(line.kappa_before)),
+        ("confidence", "ht", number(line.confidence)),
+        ("||W||", "ht", number(line.weight_norm)),
+        ("step", "htp", f"{line.cost.ratio:.2f}x"),
+        ("setting", "h", chosen(summary, line)),
     ]
+
+
+def chosen(summary: Summary, line: Row) -> str:
+    """The setting of an arm, and whether it was searched where others were."""
+    searched = summary.comparison.chosen[line.arm].trials or summary.comparison.plan.untuned
+    return (settings_text(line.settings) or "the task's own") + ("" if searched else ", not searched")
+
+
+def beyond_accuracy(summary: Summary) -> Table:
+    """What else the test split shows: mean and deviation of each arm, and its difference to the first arm."""
+    results, metric = summary.results, summary.metric.name
+    shifts, corrupted = (
+        dict.fromkeys(n for r in results for n in r.get(part, ())) for part in ("shifts", "corrupted")
+    )
+    numbers: dict[str, Number] = {
+        "test loss": lambda result: result["test"]["loss"],
+        "ECE, %": lambda result: result["test"].get("ece"),
+        "confidence, %": test_confidence,
+        **{f"on {name}, %": partial(elsewhere, part="shifts", name=name, metric=metric) for name in shifts},
+        **{f"{name}, %": partial(elsewhere, part="corrupted", name=name, metric=metric) for name in corrupted},
+    }
+    columns = {title: column(summary, of, share="%" in title) for title, of in numbers.items()}
+    columns = {title: cells for title, cells in columns.items() if any(cell != NONE for cell in cells)}
+    rows = list(zip(summary.tested, *columns.values(), strict=True))
+    return Table(f"Beyond accuracy, {summary.kind}", ("arm", *columns), rows)
+
+
+def column(summary: Summary, of: Number, *, share: bool) -> list[str]:
+    """One number of the arms, in percent or as it is."""
+    against = {pair.second: pair for pair in paired(summary.comparison, of)}
+    cells = []
+    for title, trials in summary.tested.items():
+        own = spread([of(trial.result) for trial in trials if trial.finished])
+        difference = points(against.get(title), *((100, ".1f") if share else (1, ".3f")))
+        cells.append((percent(own) if share else number(own)) + (f"\n{difference}" if difference else ""))
+    return cells

@@ -13,14 +13,17 @@ from relflat.lab.train.timing import StepCost
 def findings(summary: Summary) -> list[str]:
     """The verdict, then what else one should know before believing the table."""
     costs = {line.title: line.cost for line in summary.rows}
-    return [*left_out(summary.comparison), *judgement(summary, costs), *remarks(summary)]
+    said = [line for each in summary.tables for line in judgement(each, costs)]
+    return [*left_out(summary.comparison), *said, *remarks(summary)]
 
 
 def judgement(summary: Summary, costs: Mapping[str, StepCost] | None = None) -> list[str]:
-    """The verdict, where there is more than one arm to hold against another."""
+    """The verdict of one table, where it has more than one arm; each sentence says which table it speaks of."""
     if len(summary.rows) == 1:
-        return [f"Nothing can be compared: only {summary.rows[0].title} is left."]
-    return verdict(summary.differences, summary.metric, costs)
+        said = [f"Nothing can be compared: only {summary.rows[0].title} is left."]
+    else:
+        said = verdict(summary.differences, summary.metric, costs)
+    return [f"{summary.kind.capitalize()}: {line}" for line in said]
 
 
 def left_out(comparison: Comparison) -> list[str]:
@@ -70,7 +73,7 @@ def remarks(summary: Summary) -> Iterator[str]:
         yield flattest(summary)
     if edge := at_the_edge(comparison):
         titles = ", ".join(edge)
-        yield f"The best setting lies at the end of its grid for {titles}: a wider grid might do better there."
+        yield f"The best setting lies at the end of what was tried for {titles}: more of them might do better there."
     if any("radius" in line.settings for line in summary.rows):
         yield "The radius arm adds noise to the features, scaled by their norm; it lowers kappa only by way of that."
     if lost := sum(candidate.diverged for candidate in comparison.candidates):
@@ -94,11 +97,10 @@ def flattest(summary: Summary) -> str:
 
 
 def at_the_edge(comparison: Comparison) -> list[str]:
-    """Titles of the arms whose chosen setting is the first or last of its grid."""
-    return [
-        arm.title
-        for arm in comparison.arms
-        if len(arm.values) > 2
-        and not comparison.chosen[arm.name].diverged
-        and comparison.chosen[arm.name].settings[arm.key] in (arm.values[0], arm.values[-1])
-    ]
+    """Titles of the arms whose chosen setting is the first or last of those that were tried."""
+    found = []
+    for arm in comparison.arms:
+        best, own = comparison.chosen[arm.name], [each for each in comparison.candidates if each.arm == arm.name]
+        if len(arm.values) > 2 and not best.diverged and (best is own[0] or best is own[-1]):
+            found.append(arm.title)
+    return found

@@ -1,6 +1,6 @@
 """Tasks: what is learned, by which network, with which optimiser and budget.
 
-A task is one `Task` record: in ``pictures.py``, ``signals.py`` or ``text.py``, or in any file, where it is named
+A task is one `Task` record: made of a table of ``tasks.toml``, or in any file, where it is named
 ``path/to/file.py:name`` (docs/study/own-task.md).
 """
 

@@ -10,13 +10,7 @@ from relflat.lab.tasks import own
 from relflat.lab.tasks.task import Task
 
 # Their top-level tasks are the built-in ones; imported when one is looked up, as the papers' tasks build on the lab.
-PROVIDERS = (
-    "relflat.lab.tasks.pictures",
-    "relflat.lab.tasks.signals",
-    "relflat.papers.skull_tasks",
-    "relflat.papers.modular_addition",
-    "relflat.lab.tasks.text",
-)
+PROVIDERS = ("relflat.lab.tasks.records", "relflat.papers.skull_tasks", "relflat.papers.modular_addition")
 
 
 class Catalogue(UserDict[str, Task]):
@@ -28,7 +22,8 @@ class Catalogue(UserDict[str, Task]):
     @cached_property
     def data(self) -> dict[str, Task]:  # type: ignore[override]
         """All tasks known so far."""
-        objects = (value for name in PROVIDERS for value in vars(import_module(name)).values())
+        places = [vars(import_module(name)) for name in PROVIDERS]
+        objects = (value for place in places for value in (*place.values(), *place.get("RECORDS", {}).values()))
         return {value.name: value for value in objects if isinstance(value, Task)}
 
 

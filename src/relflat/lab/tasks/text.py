@@ -1,12 +1,10 @@
 """Tasks on texts: a pretrained sentence encoder, MiniLM, under a new output layer (extra ``transformers``).
 
-A new one is one more record here, and a row in docs/tasks.md. Inputs are the encoder's keyword arguments at
+Inputs are the encoder's keyword arguments at
 one fixed length: ``input_ids``, ``attention_mask`` and, for pairs of sentences, ``token_type_ids``, each (n, tokens).
 Everything is read from the cache; nothing asks the network.
 """
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,6 @@ from relflat.lab.data import hub, reviews
 from relflat.lab.data.arrays import Arrays, RawData
 from relflat.lab.data.fetch import files, reading, require
 from relflat.lab.data.sources import SOURCES
-from relflat.lab.data.splits import classification
-from relflat.lab.tasks.task import AdamW, SplitFunction, Task, linear
 
 TOKENS = 64  # longest input of single sentences
 PAIR_TOKENS = 128  # of pairs of sentences
@@ -114,51 +110,3 @@ def read_glue(name: str) -> RawData:
     with reading(name) as folder:
         train, test = hub.splits(source, folder)
     return RawData(part(train), part(test), source.classes)
-
-
-def glue(name: str, validation: int) -> SplitFunction:
-    """Splits of a GLUE task; the official validation set is the test set."""
-    return partial(classification, partial(read_glue, name), validation=validation, test=None, standardise=False)
-
-
-REVIEWS = Task(
-    name="reviews",
-    summary="sentences of film reviews, good or bad, pretrained MiniLM; 7,070 train, 1,000 validation, 2,000 test; "
-    "Amazon, news and tweets as further test sets",
-    splits=partial(classification, read_reviews, validation=1000, test=2000, standardise=False),
-    model=minilm,
-    loss=nn.CrossEntropyLoss,
-    layer="output",
-    optimizer=AdamW(lr=5e-5),
-    schedule=linear,
-    epochs=2,
-    batch_size=32,
-    evaluation_size=200,
-)
-
-RTE = replace(
-    REVIEWS,
-    name="rte",
-    summary="does a sentence follow from another, pretrained MiniLM; 2,240 train, 250 validation, GLUE's 277 test; "
-    "from the Hugging Face hub",
-    splits=glue("rte", 250),
-    epochs=20,
-)
-
-MRPC = replace(
-    RTE,
-    name="mrpc",
-    summary="do two sentences say the same, pretrained MiniLM; 3,268 train, 400 validation, GLUE's 408 test; "
-    "from the hub",
-    splits=glue("mrpc", 400),
-    epochs=5,
-)
-
-SST2 = replace(
-    RTE,
-    name="sst2",
-    summary="phrases of film reviews, pretrained MiniLM; 64,349 train, 3,000 validation, GLUE's 872 test; "
-    "from the hub",
-    splits=glue("sst2", 3000),
-    epochs=2,
-)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from relflat.errors import ConfigError
 from relflat.lab.common.names import unknown
+from relflat.lab.data.augment import Augmentation
 from relflat.lab.tasks.catalogue import TASKS, changed_since, full_name, source_of, task_named
 from relflat.lab.train.algorithms import ALGORITHMS, Algorithm, algorithm_named, all_algorithms
 
@@ -21,6 +22,11 @@ SCHEMA = 3  # of the flat values: raised when a key is added, renamed or removed
 RENAMED = {"regularize": "layer", "estimator": "method"}  # keys of schema 1, whose "method" was the algorithm
 FAM_BEFORE = {"strength": 0.1, "layer": "output", "bound": None, "every": 1, "warmup_steps": 0}  # up to schema 2
 Precision = Literal["no", "bf16", "fp16"]
+RECIPE = {
+    "recipe_augment": "task",
+    "recipe_smoothing": 0.0,
+    "recipe_dropout": 0.0,
+}  # values that are not written down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,9 @@ class RunConfig:
         train_size: train on so many samples only, else on all.
         label_noise: redraw each training label with this probability.
         precision: of training, float32 (no) or half where autocast allows; evaluation is always in float32.
+        recipe_augment: how training pictures are changed at random, in place of what the task does.
+        recipe_smoothing: label smoothing under the algorithm, whichever that is.
+        recipe_dropout: rate of dropout on the input of every weight layer, likewise.
     """
 
     task: str
@@ -54,6 +63,9 @@ class RunConfig:
     train_size: int | None = None
     label_noise: float = 0.0
     precision: Precision = "no"
+    recipe_augment: Augmentation = "task"
+    recipe_smoothing: float = 0.0
+    recipe_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "lr"):
@@ -70,11 +82,13 @@ class RunConfig:
             )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} must lie between 0 and 2**32 - 1.")
+        if getattr(self, f"recipe_{self.algorithm}", None):
+            raise ConfigError(f"recipe_{self.algorithm}: algorithm {self.algorithm!r} is that already; leave it out.")
 
     def flat(self) -> dict[str, Any]:
-        """All values as one flat mapping; ``make`` turns it back into this configuration."""
+        """All values as one flat mapping, a recipe's where there is one; ``make`` gives this configuration again."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "settings"}
-        return values | asdict(self.settings)
+        return {key: value for key, value in values.items() if value != RECIPE.get(key, ...)} | asdict(self.settings)
 
     @property
     def digest(self) -> str:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from relflat import Flatness, relative_flatness
 from relflat.errors import NonFiniteError
 from relflat.lab.data.arrays import Arrays
+from relflat.lab.data.corrupt import corruptions
 from relflat.lab.tasks import own
 from relflat.lab.tasks.metrics import evaluate
 from relflat.lab.train import checkpoint, store
@@ -22,6 +24,7 @@ from relflat.lab.train.config import RunConfig
 from relflat.lab.train.session import Session, build
 
 SPLITS = ("train", "validation", "test")
+CORRUPTED = 2000
 Record = dict[str, Any]
 OnEpoch = Callable[[Record], None]
 
@@ -172,13 +175,26 @@ def final(session: Session, before: float, history: list[Record], diverged: str 
         found: Record = {"train": judge(session, splits.train), "validation": judge(session, splits.validation)}
         found["flatness"] = kappa(session, splits.train).__dict__
         if test:
-            found["test"] = judge(session, splits.test())
+            found["test"] = judge(session, tested := splits.test())
+            found["corrupted"] = corrupted(session, tested)
         if test and splits.shifts:
             found["shifts"] = {name: judge(session, other()) for name, other in splits.shifts.items()}
         require_metric(session.task.metric.name, {**found, **found.get("shifts", {})})
     except NonFiniteError as error:
         found = {"status": "diverged", "reason": str(error)}
     return result | found
+
+
+def corrupted(session: Session, tested: Arrays) -> Record:
+    """Metric and loss on corrupted test pictures, by corruption, one entry a severity; none of other data.
+
+    Of many pictures every k-th is taken, so that there are at most `CORRUPTED`.
+    """
+    some, metric, found = tested.take(slice(None, None, -(-len(tested) // CORRUPTED))), session.task.metric, Record()
+    for name, changed in corruptions(some.inputs) if tested.pictures else ():
+        judged = evaluate(metric, session.model, session.loss, session.batches(replace(some, inputs=changed)))
+        found.setdefault(name, []).append({key: judged[key] for key in (metric.name, "loss")})
+    return found
 
 
 def require_metric(name: str, found: Record) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from relflat import FAM
 from relflat.errors import ConfigError
 from relflat.lab.data.arrays import Arrays
+from relflat.lab.data.augment import Augment, crop_flip, shift
 from relflat.lab.data.batches import Batch, EpochOrder, in_order, training_loader
 from relflat.lab.data.splits import Splits
 from relflat.lab.tasks import Task, task_named
-from relflat.lab.train.algorithms import Disturbed
+from relflat.lab.train.algorithms import Disturbed, Dropout, Smoothing
 from relflat.lab.train.config import RunConfig
 from relflat.lab.train.steps import Learner
 
@@ -53,6 +55,7 @@ class Session:
     scheduler: LRScheduler
     order: EpochOrder
     loader: Any
+    dropout: nn.Module | None  # the recipe's, which is hooked into the model
 
     @property
     def accelerator(self) -> Accelerator:
@@ -104,8 +107,9 @@ class Session:
 
     def close(self) -> None:
         """Let go of what the criterion hooked into the model."""
-        if isinstance(self.learner.criterion, FAM | Disturbed):
-            self.learner.criterion.close()
+        for each in (self.learner.criterion, self.dropout):
+            if isinstance(each, FAM | Disturbed):
+                each.close()
 
 
 def build(config: RunConfig, logs: Path | None = None) -> Session:
@@ -125,10 +129,24 @@ def build(config: RunConfig, logs: Path | None = None) -> Session:
     order = EpochOrder(len(splits.train), config.batch_size, config.seed)
     whose_lr = getattr(optimizer, "base_optimizer", optimizer)  # of SAM that of its inner one counts
     scheduler = task.schedule(whose_lr, config.epochs * len(order))
-    loader = training_loader(splits.train, order, task.augment)
+    loader = training_loader(splits.train, order, augmentation(config, task, splits.train))
     wrapped, prepared, loader = accelerator.prepare(model, optimizer, loader)
-    learner = Learner(accelerator, wrapped, algorithm.criterion(loss, model, config.seed), prepared)
-    return Session(config, task, splits, learner, loss, scheduler, order, loader)
+    rate, smoothing, given = config.recipe_dropout, config.recipe_smoothing, loss
+    dropout = Dropout(rate).criterion(loss, model, config.seed) if rate else None
+    if smoothing:
+        given = Smoothing(smoothing).criterion(loss, model, config.seed)
+    learner = Learner(accelerator, wrapped, algorithm.criterion(given, model, config.seed), prepared)
+    return Session(config, task, splits, learner, loss, scheduler, order, loader, dropout)
+
+
+def augmentation(config: RunConfig, task: Task, samples: Arrays) -> Augment | None:
+    """What changes training pictures at random: the task's, or the recipe's, by up to an eighth of their side."""
+    name, inputs = config.recipe_augment, samples.inputs
+    if name in ("task", "none"):
+        return task.augment if name == "task" else None
+    if not samples.pictures or not isinstance(inputs, torch.Tensor):
+        raise ConfigError(f"recipe_augment={name!r} is for pictures with class labels, which this task has not.")
+    return partial(shift if name == "shift" else crop_flip, pad=inputs.shape[-1] // 8)
 
 
 def a_module(part: str, made: Any) -> nn.Module:
