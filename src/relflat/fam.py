@@ -27,7 +27,7 @@ from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.options import Curvature, Gradient, Number, Options, check, checked
 from relflat.result import step_in_numbers
 from relflat.rng import subset
-from relflat.sizing import Bound, Sizing
+from relflat.sizing import BOUND, Sizing
 
 
 class FAM(nn.Module):
@@ -48,8 +48,8 @@ class FAM(nn.Module):
             negative. Or a function of the step (calls in training, from 0), which estimates nothing where it is 0.
         size: in place of a strength: lambda times the number of layers, so that it is on their mean kappa. It has no
             unit and fits shallow and deep networks. Or a function of the step.
-        bound: the largest penalty of a step as a share of its task loss; a larger one is scaled down, by a constant.
-            By default .3, or 1 of a strength at every step. None for none, as for a loss around 0. Not of ``radius``.
+        bound: the largest penalty of a step as a share of its task loss; a larger one is scaled down by a factor, a
+            constant. None for no bound, as for a loss around 0. Not of ``radius``.
         radius: if given, the penalty is ``E[L(phi + radius ||phi|| u) - L(phi)]``, u a random unit vector at each
             position, in place of kappa; about ``radius^2 / (2 m) kappa`` if small (Petzka et al., Def. 2). Kin of
             Gaussian noise injection (Camuto et al. 2020); with ``adaptive`` Gaussian dropout of that variance.
@@ -97,7 +97,7 @@ class FAM(nn.Module):
         *,
         strength: Number | None = None,
         size: Number | None = None,
-        bound: Bound = "auto",
+        bound: float | None = BOUND,
         radius: float | None = None,
         curvature: Curvature = "ggn",
         gradient: Gradient = "full",

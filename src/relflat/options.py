@@ -140,11 +140,8 @@ _ARGUMENTS = {
         lambda x: _size(x) and (callable(x) or bool(x >= 0)),
     ),
     "bound": Check(
-        "a positive number is needed, the largest penalty as a share of the loss, None for no bound, or 'auto'",
-        lambda x: (
-            (isinstance(x, str) and x == "auto")
-            or ((_number(x) or (isinstance(x, float) and x == math.inf)) and x > 0)
-        ),
+        "a positive number is needed, the largest penalty as a share of the loss, or None for no bound",
+        lambda x: (_number(x) or (isinstance(x, float) and x == math.inf)) and x > 0,
     ),
     "device": Check("a device that is there is needed, such as 'cpu' or 'cuda:0'", _device),
     "process_group": Check(

@@ -4,14 +4,12 @@ A penalty ``lambda kappa`` has no scale of its own: kappa is a high power of the
 a lambda that regularises one network kills another. Two things make one number fit many networks. The *size* is the
 lambda of the mean over layers, ``lambda = size / number of layers``; as kappa and the loss have the same unit, it has
 none. The *bound* keeps the penalty of a step below a share of its loss, by a factor that counts as a constant: one
-step of an unbounded one may turn a network that is not fitted yet into a constant function (docs/concepts.md). A
-strength that was chosen, at every step, is left alone until its penalty is larger than the loss itself: what throws
-networks off is a penalty that comes now and then, multiplied.
+step of an unbounded one may turn a network that is not fitted yet into a constant function (docs/concepts.md).
 """
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +20,6 @@ from relflat.options import Number, check
 
 SIZE, BOUND, EVERY = 0.004, 0.3, 8
 """Of ``FAM(loss_fn, model)``; docs/study/default.md has how they were set, on validation data, and where they end."""
-LOOSE = 1.0  # of a strength at every step
-Bound = float | Literal["auto"] | None
 
 
 class Sizing:
@@ -31,8 +27,7 @@ class Sizing:
 
     Args:
         given: ``layer``, ``strength``, ``size`` and ``radius``, as FAM was given them.
-        bound: largest penalty of a step, as a share of its task loss; None for no bound, "auto" for .3, or 1 of a
-            strength at every step.
+        bound: largest penalty of a step, as a share of its task loss; None for no bound.
         every: a penalty comes at each so-many-th step, multiplied by this number.
         warmup_steps: deprecated form of a strength that is a function of the step.
 
@@ -41,7 +36,7 @@ class Sizing:
     """
 
     def __init__(
-        self, given: Mapping[str, Any], bound: Bound = "auto", every: int | None = None, warmup_steps: int = 0
+        self, given: Mapping[str, Any], bound: float | None, every: int | None, warmup_steps: int = 0
     ) -> None:
         given = {name: value for name, value in given.items() if value is not None}
         for problem in _wrong_together(given):
@@ -49,10 +44,8 @@ class Sizing:
         self.by_layers = not {"strength", "radius"} & given.keys()
         self.name, usual = ("size", SIZE) if self.by_layers else ("strength", 1.0)
         self.number: Number = given.get(self.name, usual)
-        self.every = every or (EVERY if self.by_layers else 1)
-        if bound == "auto":
-            bound = BOUND if self.by_layers or self.every > 1 else LOOSE
         self.bound = None if "radius" in given else bound
+        self.every = every or (EVERY if self.by_layers else 1)
         self._factor: Tensor | float = 1.0
         self._bounded: Tensor | int = 0
         self._penalties = 0

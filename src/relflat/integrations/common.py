@@ -9,7 +9,7 @@ from torch import nn
 from relflat.errors import ConfigError, GraphError
 from relflat.fam import FAM
 from relflat.measure.batches import Batch
-from relflat.sizing import Sizing
+from relflat.sizing import BOUND, Sizing
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     Raises:
         ConfigError: if the loss of a second forward pass would be needed, or the size of the penalty is not clear.
     """
-    Sizing(options)
+    Sizing(options, BOUND, None)
     for name, value in options.items():
         if (name, value) == ("method", "finite_difference") or (name == "radius" and value is not None):
             raise ConfigError(

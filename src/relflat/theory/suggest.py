@@ -146,7 +146,7 @@ def suggest(
         True
     """
     for name, value in (("size", size), ("bound", bound)):
-        if not isinstance(value, float | int) or not value > 0:
+        if not value > 0:
             raise ConfigError(f"{name}={value}: a positive number is needed")
     flats = relative_flatness_by_layer(
         model, loss_fn, data, layer=layer, curvature="ggn", probes=probes, forward=forward, device=device, seed=seed

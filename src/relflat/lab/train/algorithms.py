@@ -187,7 +187,7 @@ class Fam(Algorithm):
         strength: lambda of the paper, on kappa without division by m, in place of a size.
         layer: the layers it acts on, by name or glob; several with commas; else all, or with a strength the output.
         size: lambda times the number of layers.
-        bound: largest penalty of a step as a share of its loss, here .3 of a strength too; inf for no bound.
+        bound: largest penalty of a step as a share of its loss; inf for no bound.
         radius: finite radius of the feature noise instead of kappa itself.
         curvature: what kappa is made of.
         gradient: which part of Lemma 1 is used.
