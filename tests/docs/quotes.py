@@ -217,8 +217,9 @@ FASHION: list[Quote] = [
 CALLED = {"fam-output": "fam"}  # when the runs were made
 GRIDS: list[Quote] = [  # of arms that no committed run has timed
     (f"| `{arm}` | … | size 0.001, 0.002, 0.004, 0.008 | 0.004 |", NINE, "_; _; _; _; _")
-    for arm in ("fam", "fam-one", "fam-sam")
+    for arm in ("fam-one", "fam-sam")
 ]
+GRIDS.append(("| `fam` | … | bound 0.3, 0.6, 1.2, 2.4 | 0.3 |", NINE, "_; _; _; _; _"))
 GRIDS.append(("| `fam-default` | … | none | 0.004 |", NINE, "_"))
 COMPARE: list[Quote] = [
     (f"| `{arm}` | … | {time} |", study, f"{CALLED.get(arm, arm)} step")

@@ -176,12 +176,12 @@ FAMS = ("plain", "smoothing", "fam-default", "fam")
 
 def test_an_untuned_table_beside_the_tuned_one():
     plan = plan_for("digits", FAMS, Budget(seeds=2, search_seeds=1, also_untuned=True))
-    found, _, tested = searched(plan, lambda c: 0.5 + (c.get("smoothing", 0.0) + (c.get("size") or 0.0)) / 10)
+    found, _, tested = searched(plan, lambda c: 0.5 + (c.get("smoothing", 0.0) + (c.get("bound") or 0.0)) / 10)
     assert [arm.name for arm in found.untuned.arms] == ["plain", "smoothing", "fam-default"]  # fam would be the same
     usual = {name: dict(one.settings) for name, one in found.untuned.chosen.items()}
     assert usual == {"plain": {}, "smoothing": {"smoothing": 0.1}, "fam-default": {"size": 0.004}}
     assert dict(found.chosen["smoothing"].settings) == {"smoothing": 0.8}  # 1.6 is no smoothing
-    assert found.chosen["fam"].settings["size"] == pytest.approx(0.032)
+    assert found.chosen["fam"].settings["bound"] == pytest.approx(9.6)
     assert not found.chosen["fam-default"].trials
     assert len(tested) == 2 * (4 + 3)
     assert {c["weight_decay"] for c in tested if c["algorithm"] == "smoothing"} == {5e-4}
