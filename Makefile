@@ -6,16 +6,20 @@ READY := $(VENV)/.installed
 # timm and torchvision need another build of torch: some 6 GB
 ARCHITECTURES := .venv-architectures
 LOWEST := .venv-lowest
+NEWEST := .venv-newest
 WHEEL := .venv-wheel
+DOCS := .venv-docs
+PUBLISHING := .venv-publishing
 PUBLISHED := $(ARCHITECTURES)/.installed
 # what measures the tests: coverage, changes at random
 DEV := $(VENV)/.dev
+FAST := tests/unit tests/oracles tests/networks -m "not slow"
 CORE := tests/unit tests/oracles tests/networks tests/properties tests/distributed
 # the processes of a test run compile the sources once
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-gpu test-architectures architectures coverage mutants lint types format lowest dist bench house results hooks clean
+.PHONY: help demo quick test test-gpu test-architectures architectures coverage mutants shuffled lint types docs format lowest newest dist bench gallery house results hooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,43 +57,72 @@ lint: $(READY)  ## ruff: rules and format
 types: $(READY)  ## mypy --strict on src
 	$(BIN)/mypy
 
+docs: $(DOCS)/.installed  ## the site, in site/; strict: every link and anchor must lead somewhere
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+
 format: $(READY)  ## write what ruff can mend
 	$(BIN)/ruff check --fix src tests benchmarks docs tools
 	$(BIN)/ruff format src tests benchmarks docs tools
 
-lowest:  ## tests of the core's parts at the lowest versions that pyproject.toml allows; another 6 GB
-	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/pip install --quiet uv
-	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[lab]" --group test
-	$(LOWEST)/bin/python -m pytest -q -n 2 -m "not slow" tests/unit tests/oracles
+shuffled: $(READY)  ## tests of the core's parts in an order at random; SEED=1
+	$(BIN)/pip install --quiet --no-deps --target build/shuffled --upgrade pytest-randomly
+	PYTHONPATH=build/shuffled $(PYTEST) $(FAST) -p randomly --randomly-seed=$(or $(SEED),1)
 
-dist: $(READY)  ## wheel and source distribution under dist, checked, the wheel in an environment of its own
-	$(PYTHON) -m venv $(WHEEL)
-	$(WHEEL)/bin/pip install --quiet build twine
+lowest:  ## tests of the core's parts and a comparison at the lowest versions that pyproject.toml allows; another 6 GB
+	$(call environment,$(LOWEST),--resolution lowest-direct)
+	$(LOWEST)/bin/python -m pytest -q -n 2 -m "not slow" tests/unit tests/oracles
+	$(LOWEST)/bin/relflat compare digits --arms plain,fam --epochs 2 --seeds 3 --runs build/lowest --out build/lowest
+
+newest:  ## the same at the newest versions that there are, whatever constraints.txt has; another 6 GB
+	$(call environment,$(NEWEST),--upgrade)
+	$(NEWEST)/bin/python -m pytest -q -n 2 -m "not slow" tests/unit tests/oracles
+	$(NEWEST)/bin/relflat compare digits --arms plain,fam --epochs 2 --seeds 3 --runs build/newest --out build/newest
+
+dist:  ## wheel and source distribution under dist, checked; the wheel in an empty environment, with a user's type checkers
+	$(PYTHON) -m venv --clear $(PUBLISHING)
+	$(PUBLISHING)/bin/pip install --quiet build twine mypy pyright
 	rm -rf dist
-	$(WHEEL)/bin/python -m build --quiet
-	$(WHEEL)/bin/twine check --strict dist/*
+	$(PUBLISHING)/bin/python -m build --quiet
+	$(PUBLISHING)/bin/twine check --strict dist/*
 	$(PYTHON) -m venv --clear $(WHEEL)
 	$(WHEEL)/bin/pip install --quiet --constraint constraints.txt dist/*.whl
-	$(WHEEL)/bin/relflat --version
+	PUBLISHING=$(abspath $(PUBLISHING)) tools/wheel.sh $(abspath $(WHEEL))
 
 bench: $(READY)  ## cost of training and measuring, as JSON and a picture in benchmarks/results
 	$(BIN)/python benchmarks/cost.py
 
+gallery: $(READY)  ## draw the figures of docs/gallery by its programs, and write its page
+	$(BIN)/relflat data get fashion-mnist minilm reviews
+	$(BIN)/python tools/gallery.py
+
 house: $(READY)  ## sizes, arrows between modules and rooms, and what is over the limits
 	$(BIN)/python tools/house.py
 
-results: $(READY)  ## take the numbers of new reports under docs/study over into docs/study/results.json
+results: $(READY)  ## take the numbers of new reports under docs/study over into docs/study/results.json, and draw their picture
 	$(BIN)/python docs/study/collect.py
+	$(BIN)/python docs/study/picture.py
 
 hooks: $(READY)  ## run ruff and mypy before each commit
 	$(BIN)/pip install --quiet --constraint constraints.txt pre-commit
 	$(BIN)/pre-commit install
 
+define environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet uv
+	$(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2) --editable ".[lab]" --group test
+endef
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,lightning,transformers,accelerate,skorch,peft,hub,ray]" --group test --group architectures
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,lightning,transformers,accelerate,skorch,peft,hub,ray]" --group test --group architectures --group examples
+	touch $@
+
+# neither torch nor relflat: docstrings are read, not imported
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(DOCS)/bin/pip install --quiet --constraint constraints.txt --group docs
 	touch $@
 
 $(DEV): $(READY)
@@ -103,4 +136,4 @@ $(PUBLISHED): pyproject.toml
 	touch $@
 
 clean:  ## remove the environment, caches and the demo
-	rm -rf $(VENV) $(ARCHITECTURES) $(LOWEST) $(WHEEL) dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ARCHITECTURES) $(LOWEST) $(NEWEST) $(WHEEL) $(PUBLISHING) $(DOCS) build dist demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis

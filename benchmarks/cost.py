@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from networks import TextEncoder, bert, mlp, pictures, resnet18, sentences, vit
 from output import RESULTS, environment, save, show
 from paired import ratio_to
 from relflat import FAM, relative_flatness_by_layer
+from relflat.lab.tasks.models import wide_resnet
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,13 +94,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "all": {},
     "all, every 4": {"every": 4},
     "one drawn, every 4": {"every": 4, "layers_per_step": 1},
+    "default": {},
 }
 MEASURES: dict[str, dict[str, Any]] = {"GGN, 4 probes": {"curvature": "ggn", "probes": 4}, "by default": {}}
-UNEVEN = ("all, every 4", "one drawn, every 4")
+UNEVEN = {"all, every 4": 4, "one drawn, every 4": 4, "default": 8}  # steps until all kinds of them were taken
 
 
 def _resnet(small: bool) -> nn.Module:
-    return resnet18(width=8) if small else resnet18()
+    return wide_resnet(depth=10, widen=1) if small else resnet18()
 
 
 CPU = (
@@ -117,7 +119,8 @@ CPU = (
         lambda n, small: pictures(n, 3, 16 if small else 32),
         32,
         "*",
-        {"all": 2.4, "all, every 4": 1.33, "one drawn, every 4": 1.12, "GGN, 4 probes": 4, "by default": 15},
+        {"all": 2.4, "all, every 4": 1.33, "one drawn, every 4": 1.12, "default": 1.15}
+        | {"GGN, 4 probes": 4, "by default": 15},
         measures=True,
     ),
     Case(
@@ -126,7 +129,7 @@ CPU = (
         lambda n, small: sentences(n, 8 if small else 64),
         32,
         "encoder.layers.*.linear?",
-        {"all": 2.3, "all, every 4": 1.33},
+        {"all": 2.3, "all, every 4": 1.33, "default": 1.15},
     ),
 )
 GPU = (
@@ -137,7 +140,7 @@ GPU = (
             lambda n, small: pictures(n, 3, 16 if small else 32),
             256,
             "*",
-            {"output": 1.03, "all": 2.5, "all, every 4": 1.35, "one drawn, every 4": 1.15},
+            {"output": 1.03, "all": 2.5, "all, every 4": 1.35, "one drawn, every 4": 1.15, "default": 1.15},
             precision,
             measures=precision == "fp32",
         )
@@ -158,7 +161,7 @@ class Step:
         self.batch = tuple(t.to(device) for t in case.draw(4 if small else case.batch, small))
         self.criterion: nn.Module = nn.CrossEntropyLoss()
         if row in ROWS:
-            options = {"layer": case.layers, "strength": 0.1, "seed": 0} | ROWS[row]
+            options = {} if row == "default" else {"layer": case.layers, "strength": 0.1, "seed": 0} | ROWS[row]
             self.criterion = FAM(nn.CrossEntropyLoss(), self.model, **options)
         self._sam, parameters = row == "SAM", list(self.model.parameters())
         sgd = {"lr": 1e-3, "momentum": 0.9, "foreach": True}
@@ -218,11 +221,10 @@ def train(case: Case, options: Options) -> list[dict[str, Any]]:
         except (RuntimeError, ImportError) as error:
             failed[label] = f"{type(error).__name__}: {error}".splitlines()[0]
             steps.pop(label, None)
-    few = dict.fromkeys(UNEVEN, 4)
-    wall, processor = in_turns({label: s.step for label, s in steps.items()}, options, few)
+    wall, processor = in_turns({label: s.step for label, s in steps.items()}, options, UNEVEN)
     rows, plain = [], {}
     for label, step in steps.items():
-        count = few.get(label, 1)
+        count = UNEVEN.get(label, 1)
         with Operations() as operations:
             for _ in range(count):
                 step.step()
@@ -334,8 +336,9 @@ def draw(rows: list[dict[str, Any]], old: dict[tuple[str, str], dict[str, Any]],
     plt.close(figure)
 
 
-def main() -> None:
-    options = tyro.cli(Options)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, show and write; the command line's arguments by default."""
+    options = tyro.cli(Options, args=arguments)
     options = Options(**{**asdict(options), "rounds": 2}) if options.small else options
     if options.threads:
         torch.set_num_threads(options.threads)

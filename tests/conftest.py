@@ -1,4 +1,6 @@
-"""What all tests share: one thread, a fixed seed for each test, reproducible hypothesis examples, the device."""
+"""What all tests share: one thread, a fixed seed for each test, reproducible examples of hypothesis, the device."""
+
+import os
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ settings.register_profile(
 )
 settings.load_profile("relflat")
 torch.set_num_threads(1)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what tests fetch, they fetch from registries
 device.use()
 
 

@@ -1,6 +1,7 @@
 """Data sets and weights that tests fetch, by the code behind ``relflat data get``."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +23,8 @@ def have(*names: str) -> None:
 def fashion_mnist() -> None:
     """Have the real Fashion-MNIST."""
     have("fashion-mnist")
+
+
+def kept(cache: Path) -> list[str]:
+    """What is in a cache; a lock is kept for good."""
+    return [entry.name for entry in cache.iterdir() if entry.suffix != ".lock"]

@@ -1,10 +1,15 @@
-"""A small GPT-2 style model on Python's own docstrings whose output layer never makes all its logits."""
+"""A language model whose logits are never all there.
+
+`linear_cross_entropy_fam` takes features and weight, and makes cross-entropy and kappa of the output layer in pieces.
+The text is Python's own docstrings; the penalty holds kappa down, and the loss on held-out text moves little.
+"""
 
 import collections
 import importlib
 import inspect
 import re
 
+import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
@@ -42,16 +47,25 @@ def losses(model, ids, starts, strength):
     return linear_cross_entropy_fam(phi, weight, piece[:, 1:], strength=strength, chunk_tokens=128)
 
 
-print(f"{len(ids)} words, {len(number)} different ones")
+figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.2), layout="constrained")
+figure.suptitle(
+    f"{len(words):,} words of docstrings, {len(number):,} different, a tenth held out, one seed", fontsize="medium"
+)
 for strength in (0.0, 0.003):
     torch.manual_seed(0)
-    model = GPT()
+    model, found = GPT(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for _ in range(120):
+    for step in range(121):
+        if step % 20 == 0:
+            with torch.no_grad():
+                found.append(losses(model, test, torch.arange(0, len(test) - context, context), strength))
         loss = losses(model, train, torch.randint(len(train) - context, (16,)), strength)
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
-    with torch.no_grad():
-        held_out = losses(model, test, torch.arange(0, len(test) - context, context), strength)
-    print(f"strength {strength:<5} held out: loss {held_out.task:.3f}, kappa {held_out.kappa:.1f}")
+    print(f"strength {strength:<5} held out: loss {found[-1].task:.3f}, kappa {found[-1].kappa:.1f}")
+    for ax, name in zip(axes, ("task", "kappa"), strict=True):
+        ax.plot(range(0, 121, 20), [getattr(f, name) for f in found], label=f"strength {strength:g}")
+        ax.set(xlabel="step", ylabel=f"{'loss' if name == 'task' else name} of the next word, held out")
+axes[0].legend()
+figure.savefig("causal_lm.svg")

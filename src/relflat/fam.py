@@ -319,7 +319,7 @@ class FAM(nn.Module):
         convex = scene.known is not None and self.options.curvature == "ggn"
         may_be_negative = not convex and self.options.radius is None and strength > 0
         self._guards.look(scene.watched, values if may_be_negative else {})
-        kappa, lost = scale * shaped(kappas, loss), without_gradient(parts)
+        kappa, lost = shaped(kappas, loss, scale), without_gradient(parts)
         added, report["kappa"] = self._sizing.penalty(strength, kappa, loss), kappa.detach()
         penalty = self._guards.judge(added, kappas, step, lost=lost, beyond=lambda: set(ancestors(loss.grad_fn)))
         if penalty is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relflat import guards
 from relflat.errors import ConfigError
 from relflat.options import Number, check
 
@@ -86,15 +87,17 @@ class Sizing:
 
         The factor c counts as a constant. Means over samples stand for losses that are not reduced.
         """
-        penalty = (self.every * strength) * kappa
+        amount: Tensor | float = self.every * strength
         self._penalties += 1
         if self.bound is not None:
-            large, most = (x.detach() if x.ndim == 0 else x.detach().mean() for x in (penalty, task))
-            large, most = large.abs(), self.bound * most.abs().to(large)
-            self._factor = torch.where(large > most, most / large, 1.0)
-            self._bounded = self._bounded + (large > most)
-            penalty = penalty * self._factor
-        return penalty
+            large, most = abs(amount * _mean(kappa)), self.bound * abs(_mean(task))
+            over = large > most
+            if isinstance(over, Tensor):
+                self._factor = torch.where(over, most / large, 1.0)
+            else:
+                self._factor = most / large if over else 1.0
+            self._bounded, amount = self._bounded + over, amount * self._factor
+        return kappa * amount
 
     def report(self) -> dict[str, Any]:
         """What is said of it in ``last``, which waits for the device."""
@@ -103,6 +106,12 @@ class Sizing:
 
     def __str__(self) -> str:
         return f"{self.name}={self.number}, bound={self.bound}, every={self.every}"
+
+
+def _mean(x: Tensor) -> Any:
+    """Of all entries, in at least single precision: as a number where looking at it waits for nothing."""
+    x = x.detach() if x.ndim == 0 else x.detach().mean()
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if guards.waits(x) else x.item()
 
 
 def _wrong_together(given: Mapping[str, Any]) -> Iterator[str]:

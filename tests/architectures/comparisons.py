@@ -1,14 +1,20 @@
 """What relflat says of a published architecture, held against :mod:`held`."""
 
+import copy
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from held import Held, parameter_of
 from published import Published
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+import relflat
 from relflat import Flatness, LayerError, relative_flatness, relative_flatness_by_layer
+from relflat.sizing import EVERY
 from unbounded import FAM
 
 FEW = 150  # directions of a network whose kappas are always held one by one
@@ -103,18 +109,64 @@ def check_star(case: Published, every: bool = True) -> str:
 
 
 def check_step(case: Published) -> None:
-    """A training step with the penalty of the output layer, and of all."""
-    for layer in ("output", "*"):
-        model = case.model().train()
-        try:
-            with FAM(case.loss, model, layer, strength=0.1) as criterion:
-                loss = criterion(*case.run(model, case.data))
-                loss.backward()
-                assert loss.isfinite(), layer
-                assert math.isfinite(criterion.last["kappa"]), layer
-        except LayerError as error:
-            refused(case, error)
-            continue
-        slopes = [p.grad for p in model.parameters() if p.grad is not None]
-        assert all(g.isfinite().all() for g in slopes), layer
-        assert any(g.any() for g in slopes), layer
+    """A training step with the penalty of the output layer."""
+    model = case.model().train()
+    try:
+        with FAM(case.loss, model, "output", strength=0.1) as criterion:
+            stepped(case, model, criterion)
+            assert math.isfinite(criterion.last["kappa"])
+    except LayerError as error:
+        refused(case, error)
+        return
+    assert any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def check_default(case: Published) -> str:
+    """Training as one begins it: nothing chosen, float32, until after the default's second penalty."""
+    model = case.model().float().train()
+    plain, started = copy.deepcopy(model), copy.deepcopy(model)
+    stepped(case, plain, case.loss, torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)  # by as much where slopes are tiny
+    with relflat.FAM(case.loss, model) as criterion:
+        for step in range(EVERY + 1):
+            optimizer.zero_grad()
+            stepped(case, model, criterion, torch.float32)
+            if step % EVERY == 0:
+                last = criterion.last
+                curved = [name for name, kappa in last["by_layer"].items() if kappa > 0]
+                assert math.isfinite(last["penalty"]), last
+                assert (last["penalty"] > 0) == bool(curved), last
+                assert not last["skipped"], last
+            if step == 0:
+                regularised = [n for n in curved if any(p.requires_grad for p in matrices(model, n))]
+                alike = unchanged(regularised, plain, model, lambda p: p.grad)
+                assert not alike, f"the penalty has no gradient in {alike}"
+            optimizer.step()
+        assert last["penalties"] == 2
+        still = unchanged(regularised, started, model, lambda p: p)
+        assert not still, f"not trained: {still}"
+        frozen = [n for n in criterion.layers if not any(p.requires_grad for p in matrices(model, n))]
+        return f"{len(regularised)} of {len(criterion.layers)}" + f", {len(frozen)} frozen" * bool(frozen)
+
+
+def stepped(case: Published, model: nn.Module, criterion: nn.Module, dtype: torch.dtype = torch.float64) -> None:
+    """Forward and backward pass, with the same random numbers whoever asks."""
+    batch = tree_map(lambda x: x.to(dtype) if getattr(x, "dtype", None) is torch.float64 else x, case.data)
+    torch.manual_seed(5)
+    loss = criterion(*case.run(model, batch))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def unchanged(layers: list[str], a: nn.Module, b: nn.Module, of: Callable[[Tensor], Any]) -> list[str]:
+    """Those of the layers in whose weight two models have the same."""
+    pairs = {n: zip(matrices(a, n), matrices(b, n), strict=True) for n in layers}
+    same = lambda p, q: p is q if p is None or q is None else torch.equal(p, q)
+    return [n for n, pair in pairs.items() if all(same(of(p), of(q)) for p, q in pair)]
+
+
+def matrices(model: nn.Module, layer: str) -> list[Tensor]:
+    """What is trained of the weight of a layer: a parameter, or those of a module, from which it may be computed."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return [named[layer]] if layer in named else [p for p in model.get_submodule(layer).parameters() if p.ndim > 1]

@@ -21,12 +21,15 @@ Each with random weights in a small configuration, in float64, run by its librar
 - *hidden*: one hidden layer, `method="exact"`;
 - *`"*"`*: that the layers are every weight matrix the loss depends on, once each, and the kappa of each (within six
   standard errors where a side is estimated);
-- *step*: the gradient of a training step with FAM on the output layer and on `"*"` is finite.
+- *step*: the gradient of a training step with FAM on the output layer is finite;
+- *default*: training with `FAM(loss_fn, model)`, nothing chosen, in float32, until after its second penalty (nine
+  steps): penalties and gradients are finite, the penalty is positive and has a gradient in the weight of every layer
+  with a kappa that is not frozen, and each of those is trained. How many of the layers of `"*"` that are.
 
 {count} architectures, {right} of them right in everything.
 
-| library | architecture | output | by | hidden | by | layers in "*" | step |
-|---|---|---|---|---|---|---|---|
+| library | architecture | output | by | hidden | by | layers in "*" | step | default |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -45,9 +48,9 @@ def main() -> None:
     for case in CASES:
         found = [outcome(c, case) for c in CHECKS]
         right += not any("**" in f for f in found)
-        oracle, output, hidden, star, step = found
+        oracle, output, hidden, star, step, default = found
         names = f"`{case.output}` | {output} | `{case.hidden}` | {hidden if oracle == 'right' else oracle}"
-        rows.append(f"| {case.library} | {case.name} | {names} | {star} | {step} |")
+        rows.append(f"| {case.library} | {case.name} | {names} | {star} | {step} | {default} |")
     libraries = dict.fromkeys(["torch", *(case.library for case in CASES)])
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
     PAGE.write_text(HEAD.format(versions=versions, count=len(CASES), right=right) + "\n".join(rows) + "\n")
@@ -60,6 +63,7 @@ CHECKS = (
     comparisons.check_hidden,
     comparisons.check_star,
     comparisons.check_step,
+    comparisons.check_default,
 )
 
 if __name__ == "__main__":

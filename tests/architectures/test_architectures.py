@@ -62,3 +62,7 @@ def test_star_is_every_weight_matrix_once(case: Published) -> None:
 
 def test_a_training_step(case: Published) -> None:
     comparisons.check_step(case)
+
+
+def test_training_with_nothing_chosen(case: Published) -> None:
+    comparisons.check_default(case)

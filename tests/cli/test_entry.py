@@ -27,6 +27,20 @@ def test_without_the_lab_it_says_what_to_install(missing) -> None:
     assert done.stderr == f"error: this command needs {missing}: pip install 'relflat[lab]'\n"
 
 
+def test_every_command_says_so_and_no_traceback() -> None:
+    commands = ["train", "measure", "compare", "report", "reproduce", "data", "data list", "--help", ""]
+    code = (
+        "import sys; sys.modules['tyro'] = None; from relflat.cli.entry import main\n"
+        "for line in sys.argv[1:]:\n"
+        "    sys.argv = ['relflat', *line.split()]\n"
+        "    try: main()\n"
+        "    except SystemExit as stop: print(stop.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
+    assert done.stdout.split() == ["2"] * len(commands)
+    assert done.stderr.splitlines() == ["error: this command needs tyro: pip install 'relflat[lab]'"] * len(commands)
+
+
 def test_an_extra_beside_the_lab_is_named(tmp_path) -> None:
     have("skulls")
     done = run("monai", "train", "skulls-unet", "--runs", str(tmp_path))

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from relflat import relative_flatness_by_layer
+from relflat.cli import console
 from relflat.cli.main import main
 
 MINE = """
@@ -38,6 +39,12 @@ def no_loss():
 def used_up():
     model, loss, data = make()
     return model, loss, iter(data)
+
+def needs(width):
+    return make()
+
+def layer():
+    return nn.Linear(6, 3), *make()[1:]
 
 def failing():
     raise KeyError("mine")
@@ -122,12 +129,34 @@ def test_a_sweep_gives_relative_flatness_at_each_checkpoint(relflat) -> None:
         assert [float(cell) for cell in row[1:4]] == pytest.approx([*kappas, sum(kappas)], rel=1e-4)
 
 
+def test_a_model_that_is_one_layer_has_a_name(relflat) -> None:
+    assert relflat("mine.py:layer")[1].splitlines()[1].startswith("(the model)")
+
+
 def test_options_reach_the_measurement(relflat) -> None:
     ways = ("--layer", "0", "--curvature", "ggn", "--method", "probe", "--probes", "3", "--seed", "5")
     model, loss, data = made()
     want = relative_flatness_by_layer(model, loss, data, layer="0", curvature="ggn", method="probe", probes=3, seed=5)
     found = json.loads(relflat("mine.py:make", *ways, "--json")[1])["measured"][0]["layers"]["0"]
     assert found == want["0"].to_dict()
+
+
+def test_a_bar_counts_batches_of_each_pass_on_a_terminal_alone(relflat, monkeypatch) -> None:
+    relflat("mine.py:make")  # which writes the file
+    model, loss, data = made()
+    with console.watching() as watched:
+        assert watched(data) is data
+    monkeypatch.setattr(console.sys.stderr, "isatty", lambda: True)
+    with console.watching() as watched:
+        shown = watched(data, " a.pt")
+        (task,) = shown.bar.tasks
+        counted = [task.completed for _ in shown]
+        assert (counted, task.completed, task.total) == ([0, 1], 2, 2)
+        found = relative_flatness_by_layer(model, loss, shown, layer="*", method="xtrace", probes=4)
+        assert (task.completed, task.description) == (2, " a.pt")
+        assert watched(data[0]) is data[0]
+    unseen = relative_flatness_by_layer(model, loss, data, layer="*", method="xtrace", probes=4)
+    assert [float(flat) for flat in found.values()] == [float(flat) for flat in unseen.values()]
 
 
 class Bomb:
@@ -186,6 +215,11 @@ def test_weights_that_are_not_the_models(relflat, change, message) -> None:
         (["mine.py"], "name the function in it that returns (model, loss, data): mine.py:make"),
         (["mine.py:mke"], "did you mean 'make'?"),
         (["none.py:make"], "none.py: no such file"),
+        (["mine:make"], "mine:make is not a run"),
+        (["mine"], "a function of yours that returns (model, loss, data): path/to/file.py:make"),
+        (["mine.py:needs"], "mine.py:needs is called without arguments, and it needs width"),
+        (["syntax.py:make"], "mend it: File"),
+        (["mine.py:make", "--checkpoint"], "--checkpoint names no file"),
         (["mine.py:number"], "it returned int"),
         (["mine.py:two"], "it returned tuple of length 2"),
         (["mine.py:swapped"], "the first is list, not a torch.nn.Module"),
@@ -207,6 +241,7 @@ def test_weights_that_are_not_the_models(relflat, change, message) -> None:
     ids=" ".join,
 )
 def test_what_is_wrong_is_said(relflat, arguments, message) -> None:
+    Path("syntax.py").write_text("def make(:")
     Path("cut.pt").write_bytes(b"PK\x03\x04half")
     Path("cut.safetensors").write_bytes(b"half")
     code, out, err = relflat(*arguments)

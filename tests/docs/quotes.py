@@ -17,7 +17,32 @@ SHIFTED, NOISE, FRESH, NINE = (
 ROW = "accuracy accuracy.sd kappa kappa.sd step"
 INTERVAL = "gain gain.low gain.high"
 
+OUTPUT, LAYERS = "benchmarks/step_cost_output", "benchmarks/step_cost_layers"
+
 README: list[Quote] = [
+    (
+        "each step | **+1.3** (+1.2 to +1.4) | SAM +0.8, label smoothing +0.9 |",
+        FRESH,
+        f"fam-all {INTERVAL}; sam gain; smoothing gain",
+    ),
+    (
+        "each step | **+1.1** (+1.0 to +1.2) | ASAM +0.9, dropout +0.8 |",
+        FRESH,
+        f"fam-one {INTERVAL}; asam gain; dropout gain",
+    ),
+    ("+0.2, no difference shown (p = .91) | SAM -1.1 (p = .16) |", DEMO, "fam gain gain.p; sam gain gain.p"),
+    ("output layer | -0.2, a third of the kappa", "fashion-mnist", "fam gain"),
+    ("| FAM, output layer | 1.00x | 1.01x |", OUTPUT, "FAM-output flops step"),
+    (
+        "one drawn for each step | 1.44x | 1.48x |",
+        LAYERS,
+        "FAM-all-convolutions-+-output-layers_per_step=1 flops step",
+    ),
+    ("(by default each 8th) | 2.09x | 2.85x |", LAYERS, "_; FAM-all-convolutions-+-output flops step"),
+    ("| SAM | 2.00x | 2.02x |", OUTPUT, "SAM-(pytorch_optimizer) flops step"),
+]
+
+BENCHMARKS: list[Quote] = [
     ("| plain | 93.1 ± 0.9 | 21 ± 2 | 1.00x | weight decay 0.002 |", DEMO, f"plain {ROW} settings.weight_decay"),
     ("| label smoothing | 93.3 ± 0.7 | 21 ± 2 | 1.1x | smoothing 0.1 |", DEMO, f"smoothing {ROW} settings.smoothing"),
     ("| SAM | 91.9 ± 1.1 | 14 ± 1 | 2.1x | rho 0.2 |", DEMO, f"sam {ROW} settings.rho"),
@@ -236,14 +261,15 @@ TASKS: list[Quote] = [
     ),
 ]
 
-HOWTO: list[Quote] = [
+LAYERS: list[Quote] = [
     ("drawing one layer gained 1.1 points where all of them gained 1.3", FRESH, "fam-one gain; fam-all gain")
 ]
 
 QUOTES = {
     "README.md": README,
+    "docs/benchmarks.md": BENCHMARKS,
     "docs/compare.md": COMPARE + GRIDS,
-    "docs/howto.md": HOWTO,
+    "docs/howto/layers.md": LAYERS,
     "docs/reproduce.md": REPRODUCE,
     "docs/study/README.md": STUDY,
     "docs/study/fashion-mnist.md": FASHION,

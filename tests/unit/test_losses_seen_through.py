@@ -371,15 +371,40 @@ def test_a_penalty_whose_gradient_is_not_finite_is_left_out_also_later(options: 
     assert all(bool(p.grad.isfinite().all()) for p in net.parameters())
 
 
-def test_logcumsumexp_has_derivatives_of_every_order() -> None:
+@pytest.mark.parametrize(
+    "operation", [lambda x: x.logcumsumexp(1), F.hardsigmoid], ids=["logcumsumexp", "hardsigmoid"]
+)
+@pytest.mark.parametrize("of_both", [True, False])
+def test_operations_that_torch_differentiates_once_have_derivatives_of_every_order(
+    operation: Callable[[Tensor], Tensor], of_both: bool
+) -> None:
     def gradient(x: Tensor, gy: Tensor) -> Tensor:
-        y = (x * 1).logcumsumexp(1)
+        y = operation(x * 1)
         with norms_mended([y], [x]):
             return torch.autograd.grad(y, x, gy, create_graph=True)[0]
 
-    given = [torch.randn(3, 4, 2).double().requires_grad_() for _ in range(2)]
+    given = [3 * torch.randn(3, 4, 2).double() for _ in range(2)]
+    given = [given[0].requires_grad_(), given[1].requires_grad_(of_both)]
     assert torch.autograd.gradcheck(gradient, given)
     assert torch.autograd.gradgradcheck(gradient, given)
+
+
+@pytest.mark.parametrize("how", [{}, {"method": "exact"}, {"curvature": "hessian", "method": "exact"}])
+def test_kappa_through_a_hard_sigmoid_is_that_through_a_clamp(how: dict[str, Any]) -> None:
+    class Clamp(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x / 6 + 0.5).clamp(0, 1)
+
+    (x, y), found = data(), []
+    for gate in (Clamp(), nn.Hardsigmoid()):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(x.shape[1], 6), gate, nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(x)
+        nn.init.normal_(net[0].weight, std=3.0)  # on both sides of the kinks
+        with FAM(CE(), net, "*", strength=1.0, every=1, seed=0, **how) as fam:
+            fam(net(x), y).backward()
+            assert fam.last["by_layer"]["0"] > 0 or how.get("curvature") == "hessian"
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
 
 
 # -- refusals ------------------------------------------------------------------------------------------------

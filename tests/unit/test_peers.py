@@ -151,7 +151,11 @@ class TestMeasures:
         found = measures(net, CE(), data())
         assert net.training
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-        assert [line.split("  ")[0] for line in str(found).splitlines()] == ["measure", *found]
+        *lines, below = str(found).splitlines()
+        assert [line.split("  ")[0] for line in lines] == ["measure", *found]
+        assert below == f"of layer 2, sharpness of all parameters; hessian, loss {found.flat.loss:.5g}, " + (
+            f"confidence {found.flat.confidence:.4f}, n={found.flat.samples}"
+        )
         assert found._repr_html_().count("<tr>") == 1 + len(found)
 
     def test_refused(self) -> None:

@@ -126,6 +126,23 @@ class TestLayers:
         assert [bar.get_width() for bar in axes.patches] == [f.value for f in (*flats.values(), flats["2"])]
         assert [text.get_text() for text in axes.get_legend().get_texts()] == list(groups)
 
+    def test_a_legend_of_long_names_lies_within_the_figure(self, flats) -> None:
+        axes = plot.layers({f"after {epochs} epochs of plain training": flats for epochs in (1, 10, 100)})
+        axes.figure.canvas.draw()
+        assert axes.get_legend().get_window_extent().x1 <= axes.figure.bbox.x1
+
+    def test_keeps_what_a_notebook_sets_with_the_first_figure(self, flats, monkeypatch) -> None:
+        figure = matplotlib.pyplot.figure
+
+        def as_inline(*args, **options):
+            matplotlib.interactive(True)  # without it cells that follow show no figure
+            return figure(*args, **options)
+
+        monkeypatch.setattr(matplotlib.pyplot, "figure", as_inline)
+        monkeypatch.setitem(matplotlib.rcParams, "interactive", False)
+        flats.plot()
+        assert matplotlib.is_interactive()
+
     def test_draws_where_it_is_told(self, flats) -> None:
         given = matplotlib.figure.Figure().add_subplot()
         assert flats.plot(ax=given, log=True) is given
@@ -250,6 +267,10 @@ class TestMonitor:
         monitor = Monitor(mlp(), CE(), data(), "output", every=100)
         assert [monitor(step) is not None for step in (0, 50, 100, 150, 200)] == [True, False, True, False, True]
         assert [step for step, _ in monitor.history] == [0, 100, 200]
+        assert (
+            repr(monitor)
+            == f"Monitor(every=100, measured 3 times, last at step 200: {monitor.history[-1].flats.total:.4g})"
+        )
         monitor()
         assert len(monitor.history) == 3
 

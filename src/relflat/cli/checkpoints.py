@@ -1,6 +1,7 @@
 """Weights from files, put into a network that is there: nothing in a file is run unless its reader trusts it."""
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,8 @@ def _must_have_names(path: Path, missing: list[str], others: list[str]) -> None:
 def read(path: Path, *, unsafe: bool) -> Any:
     """What a file holds: safetensors by its ending, else what `torch.save` wrote."""
     if not path.is_file():
-        raise DataError(
-            f"Cannot read the checkpoint {path}: " + ("it is a folder" if path.is_dir() else "no such file")
-        )
+        what = "it is a folder; name the file of weights in it" if path.is_dir() else "no such file"
+        raise DataError(f"Cannot read the checkpoint {path}: {what}")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -53,7 +53,9 @@ def read(path: Path, *, unsafe: bool) -> Any:
         except SafetensorError as error:
             raise DataError(f"Cannot read the checkpoint {path}: {error}") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=not unsafe)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # of what it then cannot read
+            return torch.load(path, map_location="cpu", weights_only=not unsafe)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
         if "global" in str(error).lower() and not unsafe:  # the name of a class or function
             raise DataError(

@@ -3,14 +3,15 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from torch.utils.data import DataLoader
 
 from relflat.lab.common.jsonable import finite
 
@@ -75,3 +76,31 @@ def progress(epochs: int, metric: str, *, shown: bool) -> Iterator[Any]:
             bar.update(task, completed=record["epoch"], note=note)
 
         yield on_epoch
+
+
+class Watched:
+    """Batches that a progress bar counts as they are done, from nothing for each pass over them."""
+
+    def __init__(self, data: "list[Any] | DataLoader[Any]", bar: Progress, task: TaskID, title: str) -> None:
+        self.data, self.bar, self.task, self.title = data, bar, task, title
+
+    def __iter__(self) -> Iterator[Any]:
+        self.bar.reset(self.task, total=len(self.data), description=self.title)
+        for batch in self.data:
+            yield batch
+            self.bar.advance(self.task)
+
+
+@contextmanager
+def watching() -> Iterator[Callable[..., Any]]:
+    """A progress bar over batches on stderr, if that is a terminal; gives what data are put through, with a title."""
+    batch = TextColumn("batch {task.completed}/{task.total}")
+    columns = (TextColumn("measuring{task.description}"), BarColumn(), batch, TimeRemainingColumn())
+    shown = sys.stderr.isatty()
+    with Progress(*columns, console=err, disable=not shown, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def watched(data: Any, title: str = "") -> Any:
+            return Watched(data, bar, task, title) if shown and isinstance(data, list | DataLoader) else data
+
+        yield watched

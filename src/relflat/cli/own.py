@@ -1,15 +1,15 @@
 """A model of the user's own, from ``path/to/file.py:make``, measured at one checkpoint or swept over several."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.progress import track
 from torch import nn
 
 from relflat import relative_flatness_by_layer
 from relflat.cli.checkpoints import load_into
-from relflat.cli.console import err
+from relflat.cli.console import watching
 from relflat.errors import ConfigError, DataError
 from relflat.lab.common.names import look_up, names_in
 from relflat.lab.tasks.own import blamed, digest_of, module_of, split_name
@@ -39,7 +39,12 @@ def make_of(name: str) -> Made:
     with blamed(name):
         module = module_of(path, digest_of(path))
         functions = {key: value for key, value in vars(module).items() if callable(value)}
-        made = look_up(f"function in {path.name}", function, functions)()
+        make = look_up(f"function in {path.name}", function, functions)
+        if needed := [
+            n for n, p in signature(make).parameters.items() if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+        ]:
+            raise ConfigError(f"{name} is called without arguments, and it needs {', '.join(needed)}")
+        made = make()
     told = f"{name} must return (model, loss, data)"
     if not isinstance(made, tuple | list) or len(made) != 3:
         length = f" of length {len(made)}" if isinstance(made, tuple | list) else ""
@@ -65,15 +70,17 @@ def measure_own(
     made = make_of(name)
     if isinstance(made.data, Iterator) and len(checkpoints) > 1:
         raise DataError(f"{name} returns an iterator as data, which one checkpoint uses up; return a list or loader")
-    found, shown = {}, len(checkpoints) > 1 and err.is_terminal
-    for path in track(checkpoints or [None], "measuring", console=err, transient=True, disable=not shown):
-        if path is not None:
-            load_into(made.model, path, unsafe=unsafe)
-        with blamed(name):
-            flats = relative_flatness_by_layer(
-                made.model, made.loss, made.data, layer=names_in(layer or "output"), **options
-            )
-        found["" if path is None else str(path)] = flats
+    found = {}
+    with watching() as watched:
+        for number, path in enumerate(checkpoints or [None], 1):
+            if path is not None:
+                load_into(made.model, path, unsafe=unsafe)
+            data = watched(made.data, f" {path.name} ({number} of {len(checkpoints)})" if path else "")
+            with blamed(name):
+                flats = relative_flatness_by_layer(
+                    made.model, made.loss, data, layer=names_in(layer or "output"), **options
+                )
+            found["" if path is None else str(path)] = flats
     return shortened(found)
 
 

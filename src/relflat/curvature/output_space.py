@@ -215,7 +215,8 @@ class OutputSpace:
         c, m = self.shape[2:]
         if self._many == 1 and not adaptive:  # ||W'g||^2 ||phi||^2
             g, size = g[:, 0], self.features[:, 0, 0].square().sum(-1)
-            return (g @ self.weight).square().sum(-1) * size, g.detach().square().sum(-1) * size.detach()
+            kappa = (g @ self.weight).square().sum(-1) * size
+            return kappa, g.detach().square().sum(-1) * size.detach() if trace else kappa
         if self._many > _FEW_POSITIONS and not adaptive:
             b = rng.signs((self._groups, _SKETCH, m), self.weight).mul_(_SKETCH**-0.5)
             images = self._by_group(self._images(self.project(b), g))

@@ -254,6 +254,8 @@ def _gradients(
 ) -> Gradients:
     """Those of ``<v, value>`` in what is given and needed, None elsewhere."""
     wanted = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
+    if not value.requires_grad:  # piecewise linear, along a constant
+        return (None,) * len(given)
     pulled = iter(torch.autograd.grad(value, wanted, v, create_graph=further, allow_unused=True))
     return tuple(next(pulled) if need and t is not None else None for t, need in zip(given, needs, strict=True))
 
@@ -262,24 +264,38 @@ def _along_channels(x: Tensor) -> list[int]:
     return [1, -1, *[1] * (x.ndim - 2)]
 
 
-class _LogCumSumExp:
-    """``G_i = sum_{j >= i} gy_j exp(x_i - y_j)``, which PyTorch takes through the logarithm of gy: no number at 0."""
+class _OfInput:
+    """What has no weight, and derivatives by automatic differentiation."""
 
-    weight: Tensor | None
+    weight: Tensor | None = None
 
     def __init__(self, node: Any) -> None:
-        self.x, self.weight, dim = node._saved_self, None, node._saved_dim
-        self.dim = dim - 2**64 if dim >= 2**63 else dim
+        self.x, self.node = node._saved_self, node
 
     def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        x, grad = x.movedim(self.dim, -1), grad.movedim(self.dim, -1)
-        later = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu(1)
-        shares = x.unsqueeze(-2).masked_fill(later, -torch.inf).softmax(-1)  # [j, i]: exp(x_i - y_j)
-        return (grad.unsqueeze(-2) @ shares).squeeze(-2).movedim(-1, self.dim)
+        raise NotImplementedError
 
     def once(self, v: Tensor, found: Tensor, given: Sequence[Any], needs: Sequence[bool]) -> Gradients:
-        """By automatic differentiation."""
         return _once_by_autograd(self.composed, v, given, needs)
+
+
+class _LogCumSumExp(_OfInput):
+    """``G_i = sum_{j >= i} gy_j exp(x_i - y_j)``, which PyTorch takes through the logarithm of gy: no number at 0."""
+
+    def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        dim = self.node._saved_dim
+        dim = dim - 2**64 if dim >= 2**63 else dim
+        x, grad = x.movedim(dim, -1), grad.movedim(dim, -1)
+        later = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu(1)
+        shares = x.unsqueeze(-2).masked_fill(later, -torch.inf).softmax(-1)  # [j, i]: exp(x_i - y_j)
+        return (grad.unsqueeze(-2) @ shares).squeeze(-2).movedim(-1, dim)
+
+
+class _Hardsigmoid(_OfInput):
+    """``G = gy / 6`` between -3 and 3; PyTorch's has no derivative."""
+
+    def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        return grad * (x.abs() < 3) / 6
 
 
 _MENDED: dict[str, type[_Norm]] = {
@@ -288,5 +304,6 @@ _MENDED: dict[str, type[_Norm]] = {
     "MiopenBatchNormBackward0": _BatchNorm,
     "NativeLayerNormBackward0": _LayerNorm,
     "LogcumsumexpBackward0": _LogCumSumExp,
+    "HardsigmoidBackward0": _Hardsigmoid,
     "ConvolutionBackward0": _Convolution,
 }

@@ -46,8 +46,8 @@ def without_gradient(parts: Mapping[str, Contributions]) -> list[str]:
     return [layer for layer, part in parts.items() if part.lost]
 
 
-def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:
-    """Mean over probes, summed over layers to the shape of the task loss: all of it, or each sample's share.
+def shaped(kappas: Mapping[str, Values], task: Tensor, scale: float = 1.0) -> Tensor:
+    """Mean over probes, summed over layers to the shape of the task loss: all of it, or each sample's share; scaled.
 
     Raises:
         LossError: if there is not one share for each of the losses.
@@ -55,6 +55,7 @@ def shaped(kappas: Mapping[str, Values], task: Tensor) -> Tensor:
     shares = []
     for layer, values in kappas.items():
         share = values.mean(0) if len(values) > 1 else values
+        share = share if scale == 1 else scale * share
         if task.ndim > 0 and share.numel() != task.numel():
             raise LossError(
                 f"the criterion returns losses of shape {tuple(task.shape)} and kappa of layer {layer!r} has "

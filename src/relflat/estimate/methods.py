@@ -69,8 +69,10 @@ def choose_at_once(subject: Subject, wanted: Method | None) -> Method | None:
     for method in _METHODS.values() if wanted is None else [wanted]:
         if method.differentiates:
             return None
-        if wanted is not None or (method.automatic and method.why_not(subject) is None):
-            return choose(subject, method)
+        if wanted is not None:
+            return choose(subject, wanted)
+        if method.automatic and method.why_not(subject) is None:
+            return method
     return None
 
 

@@ -77,6 +77,14 @@ class Monitor:
         self.history: list[Measured] = []
         self._calls = 0
 
+    def __repr__(self) -> str:
+        last = (
+            f", last at {self.unit} {self.history[-1].step}: {self.history[-1].flats.total:.4g}"
+            if self.history
+            else ""
+        )
+        return f"{type(self).__name__}(every={self.every}, measured {len(self.history)} times{last})"
+
     def __call__(self, step: int | None = None) -> ByLayer | None:
         """Measure if this step is due, and log it.
 

@@ -96,9 +96,9 @@ class SoftmaxHessian:
 
     def factor(self, eps: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
         """``sqrt(p) eps - p <sqrt(p), eps>`` times the root of the mass (I7)."""
-        root = (0.5 * self.log_p).exp()
+        root, eps = (0.5 * self.log_p).exp(), eps * self.mass.sqrt()[:, None]
         along = (root * eps).sum(-1, keepdim=True)
-        return self.mass.sqrt()[:, None] * (root * eps - self.log_p.exp() * along)
+        return root * torch.addcmul(eps, root, along, value=-1)
 
     def product(self, v: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
         """``p (v - <p, v>)`` times the mass; v counted from its entry k, so that what is left keeps its digits."""

@@ -89,8 +89,8 @@ def relative_flatness(*args: Any, **kwargs: Any) -> Flatness:  # noqa: D417 they
     Args:
         model: the network.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar, or one value a row (taken as a mean).
-        data: batches ``(inputs, targets)``, one such tuple, or mappings with ``labels``. ``"xtrace"`` needs the same
-            samples in each pass (no augmentation), in any order.
+        data: batches ``(inputs, targets)``, one such tuple, or mappings with ``labels``; a progress bar goes around
+            them: ``tqdm(loader)``. ``"xtrace"`` needs the same samples in each pass (no augmentation), in any order.
         layer: as for :class:`relflat.FAM`, but exactly one layer.
         curvature: ``"hessian"`` (may be negative for a hidden layer) or ``"ggn"``.
         method: ``"auto"`` takes a closed form where there is one, a sum over a basis where that is short, and

@@ -30,6 +30,7 @@ LABELS = {
 _ERRORS = {"value": "stderr", "trace": "trace_stderr"}
 _FEW, _LEGIBLE = 6, 12  # lines that have a colour of their own, and that a legend names
 _LABELLED = 24  # bars that get their number
+_WIDE = 56  # letters across the axes
 
 
 def layers(
@@ -76,7 +77,8 @@ def layers(
         drawn.set(xlabel=label + (" (± standard error)" if errors else ""), ylabel="layer")
         drawn.set_xscale("log") if log else drawn.axvline(0, color=INK, linewidth=0.8)
         if len(groups) > 1:
-            drawn.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups), borderaxespad=0)
+            columns = max(1, min(len(groups), _WIDE // (max(map(len, groups)) + 6)))
+            drawn.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0)
     return drawn
 
 

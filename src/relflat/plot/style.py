@@ -36,12 +36,17 @@ def matplotlib() -> Any:
 @contextmanager
 def axes(ax: "Axes | None", width: float = 5.2, height: float = 3.4) -> Iterator["Axes"]:
     """The axes to draw in, with the look of these figures: those given, or of a new figure of so many inches."""
-    with matplotlib().rc_context(STYLE | {"axes.titlesize": STYLE["font.size"]}):
-        if ax is None:
-            import matplotlib.pyplot as plt
+    look = matplotlib().rc_context(STYLE | {"axes.titlesize": STYLE["font.size"]})
+    if ax is not None:
+        with look:
+            yield ax
+        return
+    import matplotlib.pyplot as plt
 
-            _, ax = plt.subplots(figsize=(width, height), layout="constrained")
-        yield ax
+    # before the look is put on: the first figure loads the backend, and what a notebook's sets then has to stay
+    figure = plt.figure(figsize=(width, height), layout="constrained", facecolor=STYLE["figure.facecolor"])
+    with look:
+        yield figure.add_subplot()
 
 
 def log_if_wide(axes: "Axes", which: Literal["x", "y"]) -> None:

@@ -17,7 +17,7 @@ def rows_of(flats: Mapping[str, "Flatness"]) -> list[tuple[str, ...]]:
     shared = total > 0 and min(f.value for f in flats.values()) >= 0
     return [
         (
-            name,
+            name or "(the model)",
             f"{f.value:.5g}",
             f"{f.stderr:.2g}" if f.stderr else "exact",
             f"{f.value / total:.1%}" if shared else "-",
@@ -55,5 +55,5 @@ def as_html(columns: Sequence[str], rows: Iterable[Sequence[str]], below: str = 
         return f"<tr>{''.join(inside)}</tr>"
 
     body = "".join(row("td", cells) for cells in rows)
-    caption = f'<caption style="caption-side: bottom; text-align: left">{escape(below)}</caption>' if below else ""
-    return f"<table>{caption}<thead>{row('th', columns)}</thead><tbody>{body}</tbody></table>"
+    table = f"<table><thead>{row('th', columns)}</thead><tbody>{body}</tbody></table>"
+    return f'<div>{table}<p style="max-width: 48em">{escape(below)}</p></div>' if below else table

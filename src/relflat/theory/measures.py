@@ -1,7 +1,7 @@
 """``relflat.measures``: kappa beside the other measures of flatness, one table for a layer and its network."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from relflat.measure.api import relative_flatness
 from relflat.measure.batches import Batch, ForwardFn
 from relflat.measure.sweep import Measurement, measuring
 from relflat.options import Options, checked
-from relflat.plot.tables import as_html, as_text
+from relflat.plot.tables import about, as_html, as_text
+from relflat.result import Flatness
 from relflat.theory.relatives import max_eigenvalue_flatness
 from relflat.theory.sharpness import Ball, rise_within
 from relflat.theory.spectrum import Estimate, layer_spectrum
@@ -25,16 +26,28 @@ _OF_NETWORK = ("SAM sharpness", "adaptive sharpness", "epsilon-sharpness, %")
 
 
 class Measures(dict[str, Estimate]):
-    """Measures by name, each with its error: a dictionary that prints and renders as a table."""
+    """Measures by name, each with its error: a dictionary that prints and renders as a table.
+
+    Attributes:
+        flat: kappa of the layer, with what it was measured on.
+    """
+
+    def __init__(self, found: Mapping[str, Estimate], flat: Flatness) -> None:
+        super().__init__(found)
+        self.flat = flat
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [(name, f"{e.value:.5g}", _error(e), e.method) for name, e in self.items()]
 
     def __str__(self) -> str:
-        return as_text(_COLUMNS, self._rows())
+        return as_text(_COLUMNS, self._rows(), self._about())
 
     def _repr_html_(self) -> str:
-        return as_html(_COLUMNS, self._rows())
+        return as_html(_COLUMNS, self._rows(), self._about())
+
+    def _about(self) -> str:
+        layer = self.flat.layer or "(the model)"
+        return f"of layer {layer}, sharpness of all parameters; {about({layer: self.flat})}"
 
 
 def _error(of: Estimate) -> str:
@@ -107,7 +120,7 @@ def measures(
             rise = rise_within(ball, radius, parameters, lambda: _loss_and_gradients(of, parameters), steps)
             value = 100 * rise / (1 + flat.loss) if ball == "box" else rise
             found[name] = Estimate(value, math.nan, f"ascent({steps} steps), from below")
-    return Measures(found)
+    return Measures(found, flat)
 
 
 def _loss_and_gradients(of: Measurement, parameters: list[nn.Parameter]) -> tuple[float, list[Tensor]]:

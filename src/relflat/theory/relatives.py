@@ -103,7 +103,9 @@ def max_eigenvalue_flatness(
 
     Lanczos with full reorthogonalisation on each of the d diagonal blocks, from products with the Hessian of
     the loss over all of the data: at most ``max_products`` a block, until the residual of its eigenvalue is below
-    the share ``rtol`` of it. Each product is a forward and two backward passes over the data.
+    the share ``rtol`` of it. Each product is a forward and two backward passes over the data. ``model``, ``loss_fn``,
+    ``data``, ``layer``, ``forward`` and ``device`` are those of :func:`relflat.relative_flatness`; ``seed`` is of the
+    starting vectors.
 
     Returns:
         The value; ``stderr`` holds ``sum_s ||w_s||^2 r_s``, r_s the residual norms: that near to each value used
@@ -147,7 +149,8 @@ def feature_robustness(
     ``A phi`` is uniform on the sphere of radius ``||phi||``; it is drawn for each sample and position, together
     with its negative: ``draws`` pairs a batch, two or more for an error. For small radius and one position a sample
     the value is ``radius^2 / (2 m) kappa + O(radius^4)`` (I8); with tokens or pixels, which move independently, what
-    couples them is not in it.
+    couples them is not in it. ``model``, ``loss_fn``, ``data``, ``layer``, ``forward`` and ``device`` are those of
+    :func:`relflat.relative_flatness`; ``seed`` is of the noise.
 
     Returns:
         The value and its standard error. Cost: ``1 + 2 draws`` forward passes over the data.

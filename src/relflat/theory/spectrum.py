@@ -23,7 +23,13 @@ from relflat.rng import Rng
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its standard error (or error bound, where the function says so), and how it was obtained."""
+    """A number with its error.
+
+    Attributes:
+        value: the number.
+        stderr: its standard error, or a bound on the error where the function says so.
+        method: how it was obtained.
+    """
 
     value: float
     stderr: float

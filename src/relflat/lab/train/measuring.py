@@ -1,5 +1,6 @@
 """Measuring the relative flatness of a trained run, on its own data."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ def measure_run(
     split: str = "train",
     samples: int | None = None,
     task: str | None = None,
+    watched: Callable[[list[Any]], Iterable[Any]] = list,
     **options: Any,
 ) -> dict[str, Flatness]:
     """Rebuild a run's data and network from its folder and measure some of its layers, by their qualified names.
 
     The first so many samples of the split are taken, with the labels the run saw. ``layer`` may be a glob or several
     names with commas, by default the layer the task follows; ``task`` trusts the task file of a run from elsewhere
-    (`config_of`); further options are those of `relflat.relative_flatness_by_layer`. Under ``torchrun`` each process
-    measures its share, all get the same result.
+    (`config_of`); ``watched`` is put around the batches; further options are those of
+    `relflat.relative_flatness_by_layer`. Under ``torchrun`` each process measures its share, all get the same result.
 
     Raises:
         DataError: the folder holds no run, no checkpoint, or the data set was not fetched.
@@ -53,7 +55,7 @@ def measure_run(
         return relative_flatness_by_layer(
             model.to(device),
             learned.loss(),
-            list(in_order(data.take(share), device)),
+            watched(list(in_order(data.take(share), device))),
             layer=names_in(layer or learned.layer),
             device=device,
             process_group=dist.group.WORLD if ranks > 1 else None,
