@@ -32,7 +32,11 @@ def called(of: str, args: Sequence[Any] = (), **keywords: Any) -> Any:
 def record(name: str, data: dict[str, Any], optimizer: dict[str, Any], **rest: Any) -> Task:
     """The task of a table."""
     source = called(data.pop("of"), data.pop("args", ()))
-    values = {key: called(**value) if isinstance(value, dict) else value for key, value in rest.items() if value is not False}
+    values = {
+        key: called(**value) if isinstance(value, dict) else value
+        for key, value in rest.items()
+        if value is not False
+    }
     return Task(
         name=name,
         splits=called("classification", [source], **{"test": None, **data}),
