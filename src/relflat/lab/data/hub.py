@@ -98,8 +98,8 @@ def pictures(source: Source, rows: "Dataset") -> tuple[np.ndarray, np.ndarray]:
 
 def digest(images: np.ndarray, labels: np.ndarray) -> str:
     """SHA-256 of pictures as bytes (n, channels, height, width), then their labels, a byte each."""
-    found = hashlib.sha256(np.ascontiguousarray(images, dtype=np.uint8))
-    found.update(np.ascontiguousarray(labels, dtype=np.uint8))
+    found = hashlib.sha256(np.ascontiguousarray(images, dtype=np.uint8).data)
+    found.update(np.ascontiguousarray(labels, dtype=np.uint8).data)
     return found.hexdigest()
 
 
