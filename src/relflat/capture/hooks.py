@@ -24,7 +24,7 @@ class WeakHook:
 
     def __call__(self, *args: Any) -> Any:
         """Call the owner's method, if it is alive; a graph that is exported has nothing of it."""
-        owner = None if torch.compiler.is_exporting() else self._owner()
+        owner = None if torch.compiler._is_exporting_flag else self._owner()
         if owner is None:
             return None
         if torch.compiler.is_dynamo_compiling():

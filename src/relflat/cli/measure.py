@@ -65,22 +65,10 @@ def measure(
     if plot is not None:
         must_be_a_picture(plot)
     if ".py" in run.name:
-        for name, given in (("task", task), ("samples", samples), ("split", split != "train")):
-            if given:
-                raise ConfigError(f"--{name} is for runs; {run} says itself what the data are.")
-        if checkpoint == ():
-            raise ConfigError(
-                "--checkpoint names no file; name one, or leave it out to measure the model as it is made."
-            )
+        must_go_with_a_function(run, {"task": task, "samples": samples, "split": split != "train"}, checkpoint)
         measure_made(str(run), checkpoint or (), layer, unsafe=unsafe, plot=plot, as_json=json, **options)
         return
-    if checkpoint is not None or unsafe:
-        raise ConfigError(f"--checkpoint and --unsafe go with a function of yours, path/to/file.py:make, not {run}.")
-    if not run.is_dir():
-        raise ConfigError(
-            f"{run} is not a run: there is no such folder. Train one with: relflat train TASK --runs DIR; or name a "
-            "function of yours that returns (model, loss, data): path/to/file.py:make"
-        )
+    must_be_a_run(run, checkpoint, unsafe=unsafe)
     from relflat.lab.train.measuring import measure_run
     from relflat.lab.train.session import this_process
 
@@ -90,6 +78,26 @@ def measure(
         show(found, {"run": str(run), "split": split} if json else None)
         if plot is not None:
             keep(ByLayer(found).plot(), plot)
+
+
+def must_go_with_a_function(name: Path, of_runs: Mapping[str, Any], checkpoint: Sequence[Path] | None) -> None:
+    """Refuse what only runs have, and checkpoints that name no file."""
+    for option, given in of_runs.items():
+        if given:
+            raise ConfigError(f"--{option} is for runs; {name} says itself what the data are.")
+    if checkpoint == ():
+        raise ConfigError("--checkpoint names no file; name one, or leave it out to measure the model as it is made.")
+
+
+def must_be_a_run(run: Path, checkpoint: Sequence[Path] | None, *, unsafe: bool) -> None:
+    """Refuse what only models of the user's own have, and folders that are not there."""
+    if checkpoint is not None or unsafe:
+        raise ConfigError(f"--checkpoint and --unsafe go with a function of yours, path/to/file.py:make, not {run}.")
+    if not run.is_dir():
+        raise ConfigError(
+            f"{run} is not a run: there is no such folder. Train one with: relflat train TASK --runs DIR; or name a "
+            "function of yours that returns (model, loss, data): path/to/file.py:make"
+        )
 
 
 def measure_made(

@@ -40,10 +40,7 @@ def make_of(name: str) -> Made:
         module = module_of(path, digest_of(path))
         functions = {key: value for key, value in vars(module).items() if callable(value)}
         make = look_up(f"function in {path.name}", function, functions)
-        if needed := [
-            n for n, p in signature(make).parameters.items() if p.default is p.empty and p.kind < p.VAR_POSITIONAL
-        ]:
-            raise ConfigError(f"{name} is called without arguments, and it needs {', '.join(needed)}")
+        _must_need_nothing(name, make)
         made = make()
     told = f"{name} must return (model, loss, data)"
     if not isinstance(made, tuple | list) or len(made) != 3:
@@ -55,6 +52,12 @@ def make_of(name: str) -> Made:
     if not callable(found.loss):
         raise ConfigError(f"{told}: the second is {type(found.loss).__name__}, not a function of outputs and targets")
     return found
+
+
+def _must_need_nothing(name: str, make: Callable[..., Any]) -> None:
+    needed = [n for n, p in signature(make).parameters.items() if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
+    if needed:
+        raise ConfigError(f"{name} is called without arguments, and it needs {', '.join(needed)}")
 
 
 def measure_own(

@@ -62,16 +62,21 @@ def save(source: Source, folder: Path) -> None:
             f"{source.package!r} has the splits {sizes}{without}, but {source.rows} was expected. Nothing was "
             "kept: the hub has another version of this data set than the one that is known here."
         )
-    if source.reader != "hub_pictures":
+    if source.reader == "hub_pictures":
+        for split, rows in found.items():
+            save_pictures(source, split, rows, folder)
+    else:
         found.save_to_disk(folder)
-        return
-    for split, rows in found.items():
-        images, labels = pictures(source, rows)
-        if split in source.digests:
-            order = blocks(images, labels, source.digests[split])
-            images, labels = images[order], labels[order]
-        np.save(folder / f"{split}-images.npy", images)
-        np.save(folder / f"{split}-labels.npy", labels)
+
+
+def save_pictures(source: Source, split: str, rows: "Dataset", folder: Path) -> None:
+    """Write the pictures and labels of a split, in the order of its digests where they are known."""
+    images, labels = pictures(source, rows)
+    if split in source.digests:
+        order = blocks(images, labels, source.digests[split])
+        images, labels = images[order], labels[order]
+    np.save(folder / f"{split}-images.npy", images)
+    np.save(folder / f"{split}-labels.npy", labels)
 
 
 def _refused(source: Source, error: Exception) -> str:
