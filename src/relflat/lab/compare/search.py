@@ -59,7 +59,7 @@ class Plan:
     def usual(self) -> "Plan":
         """The same without a search; of arms that are the same then, the first."""
         arms = [replace(arm, values=()) for arm in reversed(self.arms)]
-        own = {(arm.algorithm, str(arm.grid[0])): arm for arm in arms}
+        own = {self.config(arm, arm.grid[0], 0).digest: arm for arm in arms}
         return replace(self, arms=tuple(reversed(own.values())), search_seeds=(), also_untuned=False)
 
     @property
