@@ -177,6 +177,24 @@ def test_label_smoothing_spreads_the_targets():
         config.settings.criterion(nn.MSELoss(), by_hand, 0)
 
 
+def test_all_layers_are_those_with_an_input():
+    """A matrix that is a parameter of its own has none, and is no reason not to train."""
+
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.head = nn.Parameter(torch.randn(64, 20)), nn.Linear(20, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x.flatten(1) @ self.w)
+
+    model, dropped = Projected(), []
+    trained = learner("dropout", model, rate=0.5)
+    model.head.register_forward_pre_hook(lambda module, args: dropped.append((args[0] == 0).float().mean().item()))
+    trained.criterion(model(batch()[0]), batch()[1])
+    assert dropped == [pytest.approx(0.5, abs=0.1)]
+
+
 @pytest.mark.parametrize(
     ("algorithm", "settings"), [("dropout", {"rate": 0.5}), ("noise", {"sigma": 0.5})], ids=["dropout", "noise"]
 )

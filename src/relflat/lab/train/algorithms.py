@@ -126,9 +126,12 @@ class Disturbed(nn.Module):
             return (change(args[0]), *args[1:]) if module.training else None
 
         for name, layer in resolve_unrun(model, names_in(layers)).items():
-            if not isinstance(layer, nn.Module):
+            if isinstance(layer, nn.Module):
+                self._handles.append(layer.register_forward_pre_hook(before))
+            elif name in layers.replace(" ", "").split(","):  # not one among those of a glob
                 raise ConfigError(f"layer={layers!r}: {name!r} is a parameter, which has no input.")
-            self._handles.append(layer.register_forward_pre_hook(before))
+        if not self._handles:
+            raise ConfigError(f"layer={layers!r}: no layer with an input.")
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The task loss."""
