@@ -26,7 +26,7 @@ from output import environment, save
 from relflat import relative_flatness
 from relflat.capture.matrix import Matrix
 from relflat.capture.tap import Tap
-from relflat.curvature.operators import GGNOperator
+from relflat.curvature.operators import GGNOperator, slope_in
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.scene import Scene
 from relflat.loss.known import known_loss
@@ -82,7 +82,8 @@ class Problem:
         self.scene = Scene(self.loss, record.calls, outputs)
         self.matrix = Matrix.of(layer, tap.layers[layer])
         self.weight = self.matrix.weight().detach()
-        self.operator = GGNOperator(self.loss, outputs, [self.matrix.as_call()], create_graph=False)
+        slopes = slope_in([outputs], self.loss)
+        self.operator = GGNOperator([outputs], slopes, [self.matrix.as_call()], create_graph=False)
         self.model, self.data, self.layer = model, (x, y), layer
         tap.close()
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from relflat.capture.graph import operation
+from relflat.capture.graph import ancestors, operation
 from relflat.errors import GraphError
 
 
@@ -24,6 +24,16 @@ def output_tensor(outputs: Any, other_than: Tensor | None = None) -> Tensor | No
         return logits
     tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
     return tensors[0] if len(tensors) == 1 else None
+
+
+def read_by(loss: Tensor, given: Any) -> list[Tensor]:
+    """The tensors that a loss was computed from, not by way of one another; none if one of them leads to another."""
+    leaves = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.grad_fn is not loss.grad_fn]
+    ends = {t.grad_fn for t in leaves if t.grad_fn is not None}
+    read = {parent for node in ancestors(loss.grad_fn, ends) for parent, _ in node.next_functions if parent in ends}
+    if any(read.intersection(ancestors(parent)) - {parent} for parent in read):
+        return []
+    return list({(t.grad_fn, t.output_nr): t for t in leaves if t.grad_fn in read}.values())
 
 
 def same_part(recorded: Any, given: Any, replayed: Any) -> Any:

@@ -63,64 +63,64 @@ class HessianOperator:
 
 
 class GGNOperator:
-    """``v -> J' A J v``, J the Jacobian of the outputs and A the Hessian of the loss with respect to them.
+    """``v -> J' A J v``, J the Jacobian of the outputs and A the Hessian of the loss with respect to all of them.
 
     ``J v`` by differentiating the vector-Jacobian product in its vector. Each product costs four backward
     passes of the tail, and one of the loss where its Hessian is not known.
 
     Args:
         outputs: what the loss was computed from.
-        curve: ``A v``; or the gradient of the loss in the outputs, to be differentiated.
+        curve: ``A v``, of one tensor; or the gradient of the loss in the outputs, to be differentiated.
         calls: where it is taken.
         create_graph: whether products are to be differentiated again.
     """
 
     def __init__(
         self,
-        outputs: Tensor,
-        curve: Tensor | Callable[[Tensor], Tensor],
+        outputs: Sequence[Tensor],
+        curve: Direction | Callable[[Tensor], Tensor],
         calls: Sequence[Call],
         *,
         create_graph: bool,
     ) -> None:
         self.calls, self.create_graph, self.outputs, self.curve = calls, create_graph, outputs, curve
-        if isinstance(curve, Tensor) and not curve.requires_grad:
+        if not callable(curve) and not any(c.requires_grad for c in curve):
             raise LossError(
                 "the gradient of the loss does not change with the model's outputs: its Gauss-Newton matrix is "
                 "zero, as for a hinge or absolute error; use a smooth loss, or FAM(..., radius=...)"
             )
         # not 0, where some derivatives (of norms, of logcumsumexp) are not right or not numbers
-        self.dual = torch.ones_like(outputs, requires_grad=True)
-        self.pullback = pull([outputs], calls, [self.dual], create_graph=True)
-        _check_no_dead_end([*self.pullback, *([curve] if isinstance(curve, Tensor) else [])], calls)
+        self.dual = [torch.ones_like(z, requires_grad=True) for z in outputs]
+        self.pullback = pull(outputs, calls, self.dual, create_graph=True)
+        _check_no_dead_end([*self.pullback, *(() if callable(curve) else curve)], calls)
 
     def __call__(self, v: Direction) -> list[Tensor]:
         """The product: push ``v`` forward, curve it, pull it back."""
-        pushed = self._one(self.pullback, self.dual, v)
-        curve = self.curve
-        curved = self._one([curve], self.outputs, [pushed]) if isinstance(curve, Tensor) else curve(pushed)
-        return pull([self.outputs], self.calls, [curved], create_graph=self.create_graph, required=False)
+        pushed = self._back(self.pullback, self.dual, v)
+        curved = [self.curve(*pushed)] if callable(self.curve) else self._back(self.curve, self.outputs, pushed)
+        return pull(self.outputs, self.calls, curved, create_graph=self.create_graph, required=False)
 
     def slope_at_calls(self) -> list[Tensor]:
         """The gradient, by one pull-back; none where A is known."""
-        if not isinstance(self.curve, Tensor):
+        if callable(self.curve):
             return []
-        return pull([self.outputs], self.calls, [self.curve.detach()], create_graph=False, required=False)
+        along = [c.detach() for c in self.curve]
+        return pull(self.outputs, self.calls, along, create_graph=False, required=False)
 
-    def _one(self, of: Sequence[Tensor], at: Tensor, v: Direction) -> Tensor:
-        (found,) = differentiate(of, [at], v, create_graph=self.create_graph)
-        return torch.zeros_like(at) if found is None else found
+    def _back(self, of: Sequence[Tensor], at: Sequence[Tensor], v: Direction) -> list[Tensor]:
+        found = differentiate(of, at, v, create_graph=self.create_graph)
+        return [torch.zeros_like(z) if g is None else g for g, z in zip(found, at, strict=True)]
 
 
-def slope_in(outputs: Tensor, loss: Tensor) -> Tensor:
+def slope_in(outputs: Sequence[Tensor], loss: Tensor) -> list[Tensor]:
     """The gradient of the loss in the outputs, with a graph."""
-    (slope,) = differentiate([loss], [outputs], None, create_graph=True)
-    if slope is None:
+    found = differentiate([loss], outputs, None, create_graph=True)
+    if all(g is None for g in found):
         raise GraphError(
             "the loss was not computed from the model's outputs, so there is no Gauss-Newton matrix; "
             "use curvature='hessian'"
         )
-    return slope
+    return [torch.zeros_like(z) if g is None else g for g, z in zip(found, outputs, strict=True)]
 
 
 def pull(

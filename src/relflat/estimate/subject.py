@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from relflat.capture.calls import Call, is_recurrent, same_values
-from relflat.capture.graph import ancestors, compiled, operation
+from relflat.capture.graph import ancestors, compiled, foreign, operation
 from relflat.capture.kinds import own_weights
 from relflat.capture.matrix import Matrix
+from relflat.capture.outputs import read_by
 from relflat.capture.pieces import piecewise_linear
 from relflat.capture.uses import View, leaf
 from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, slope_in
@@ -172,15 +173,15 @@ class Subject:
         hessian = self.options.curvature == "hessian"
         if known is not None and (self.at_end or not hessian):
             curve = functools.partial(known.curve, constant=not full)
-            operator: Operator = GGNOperator(known.outputs, curve, calls, create_graph=full)
+            operator: Operator = GGNOperator([known.outputs], curve, calls, create_graph=full)
         elif hessian or self.at_end:
             slope = self._asked_slope()
-            of = loss if slope is None else self._outputs(calls)
+            of = loss if slope is None else self._outputs(calls)[0]
             operator = HessianOperator(of, calls, slope, create_graph=full)
         else:
             outputs, slope = self._outputs(calls), self._asked_slope()
-            slope = slope_in(outputs, loss) if slope is None else slope
-            operator = GGNOperator(outputs, slope, calls, create_graph=full)
+            slopes = slope_in(outputs, loss) if slope is None else [slope]
+            operator = GGNOperator(outputs, slopes, calls, create_graph=full)
         if not self.in_weight and self.layer not in self.memory.curved:
             self._warn_if_flat(operator)
         return operator
@@ -241,16 +242,24 @@ class Subject:
         assert loss_of is not None
         return AskedLoss.of(loss_of, outputs).as_tensor(outputs)
 
-    def _outputs(self, calls: Sequence[Call]) -> Tensor:
-        """The tensor the loss was computed from, and nothing else of the layer: else its GGN would lack that part."""
-        outputs, loss = self.scene.outputs, self.scene.loss
-        if outputs is None:
+    def _outputs(self, calls: Sequence[Call]) -> list[Tensor]:
+        """What the loss was computed from, and nothing else of the layer: else its GGN would lack that part."""
+        loss, one = self.scene.loss, self.scene.outputs
+        outputs = read_by(loss, self.scene.given) if one is None else [one]
+        if not outputs:
             raise GraphError(
-                "curvature='ggn' needs the tensor that the loss was computed from, and the model's outputs are "
-                "no single tensor; use curvature='hessian' or call the criterion with (outputs, targets)"
+                "curvature='ggn' needs the tensors that the loss was computed from, and the model's outputs are "
+                "none, or one of them leads to another; use curvature='hessian' or call the criterion with "
+                "(outputs, targets)"
             )
-        if (self.in_weight or self.layer not in self.memory.through) and outputs.grad_fn is not None:
-            past = set(ancestors(loss.grad_fn, without=[outputs.grad_fn]))
+        ends = [z.grad_fn for z in outputs if z.grad_fn is not None]
+        if (self.in_weight or self.layer not in self.memory.through) and ends:
+            past = set(ancestors(loss.grad_fn, without=ends))
+            if one is None and (own := next(filter(foreign, past), None)) is not None:
+                raise LossError(
+                    f"the loss goes through {own.name()}, whose second derivative may be wrong without a word, and "
+                    "that can be told for outputs of one tensor only: use curvature='hessian', or a plain loss"
+                )
             if any(c.edge is not None and c.edge.node in past for c in calls):
                 raise GraphError(
                     f"the loss depends on layer {self.layer!r} also past the tensor taken for the outputs (an "
@@ -322,5 +331,5 @@ def joint_operator(subjects: Sequence[Subject]) -> Operator:
     for s in subjects:
         s._must_be_plain()
     slope, calls = first._asked_slope(), [c for s in subjects for c in s.space.calls]
-    of = first.scene.loss.sum() if slope is None else first._outputs(calls)
+    of = first.scene.loss.sum() if slope is None else first._outputs(calls)[0]
     return HessianOperator(of, calls, slope, create_graph=False)
