@@ -216,21 +216,19 @@ WAYS = {
     "compile fullgraph": lambda m, x: torch.compile(m, backend="eager", fullgraph=True),
 }
 
-REFUSED = {"jit.script": "close", "compile fullgraph": "close"}
-if torch.__version__ < (2, 10):  # there torch takes the weights of a model with such hooks for tensors from outside
-    REFUSED["export strict"] = "references tensors that are neither buffers/parameters"
-
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_watched_model_is_exported_or_told_to_be_closed_first(way: str, training: bool) -> None:
+    if way == "export strict" and torch.__version__ < (2, 10):
+        pytest.skip("torch 2.8 and 2.9 raise an error of their own, after the FAM is closed too")
     net, (x, y) = mlp().train(training), data()
     fam = FAM(CE(), net, "0", strength=1.0, seed=0)
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if way in REFUSED:
-            with pytest.raises(Exception, match=REFUSED[way]):  # of classes of torch's own
+        if way in ("jit.script", "compile fullgraph"):
+            with pytest.raises(Exception, match=r"close"):  # of classes of torch's own
                 WAYS[way](net, x)(x)
         else:
             torch.testing.assert_close(WAYS[way](net, x)(x), net(x))
