@@ -97,9 +97,11 @@ def kappa_against_test(summary: Summary) -> Figure:
 
 
 @register
-def kappa_against_gap(summary: Summary) -> Figure:
-    """Whether flatter trials of the search generalise better, and their rank correlation."""
+def kappa_against_gap(summary: Summary) -> Figure | None:
+    """Whether flatter trials of the search generalise better, and their rank correlation; None without a search."""
     searched = {title: [trial for each in tried for trial in each.trials] for title, tried in summary.tried.items()}
+    if not any(searched.values()):
+        return None
     found = kappas(searched, lambda result: result["validation"]["loss"] - result["train"]["loss"])
     one, other = ([value for pairs in found.values() for value in pairs[k]] for k in (0, 1))
     # Ranks, as Jiang et al. (2020, https://arxiv.org/abs/1912.02178) compare measures with the gap: kappa spans
@@ -115,9 +117,11 @@ def kappa_against_gap(summary: Summary) -> Figure:
 
 
 @register
-def validation_by_setting(summary: Summary) -> Figure:
-    """What the search saw."""
+def validation_by_setting(summary: Summary) -> Figure | None:
+    """What the search saw; None without one."""
     error, groups = summary.metric.error, {}
+    if not any(each.trials for tried in summary.tried.values() for each in tried):
+        return None
     for title, tried in summary.tried.items():
         errors = [math.nan if each.diverged else 100 * (1 - each.score) for each in tried]
         groups[title] = ([] if all(map(math.isnan, errors)) else range(1, len(errors) + 1), errors)
