@@ -11,7 +11,7 @@ from relflat.lab.train.timing import StepCost
 ARMS = (
     Arm("plain", "plain", "plain", "weight_decay", (0.0, 0.01), origin="nowhere"),
     Arm("sam", "SAM", "sam", "rho", (0.1, 0.4)),
-    Arm("fam-radius", "FAM radius", "fam", "radius", (0.1, 0.5), {"strength": 1.0}),
+    Arm("fam-radius", "FAM radius", "fam", "radius", (0.1, 0.5), fixed={"strength": 1.0}),
 )
 PLAN = Plan("digits", {"label_noise": 0.2, "epochs": 2}, ARMS, (100,), (0, 1, 2))
 COSTS = {
