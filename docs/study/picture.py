@@ -39,7 +39,7 @@ def comparisons(results: dict[str, Any]) -> dict[str, Any]:
 def title(name: str, found: dict[str, Any]) -> str:
     """What was compared: the study, how many seeds, and plain training's accuracy."""
     plain = found["arms"]["plain"]
-    return f"{name}\n{plain['n']} seeds, plain {100 * plain['accuracy']['value']:.1f} %"
+    return f"{name.rpartition('/')[2]}\n{plain['n']} seeds, plain {100 * plain['accuracy']['value']:.1f} %"
 
 
 def panel(axes: Axes, arms: dict[str, Any]) -> list[Point]:
@@ -94,7 +94,8 @@ def overlap(a: Box, b: Box) -> bool:
 def main(target: Path = HERE / "picture.svg") -> None:
     """Draw the picture."""
     found = comparisons(json.loads((HERE / "results.json").read_text()))
-    columns = min(ACROSS, len(found))
+    found = dict(sorted(found.items(), key=lambda each: each[1]["arms"]["plain"]["accuracy"]["value"]))
+    columns = 2 if len(found) == 4 else min(ACROSS, len(found))
     rows = math.ceil(len(found) / columns)
     with plt.rc_context(STYLE | {"svg.hashsalt": "picture", "axes.titlesize": "medium"}):
         size = (WIDTH * columns, HEIGHT * rows)
