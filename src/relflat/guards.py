@@ -70,12 +70,8 @@ class Guards:
     ) -> Tensor | None:
         """The penalty where it is finite; else None, or where a look would wait a 0 that sends nothing back.
 
-        Args:
-            penalty: as it is to be added to the loss.
-            kappas: what it was made of, by layer, for the message.
-            step: now.
-            lost: the layers whose kappa lost its gradient.
-            beyond: the nodes of the task loss, where the graph of the penalty ends.
+        For the message ``kappas`` are what it was made of, by layer; ``lost`` are the layers whose kappa lost its
+        gradient, ``beyond`` gives the nodes of the task loss, where the graph of the penalty ends.
         """
         if lost:
             why = "is nan (a norm or root at 0 has no higher derivatives)"

@@ -32,7 +32,7 @@ def without_times(record):
 
 
 def weights(folder):
-    return load_file(checkpoint.checkpoints(folder)[-1] / checkpoint.WEIGHTS)
+    return load_file(checkpoint.checkpoints(folder)[-1] / store.WEIGHTS)
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_damaged_checkpoint_is_an_error_with_a_remedy(tmp_path, config):
     folder = tmp_path / "run"
     train(config(), folder, tensorboard=False)
     (folder / "result.json").unlink()
-    (folder / "checkpoint-0003" / checkpoint.STATE).write_bytes(b"junk")
+    (folder / "checkpoint-0003" / store.STATE).write_bytes(b"junk")
     with pytest.raises(DataError, match="--fresh"):
         train(config(), folder, tensorboard=False)
 

@@ -161,5 +161,8 @@ class TestMeasures:
     def test_refused(self) -> None:
         with pytest.raises(ConfigError, match="steps=0"):
             measures(mlp(), CE(), data(), steps=0)
+        with pytest.raises(ConfigError, match=r"only=\['sharpness'\]"):
+            measures(mlp(), CE(), data(), only=["||W||", "sharpness"])
+        assert list(measures(mlp(), CE(), data(), only=["||W||"])) == ["||W||"]
         with pytest.raises(LayerError, match="frozen"):
             measures(mlp().requires_grad_(False), CE(), data())

@@ -18,13 +18,9 @@ _PASSED = (*KEEPING, *MOVING, "Add", "Cat", "Div", "Expand", "Index", "Mul", "Se
 
 
 def output_layer(loss: Tensor, source: Tensor | None, calls: Sequence[Call], names: Mapping[int, str]) -> str:
-    """The layer that a loss was computed from.
+    """The layer that a loss was computed from, by way of ``source`` if that is known.
 
-    Args:
-        loss: the loss.
-        source: what it was computed from, if known.
-        calls: all calls that were recorded.
-        names: of the model's parameters, by their ids.
+    Of all calls that were recorded, or else a parameter, whose name stands under its id.
 
     Raises:
         LayerError: it is not one of the layers that were called, or not one alone.
@@ -98,11 +94,8 @@ def taking_part(
     A weight that several modules share, or that is multiplied beside the calls of its module too, stands as a
     parameter, with all of its uses. A parameter that is not multiplied with features (a position, a token) is none.
 
-    Args:
-        candidates: by name.
-        calls: those that the loss depends on.
-        uses: of the parameters in its graph.
-        features: whether only modules that were called with features of real numbers will do.
+    Calls are those that the loss depends on, uses those of the parameters in its graph; with ``features`` only
+    modules that were called with features of real numbers will do.
     """
     found: dict[str, Target] = {}
     left, seen = [], set()

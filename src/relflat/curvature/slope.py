@@ -91,7 +91,7 @@ def must_be_asked(
     (slope,) = differentiate([loss], [outputs], None, create_graph=True)
     if slope is None:
         return False
-    own, missing = _own_derivative(loss, outputs), _lacks(slope, outputs)
+    own, missing = _unsound(loss, slope, outputs)
     if slope.requires_grad and own is None and not missing:
         return False
     if loss_of is None or loss_of(outputs.detach()) is None:
@@ -111,16 +111,11 @@ def must_be_asked(
         raise
 
 
-def _own_derivative(loss: Tensor, outputs: Tensor) -> str | None:
-    """The name of an operation between the outputs and the loss whose derivative is somebody's own code."""
-    nodes = ancestors(loss.grad_fn, without=[outputs.grad_fn] if outputs.grad_fn else [])
-    return next((str(n.name()) for n in nodes if foreign(n)), None)
-
-
-def _lacks(slope: Tensor, outputs: Tensor) -> bool:
-    """Whether a derivative is missing in the slope."""
-    nodes = ancestors(slope.grad_fn, without=[outputs.grad_fn] if outputs.grad_fn else [])
-    return any(n.name() in MISSING for n in nodes)
+def _unsound(loss: Tensor, slope: Tensor, outputs: Tensor) -> tuple[str | None, bool]:
+    """An operation from outputs to loss whose derivative is somebody's own code; whether one of the slope lacks."""
+    start = [outputs.grad_fn] if outputs.grad_fn else []
+    own = next((str(n.name()) for n in ancestors(loss.grad_fn, without=start) if foreign(n)), None)
+    return own, any(n.name() in MISSING for n in ancestors(slope.grad_fn, without=start))
 
 
 def _agrees(slope: Tensor, outputs: Tensor, asked: AskedLoss, rng: Rng) -> bool:

@@ -23,11 +23,8 @@ from relflat.rng import Rng
 class WeightSpace:
     """Changes of one weight; directions are Float[Tensor, "*s d m"], and there is a single group.
 
-    Matrices of a stack (experts) have kappas of their own, which are added up.
-
-    Args:
-        matrix: the weight.
-        scale: feature scales of ``normalize_features``, 0 for features that are left out; or None.
+    Matrices of a stack (experts) have kappas of their own, which are added up. The scale is that of features in
+    ``normalize_features``, 0 for those that are left out.
     """
 
     where = "weight"

@@ -112,11 +112,8 @@ def _without(op: Passed) -> Place | None:
     place, dims = op.places[0], op.dims("dim")
     if place == _SUM or place.dim in dims or not dims:
         return None
-    return (
-        place
-        if len(op.out) == len(op.shapes[0])
-        else place._replace(dim=place.dim - sum(d < place.dim for d in dims))
-    )
+    gone = 0 if len(op.out) == len(op.shapes[0]) else sum(d < place.dim for d in dims)  # else they have size 1
+    return place._replace(dim=place.dim - gone)
 
 
 def _batch_normed(op: Passed) -> Place | tuple[()] | None:
@@ -169,12 +166,7 @@ def _passed(op: Passed) -> Place | tuple[()] | None:
 
 
 def followed(root: Node | None, calls: Sequence[Call]) -> dict[str, int]:
-    """How far samples stay apart on the ways from the outputs of layers to the end of a graph.
-
-    Args:
-        root: the end.
-        calls: those of the layers, all of one number of samples.
-    """
+    """How far samples stay apart on the ways from calls of layers, all of one number of samples, to a graph's end."""
     order, users, n = in_order(root), dict[Any, list[Node]](), calls[0].samples
     ends = {c.edge.node: _shape_of(c) for c in calls if c.edge is not None}
     places: dict[Any, Any] = {}

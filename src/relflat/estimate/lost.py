@@ -19,11 +19,8 @@ def lost_gradients(subjects: Sequence[Subject], found: Mapping[str, Contribution
     layers at once, and one by one only where that is not finite.
     """
     asked = [s for s in subjects if s.layer not in s.memory.finite and found[s.layer].kappa.requires_grad]
-    lost = (
-        []
-        if not asked or _finite_gradients(asked, found)
-        else [s for s in asked if not _finite_gradients([s], found)]
-    )
+    none = not asked or _finite_gradients(asked, found)
+    lost = [] if none else [s for s in asked if not _finite_gradients([s], found)]
     for s in asked:
         if s not in lost and not any(map(singular, ancestors(s.scene.loss.grad_fn, without=s.ends()))):
             s.memory.finite.add(s.layer)

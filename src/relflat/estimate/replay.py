@@ -55,11 +55,7 @@ class Replay:
         return None if given is None or len(forwards) > 1 else cls(tap, forwards, given, None, factor)
 
     def loss(self, *, inject: Inject | None = None, change: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The loss of one more forward pass, with other inputs to tapped layers, or a tensor in a parameter's place.
-
-        Raises:
-            GraphError: several passes led to the loss.
-        """
+        """The loss of the only pass, run once more with other inputs to tapped layers, or another parameter."""
         return self._run(inject, change)[1]
 
     def plainly(self) -> tuple[Forward, Any, Tensor]:

@@ -139,11 +139,7 @@ class Scene:
 
 
 def calls_behind(forwards: Sequence[Forward], loss: Tensor) -> list[Call]:
-    """The recorded calls that the loss depends on; all of them if there is only one.
-
-    Raises:
-        GraphError: if the forward pass or the loss recorded no graph.
-    """
+    """The recorded calls that the loss depends on, which must have a graph; all of them if there is only one."""
     calls = [c for f in forwards for c in f.calls]
     if not loss.requires_grad:
         raise no_graph()

@@ -9,11 +9,7 @@ from relflat.options import Options
 
 
 def must_suit(tap: Tap, options: Options) -> None:
-    """Refuse layers that do not go with the options; ``"output"`` and globs may be settled later.
-
-    Raises:
-        ConfigError, LayerError: naming the option or the layer.
-    """
+    """Refuse layers that do not go with the options, by name; ``"output"`` and globs may be settled later."""
     wanted, count = options.layers_per_step, len(tap.layers)
     if wanted is not None and not 1 <= wanted <= count:
         raise ConfigError(

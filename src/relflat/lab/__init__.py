@@ -3,5 +3,3 @@
 The core of relflat never imports this package. Data flows one way through it:
 sources -> fetch -> data -> splits -> tasks -> algorithms -> training -> store -> trials -> report.
 """
-
-import relflat.lab.moved  # noqa: F401

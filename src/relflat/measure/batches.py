@@ -238,11 +238,7 @@ class Reduction:
         return self.found or self.untold()
 
     def untold(self) -> str:
-        """Refuse, as nothing told.
-
-        Raises:
-            LossError: always.
-        """
+        """Refuse, as nothing told."""
         raise LossError(
             "whether this loss is a mean or a sum over samples cannot be told from its values (0, or of batches that "
             "cannot be joined), so batches cannot be put together; give all data as one batch (each rank "

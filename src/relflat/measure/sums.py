@@ -49,12 +49,10 @@ class Sum:
     @property
     def error(self) -> float:
         """The standard error."""
+        if math.isnan(self.variance):
+            return math.nan
         more = self.doubt / self.variance if self.variance > 0 else 0.0
-        return (
-            math.nan
-            if math.isnan(self.variance)
-            else math.hypot(math.sqrt(max(self.variance, 0.0) + more), self.bias)
-        )
+        return math.hypot(math.sqrt(max(self.variance, 0.0) + more), self.bias)
 
     def __add__(self, other: "Sum") -> "Sum":
         bias, doubt = self.bias + other.bias, self.doubt + other.doubt
@@ -177,8 +175,7 @@ class Sums:
         self.rounding = max(self.rounding, torch.finfo(dtype).eps)
 
     def _over_all(self, total: Sum) -> Sum:
-        weight = self.weight or 1.0
-        return total * (1 / weight)
+        return total * (1 / (self.weight or 1.0))
 
     # -- errors ----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from relflat.papers.association import Association, associate
 from relflat.papers.experiment import Context, Figure, Outcome, Scale, Table
-from relflat.papers.measures import MEASURES, Measure, Subject, pac_bayes, sam_sharpness
+from relflat.papers.measures import MEASURES, Measure, Subject, pac_bayes
 from relflat.papers.network_study import SETTINGS, Found, Record, associations, completed, reached, recipes_of, study
 from relflat.papers.painting import clouds
 from relflat.papers.sheets import Sheet
@@ -33,7 +33,7 @@ recipes = partial(recipes_of, SHEET)
 @torch.no_grad()
 def kappa_max_dense(subject: Subject) -> float:
     """``sum_s ||w_s||^2 lambda_max(H_ss)`` of an output layer: ``H_ss = mean phi phi' p_s (1 - p_s)``, all of it."""
-    phi, W = subject.inputs, subject.weight
+    phi, W = subject.inputs, subject.model.get_parameter("0.weight")
     p = subject.model(phi).softmax(1)
     blocks = (torch.einsum("nt,n,nu->tu", phi, q * (1 - q), phi) / len(phi) for q in p.T)
     largest = [torch.linalg.eigvalsh(block)[-1] for block in blocks]
@@ -43,10 +43,8 @@ def kappa_max_dense(subject: Subject) -> float:
 CHOSEN: dict[str, Measure] = {
     **{name: MEASURES[name] for name in (*OF_LAYER, *OF_NETWORK)},
     "kappa_max": replace(MEASURES["kappa_max"], of=kappa_max_dense),
-    # fewer draws and steps than by default: ranks need no third digit
+    # fewer draws than by default, and steps below: ranks need no third digit
     "pac_bayes": replace(MEASURES["pac_bayes"], of=partial(pac_bayes, draws=5, rtol=1e-2)),
-    "sam": replace(MEASURES["sam"], of=partial(sam_sharpness, steps=3)),
-    "asam": replace(MEASURES["asam"], of=partial(sam_sharpness, rho=0.5, steps=3, adaptive=True)),
 }
 
 
@@ -78,7 +76,7 @@ def measure(network: nn.Sequential, recipe: Recipe) -> Record:
         at_layer = output_layer(base, train.inputs, train.targets, normalise=view.normalised)
         found[name] = {measure: CHOSEN[measure].of(at_layer) for measure in OF_LAYER}
         if not view.normalised:
-            whole = Subject(base, train.inputs[:few], train.targets[:few], "output")
+            whole = Subject(base, train.inputs[:few], train.targets[:few], "output", steps=3)
             found[name] |= {measure: CHOSEN[measure].of(whole) for measure in OF_NETWORK}
     return found
 

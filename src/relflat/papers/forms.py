@@ -25,12 +25,13 @@ from relflat.papers.sheets import Sheet
 SHEET = Sheet("cost")
 PROBES: int = SHEET["probes"]
 SAMPLES: int = SHEET["samples"]
+WEIGHT = "0.weight"  # of the layer
 STATUS = Path("/proc/self/status")
 
 
 def loss_at(problem: Subject, weight: Float[Tensor, "k k"]) -> Float[Tensor, ""]:
     """The loss as a function of the layer's weight."""
-    outputs = functional_call(problem.model, {"0.weight": weight}, problem.inputs)
+    outputs = functional_call(problem.model, {WEIGHT: weight}, problem.inputs)
     return nn.functional.cross_entropy(outputs, problem.targets)
 
 
@@ -56,14 +57,14 @@ class Value:
 
 def by_hessian(how: Callable[..., Any], problem: Subject) -> Value:
     """Kappa out of the whole Hessian: k^4 numbers."""
-    weight = problem.weight.detach()
+    weight = problem.model.get_parameter(WEIGHT).detach()
     H = how(partial(loss_at, problem), weight)
     return Value(float(torch.einsum("st,ut,srur->", weight, weight, H.detach())))
 
 
 def hutchinson_trace(problem: Subject) -> Value:
     """``Tr H`` by products with random signs in the space of the weight, as the paper's layerwise measure needs."""
-    weight = problem.weight.detach().requires_grad_()
+    weight = problem.model.get_parameter(WEIGHT).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss_at(problem, weight), weight, create_graph=True)
     generator = torch.Generator().manual_seed(0)
     found = []

@@ -15,11 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from relflat import relative_flatness
-from relflat.capture.kinds import weight_of
-from relflat.capture.resolve import resolve_unrun
-from relflat.landscape import layer_spectrum, max_eigenvalue_flatness
-from relflat.theory.sharpness import Ball, kept, rise_within
+from relflat import measures, relative_flatness
+from relflat.theory.sharpness import kept
 
 CHUNK = 1000  # samples at a time
 PAC_BAYES_DEVIATION = 0.1  # loss of accuracy that defines the measure (Jiang et al. 2020)
@@ -35,6 +32,7 @@ class Subject:
     inputs: Float[Tensor, "n ..."]
     targets: Int[Tensor, " n"]
     layer: str
+    steps: int = 10  # of gradient ascent for the sharpness
 
     @property
     def batches(self) -> list[tuple[Tensor, Tensor]]:
@@ -46,35 +44,18 @@ class Subject:
         """The parameters that are trained, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    @property
-    def weight(self) -> Tensor:
-        """The layer's weight."""
-        (target,) = resolve_unrun(self.model, [self.layer]).values()
-        return target if isinstance(target, nn.Parameter) else weight_of(target)
+
+def measured(subject: Subject, name: str) -> float:
+    """A number of `relflat.measures`, eigenvalues to eight digits."""
+    exact: dict[str, Any] = {"draws": 1, "max_products": LANCZOS, "rtol": 1e-8, "steps": subject.steps}
+    given = (subject.model, nn.CrossEntropyLoss(), subject.batches)
+    return measures(*given, layer=subject.layer, only=[name], **exact)[name].value
 
 
-def flatness(subject: Subject, number: str = "value", **options: Any) -> float:
-    """A number of `relflat.relative_flatness`; by the closed form, or the sum over a basis."""
-    criterion = nn.CrossEntropyLoss()
-    found = relative_flatness(subject.model, criterion, subject.batches, layer=subject.layer, **options)
-    return float(getattr(found, number))
-
-
-def kappa_max(subject: Subject) -> float:
-    """``sum_s ||w_s||^2 lambda_max(H_ss)`` (Petzka et al. 2021, the maximum-eigenvalue version)."""
-    criterion = nn.CrossEntropyLoss()
-    return max_eigenvalue_flatness(subject.model, criterion, subject.batches, layer=subject.layer, rtol=1e-8).value
-
-
-def weight_norm(subject: Subject) -> float:
-    """``||W||_F`` of the layer."""
-    return float(subject.weight.detach().double().norm())
-
-
-def lambda_max(subject: Subject) -> float:
-    """Largest eigenvalue of the Hessian with respect to the layer's weight: `relflat.landscape.layer_spectrum`."""
-    given: Any = {"layer": subject.layer, "draws": 1, "max_products": LANCZOS}
-    return layer_spectrum(subject.model, nn.CrossEntropyLoss(), subject.batches, **given).top.value
+def flatness(subject: Subject, **options: Any) -> float:
+    """A form of kappa: `relflat.relative_flatness`, by the closed form or the sum over a basis."""
+    given = (subject.model, nn.CrossEntropyLoss(), subject.batches)
+    return relative_flatness(*given, layer=subject.layer, **options).value
 
 
 @torch.no_grad()
@@ -127,38 +108,11 @@ def pac_bayes(subject: Subject, draws: int = 10, rtol: float = 1e-3) -> float:
     return 1 / (low * high)
 
 
-def sam_sharpness(subject: Subject, rho: float = 0.05, steps: int = 10, *, adaptive: bool = False) -> float:
-    """``max_{||e|| <= rho} L(theta + e) - L(theta)``, from below: :func:`relflat.theory.sharpness.rise_within`."""
-    parameters = list(subject.parameters.values())
-    ball: Ball = "adaptive" if adaptive else "sphere"
-    return rise_within(ball, rho, parameters, lambda: _loss_and_gradients(subject, parameters), steps)
-
-
-@torch.no_grad()
-def loss_of(subject: Subject) -> float:
-    """Mean cross-entropy."""
-    return sum(float(_summed_loss(subject, *batch)) for batch in subject.batches) / len(subject.targets)
-
-
 @torch.no_grad()
 def accuracy(subject: Subject) -> float:
     """Share that is right."""
     right = sum(int((subject.model(x).argmax(1) == y).sum()) for x, y in subject.batches)
     return right / len(subject.targets)
-
-
-def _summed_loss(subject: Subject, inputs: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(subject.model(inputs), targets, reduction="sum")
-
-
-def _loss_and_gradients(subject: Subject, parameters: list[nn.Parameter]) -> tuple[float, list[Tensor]]:
-    total, gradients = 0.0, [torch.zeros_like(p) for p in parameters]
-    for inputs, targets in subject.batches:
-        loss = _summed_loss(subject, inputs, targets) / len(subject.targets)
-        total += float(loss.detach())
-        for sum_so_far, part in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
-            sum_so_far += part
-    return total, gradients
 
 
 @dataclass(frozen=True)
@@ -171,19 +125,21 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {
-    "kappa": Measure("kappa", "Petzka et al. 2021", flatness),  # Definition 3
+    "kappa": Measure("kappa", "Petzka et al. 2021", partial(measured, name="kappa")),  # Definition 3
     # section 5: a feature that never varies, such as a dead neuron's, has no deviation to divide by and is left out
     "kappa_normalized": Measure(
         "kappa, features / sd", "Petzka et al. 2021", partial(flatness, normalize_features=True)
     ),
     "kappa_adaptive": Measure("kappa, adaptive", "this library", partial(flatness, adaptive=True)),
-    "kappa_max": Measure("kappa, largest eigenvalues", "Petzka et al. 2021", kappa_max),
-    "layerwise": Measure("||W||² Tr H", "Adilova et al. 2023", partial(flatness, number="layerwise")),
-    "trace": Measure("Tr H", "Keskar et al. 2017", partial(flatness, number="trace")),
-    "lambda_max": Measure("lambda_max(H)", "Keskar et al. 2017", lambda_max),
-    "weight_norm": Measure("||W||", "Neyshabur et al. 2015", weight_norm),
+    "kappa_max": Measure(
+        "kappa, largest eigenvalues", "Petzka et al. 2021", partial(measured, name="kappa, largest eigenvalues")
+    ),
+    "layerwise": Measure("||W||² Tr H", "Adilova et al. 2023", partial(measured, name="||W||² Tr H")),
+    "trace": Measure("Tr H", "Keskar et al. 2017", partial(measured, name="Tr H")),
+    "lambda_max": Measure("lambda_max(H)", "Keskar et al. 2017", partial(measured, name="lambda_max(H)")),
+    "weight_norm": Measure("||W||", "Neyshabur et al. 2015", partial(measured, name="||W||")),
     "fisher_rao": Measure("Fisher-Rao norm", "Liang et al. 2019", fisher_rao),
     "pac_bayes": Measure("PAC-Bayes flatness", "Jiang et al. 2020", pac_bayes),
-    "sam": Measure("SAM sharpness", "Foret et al. 2021", sam_sharpness),
-    "asam": Measure("ASAM sharpness", "Kwon et al. 2021", partial(sam_sharpness, rho=0.5, adaptive=True)),
+    "sam": Measure("SAM sharpness", "Foret et al. 2021", partial(measured, name="SAM sharpness")),
+    "asam": Measure("ASAM sharpness", "Kwon et al. 2021", partial(measured, name="adaptive sharpness")),
 }

@@ -1,7 +1,8 @@
 """``relflat.measures``: kappa beside the other measures of flatness, one table for a layer and its network."""
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from relflat.plot.tables import about, as_html, as_text
 from relflat.result import Flatness
 from relflat.theory.relatives import max_eigenvalue_flatness
 from relflat.theory.sharpness import Ball, rise_within
-from relflat.theory.spectrum import Estimate, layer_spectrum
+from relflat.theory.spectrum import Estimate, Spectrum, layer_spectrum
 
-RADII: dict[Ball, float] = {"sphere": 0.05, "adaptive": 0.5, "box": 1e-3}
-"""Of SAM, ASAM and epsilon-sharpness: those of their papers."""
+SHARPNESS: dict[str, tuple[Ball, float]] = {
+    "SAM sharpness": ("sphere", 0.05),
+    "adaptive sharpness": ("adaptive", 0.5),
+    "epsilon-sharpness, %": ("box", 1e-3),
+}
+"""By name, the ball and its radius: those of their papers."""
 _COLUMNS = ("measure", "value", "± error", "method")
-_OF_NETWORK = ("SAM sharpness", "adaptive sharpness", "epsilon-sharpness, %")
 
 
 class Measures(dict[str, Estimate]):
@@ -63,7 +67,9 @@ def measures(
     layer: Layer = "output",
     draws: int = 4,
     max_products: int = 30,
+    rtol: float = 1e-4,
     steps: int = 5,
+    only: Collection[str] | None = None,
     forward: ForwardFn | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -78,8 +84,9 @@ def measures(
     largest eigenvalues, ``||W||^2 Tr H`` and adaptive sharpness stay as they are, the others do not.
 
     ``model``, ``loss_fn``, ``data``, ``layer``, ``forward`` and ``device`` are those of
-    :func:`relflat.relative_flatness`; ``draws`` and ``max_products`` are starts and products of Lanczos; ``steps``
-    are those of the ascent; ``seed`` is of the random vectors.
+    :func:`relflat.relative_flatness`; ``draws`` and ``max_products`` are starts and products of Lanczos,
+    ``rtol`` is how exact the largest eigenvalues in kappa's place are; ``steps`` are those of the ascent; ``seed`` is
+    of the random vectors. ``only`` names the measures that are wanted, and what others cost is spared.
 
     Returns:
         An :class:`relflat.Estimate` for each: the error is a standard error, for eigenvalues a bound, and nan for
@@ -87,7 +94,7 @@ def measures(
         the largest eigenvalues some dozens for each output of the layer.
 
     Raises:
-        ConfigError: if ``steps`` is below 1.
+        ConfigError: if ``steps`` is below 1, or ``only`` names what is no measure.
         LayerError: if the layer's weight is frozen.
 
     Example:
@@ -102,25 +109,47 @@ def measures(
         raise ConfigError(f"steps={steps}: one step of ascent at least is needed")
     given: dict[str, Any] = {"layer": layer, "forward": forward, "device": device, "seed": seed}
     flat = relative_flatness(model, loss_fn, data, **given)
-    spectrum = layer_spectrum(model, loss_fn, data, draws=draws, max_products=max_products, **given)
-    known = not math.isnan(flat.trace)
-    trace = Estimate(flat.trace, flat.trace_stderr, flat.method) if known else spectrum.trace
     square = flat.weight_norm**2
-    found = {
-        "kappa": Estimate(flat.value, flat.stderr, flat.method),
-        "kappa, largest eigenvalues": max_eigenvalue_flatness(model, loss_fn, data, **given),
+
+    @functools.cache
+    def spectrum() -> Spectrum:
+        return layer_spectrum(model, loss_fn, data, draws=draws, max_products=max_products, **given)
+
+    def trace(factor: float = 1.0) -> Estimate:
+        found = spectrum().trace if math.isnan(flat.trace) else Estimate(flat.trace, flat.trace_stderr, flat.method)
+        return Estimate(factor * found.value, factor * found.stderr, found.method)
+
+    def sharpness(ball: Ball, radius: float) -> Estimate:
+        options = Options("hessian", measuring=True)
+        with measuring(model, loss_fn, data, layer, options, forward, device, seed) as of:
+            return _sharpness(of, ball, radius, steps, flat.loss)
+
+    ways: dict[str, Callable[[], Estimate]] = {
+        "kappa": lambda: Estimate(flat.value, flat.stderr, flat.method),
+        "kappa, largest eigenvalues": lambda: max_eigenvalue_flatness(model, loss_fn, data, rtol=rtol, **given),
         "Tr H": trace,
-        "||W||² Tr H": Estimate(square * trace.value, square * trace.stderr, trace.method),
-        "lambda_max(H)": spectrum.top,
-        "||W||": Estimate(flat.weight_norm, 0.0, "norm"),
+        "||W||² Tr H": lambda: trace(square),
+        "lambda_max(H)": lambda: spectrum().top,
+        "||W||": lambda: Estimate(flat.weight_norm, 0.0, "norm"),
+        **{name: functools.partial(sharpness, *ball) for name, ball in SHARPNESS.items()},
     }
-    with measuring(model, loss_fn, data, layer, Options("hessian", measuring=True), forward, device, seed) as of:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        for name, (ball, radius) in zip(_OF_NETWORK, RADII.items(), strict=True):
-            rise = rise_within(ball, radius, parameters, lambda: _loss_and_gradients(of, parameters), steps)
-            value = 100 * rise / (1 + flat.loss) if ball == "box" else rise
-            found[name] = Estimate(value, math.nan, f"ascent({steps} steps), from below")
-    return Measures(found, flat)
+    wanted = _names(ways, only)
+    return Measures({name: of() for name, of in ways.items() if name in wanted}, flat)
+
+
+def _names(known: Collection[str], only: Collection[str] | None) -> Collection[str]:
+    """The measures that are wanted."""
+    if unknown := sorted({*(only or ())} - {*known}):
+        raise ConfigError(f"only={unknown}: no such measures; choose among {list(known)}")
+    return known if only is None else only
+
+
+def _sharpness(of: Measurement, ball: Ball, radius: float, steps: int, loss: float) -> Estimate:
+    """By how much the loss rises within a ball; in a box in percent of one and the loss."""
+    parameters = [p for p in of.model.parameters() if p.requires_grad]
+    rise = rise_within(ball, radius, parameters, lambda: _loss_and_gradients(of, parameters), steps)
+    value = 100 * rise / (1 + loss) if ball == "box" else rise
+    return Estimate(value, math.nan, f"ascent({steps} steps), from below")
 
 
 def _loss_and_gradients(of: Measurement, parameters: list[nn.Parameter]) -> tuple[float, list[Tensor]]:

@@ -19,13 +19,8 @@ from relflat.lab.tasks.catalogue import title_of
 NOTES = TEMPLATES.get_template("notes.txt")
 PAIRS = ("score", "loss", "ece", "equal_time", "kappa", "kappa_before", "confidence", "weight_norm")
 SPECIAL = {each: f"\\{each}" for each in "%_&#${}"} | {"±": r"$\pm$", "–": "--", "kappa": r"$\kappa$"}
-SPECIAL |= {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-}
+NAMED = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater"}
+SPECIAL |= {each: rf"\text{name}{{}}" for each, name in NAMED.items()}
 
 
 def files(summary: Summary, environment: Mapping[str, Any], notes: str) -> dict[str, str]:

@@ -17,17 +17,8 @@ from torch import nn
 
 from relflat.errors import DataError
 from relflat.lab.common.sums import changed, sums
+from relflat.lab.train import store
 from relflat.lab.train.steps import get_counter, set_counter
-from relflat.lab.train.store import (
-    CHECKPOINT,
-    CHECKPOINT_FILES,
-    STATE,
-    SUMS,
-    WEIGHTS,
-    damaged,
-    put_in_place,
-    remove_files,
-)
 
 
 def save(
@@ -44,15 +35,15 @@ def save(
     def fill(folder: Path) -> None:
         folder.mkdir()
         try:
-            save_model(model, str(folder / WEIGHTS))
+            save_model(model, str(folder / store.WEIGHTS))
         except SafetensorError as error:
             raise OSError(str(error)) from error
         content = io.BytesIO()  # torch.save into a file that fails ends in an error that does not say why
         torch.save(state, content)
-        (folder / STATE).write_bytes(content.getbuffer())
-        (folder / SUMS).write_text(sums(folder, (WEIGHTS, STATE)), "utf-8")
+        (folder / store.STATE).write_bytes(content.getbuffer())
+        (folder / store.SUMS).write_text(sums(folder, (store.WEIGHTS, store.STATE)), "utf-8")
 
-    put_in_place(run / f"checkpoint-{epoch:04d}", fill)
+    store.put_in_place(run / f"checkpoint-{epoch:04d}", fill)
     remove_old(run)
 
 
@@ -63,12 +54,12 @@ def load(run: Path, *, model: nn.Module, criterion: nn.Module, **parts: Any) -> 
         return []
     load_weights(run, model)
     try:
-        state = torch.load(found[-1] / STATE, weights_only=True, map_location="cpu")
+        state = torch.load(found[-1] / store.STATE, weights_only=True, map_location="cpu")
         for name, part in parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
     except Exception as error:  # torch.load and load_state_dict let through whatever damaged files raise
-        raise damaged(found[-1] / STATE, error) from error
+        raise store.damaged(found[-1] / store.STATE, error) from error
     set_counter(criterion, state["criterion_step"])
     _set_rng_state(state["rng"])
     return list(state["history"])
@@ -80,8 +71,8 @@ def load_weights(run: Path, model: nn.Module) -> None:
     if not found:
         raise DataError(f"{run} has no checkpoint yet; train it first.")
     if changed(found[-1]):
-        raise damaged(found[-1] / SUMS, "the files are others")
-    read_weights(found[-1] / WEIGHTS, model)
+        raise store.damaged(found[-1] / store.SUMS, "the files are others")
+    read_weights(found[-1] / store.WEIGHTS, model)
 
 
 def read_weights(path: Path, model: nn.Module) -> None:
@@ -89,17 +80,18 @@ def read_weights(path: Path, model: nn.Module) -> None:
     try:
         load_model(model, str(path))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise damaged(path, " ".join(str(error).split())) from error
+        raise store.damaged(path, " ".join(str(error).split())) from error
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first; copies of them under other names do not count."""
-    return [place for place in _numbered(run) if all((place / name).is_file() for name in (WEIGHTS, STATE))]
+    needed = (store.WEIGHTS, store.STATE)
+    return [place for place in _numbered(run) if all((place / name).is_file() for name in needed)]
 
 
 def _numbered(run: Path) -> list[Path]:
     """All folders with the name of a checkpoint, by number."""
-    found = [place for place in run.glob("checkpoint-*") if CHECKPOINT.fullmatch(place.name)]
+    found = [place for place in run.glob("checkpoint-*") if store.CHECKPOINT.fullmatch(place.name)]
     return sorted(found, key=lambda place: int(place.name.rpartition("-")[2]))
 
 
@@ -108,7 +100,7 @@ def remove_old(run: Path) -> None:
     newest = checkpoints(run)[-1:]
     for old in _numbered(run):
         if old not in newest:
-            remove_files(old, *CHECKPOINT_FILES)
+            store.remove_files(old, *store.CHECKPOINT_FILES)
 
 
 def _rng_state() -> dict[str, Any]:

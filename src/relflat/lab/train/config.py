@@ -22,11 +22,8 @@ SCHEMA = 3  # of the flat values: raised when a key is added, renamed or removed
 RENAMED = {"regularize": "layer", "estimator": "method"}  # keys of schema 1, whose "method" was the algorithm
 FAM_BEFORE = {"strength": 0.1, "layer": "output", "bound": None, "every": 1, "warmup_steps": 0}  # up to schema 2
 Precision = Literal["no", "bf16", "fp16"]
-RECIPE = {
-    "recipe_augment": "task",
-    "recipe_smoothing": 0.0,
-    "recipe_dropout": 0.0,
-}  # values that are not written down
+# values that are not written down
+RECIPE = {"recipe_augment": "task", "recipe_smoothing": 0.0, "recipe_dropout": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
