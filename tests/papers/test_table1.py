@@ -71,7 +71,7 @@ def test_the_papers_settings():
     size = SIZES["paper"]
     assert [part.title for part in size.parts] == list(PAPER)
     plans: dict[str, Plan] = {part.title: plan_of(part, size) for part in size.parts}
-    assert all(len(arm.values) == 1 for plan in plans.values() for arm in plan.arms)
+    assert all(len(arm.grid) == 1 for plan in plans.values() for arm in plan.arms)
     for title, plan in plans.items():
         fam = next(arm for arm in plan.arms if arm.name == "fam-output")
         config = plan.config(fam, fam.grid[0], 0)

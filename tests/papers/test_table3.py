@@ -110,10 +110,11 @@ def test_the_papers_bert_is_asked_for(relflat, cache):
 def test_bert_has_a_pooler_dropout_and_an_output_layer(cache):
     tiny_bert(sentences.bert_folder())
     model = sentences.bert().eval()
+    output = model.model.classifier
     coded = text.encode(["a fine film", "dull"], ["plot", "!"], tokens=12)
-    pooled = model.encoder(**coded).pooler_output
-    expected = pooled @ model.output.weight.T + model.output.bias
+    pooled = model.model.bert(**coded).pooler_output
+    expected = pooled @ output.weight.T + output.bias
     assert torch.allclose(model(**coded), expected, atol=1e-6)
-    assert model.output.weight.shape == (2, 8)
+    assert output.weight.shape == (2, 8)
     saved = transformers.BertModel.from_pretrained(sentences.bert_folder(), local_files_only=True)
-    assert torch.equal(saved.pooler.dense.weight, model.encoder.pooler.dense.weight)
+    assert torch.equal(saved.pooler.dense.weight, model.model.bert.pooler.dense.weight)

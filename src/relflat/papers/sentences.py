@@ -6,7 +6,6 @@ They are the experiment's own, named by this file: ``relflat train path/to/sente
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -40,24 +39,13 @@ few: Task = replace(
 class Bert(nn.Module):
     """BERT with its pooler, dropout and a new output layer, as it is fine-tuned on GLUE (Devlin et al. 2019)."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        config: Any = encoder.config
-        self.encoder = encoder
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.output = nn.Linear(config.hidden_size, 2)
-        nn.init.normal_(self.output.weight, std=config.initializer_range)
-        nn.init.zeros_(self.output.bias)
+        self.model = model
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "n tokens"],
-        attention_mask: Int[Tensor, "n tokens"],
-        token_type_ids: Int[Tensor, "n tokens"],
-    ) -> Float[Tensor, "n d"]:
+    def forward(self, **tokens: Int[Tensor, "n tokens"]) -> Float[Tensor, "n d"]:
         """Return the logits."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        return self.output(self.dropout(hidden.pooler_output))
+        return self.model(**tokens).logits
 
 
 def bert_folder() -> Path:
@@ -79,7 +67,8 @@ def require_bert() -> None:
 def bert() -> Bert:
     """The pretrained BERT-base under a new output layer."""
     require_bert()
-    return Bert(text.library().AutoModel.from_pretrained(bert_folder(), local_files_only=True).float())
+    made = text.library().AutoModelForSequenceClassification
+    return Bert(made.from_pretrained(bert_folder(), num_labels=2, local_files_only=True).float())
 
 
 rte_bert: Task = replace(
@@ -88,6 +77,7 @@ rte_bert: Task = replace(
     summary="does a sentence follow from another, pretrained BERT-base, the FAM paper's budget",
     splits=partial(classification, partial(text.read_glue, "rte"), validation=40, test=None, standardise=False),
     model=bert,
+    layer="model.classifier",
     optimizer=AdamW(lr=2e-5),
     epochs=20,
     batch_size=32,

@@ -4,26 +4,25 @@ Dropout and FAM with a finite radius stand beside them: what a change of the fea
 the form of the penalty that does not vanish with confidence.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from relflat.lab.compare.arms import ARMS
-from relflat.lab.compare.search import Candidate, Comparison, Plan, compare
+from relflat.lab.compare.search import Comparison, Plan, compare
 from relflat.lab.compare.statistics import Difference
 from relflat.lab.compare.trials import workers
 from relflat.lab.data import fetch
 from relflat.lab.report.formats import certainty, number, percent, points, settings_text
 from relflat.lab.report.summary import metric_of, score_differences, spread
-from relflat.lab.report.verdict import at_the_edge, verdict
+from relflat.lab.report.verdict import at_the_edge, left_out, verdict
 from relflat.lab.tasks.catalogue import task_named
 from relflat.papers import training_study
 from relflat.papers.experiment import Context, Figure, Outcome, Table
 from relflat.papers.painting import by_arm, curves
 from relflat.papers.sheets import Sheet
-from relflat.papers.training_study import finished, numbers, train_all
+from relflat.papers.training_study import finished, numbers
 
 SHEET = Sheet("table1")
 PAPER: Mapping[str, Mapping[str, tuple[float, float]]] = SHEET["printed"]
@@ -55,22 +54,16 @@ def plan_of(part: Part, size: Size) -> Plan:
     """The comparison on one data set; where nothing is searched for, each arm has the paper's one setting."""
     weight_decay = task_named(part.task).optimizer.weight_decay
     printed = {"plain": weight_decay, "fam-output": part.strength, **SHEET["usual"]}
-    arms = tuple(
-        replace(ARMS[name], values=grid if size.search else (printed[name],)) for name, grid in GRIDS.items()
-    )
-    return Plan(part.task, size.common, arms, (100,), size.seeds)
+    values = {name: grid if size.search else () for name, grid in GRIDS.items()}
+    arms = tuple(replace(ARMS[name], values=own, usual=printed[name]) for name, own in values.items())
+    return Plan(part.task, size.common, arms, (100,) if size.search else (), size.seeds)
 
 
 def carry_out(part: Part, size: Size, context: Context) -> Comparison:
     """Do what is missing of one data set's runs."""
-    plan, what = plan_of(part, size), f"trainings on {part.title}"
-    if size.search:
-        with workers(context.workers) as pool:
-            return compare(plan, context.runs, pool, context.counter(what, plan.runs))
-    places = [(arm.name, plan.config(arm, arm.grid[0], seed)) for seed in plan.seeds for arm in plan.arms]
-    finals = train_all(context, places, what=what)
-    as_printed = {arm.name: Candidate(arm.name, arm.grid[0], math.nan, math.nan, 0, ()) for arm in plan.arms}
-    return Comparison(plan, list(as_printed.values()), as_printed, finals)
+    plan = plan_of(part, size)
+    with workers(context.workers) as pool:
+        return compare(plan, context.runs, pool, context.counter(f"trainings on {part.title}", plan.runs))
 
 
 def run(context: Context) -> Outcome:
@@ -91,7 +84,8 @@ def run(context: Context) -> Outcome:
 def findings(part: Part, comparison: Comparison) -> list[str]:
     """In words: what the paper has, what came out, and whether the one bears the other out."""
     pairs = {pair.second: pair for pair in score_differences(comparison)}
-    found = [claim(part.title, name, pairs.get(ARMS[name].title)) for name in ("sam", "fam-output")]
+    found = [f"{part.title}: {line}" for line in left_out(comparison)]
+    found += [claim(part.title, name, pairs.get(ARMS[name].title)) for name in ("sam", "fam-output")]
     others = [pairs[ARMS[name].title] for name in ("fam-radius", "dropout") if ARMS[name].title in pairs]
     found += [f"{part.title}: {line}" for line in verdict(others, metric_of(comparison))] if others else []
     edge = at_the_edge(comparison)

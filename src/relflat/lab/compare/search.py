@@ -74,16 +74,14 @@ class Plan:
         """The configuration of one run."""
         return make({"task": self.task, **self.common, "algorithm": arm.algorithm, **settings, "seed": seed})
 
-    def searching(self, runs: Path, tried: Mapping[str, Sequence[Values]]) -> list[Job]:
-        """These settings of arms, by name, on the search seeds; the test split is not evaluated."""
-        pairs = ((arm, settings) for arm in self.arms for settings in tried.get(arm.name, ()))
-        return [
-            Job(self.config(*each, seed), runs, False, each[0].name) for each in pairs for seed in self.search_seeds
-        ]
+    def job(self, runs: Path, arm: Arm, settings: Values, seed: int, *, test: bool = False) -> Job:
+        """One run; the test split is evaluated only where that is asked for."""
+        return Job(self.config(arm, settings, seed), runs, test, arm.name)
 
-    def testing(self, runs: Path, chosen: Sequence[tuple[Arm, Values]]) -> list[Job]:
-        """One setting an arm on the fresh seeds, seed by seed."""
-        return [Job(self.config(*each, seed), runs, True, each[0].name) for seed in self.seeds for each in chosen]
+    def searching(self, runs: Path, tried: Mapping[str, Sequence[Values]]) -> list[Job]:
+        """These settings of arms, by name, on the search seeds."""
+        pairs = [(arm, settings) for arm in self.arms for settings in tried.get(arm.name, ())]
+        return [self.job(runs, *pair, seed) for pair in pairs for seed in self.search_seeds]
 
     def flat(self) -> dict[str, Any]:
         """As plain values; ``plan_from`` turns them back into the plan."""
@@ -154,7 +152,8 @@ def conclude(plan: Plan, runs: Path, do: Do, failed: Mapping[str, str]) -> Compa
 def tested(plan: Plan, runs: Path, do: Do, reasons: dict[str, str], candidates: Sequence[Candidate]) -> Comparison:
     """One table: the runs of each arm's best setting."""
     chosen = {arm.name: choose(candidates, arm.name) for arm in plan.arms if arm.name not in reasons}
-    jobs = plan.testing(runs, [(arm, chosen[arm.name].settings) for arm in plan.arms if arm.name in chosen])
+    pairs = [(arm, chosen[arm.name].settings) for arm in plan.arms if arm.name in chosen]
+    jobs = [plan.job(runs, *pair, seed, test=True) for seed in plan.seeds for pair in pairs]
     finals = by_arm(jobs, do, reasons)
     if not finals:
         raise ConfigError(f"No arm can run on this task. {next(iter(reasons.values()))}")
@@ -179,9 +178,7 @@ def choose_recipe(plan: Plan, runs: Path, do: Do) -> list[Candidate]:
     for key, values in plan.recipe.items():
         tried = [{**best, key: value} for value in values[bool(found) :]]
         failed: dict[str, str] = {}
-        jobs = [
-            Job(plan.config(arm, each, seed), runs, False, RECIPE) for each in tried for seed in plan.recipe_seeds
-        ]
+        jobs = [plan.job(runs, arm, each, seed) for each in tried for seed in plan.recipe_seeds]
         trials = by_arm(jobs, do, failed)
         if failed:
             raise ConfigError(f"No recipe with {key}: {failed[RECIPE]} Give --{key.replace('_', '-')} a value.")

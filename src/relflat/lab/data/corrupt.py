@@ -7,6 +7,7 @@ among those of Hendrycks and Dietterich (2019, https://arxiv.org/abs/1903.12261)
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,11 +27,7 @@ def blur(pictures: Pictures, share: float) -> Pictures:
     """A Gaussian blur whose deviation is a share of the side, taken as 25 pixels at least."""
     deviation = share * max(pictures.shape[-1], 25)
     reach = min(int(3 * deviation) + 1, min(pictures.shape[-2:]) - 1)
-    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / deviation) ** 2)
-    flat = functional.pad(pictures.flatten(0, 1)[:, None], (reach,) * 4, mode="reflect")
-    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
-        flat = functional.conv2d(flat, (weights / weights.sum()).view(shape))
-    return flat.view_as(pictures)
+    return torch.from_numpy(gaussian_filter(pictures.numpy(), deviation, mode="mirror", radius=reach, axes=(2, 3)))
 
 
 def contrast(pictures: Pictures, share: float) -> Pictures:
