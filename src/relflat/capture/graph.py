@@ -26,7 +26,7 @@ def follow(node: Node | None, through: Sequence[str], until: Node | None = None)
     return node
 
 
-def ancestors(root: Node | None, without: Collection[Node] = ()) -> Iterator[Node]:
+def ancestors(root: Node | None, without: Collection[Node | None] = ()) -> Iterator[Node]:
     """All nodes of the graph that a node leads to, itself included, but not past those ``without``."""
     seen, stack = {root, *without}, [root]
     while stack:

@@ -28,8 +28,8 @@ def output_tensor(outputs: Any, other_than: Tensor | None = None) -> Tensor | No
 
 def read_by(loss: Tensor, given: Any) -> list[Tensor]:
     """The tensors that a loss was computed from, not by way of one another; none if one of them leads to another."""
-    leaves = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.grad_fn is not loss.grad_fn]
-    ends = {t.grad_fn for t in leaves if t.grad_fn is not None}
+    leaves = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.grad_fn not in (None, loss.grad_fn)]
+    ends = {t.grad_fn for t in leaves}
     read = {parent for node in ancestors(loss.grad_fn, ends) for parent, _ in node.next_functions if parent in ends}
     if any(read.intersection(ancestors(parent)) - {parent} for parent in read):
         return []

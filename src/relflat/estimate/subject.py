@@ -1,7 +1,7 @@
 """One layer of a scene, with the operator and the space its kappa is taken in, each built once."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -255,11 +255,8 @@ class Subject:
         ends = [z.grad_fn for z in outputs if z.grad_fn is not None]
         if (self.in_weight or self.layer not in self.memory.through) and ends:
             past = set(ancestors(loss.grad_fn, without=ends))
-            if one is None and (own := next(filter(foreign, past), None)) is not None:
-                raise LossError(
-                    f"the loss goes through {own.name()}, whose second derivative may be wrong without a word, and "
-                    "that can be told for outputs of one tensor only: use curvature='hessian', or a plain loss"
-                )
+            if one is None:
+                _must_be_torchs(past)
             if any(c.edge is not None and c.edge.node in past for c in calls):
                 raise GraphError(
                     f"the loss depends on layer {self.layer!r} also past the tensor taken for the outputs (an "
@@ -321,6 +318,15 @@ class Subject:
             self.memory.again.update((layer, mode, kind) for layer in asked)
             found |= self._coupled_by_derivatives(asked)
         self.memory.coupled.update({(layer, mode, kind): coupled for layer, coupled in found.items()})
+
+
+def _must_be_torchs(nodes: Collection[Node]) -> None:
+    """Refuse derivatives of somebody's own."""
+    for node in filter(foreign, nodes):
+        raise LossError(
+            f"the loss goes through {node.name()}, whose second derivative may be wrong without a word, and that can "
+            "be told for outputs of one tensor only: use curvature='hessian', or a plain loss"
+        )
 
 
 def joint_operator(subjects: Sequence[Subject]) -> Operator:
