@@ -15,8 +15,8 @@ from relflat.lab.train.config import RunConfig
 
 TASKS = (
     "digits, digits-unshifted, fashion-mnist, fashion-mnist-resnet18, fashion-mnist-wrn, cifar10, cifar10-resnet20, "
-    "cifar10-resnet18, cifar10-wrn, cifar10-finetune, cifar100, cifar100-finetune, svhn, svhn-wrn, mnist1d, reviews, rte, mrpc, sst2, "
-    "skulls, skulls-unet, addition, addition-transformer"
+    "cifar10-resnet18, cifar10-wrn, cifar10-finetune, cifar100, cifar100-finetune, svhn, svhn-wrn, mnist1d, reviews, "
+    "rte, mrpc, sst2, skulls, skulls-unet, addition, addition-transformer"
 )  # written out, so that the help of other commands need not import the tasks
 
 TaskName = Annotated[
