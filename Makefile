@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+LAB := $(VENV)/.lab
 # timm and torchvision need another build of torch: some 6 GB
 ARCHITECTURES := .venv-architectures
 LOWEST := .venv-lowest
@@ -24,7 +25,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadgroup
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## plain training, smoothing, dropout, SAM, ASAM and FAM on noisy digits, compared; the report is demo/report.html
+demo: $(LAB)  ## plain training, smoothing, dropout, SAM, ASAM and FAM on noisy digits, compared; the report is demo/report.html
 	$(BIN)/relflat compare digits-unshifted --label-noise 0.2 --epochs 30 --trials 0 --seeds 9 --runs demo/runs --out demo
 
 quick: $(READY)  ## tests of the core's parts, of every awkward network and of quoted numbers, in under 90 seconds
@@ -112,9 +113,15 @@ define environment
 	$(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2) --editable ".[lab]" --group test
 endef
 
-$(READY): pyproject.toml constraints.txt
+# what the main job needs, and no more
+$(LAB): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	@echo "installing relflat with its lab: some 1.5 GB, a few minutes"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab]"
+	touch $@
+
+$(READY): $(LAB)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,lightning,transformers,accelerate,skorch,peft,hub,ray]" --group test --group architectures --group examples
 	touch $@
 

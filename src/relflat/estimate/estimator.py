@@ -1,4 +1,4 @@
-"""From a scene to contributions: every layer gets its method, every method runs once."""
+"""From a scene to contributions: every layer gets its method of ``methods.py``, where one is added."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""The pictures."""
+"""``relflat.plot``: pictures of measurements; those of the lab's report are in ``relflat/lab/report/figures.py``."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
