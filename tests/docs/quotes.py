@@ -279,7 +279,7 @@ GRIDS: list[Quote] = [  # of arms that no committed run has timed
     for arm in ("fam-one", "fam-sam")
 ]
 GRIDS.append(("| `fam` | … | bound 0.3, 0.6, 1.2, 2.4 | 0.3 |", NINE, "_; _; _; _; _"))
-GRIDS.append(("| `fam-default` | … | none | 0.004 |", NINE, "_"))
+GRIDS.append(("| `fam-default` | … | none | 0.004 | 1.21 |", FMNOISE, "_; fam-default step"))
 COMPARE: list[Quote] = [
     (f"| `{arm}` | … | {time} |", study, f"{CALLED.get(arm, arm)} step")
     for study, times in {
