@@ -7,7 +7,7 @@
 
 Contestants take turns in random order; ratios are medians over the rounds (of rows whose steps differ in cost the
 ratio of mean times). Operations are counted by the dispatcher, without views and allocations: that many kernels a GPU
-would be asked for, at least. Writes cost_DEVICE.json and .svg.
+would be asked for, at least. Writes cost_DEVICE.json, network by network, and .svg.
 """
 
 import json
@@ -97,7 +97,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "default": {},
 }
 MEASURES: dict[str, dict[str, Any]] = {"GGN, 4 probes": {"curvature": "ggn", "probes": 4}, "by default": {}}
-UNEVEN = {"all, every 4": 4, "one drawn, every 4": 4, "default": 8}  # steps until all kinds of them were taken
+UNEVEN = {"all, every 4": 4, "one drawn, every 4": 4, "default": 8}  # steps until one with a penalty comes again
+DRAWS = {"one drawn, every 4": 8}  # of a layer, that counts are means over
 
 
 def _resnet(small: bool) -> nn.Module:
@@ -224,7 +225,7 @@ def train(case: Case, options: Options) -> list[dict[str, Any]]:
     wall, processor = in_turns({label: s.step for label, s in steps.items()}, options, UNEVEN)
     rows, plain = [], {}
     for label, step in steps.items():
-        count = UNEVEN.get(label, 1)
+        count = UNEVEN.get(label, 1) * DRAWS.get(label, 1)
         with Operations() as operations:
             for _ in range(count):
                 step.step()
@@ -247,11 +248,13 @@ def _mean_flops(step: Callable[[], Any], count: int) -> float:
 
 
 def peak(case: Case, label: str, options: Options) -> float | None:
-    """Peak bytes of a step."""
+    """Peak bytes of a step that has a penalty, if any has."""
+    before = UNEVEN.get(label, 2)
     if not options.device.startswith("cuda"):
-        return float(peak_bytes(lambda: Step(case, label, options.device, options.small)))
+        return float(peak_bytes(lambda: Step(case, label, options.device, options.small), warm_up=before))
     step = Step(case, label, options.device, options.small)
-    step.step()
+    for _ in range(before):
+        step.step()
     torch.cuda.reset_peak_memory_stats()
     step.step()
     return float(torch.cuda.max_memory_allocated())
@@ -345,15 +348,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     old, where, rows = before(options), environment(), []
     cases = GPU if (options.cases or options.device).startswith("cuda") else CPU
+    path = options.json or RESULTS / f"cost_{options.device}.json"
     for case in [c for c in cases if options.only in c.name]:
-        rows += train(case, options) + (measure(case, options) if case.measures else [])
+        for work in (train, measure) if case.measures else (train,):
+            rows += work(case, options)
+            if options.json or not options.small:
+                save(path, {"environment": where, "rounds": options.rounds, "rows": rows, "before": old})
     by_name = {(row["case"], row["row"]): row for row in old}
     columns = ("network", "step", "before", "wall", "processor", "ms", "FLOPs", "peak", "operations", "goal")
     cells = [_cells(row, by_name.get((row["case"], row["row"]), {})) for row in rows]
     show(f"Relative to a plain step, {options.device}", columns, cells)
-    path = options.json or RESULTS / f"cost_{options.device}.json"
     if options.json or not options.small:
-        save(path, {"environment": where, "rounds": options.rounds, "rows": rows, "before": old})
         draw(rows, by_name, path.with_suffix(".svg"))
         print(f"written: {path}")
 

@@ -226,8 +226,9 @@ def test_weights_that_are_not_the_models(relflat, change, message) -> None:
         (["mine.py:no_loss"], "the second is NoneType, not a function"),
         (["mine.py:failing"], "KeyError: 'mine'"),
         (["mine.py:wrong_data"], "cannot take the inputs of a batch"),
-        (["mine.py:used_up", "--checkpoint", "a.pt", "b.pt"], "return a list or loader"),
+        (["mine.py:used_up", "--checkpoint", "cut.pt", "cut.safetensors"], "return a list or loader"),
         (["mine.py:make", "--checkpoint", "none.pt"], "none.pt: no such file"),
+        (["not_there.py:make", "--checkpoint", "none.pt"], "none.pt: no such file"),  # before anything is made
         (["mine.py:make", "--checkpoint", "."], "it is a folder"),
         (["mine.py:make", "--checkpoint", "mine.py"], "no checkpoint that torch.load can read"),
         (["mine.py:make", "--checkpoint", "cut.pt"], "no checkpoint that torch.load can read"),

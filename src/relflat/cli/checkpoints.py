@@ -41,9 +41,7 @@ def _must_have_names(path: Path, missing: list[str], others: list[str]) -> None:
 
 def read(path: Path, *, unsafe: bool) -> Any:
     """What a file holds: safetensors by its ending, else what `torch.save` wrote."""
-    if not path.is_file():
-        what = "it is a folder; name the file of weights in it" if path.is_dir() else "no such file"
-        raise DataError(f"Cannot read the checkpoint {path}: {what}")
+    must_be_there(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -65,6 +63,13 @@ def read(path: Path, *, unsafe: bool) -> Any:
         raise DataError(
             f"{path} is no checkpoint that torch.load can read: it was cut short, or is of another kind"
         ) from error
+
+
+def must_be_there(path: Path) -> None:
+    """Refuse what is no file."""
+    if not path.is_file():
+        what = "it is a folder; name the file of weights in it" if path.is_dir() else "no such file"
+        raise DataError(f"Cannot read the checkpoint {path}: {what}")
 
 
 def weights_in(found: Any, path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from relflat import Flatness
+from relflat.cli.checkpoints import must_be_there
 from relflat.cli.console import aside, out, print_json, print_table, say, watching
 from relflat.errors import ConfigError
 from relflat.options import Curvature, Method
@@ -81,12 +82,14 @@ def measure(
 
 
 def must_go_with_a_function(name: Path, of_runs: Mapping[str, Any], checkpoint: Sequence[Path] | None) -> None:
-    """Refuse what only runs have, and checkpoints that name no file."""
+    """Refuse what only runs have, and checkpoints that name no file or one that is not there."""
     for option, given in of_runs.items():
         if given:
             raise ConfigError(f"--{option} is for runs; {name} says itself what the data are.")
     if checkpoint == ():
         raise ConfigError("--checkpoint names no file; name one, or leave it out to measure the model as it is made.")
+    for path in checkpoint or ():
+        must_be_there(path)
 
 
 def must_be_a_run(run: Path, checkpoint: Sequence[Path] | None, *, unsafe: bool) -> None:
