@@ -20,7 +20,7 @@ CORE := tests/unit tests/oracles tests/networks tests/properties tests/distribut
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-gpu test-architectures architectures coverage mutants shuffled lint types docs format lowest newest dist bench gallery house results hooks clean
+.PHONY: help demo quick test test-gpu test-architectures architectures coverage mutants shuffled lint types docs format lowest newest dist bench gallery house results study-small hooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ house: $(READY)  ## sizes, arrows between modules and rooms, and what is over th
 results: $(READY)  ## take the numbers of new reports under docs/study over into docs/study/results.json, and draw their picture
 	$(BIN)/python docs/study/collect.py
 	$(BIN)/python docs/study/picture.py
+
+study-small: $(LAB)  ## run the comparisons on digits again and hold them against the printed intervals; some 20 minutes
+	$(BIN)/python docs/study/repeat.py
 
 hooks: $(READY)  ## run ruff and mypy before each commit
 	$(BIN)/pip install --quiet --constraint constraints.txt pre-commit
