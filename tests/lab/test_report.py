@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -278,7 +279,7 @@ def test_references_inside_figures_resolve(clear):
 
 def test_figures_follow_light_and_dark_mode(clear):
     text = clear["report.html"]
-    assert text.count('<svg role="img" aria-label=') == 8
+    assert text.count('<svg role="img" aria-label=') == 9
     for name in ("ink", "lines", "c0", "c1", "c2"):
         assert f"var(--{name})" in text
         assert text.count(f"--{name}:") == 2  # once for each mode
@@ -286,9 +287,24 @@ def test_figures_follow_light_and_dark_mode(clear):
     assert not re.search(r"#[0-9a-f]{6}\b", figures)  # no colour but those of the page
 
 
+def test_the_first_figure_shows_gain_beside_cost():
+    """The arms at the ratio of their steps and the gain of the table, in the look of what is shown or not."""
+    summary = Summary(comparison(CLEAR), COSTS)
+    axes = Figure().add_subplot()
+    figures.gain_against_cost(summary).paint(axes)
+    found = {h.get_label(): h for h in axes.get_legend_handles_labels()[0]}
+    for pair in summary.differences:
+        marker, _, (bar,) = found[pair.second]
+        cost = COSTS[next(arm.name for arm in summary.comparison.arms if arm.title == pair.second)].ratio
+        assert marker.get_xydata().tolist() == [[cost, 100 * pair.mean]]
+        np.testing.assert_allclose(bar.get_segments()[0][:, 1], [100 * pair.low, 100 * pair.high])
+        assert (marker.get_markerfacecolor() == "none") is not pair.shown
+    assert figures.gain_against_cost(Summary(comparison(CLEAR, lost=EVERY, unsearched=True), COSTS)) is None
+
+
 def test_figures_are_files_that_markdown_shows(clear):
     shown = re.findall(r"!\[(.+)\]\((.+)\)", clear["report.md"])
-    assert len(shown) == 8
+    assert len(shown) == 9
     assert {name for _, name in shown} == {name for name in clear if name.endswith(".svg")}
     for label, name in shown:
         assert ElementTree.fromstring(clear[name]).tag.endswith("svg")

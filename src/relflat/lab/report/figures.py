@@ -15,7 +15,7 @@ from scipy.stats import kendalltau
 
 from relflat.lab.compare.trials import Trial
 from relflat.lab.report.document import Figure
-from relflat.lab.report.drawing import Paint, curves, points
+from relflat.lab.report.drawing import Paint, cloud, curves, legend, marks, points
 from relflat.lab.report.summary import Summary
 from relflat.plot.style import PALETTE
 
@@ -33,6 +33,31 @@ def register(make: Make) -> Make:
 def figures(summary: Summary) -> list[Figure]:
     """All figures of the report."""
     return [figure for make in FIGURES if (figure := make(summary)) is not None]
+
+
+def gain_against_cost(summary: Summary) -> Figure | None:
+    """What each arm buys, and what its steps cost: the first figure, below the verdict; None without a pair."""
+    against = {pair.second: pair for pair in summary.differences}
+    first, metric = summary.comparison.arms[0].title, summary.metric.title
+
+    def paint(axes: Axes) -> None:
+        axes.axhline(0, color=PALETTE["lines"][0], linewidth=1)
+        for place, arm in enumerate(summary.comparison.arms):
+            pair, look, cost = against.get(arm.title), marks(place), summary.costs[arm.name].ratio
+            if pair is None:
+                cloud(axes, [cost], [0], place, arm.title)
+                continue
+            low, up, high = (100 * x for x in (pair.low, pair.mean, pair.high))
+            hollow = {} if pair.shown else {"markerfacecolor": "none", "markeredgewidth": 1.2}
+            beside = [[max(0.0, up - low)], [max(0.0, high - up)]]
+            axes.errorbar(cost, up, beside, label=arm.title, markersize=7, linestyle="", **look | hollow)
+        axes.set(xlabel=f"time of a step, {first} = 1", ylabel=f"gain over {first}, points of {metric}")
+        legend(axes)
+
+    caption = (
+        "Up is better, left is cheaper. Line: 95 % interval; filled: the difference is shown (p < .05)."
+    )
+    return Figure(f"Gain against cost, {summary.kind}", paint, caption) if against else None
 
 
 @register

@@ -10,7 +10,7 @@ from typing import Any
 from relflat.lab.common import jsonable
 from relflat.lab.compare.search import RECIPE, choose
 from relflat.lab.report.document import TEMPLATES, Document, Section, Table
-from relflat.lab.report.figures import figures
+from relflat.lab.report.figures import figures, gain_against_cost
 from relflat.lab.report.formats import finite, named, recipe_text, settings_text
 from relflat.lab.report.summary import Summary, beyond_accuracy, table
 from relflat.lab.report.verdict import findings
@@ -27,8 +27,9 @@ def files(summary: Summary, environment: Mapping[str, Any], notes: str) -> dict[
     """The text of each file of the report, by name; ``notes`` say in a sentence or two what was run."""
     results = [(table(each), beyond_accuracy(each)) for each in summary.tables]
     notes_below = (how_to_read("results", summary), how_to_read("beyond", summary))
+    gains = [figure for each in summary.tables if (figure := gain_against_cost(each)) is not None]
     sections = [
-        Section("Verdict", items=findings(summary)),
+        Section("Verdict", items=findings(summary), figures=gains),
         *(
             Section(shown.title, table=replace(shown, note="" if place else note))
             for place, pair in enumerate(results)
