@@ -54,9 +54,7 @@ def gain_against_cost(summary: Summary) -> Figure | None:
         axes.set(xlabel=f"time of a step, {first} = 1", ylabel=f"gain over {first}, points of {metric}")
         legend(axes)
 
-    caption = (
-        "Up is better, left is cheaper. Line: 95 % interval; filled: the difference is shown (p < .05)."
-    )
+    caption = "Up is better, left is cheaper. Line: 95 % interval; filled: the difference is shown (p < .05)."
     return Figure(f"Gain against cost, {summary.kind}", paint, caption) if against else None
 
 
