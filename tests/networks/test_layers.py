@@ -196,6 +196,23 @@ def test_no_batch() -> None:
     assert flat.value == pytest.approx(float(reference.kappa(loss, W)), rel=1e-9)
 
 
+def test_a_single_number() -> None:
+    """``(w x + b - t)^2`` of one vector, on paper: kappa is ``2 ||x||^2 ||w||^2``."""
+    layer = nn.Linear(4, 1).double()
+    model = nn.Sequential(layer, nn.Flatten(0), nn.Unflatten(0, (1, 1)), nn.Flatten(0))
+    x, t = torch.randn(4).double(), torch.tensor(0.3).double()
+    want = 2 * float(x.square().sum() * layer.weight.detach().square().sum())
+    loss_fn = lambda z, t: nn.functional.mse_loss(z.reshape(()), t)
+    for form in (loss_fn, lambda z, t: (z.reshape(()) - t).square()):
+        for method in ("auto", "exact"):
+            flat = relative_flatness(model, form, (x, t), layer="0", method=method)
+            assert flat.value == pytest.approx(want, rel=1e-9)
+    number = nn.Sequential(layer, nn.Flatten(0))
+    number.forward = lambda x: layer(x).squeeze()
+    flat = relative_flatness(number, nn.MSELoss(), (x, t), layer="0")
+    assert (flat.method, flat.value) == ("closed_form", pytest.approx(want, rel=1e-9))
+
+
 def test_project_is_b_dot_phi() -> None:
     for name in CASES:
         if "no batch" in name:

@@ -135,3 +135,49 @@ def test_any_two_samples_are_told_apart_by_a_split(n: int) -> None:
     assert half[0] != half[-1]
     if n > 9:
         assert 1 < int(half.sum()) < n - 1
+
+
+class Branches(nn.Module):
+    """Two convolutions side by side, a gate, and attention over positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.q = nn.Conv1d(4, 6, 1), nn.Conv1d(4, 6, 3, padding=1), nn.Linear(12, 12)
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.one(x), self.two(x).sigmoid() * self.one(x)], 1).mT
+        return self.out((torch.bmm(self.q(h), h.mT).softmax(-1).bmm(h) + h).mean(1))
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True)
+    return nn.Sequential(layer, nn.Linear(8, 6), nn.Flatten(), nn.LazyLinear(3))
+
+
+def convolutions() -> nn.Module:
+    parts = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 2), nn.GELU(), nn.AdaptiveAvgPool2d(2)
+    return nn.Sequential(*parts, nn.Flatten(), nn.Dropout(0.2), nn.LayerNorm(24), nn.Linear(24, 3))
+
+
+KNOWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "branches": (Branches, (5, 4, 7)),
+    "encoder": (encoder, (5, 4, 8)),
+    "convolutions": (convolutions, (5, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("name", KNOWN)
+def test_stock_operations_are_known_to_leave_samples_apart(name: str, curvature: str, monkeypatch) -> None:
+    """No derivative is asked: each question costs a backward pass."""
+    asked: list[str] = []
+    for question in ("coupled_in_outputs", "coupled_in_products"):
+        monkeypatch.setattr(f"relflat.estimate.subject.{question}", lambda *a, q=question, **k: asked.append(q) or {})
+    make, shape = KNOWN[name]
+    net, x, y = make(), torch.randn(shape), torch.randint(3, shape[:1])
+    net(x)
+    with FAM(CE(), net, "*", strength=1.0, curvature=curvature) as fam:
+        fam(net(x), y)
+    assert asked == []
+    assert set(fam._estimator.memory.coupled.values()) == {False}

@@ -12,7 +12,9 @@ from small import data, mlp
 from torch import Tensor, nn
 
 from relflat import GraphError, LossError, RelflatError, RelflatWarning, relative_flatness
+from relflat.curvature.slope import must_be_asked
 from relflat.curvature.torch_norms import norms_mended
+from relflat.rng import Rng
 from unbounded import FAM
 
 CE = nn.CrossEntropyLoss
@@ -251,6 +253,29 @@ class Right(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         return 4 * g * ctx.saved_tensors[0].pow(3)
+
+
+class Bend(torch.autograd.Function):
+    """``sum max(z - 1, 0)^2 / 2 + z^2``: right, with a curvature that jumps by half of itself at 1."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return ((z - 1).relu().square() / 2 + z.square()).sum()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (z,) = ctx.saved_tensors
+        return g * ((z - 1).relu() + 2 * z)
+
+
+@pytest.mark.parametrize("short", [0.3, 0.7, 1.3])
+def test_a_right_derivative_is_believed_where_differences_reach_over_a_bend(short: float) -> None:
+    """The kink lies within the stencil of one step or of both, so that they disagree: autograd has the say."""
+    z = torch.full((4, 3), 1 - 1e-3 * short).double().requires_grad_()  # a step of differences is 1e-3
+    loss = Bend.apply(z)
+    assert not must_be_asked(loss, z, Bend.apply, Rng(0, 0), only_products=False)
+    assert must_be_asked(Partly.apply(z), z, Partly.apply, Rng(0, 0), only_products=False)
 
 
 def ctc(z: Tensor, y: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """A finite radius: its noise ends with the criterion, and a draw of zero is harmless."""
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
 from small import data, mlp
-from torch import nn
+from torch import Tensor, nn
 
 from unbounded import FAM
 
@@ -30,3 +31,30 @@ def test_a_draw_of_exactly_zero_is_no_nan(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("relflat.rng.Rng.normal", lambda self, like: torch.zeros_like(like))
     fam = FAM(CE(), net, "output", strength=1.0, radius=0.5)
     assert torch.isfinite(fam(net(torch.randn(8, 1)), y))
+
+
+class Ends(nn.Module):
+    """A layer, and what is done with its output."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.end = nn.Linear(4, 3), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.layer(x))
+
+
+@pytest.mark.parametrize("end", [lambda z: z.relu_(), lambda z: z.mul_(2.0), lambda z: z.mT.contiguous().mT])
+def test_what_happens_to_the_output_in_place_happens_to_the_perturbed_one_too(
+    end: Callable[[Tensor], Tensor],
+) -> None:
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    found = []
+    for how in (end, lambda z: end(z.clone())):  # out of place the output is nobody else's memory
+        torch.manual_seed(0)
+        net = Ends(how)
+        with FAM(CE(), net, "layer", strength=0.5, radius=0.5, seed=1) as fam:
+            fam(net(x), y).backward()
+            found.append((fam.last["kappa"], net.layer.weight.grad))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1])
