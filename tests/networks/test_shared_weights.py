@@ -33,6 +33,14 @@ def embedding_tied_to_the_output() -> nn.Module:
 
 
 @architecture("fc")
+def called_on_parts_of_the_batch() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.cat([m.fc(x[:2]), m.fc(x[2:]).sin()]).tanh())
+
+    return Net(run, fc=nn.Linear(IN, IN), head=nn.Linear(IN, CLASSES))
+
+
+@architecture("fc")
 def called_twice_in_a_chain() -> nn.Module:
     return Net(lambda m, x: m.head(m.fc(m.fc(x).tanh()).tanh()), fc=nn.Linear(IN, IN), head=nn.Linear(IN, CLASSES))
 

@@ -237,6 +237,9 @@ class TestParameters:
     def test_what_a_product_sums_over_is_the_features(self, name: str) -> None:
         (net, want), (x, y) = self.network(name), batch()
         assert relative_flatness(net, CE, (x, y), layer="P", method="exact").value == pytest.approx(want, rel=1e-8)
+        with FAM(CE, net, "*", strength=1.0) as fam:
+            fam(net(x), y)
+            assert ("P" in fam.layers) is (name != "added")  # what is only added is no weight of features
 
     @pytest.mark.parametrize("name", ["x @ P", "experts (e, in, out)"])
     def test_every_method_gives_the_same(self, name: str) -> None:

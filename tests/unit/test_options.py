@@ -1,6 +1,7 @@
 """Arguments are checked by their names; options that mean nothing together are refused."""
 
 import math
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -149,3 +150,9 @@ def test_warmup_rises_in_even_steps_to_the_strength() -> None:
     assert [sizing.strength_at(step, 3) for step in (0, 1, 2, 3, 4, 100)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     with pytest.raises(ConfigError, match="as a function of the step"):
         of(lambda step: 1.0, warmup_steps=3)
+
+
+def test_options_are_settled_once_and_for_all() -> None:
+    """What was decided from them would not be decided again."""
+    with pytest.raises(FrozenInstanceError):
+        FAM(nn.CrossEntropyLoss(), nn.Linear(2, 2)).options.probes = 3

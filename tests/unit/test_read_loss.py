@@ -52,6 +52,7 @@ READ = {
     "first token": lambda z, y: F.cross_entropy(z[:, 0], y[:, 0]),
     "other ignored index": lambda z, y: F.cross_entropy(z.view(-1, 3), y.view(-1).clamp(min=0), ignore_index=2),
     "own log_softmax": lambda z, y: F.nll_loss(F.log_softmax(z.view(-1, 3), -1), y.view(-1)),
+    "own log_softmax of tokens": lambda z, y: F.nll_loss(F.log_softmax(z, -1).flatten(0, 1), y.view(-1)),
     "smoothed": lambda z, y: F.cross_entropy(z.reshape(-1, 3), y.reshape(-1), label_smoothing=0.1),
     "bce": lambda z, y: 3 * F.binary_cross_entropy_with_logits(z, one_hot(y), pos_weight=torch.tensor([1.0, 2, 3])),
     "mse": lambda z, y: F.mse_loss(z, one_hot(y), reduction="sum") / 9,

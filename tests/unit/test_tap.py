@@ -39,6 +39,31 @@ class Branches(nn.Module):
         return {"a": self.heads["a"](h), "b": self.heads["b"](h)}
 
 
+class Parts(nn.Module):
+    """A part that is None, as ``downsample`` of a block, and one that is held twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)
+        self.b.add_module("again", self.act)
+        self.register_module("downsample", None)
+
+    def forward(self, x):
+        return self.b(self.act(self.a(x)))
+
+
+def test_modules_that_are_none_or_held_twice() -> None:
+    (x, y), found = batch(), []
+    for make in (Parts, lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))):
+        torch.manual_seed(0)
+        net = make().double()
+        with FAM(nn.CrossEntropyLoss(), net, "*", strength=1.0, method="exact") as fam:
+            fam(net(x), y)
+            found.append(list(fam.last["by_layer"].values()))
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1])
+
+
 class TestResolve:
     def test_a_module_a_name_a_glob_and_a_list(self) -> None:
         net = Branches()
