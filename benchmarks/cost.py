@@ -189,6 +189,15 @@ class Step:
         return loss.detach()
 
 
+class Penalised(Step):
+    """One that has a penalty at each step."""
+
+    def step(self) -> None:
+        """One update, as if it were the first."""
+        self.criterion.step = 0
+        super().step()
+
+
 def clock(step: Callable[[], Any], device: str) -> tuple[float, float]:
     """Wall seconds of a call, until the device is done, and processor seconds."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
@@ -249,13 +258,10 @@ def _mean_flops(step: Callable[[], Any], count: int) -> float:
 
 
 def peak(case: Case, label: str, options: Options) -> float | None:
-    """Peak bytes of the third step, which has a penalty if any has."""
+    """Peak bytes of the third step; all have a penalty if any has."""
 
     def build() -> Step:
-        step = Step(case, label, options.device, options.small)
-        if label in UNEVEN:
-            step.criterion.step = UNEVEN[label] - 2
-        return step
+        return (Penalised if label in UNEVEN else Step)(case, label, options.device, options.small)
 
     if not options.device.startswith("cuda"):
         return float(peak_bytes(build, warm_up=2))

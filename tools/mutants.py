@@ -3,8 +3,8 @@
 The changes are cosmic-ray's; sites are drawn alike, then one change at each, as many in a module as it has sites of
 all. The tests of a change are those that ran its line, by the contexts of a coverage run; a process that has loaded
 torch forks for each change, so that one costs seconds, and nothing is written to the sources. A test that says no
-must say yes to the unchanged sources in such a process, or it does not count. What changes nothing that can be seen is
-not drawn: ``is`` for ``==`` and back, ``strict=`` of zip, the arguments of ``dataclass``.
+must say yes to the unchanged sources in such a process, or it does not count. What changes nothing that can be seen
+is not drawn: ``is`` for ``==`` and back, ``strict=`` of zip, the arguments of ``dataclass``.
 
 python -m pytest tests/unit ... --cov --cov-context=test --durations=0 --durations-min=0 -vv > durations.txt
 python tools/mutants.py --durations durations.txt --seed 2 --count 150 --out mutants.jsonl
@@ -132,7 +132,7 @@ class Tests:
         return {n: {re.sub(r"(@[\w-]+)?\|\w+$", "", c) for c in names if c} for n, names in contexts.items()}
 
     def of(self, path: Path, line: int) -> list[str]:
-        """Tests of a line, or of what is around it where it runs on import: those that run least first, files in turn."""
+        """Tests of a line, or of what is around it where it runs on import: least reach first, files in turn."""
         for span in spans(parsed(path), line):
             ran = {test for n, tests in self.ran(path).items() if n in span for test in tests}
             by_file = defaultdict(list)
