@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from relflat.lab.compare.statistics import differences as compared
+
 HERE = Path(__file__).parent
 Arms = dict[str, dict[str, Any]]
 METRICS = ("loss", "ece", "equal_time", "kappa", "confidence", "weight_norm")
@@ -49,7 +51,17 @@ def comparison(report: dict[str, Any]) -> Arms:
         arms[arm["arm"]]["step_ms"] = {"value": 1000 * cost["seconds"]}
         if arm["title"] in differences:
             arms[arm["arm"]]["gain"] = differences[arm["title"]]
+    for rival in {"sam", "asam"} & arms.keys() if "fam-default" in arms else ():
+        arms["fam-default"][f"over_{rival}"] = paired(report["tested"], rival, "fam-default")
     return arms
+
+
+def paired(tested: dict[str, list[dict[str, Any]]], *names: str) -> dict[str, float]:
+    """The second arm's accuracy less the first one's on the same seeds; p is of this pair alone."""
+    scores = {name: {run["seed"]: run["test"]["accuracy"] for run in tested[name]} for name in names}
+    seeds = sorted(set.intersection(*({*own} for own in scores.values())))
+    (found,) = compared({name: [own[seed] for seed in seeds] for name, own in scores.items()})
+    return gain({"mean": found.mean, "low": found.low, "high": found.high, "p": found.p})
 
 
 def tested(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -152,7 +164,8 @@ EXPERIMENTS = {
 def command(words: list[str]) -> str:
     """The command as one types it, without the folders of that machine."""
     first = "make demo" if words[0].endswith("demo.py") else "relflat"
-    return re.sub(r" --(out|runs) \S+", "", " ".join([first, *words[1:]]))
+    words = [re.sub(r"^/\S*/(docs/study/)", r"\1", word) for word in words[1:]]
+    return re.sub(r" --(out|runs) \S+", "", " ".join([first, *words]))
 
 
 def rounded(thing: Any) -> Any:

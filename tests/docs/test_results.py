@@ -46,11 +46,14 @@ def arms_of(source: str) -> dict[str, dict[str, Any]]:
     """Arm -> metric -> value of a study, or of a file of benchmarks/results."""
     if not source.startswith("benchmarks/"):
         return json.loads((ROOT / "docs" / "study" / "results.json").read_text())[source]["arms"]
-    groups = json.loads((ROOT / "benchmarks" / "results" / f"{Path(source).name}.json").read_text())["results"]
+    found = json.loads((ROOT / "benchmarks" / "results" / f"{Path(source).name}.json").read_text())
+    groups = found.get("results", [found])
     rows = [row for group in reversed(groups) for row in group["rows"]]  # of equal names the first network's
     return {
-        _slug(row["row"]): {
-            "flops": {"value": row["flops_ratio"]},
+        _slug("/".join(filter(None, (row.get("case"), row["row"])))): {
+            "flops": {"value": row.get("flops_ratio", row.get("flops"))},
+            "peak": {"value": row.get("peak")},
+            "error": {"value": row.get("median_error")},
             "step": {"value": row["wall"]["ratio"], "low": row["wall"]["low"], "high": row["wall"]["high"]},
         }
         for row in rows

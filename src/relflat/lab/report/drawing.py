@@ -44,7 +44,8 @@ def draw(paint: Paint, label: str) -> str:
             axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", va="center")
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return re.sub('<g id="[^"]*">', "<g>", text.getvalue())  # the other ids are hashes, different in each figure
+    svg = re.sub(r"(\.\d\d)\d+", r"\1", text.getvalue())  # hundredths of a point are enough
+    return re.sub('<g id="[^"]*">', "<g>", svg)  # the other ids are hashes, different in each figure
 
 
 def inline(svg: str, label: str) -> Markup:
