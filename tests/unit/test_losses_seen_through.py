@@ -305,6 +305,24 @@ def test_a_curvature_that_autograd_has_wrong_is_asked_of_the_loss(name: str, cur
     assert got.value == pytest.approx(want.value, rel=2e-4 if dtype == torch.float32 else 1e-8)
 
 
+def test_a_fused_loss_of_one_of_several_outputs_is_asked_with_the_others_as_they_were() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.other = mlp(), nn.Linear(4, 3).double()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"z": self.net(x), "other": self.other(x).detach()}
+
+    (x, y), found = data(), []
+    for loss in (Fused.apply, F.cross_entropy):
+        torch.manual_seed(0)
+        criterion = lambda out, y, loss=loss: loss(out["z"] + out["other"], y)
+        options = {"layer": "net.0", "curvature": "hessian", "method": "exact"}
+        found.append(relative_flatness(Two().to(x), criterion, (x, y), **options).value)
+    assert found[0] == pytest.approx(found[1], rel=1e-8)
+
+
 @pytest.mark.parametrize("name", ["fused", "partly"])
 def test_training_needs_the_gradient_of_that_curvature_unless_it_is_frozen(name: str) -> None:
     (loss, plain), (x, y) = OWN[name], data()

@@ -64,7 +64,22 @@ def test_modules_that_are_none_or_held_twice() -> None:
     assert found[0] == pytest.approx(found[1])
 
 
+class Gate(nn.Module):
+    """A matrix of its own, beside a part that has one too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.P, self.inner = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x @ self.P * self.inner(x).sigmoid()
+
+
 class TestResolve:
+    def test_a_module_stands_for_the_only_matrix_of_its_own(self) -> None:
+        net = nn.Sequential(Gate(), nn.Linear(4, 3))
+        assert list(resolve(net, "0").values()) == [net[0].P]
+
     def test_a_module_a_name_a_glob_and_a_list(self) -> None:
         net = Branches()
         assert list(resolve(net, net.trunk)) == ["trunk"]
