@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils._pytree import tree_leaves
 
 from relflat.capture.graph import KEEPING, MOVING, ancestors, follow, same_memory
-from relflat.capture.kinds import Kind, as_rows
+from relflat.capture.kinds import Kind, as_rows, weight_of
 from relflat.errors import GraphError, LayerError, warn
 from relflat.rng import RngState
 
@@ -45,6 +45,16 @@ class Call:
             )
         last = self.outputs_last()
         return last.shape[0] if last.ndim > 1 else 1
+
+    def own_module(self) -> nn.Module:
+        """The module, after checking that it was called with a weight of its own."""
+        weight = weight_of(self.module)
+        if isinstance(weight, nn.Parameter) and self.weight.untyped_storage() != weight.untyped_storage():
+            raise LayerError(
+                f"layer {self.layer!r} ran with another weight in the place of its own (functional_call), and its "
+                "curvature is taken in the weight; copy that into the module, or name a layer that is called once"
+            )
+        return self.module
 
     def untouched(self) -> bool:
         """Whether the output still holds what the layer returned."""

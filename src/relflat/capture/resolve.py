@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
+from torch.nn.parameter import is_lazy
 
 from relflat.capture.kinds import kind_of
 from relflat.errors import LayerError
@@ -65,12 +67,15 @@ def resolve_unrun(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Ta
     return resolve(model, [own.get(n, n) if n == "output" else n for n in names])
 
 
-def part(model: nn.Module, name: str) -> nn.Module | None:
-    """The module that is in the model under a name; None if there is none."""
-    at: nn.Module | None = model
+def part(model: nn.Module, name: str, before: Target) -> Target | None:
+    """What is in the model now under the name that a module or parameter had before; None if nothing is."""
+    at: Any = model
     for step in name.split(".") if name else ():
-        at = None if at is None else at._modules.get(step)
-    return at
+        at = at._modules.get(step, at._parameters.get(step)) if isinstance(at, nn.Module) else None
+    if isinstance(at, nn.Module) and isinstance(before, nn.Parameter):  # named by the module it is the matrix of
+        at = next((p for p in at.parameters(recurse=False) if p.ndim > 1), None)
+    put_there_by_functional_call = isinstance(at, Tensor) and not isinstance(at, nn.Parameter)
+    return before if put_there_by_functional_call else at
 
 
 def mode_of(model: nn.Module) -> int:
@@ -171,6 +176,8 @@ def _unusable(name: str, found: Target) -> str | None:
 
 
 def _problem(w: Tensor) -> str | None:
+    if is_lazy(w):
+        return "not initialised yet; first run the model on a batch, or name the module"
     if w.is_meta:
         return "on the meta device and holds no numbers; first call model.to_empty(device=...) and load the weights"
     if w.layout != torch.strided:

@@ -55,7 +55,7 @@ class Scene:
     ) -> "Scene":
         """The scene of passes that led to a loss, by default with the calls behind it; further attributes by name."""
         calls, last = calls_behind(forwards, loss) if calls is None else calls, forwards[-1]
-        other = {c.layer: c.module for c in calls if not c.linear}
+        other = {c.layer: c.own_module() for c in calls if not c.linear}
         calls = [c for c in calls if c.layer not in other]
         return cls(loss, calls, parameters={**last.parameters, **other}, mode=last.mode, recorded=calls, **known)
 

@@ -41,9 +41,7 @@ class KnownLoss:
         return self._made[constant]
 
     def times(self, constant: float) -> "KnownLoss":
-        """The loss multiplied by a constant that is not negative."""
-        if constant == 1:
-            return self  # of another, how losses of several batches add up is not known
+        """The loss multiplied by a constant of this batch, not negative: how batches add up is not known then."""
         return replace(self, hessian_at=lambda outputs: self.hessian_at(outputs).times(constant), divisor=None)
 
     def curve(self, v: Float[Tensor, "..."], *, constant: bool) -> Float[Tensor, "..."]:
