@@ -69,7 +69,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 def is_linear(
     kind: Kind, module: Any, x: Tensor, weight: Float[Tensor, "d m"], output: Tensor, turn: int | None = None
 ) -> bool:
-    """Whether an output, or by ``turn`` two samples of it, is ``W phi + b`` of the input, in the precision of both."""
+    """Whether an output, or two samples of it by ``turn``, is ``W phi + b`` of the input, in both's precision."""
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows, groups = as_rows(kind.outputs_last(module, output)), getattr(module, "groups", 1)

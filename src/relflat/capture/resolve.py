@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 from torch.nn.parameter import is_lazy
 
 from relflat.capture.kinds import kind_of
@@ -24,11 +23,7 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
     is differentiated directly, whatever the network does with it; what a product in the graph sums over are its
     features, and where none tells, its rows are its outputs, as it is stored.
 
-    Args:
-        model: the network.
-        layer: a module or parameter of it, a qualified name, a glob, or a list of those. ``"output"`` maps to
-            every supported layer, a glob to all that match; :class:`relflat.capture.tap.Tap` narrows them down by the
-            first loss.
+    ``"output"`` maps to every supported layer, a glob to all that match; the first loss narrows them down.
 
     Raises:
         LayerError: if nothing matches, or a match has no weight matrix; names the candidates.
@@ -44,13 +39,6 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
         if name is None:
             raise LayerError(f"the given {type(layer).__name__} is not part of this model; {_candidates(model)}")
         return {name: _target(model, name, layer)}
-    if not isinstance(layer, Iterable):
-        raise LayerError(
-            f"layer={layer!r}: a {type(layer).__name__} names no layer; give a name, a module, a parameter or a list "
-            f"of those; {_candidates(model)}"
-        )
-    if not layer:
-        raise LayerError(f"the list of layers is empty; {_candidates(model)}")
     return {name: target for one in layer for name, target in resolve(model, one).items()}
 
 
@@ -121,11 +109,6 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
 
 
 def _possible_outputs(model: nn.Module, supported: dict[str, nn.Module]) -> dict[str, Target]:
-    if isinstance(model, _Loss):
-        raise LayerError(
-            f"the model is a {type(model).__name__}, a criterion: are the two swapped? FAM takes the criterion "
-            "first, relative_flatness the model"
-        )
     if not supported and matrices(model):
         return dict(matrices(model))
     if not supported:

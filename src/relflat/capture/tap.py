@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +79,7 @@ class Tap:
 
     def _hook(self, name: str, module: nn.Module) -> None:
         """Watch a layer; its output is seen before other hooks change it."""
-        kind = kind_of(module)
-        assert kind is not None
-        self._kinds[name] = kind
+        self._kinds[name] = cast(Kind, kind_of(module))
         before, after = WeakHook(self, "_before_layer", name), WeakHook(self, "_after_layer", name)
         self._handles[name] = [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -166,7 +164,7 @@ class Tap:
     def _after_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         if recomputing():
             return with_graph(output) if isinstance(output, Tensor) else None
-        phi = next(iter((*args, *kwargs.values())), None)
+        phi: Any = next(iter((*args, *kwargs.values())), None)
         tensors = isinstance(phi, Tensor) and isinstance(output, Tensor)  # not a packed sequence, or several
         if self._open is None or name not in self.layers or not tensors:
             return None
@@ -185,8 +183,8 @@ class Tap:
             weight = self._computed.pop((name, get_ident()), None)
             with saved_by_us():
                 weight = kind.matrix(module, weight_of(module) if weight is None else weight)
-        self._compared += 1
-        turn = self._compared if self._when is None and name in self._called else None  # all samples at first
+        self._compared += 1  # all samples at first, and in measuring
+        turn = self._compared if self._when is None and name in self._called else None
         linear = name not in self._bent and (
             kind.trusted(module) or is_linear(kind, module, phi, weight, output, turn)
         )

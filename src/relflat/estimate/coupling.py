@@ -170,7 +170,7 @@ def _passed(op: Passed) -> Place | tuple[()] | None:
 def followed(root: Node | None, calls: Sequence[Call]) -> tuple[dict[str, bool], dict[Node, int]]:
     """Whether samples meet on the ways from layers, called on as many each, to a graph's end, if known; and where."""
     order, users, n = in_order(root), dict[Any, list[Node]](), calls[0].samples
-    ends = {c.edge.node: _shape_of(c) for c in calls if c.edge is not None}
+    ends = {c.edge.node: _shape(*c.edge[:2]) for c in calls if c.edge is not None}  # of outputs, or what those view
     places: dict[Any, Any] = {}
     met: dict[Node, int] = {}
     for node in order:
@@ -203,12 +203,6 @@ def _worst(
     states = [(c.layer, UNKNOWN if c.edge is None else after.get(c.edge.node, UNKNOWN)) for c in calls]
     worst = {layer: max(state for name, state in states if name == layer) for layer, _ in states}
     return {layer: state == COUPLED for layer, state in worst.items() if state != UNKNOWN}
-
-
-def _shape_of(call: Call) -> tuple[int, ...]:
-    """Of what the graph passes: the output, or what that is a view of, with the same numbers in the same order."""
-    assert call.edge is not None
-    return _shape(call.edge.node, call.edge.output_nr)
 
 
 def _shape(node: Any, number: int) -> tuple[int, ...]:

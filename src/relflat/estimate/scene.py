@@ -28,7 +28,7 @@ class Scene:
         calls: the tapped calls that the loss depends on.
         outputs: the tensor the loss was computed from, if there is one.
         known: what is known of the loss.
-        given: what the loss was computed from, whatever its structure; None if that is not known.
+        given: what the loss was computed from, of any structure; None if that is not known.
         parameters: tapped parameters and modules whose curvature is taken in the weight.
         mode: stands for which modules of the model are in training mode.
         scales: standard deviation of the features by layer, if they are to be normalised by a given one.

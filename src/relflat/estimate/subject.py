@@ -36,14 +36,10 @@ Key = tuple[str, int, int]
 class Memory:
     """What was found out about a model in earlier steps and need not be asked again, for graphs of the same kind."""
 
-    coupled: dict[Key, bool] = field(default_factory=dict)
-    """Whether samples are coupled after a layer."""
-    hidden: dict[Key, bool] = field(default_factory=dict)
-    """Where derivatives were asked: whether no gradient came to an operation that may couple samples."""
-    tries: int = 0
-    """How often it was asked again."""
-    finite: set[Key] = field(default_factory=set)
-    """Kappa was seen to have a finite gradient, and nothing to make it otherwise later."""
+    coupled: dict[Key, bool] = field(default_factory=dict)  # whether samples are, after a layer
+    hidden: dict[Key, bool] = field(default_factory=dict)  # where derivatives were asked: see _settle_coupling
+    finite: set[Key] = field(default_factory=set)  # kappa's gradient was, and nothing makes it otherwise later
+    tries: int = 0  # how often coupling was asked again
     answers: dict[tuple[str, Key, Any], Any] = field(default_factory=dict)
 
     def once(self, question: str, key: Key, find: Callable[[], T], of: Any = None) -> T:
@@ -204,7 +200,7 @@ class Subject:
                     f"SyncBatchNorm after layer {self.layer!r} couples the samples of all ranks and cannot be "
                     "differentiated twice (in training mode; its evaluation mode can)"
                 )
-            if _scaled(node) and self._comes_from_it(node):
+            if self._comes_wrongly_from(node):
                 raise SecondDerivativeError(
                     f"PyTorch's second derivative of weight normalisation in {self.layer!r} is wrong, and that of an "
                     "embedding with scale_grad_by_freq=True; name the layer that it belongs to"
@@ -214,8 +210,9 @@ class Subject:
                     f"a part after layer {self.layer!r} is compiled, and has no second derivatives"
                 )
 
-    def _comes_from_it(self, node: Node) -> bool:
-        w = weight_of(self.target) if self.in_weight else None
+    def _comes_wrongly_from(self, node: Any) -> bool:
+        wrong = operation(node) == "WeightNormInterface" or getattr(node, "_saved_scale_grad_by_freq", False)
+        w = weight_of(self.target) if wrong and self.in_weight else None
         return isinstance(w, nn.Parameter) and leaf(w) in set(ancestors(node))
 
     def _asked_slope(self) -> Tensor | None:
@@ -308,11 +305,14 @@ class Subject:
 
     @property
     def _shares(self) -> Tensor | None:
-        """Losses that each want the share of their own sample: whether that is the layer's of the same number."""
+        """Losses that each want the share of the sample of their number."""
         return None if self.scene.loss.ndim == 0 or self.options.measuring else self.scene.loss
 
     def _settle_coupling(self) -> None:
-        """By the operations after layers, of all of them; else by derivatives."""
+        """By the operations after layers, of all of them; else by derivatives.
+
+        Which do not tell of operations that no gradient came to; these are then asked again (``hidden``).
+        """
         calls = self.scene.with_samples_of(self.calls)
         root = self.scene.loss.sum() if self.factors is None else self.factors.outputs
         found, met = followed(root.grad_fn, calls)
@@ -325,11 +325,6 @@ class Subject:
             unseen = not all(found.values()) and unreached(root, calls, met, Rng(self.seed, -3))
             self.memory.hidden.update({(layer, *self.key[1:]): unseen for layer in asked})
         self.memory.coupled.update({(layer, *self.key[1:]): coupled for layer, coupled in found.items()})
-
-
-def _scaled(node: Any) -> bool:
-    """Whether derivatives in the weight that goes in are not what they say."""
-    return operation(node) == "WeightNormInterface" or bool(getattr(node, "_saved_scale_grad_by_freq", False))
 
 
 def _must_be_torchs(nodes: Collection[Node]) -> None:

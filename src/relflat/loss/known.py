@@ -67,13 +67,10 @@ _KNOWN: list[tuple[type[nn.Module], Callable[..., Tensor], Describe]] = []
 
 
 def register(module: type[nn.Module], function: Callable[..., Tensor], describe: Describe) -> None:
-    """Add a loss whose Hessian in the logits is known.
+    """Add a loss whose Hessian in the logits is known, by its class and as ``function(outputs, targets, **options)``.
 
-    Args:
-        module: its class; a subclass with a ``forward`` of its own is another loss.
-        function: its functional form, ``function(outputs, targets, **options)``; the module's attributes of these
-            names are its options.
-        describe: ``(outputs, targets, **options) -> KnownLoss``, or None where it is not sure.
+    Options are the module's attributes of these names; a subclass with a ``forward`` of its own is another loss.
+    ``describe(outputs, targets, **options)`` gives a :class:`KnownLoss`, or None where it is not sure.
     """
     _KNOWN.append((module, function, describe))
 
