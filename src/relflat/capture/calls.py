@@ -33,6 +33,7 @@ class Call:
     versions: tuple[int, int]  # of input and output at that moment
     tied: bool = False  # whether another module has the same weight
     source: Node | None = None  # what made the input, before anything overwrote it
+    stored: Tensor | None = None  # the weight as the module had it
     linear: bool = True  # whether the output is W phi + b; if not, curvature is taken in the weight
 
     @property
@@ -49,7 +50,7 @@ class Call:
     def own_module(self) -> nn.Module:
         """The module, after checking that it was called with a weight of its own."""
         weight = weight_of(self.module)
-        if isinstance(weight, nn.Parameter) and self.weight.untyped_storage() != weight.untyped_storage():
+        if type(weight) is nn.Parameter and self.stored is not weight:
             raise LayerError(
                 f"layer {self.layer!r} ran with another weight in the place of its own (functional_call), and its "
                 "curvature is taken in the weight; copy that into the module, or name a layer that is called once"

@@ -62,8 +62,7 @@ def part(model: nn.Module, name: str, before: Target) -> Target | None:
         at = at._modules.get(step, at._parameters.get(step)) if isinstance(at, nn.Module) else None
     if isinstance(at, nn.Module) and isinstance(before, nn.Parameter):  # named by the module it is the matrix of
         at = next((p for p in at.parameters(recurse=False) if p.ndim > 1), None)
-    put_there_by_functional_call = isinstance(at, Tensor) and not isinstance(at, nn.Parameter)
-    return before if put_there_by_functional_call else at
+    return before if isinstance(at, Tensor) and not isinstance(at, nn.Parameter) else at  # by functional_call
 
 
 def mode_of(model: nn.Module) -> int:

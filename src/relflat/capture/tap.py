@@ -179,17 +179,18 @@ class Tap:
     def _call(self, name: str, module: nn.Module, phi: Tensor, output: Tensor) -> Call:
         edge, versions = endpoint(phi, output)
         kind, weight = self._kinds[name], self._whole.pop(name, None)
+        stored = weight_of(module)
         if weight is None:
-            weight = self._computed.pop((name, get_ident()), None)
             with saved_by_us():
-                weight = kind.matrix(module, weight_of(module) if weight is None else weight)
+                weight = kind.matrix(module, self._computed.pop((name, get_ident()), stored))
         self._compared += 1  # all samples at first, and in measuring
         turn = self._compared if self._when is None and name in self._called else None
         linear = name not in self._bent and (
             kind.trusted(module) or is_linear(kind, module, phi, weight, output, turn)
         )
         self._bent.update([] if linear else [name])
-        return Call(name, module, kind, phi, weight, output, edge, versions, name in self._tied, phi.grad_fn, linear)
+        how = name in self._tied, phi.grad_fn, stored, linear
+        return Call(name, module, kind, phi, weight, output, edge, versions, *how)
 
     def _follow(self, model: nn.Module) -> None:
         """Watch the layer that has a name now, where another one was put in its place."""
