@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils._pytree import tree_leaves
 
 from relflat.capture.graph import KEEPING, MOVING, ancestors, follow, same_memory
-from relflat.capture.kinds import Kind, as_rows, weight_of
+from relflat.capture.kinds import Kind, as_rows, parametrization_of, weight_of
 from relflat.errors import GraphError, LayerError, warn
 from relflat.rng import RngState
 
@@ -49,7 +49,7 @@ class Call:
 
     def own_module(self) -> nn.Module:
         """The module, after checking that it was called with a weight of its own."""
-        weight = weight_of(self.module)
+        weight = None if parametrization_of(self.module) else weight_of(self.module)  # which might compute it
         if type(weight) is nn.Parameter and self.stored is not weight:
             raise LayerError(
                 f"layer {self.layer!r} ran with another weight in the place of its own (functional_call), and its "

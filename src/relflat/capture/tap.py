@@ -179,10 +179,10 @@ class Tap:
     def _call(self, name: str, module: nn.Module, phi: Tensor, output: Tensor) -> Call:
         edge, versions = endpoint(phi, output)
         kind, weight = self._kinds[name], self._whole.pop(name, None)
-        stored = weight_of(module)
+        stored = w if (w := self._computed.pop((name, get_ident()), None)) is not None else weight_of(module)
         if weight is None:
             with saved_by_us():
-                weight = kind.matrix(module, self._computed.pop((name, get_ident()), stored))
+                weight = kind.matrix(module, stored)
         self._compared += 1  # all samples at first, and in measuring
         turn = self._compared if self._when is None and name in self._called else None
         linear = name not in self._bent and (
