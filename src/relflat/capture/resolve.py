@@ -23,8 +23,6 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
     is differentiated directly, whatever the network does with it; what a product in the graph sums over are its
     features, and where none tells, its rows are its outputs, as it is stored.
 
-    ``"output"`` maps to every supported layer, a glob to all that match; the first loss narrows them down.
-
     Raises:
         LayerError: if nothing matches, or a match has no weight matrix; names the candidates.
     """
@@ -39,6 +37,8 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
         if name is None:
             raise LayerError(f"the given {type(layer).__name__} is not part of this model; {_candidates(model)}")
         return {name: _target(model, name, layer)}
+    if not layer:
+        raise LayerError(f"the list of layers is empty; {_candidates(model)}")
     return {name: target for one in layer for name, target in resolve(model, one).items()}
 
 
