@@ -275,6 +275,13 @@ def test_each_of_several_callbacks_regularises_the_plain_loss() -> None:
         assert float(both[1][f"fam/kappa/{name}"]) == pytest.approx(alone, rel=1e-6)
 
 
+def test_callbacks_of_one_layer_keep_states_of_their_own() -> None:
+    one, two = (FAMCallback("net.0", strength=0.5, curvature=c) for c in ("ggn", "hessian"))
+    trainer(one, two, max_steps=1).fit(Module(), loader())
+    assert one.state_key != two.state_key
+    assert one.state_key == FAMCallback("net.0", strength=0.5, curvature="ggn").state_key
+
+
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_the_monitor_converts_batches_as_training_does(precision: str) -> None:
     module = Module(torch.float32)

@@ -11,7 +11,7 @@ from tiny import assert_same, gradients
 from torch import nn
 
 from relflat import reference, relative_flatness
-from relflat.errors import ConfigError, DataError, LayerError, LossError
+from relflat.errors import ConfigError, DataError, GraphError, LayerError, LossError
 from unbounded import FAM
 
 transformers = pytest.importorskip("transformers")
@@ -250,6 +250,19 @@ def test_own_trainers_loss_is_regularised_as_it_is(tmp_path) -> None:
     run, found = trained("sequence", tmp_path, trainer=Mine)
     assert run.criterion.last["method"] == "closed_form"
     assert_same(found, [2 * g for g in by_hand("sequence")])
+
+
+def test_a_loss_fused_with_the_head_names_the_way_out(tmp_path) -> None:
+    class Fused(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = model(input_ids=inputs["input_ids"]).logits.square().square().mean()
+            return (loss, {"loss": loss}) if return_outputs else loss
+
+    class Mine(FAMMixin, Fused):
+        pass
+
+    with pytest.raises(GraphError, match=r"gave no logits.*compute_loss_func="):
+        trained("sequence", tmp_path, trainer=Mine, fam={"layer": "*", "strength": 0.5})
 
 
 def test_evaluation_saving_and_loading_are_untouched(tmp_path) -> None:

@@ -316,3 +316,10 @@ def test_an_rtol_far_out_of_reach_is_refused_after_the_first_probes() -> None:
     with pytest.raises(ConfigError, match=said):
         relative_flatness(model, nn.CrossEntropyLoss(), [(x, y)], layer="0", rtol=1e-5, forward=forward)
     assert batches <= 3
+
+
+def test_a_parameter_that_is_not_initialised_yet() -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(LayerError, match=r"'0\.weight' is not initialised yet; first run the model"):
+        FAM(CE, model, "0.weight", strength=0.1)
+    FAM(CE, model)(model(torch.randn(4, 2)), torch.tensor([0, 1, 2, 0])).backward()

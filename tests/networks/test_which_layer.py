@@ -10,8 +10,16 @@ from architectures import Net
 from dense import hessian
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from relflat import LayerError, RelflatWarning, reference, relative_flatness, relative_flatness_by_layer
+from relflat import (
+    LayerError,
+    RelflatWarning,
+    SecondDerivativeError,
+    reference,
+    relative_flatness,
+    relative_flatness_by_layer,
+)
 from unbounded import FAM
 
 CE = nn.CrossEntropyLoss()
@@ -330,3 +338,49 @@ def test_weights_that_a_stock_encoder_uses_without_calling_their_layers() -> Non
     assert found[name].method == "exact(weight)"
     want = by_differences(net.get_parameter(f"{name}.weight"), lambda: CE(net(x), y))
     assert found[name].value == pytest.approx(want, rel=1e-5)
+
+
+class Pair(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().forward(x), None
+
+
+class Packed(nn.Linear):
+    def forward(self, x: PackedSequence) -> PackedSequence:
+        return x._replace(data=super().forward(x.data))
+
+
+def packed(m: Any, x: Tensor) -> Tensor:
+    rows = pack_padded_sequence(x[:, None], torch.ones(len(x)), batch_first=True)
+    return m.head(pad_packed_sequence(m.a(rows), batch_first=True)[0][:, 0].tanh())
+
+
+@pytest.mark.parametrize(
+    ("layer", "run"), [(Pair, lambda m, x: m.head(m.a(x)[0].tanh())), (Packed, packed)], ids=["pair", "packed"]
+)
+def test_a_layer_of_something_else_than_a_tensor_is_taken_by_its_weight(layer: type[nn.Linear], run: Any) -> None:
+    torch.manual_seed(0)
+    net, (x, y) = Net(run, a=layer(IN, 5), head=nn.Linear(5, CLASSES)).double(), batch()
+    want = kappa(net.a.weight, lambda: CE(net(x), y))
+    with pytest.raises(LayerError, match=r"name the parameter: 'a\.weight'"):
+        relative_flatness(net, CE, (x, y), layer="a")
+    assert relative_flatness(net, CE, (x, y), layer="a.weight", method="exact").value == pytest.approx(want, rel=1e-9)
+    found = relative_flatness_by_layer(net, CE, (x, y), layer="*", method="exact")
+    assert {name: flat.method for name, flat in found.items()} == {"a": "exact(weight)", "head": "exact"}
+    assert found["a"].value == pytest.approx(want, rel=1e-9)
+
+
+def test_a_gradient_that_is_scaled_by_frequency_is_no_derivative() -> None:
+    """In the outputs an embedding has kappa as any other; in its weight autograd would have another."""
+    ids, (_, y) = torch.randint(5, (N, 3)), batch()
+    found = []
+    for scaled in (True, False):
+        torch.manual_seed(0)
+        table = nn.Embedding(5, 3, scale_grad_by_freq=scaled)
+        net = Net(lambda m, i: m.head(m.table(i).mean(1).tanh()), table=table, head=nn.Linear(3, CLASSES)).double()
+        found += [relative_flatness(net, CE, (i, y), layer="table", method="exact").value for i in (ids, ids.int())]
+        if scaled:
+            with pytest.raises(SecondDerivativeError, match="scale_grad_by_freq"):
+                relative_flatness(net, CE, (ids, y), layer="table.weight", method="exact")
+    want = kappa(net.table.weight, lambda: CE(net(ids), y), lambda w: w.mT)
+    assert found == pytest.approx([want] * 4, rel=1e-9)

@@ -18,6 +18,7 @@ from relflat.options import Options
 
 SINGULAR: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     **{f"power {p}": (lambda x, p=p: x**p, p not in (1, 2, 3, 4)) for p in (-1, 0.5, 1, 1.5, 2, 2.5, 3, 4, 4.5, 5)},
+    "powers": (lambda x: x ** torch.tensor([1.0, 2.0, 3.0]), True),
     "root": (torch.sqrt, True),
     "norm": (lambda x: torch.linalg.vector_norm(x), True),
     "deviation": (torch.std, True),

@@ -531,3 +531,25 @@ def test_remedies_exist_where_they_are_named(curvature: str) -> None:
         fam(net(x), y)
     assert "scaled_dot" not in str(error.value)
     assert ("gradient='frozen'" in str(error.value)) == (curvature == "ggn")
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "probe"}, {"gradient": "frozen"}, {"radius": 0.1}], ids=str)
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.BCEWithLogitsLoss()])
+def test_a_last_batch_of_one_that_is_squeezed_to_a_number(loss: nn.Module, options: dict[str, Any]) -> None:
+    class Squeezed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).squeeze()
+
+    torch.manual_seed(0)
+    net, (x, _) = Squeezed(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double(), data()
+    with FAM(loss, net, "*", strength=1.0, **options) as fam:
+        for n in (3, 1):
+            fam(net(x[:n]), torch.rand(n).double().squeeze()).backward()
+    flats = [
+        relative_flatness(net, loss, (x[:1], t), layer="0", curvature="ggn", method="exact", forward=forward).value
+        for t, forward in (
+            (torch.tensor(0.3).double(), None),
+            (torch.tensor([0.3]).double(), lambda model, batch: (model(batch[0]).reshape(1), batch[1])),
+        )
+    ]
+    assert flats[0] == pytest.approx(flats[1], rel=1e-9)

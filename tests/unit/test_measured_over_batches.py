@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from small import data, mlp
 from torch import nn
 
-from relflat import GraphError, per_sample_flatness, relative_flatness
+from relflat import GraphError, LossError, per_sample_flatness, relative_flatness
 
 CE = nn.CrossEntropyLoss
 
@@ -104,3 +104,13 @@ def test_ignored_targets_have_no_part_in_confidence(cut: int) -> None:
     top = net(x).softmax(-1).amax(-1)
     assert flat.confidence == pytest.approx(float(top[y != -100].detach().mean()), rel=1e-12)
     assert flat.confidence != pytest.approx(float(top.detach().mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("layer", ["0", "2"])
+def test_a_sum_divided_by_what_is_one_in_each_batch_is_not_taken_for_a_sum(layer: str) -> None:
+    """Over one batch with a positive in it and over all of them the divisor is another."""
+    net, (x, _) = mlp(), data(5)
+    y = torch.tensor([0, 1, 2, 0, 0])
+    loss = lambda z, t: F.cross_entropy(z, t, reduction="sum") / (t > 0).sum()
+    with pytest.raises(LossError, match="neither the mean nor the sum"):
+        relative_flatness(net, loss, list(zip(x.split([2, 3]), y.split([2, 3]), strict=True)), layer=layer)

@@ -382,3 +382,29 @@ def test_a_strength_that_comes_after_the_pass_began_is_said_to_come_too_late() -
     with pytest.warns(RelflatWarning, match="strength was 0 when the forward pass of step 1 began"):
         loss = fam(out, y)
     assert loss.item() == nn.CrossEntropyLoss()(out, y).item()
+
+
+class Remembers(nn.Module):
+    """Writes to its buffers in any mode, in place and anew, as observers of quantisation and memory banks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("bank", torch.zeros(0, 6, dtype=torch.float64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.seen += 1
+        self.bank = torch.cat([self.bank, h.detach()])
+        return h
+
+
+@pytest.mark.parametrize("method", ["exact", "finite_difference", "xtrace"])
+def test_measuring_leaves_buffers_that_are_written_in_any_mode(method: str) -> None:
+    net, (x, y) = mlp(Remembers(), nn.Tanh()), data()
+    net(x)
+    buffers = dict(net.named_buffers())
+    before = {name: b.clone() for name, b in buffers.items()}
+    relative_flatness(net, CE(), (x, y), layer="0", method=method)
+    for name, b in net.named_buffers():
+        assert b is buffers[name]
+        assert torch.equal(b, before[name])

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils._pytree import tree_leaves
 
 from relflat.capture.graph import KEEPING, MOVING, ancestors, follow, same_memory
-from relflat.capture.kinds import Kind, as_rows
+from relflat.capture.kinds import Kind, as_rows, parametrization_of, weight_of
 from relflat.errors import GraphError, LayerError, warn
 from relflat.rng import RngState
 
@@ -33,6 +33,7 @@ class Call:
     versions: tuple[int, int]  # of input and output at that moment
     tied: bool = False  # whether another module has the same weight
     source: Node | None = None  # what made the input, before anything overwrote it
+    stored: Tensor | None = None  # the weight as the module had it
     linear: bool = True  # whether the output is W phi + b; if not, curvature is taken in the weight
 
     @property
@@ -45,6 +46,16 @@ class Call:
             )
         last = self.outputs_last()
         return last.shape[0] if last.ndim > 1 else 1
+
+    def own_module(self) -> nn.Module:
+        """The module, after checking that it was called with a weight of its own."""
+        weight = None if parametrization_of(self.module) else weight_of(self.module)  # which might compute it
+        if type(weight) is nn.Parameter and self.stored is not weight:
+            raise LayerError(
+                f"layer {self.layer!r} ran with another weight in the place of its own (functional_call), and its "
+                "curvature is taken in the weight; copy that into the module, or name a layer that is called once"
+            )
+        return self.module
 
     def untouched(self) -> bool:
         """Whether the output still holds what the layer returned."""

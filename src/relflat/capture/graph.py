@@ -66,7 +66,8 @@ def singular(node: Any) -> bool:
     """Whether higher derivatives of the operation may be no numbers where the first is one: norms and roots at 0."""
     name = operation(node)
     if name == "Pow":  # integers are smooth
-        return float(getattr(node, "_saved_exponent", 2)) not in (0.0, 1.0, 2.0, 3.0, 4.0)
+        exponent = getattr(node, "_saved_exponent", 2)
+        return isinstance(exponent, Tensor) or float(exponent) not in (0.0, 1.0, 2.0, 3.0, 4.0)
     return name in ("Acos", "Asin", "Atan2", "Cdist", "EuclideanDist", "LinalgVectorNorm", "Norm", "Sqrt", "Std")
 
 

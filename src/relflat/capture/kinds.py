@@ -56,16 +56,7 @@ _KINDS: list[Kind] = []
 
 
 def register(kind: Kind) -> Kind:
-    """Add a class of layer; asked before those that are there already.
-
-    Example:
-        >>> from torch import nn
-        >>> class Transposed(nn.Module):
-        ...     "A dense layer whose weight is stored as (m, d)."
-        >>> kind = Kind(lambda module: type(module).__name__ == "Transposed", lambda module, weight: weight.mT)
-        >>> register(kind) is kind_of(Transposed())
-        True
-    """
+    """Add a class of layer; asked before those that are there already (an example: docs/architecture.md)."""
     _KINDS.insert(0, kind)
     return kind
 
@@ -75,12 +66,16 @@ def kind_of(module: nn.Module) -> Kind | None:
     return next((k for k in _KINDS if k.matches(module)), None)
 
 
-def is_linear(kind: Kind, module: Any, x: Tensor, weight: Float[Tensor, "d m"], output: Tensor) -> bool:
-    """Whether the first sample of an output is ``W phi + b`` of the input, in the precision of both."""
+def is_linear(
+    kind: Kind, module: Any, x: Tensor, weight: Float[Tensor, "d m"], output: Tensor, turn: int | None = None
+) -> bool:
+    """Whether an output, or two samples of it by ``turn``, is ``W phi + b`` of the input, in both's precision."""
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows, groups = as_rows(kind.outputs_last(module, output)), getattr(module, "groups", 1)
-            x, wide = x[:1] if rows.shape[0] > 1 else x, torch.promote_types(output.dtype, torch.float32)
+            wide = torch.promote_types(output.dtype, torch.float32)
+            if turn is not None and rows.shape[0] > 2:
+                x, rows = (t[[0, turn % len(rows)]] for t in (x, rows))
             eps = max(torch.finfo(t.dtype).eps for t in (x, weight, output) if t.is_floating_point())
             x, w = x.to(wide) if x.is_floating_point() else x, weight.to(wide)
             if groups == 1:
@@ -89,9 +84,10 @@ def is_linear(kind: Kind, module: Any, x: Tensor, weight: Float[Tensor, "d m"], 
                 by_group = w.reshape(groups, -1, w.shape[1])
                 z = torch.einsum("ntcm,com->ntco", kind.features(module, x), by_group).flatten(2)
             bias = getattr(getattr(module, "base_layer", module), "bias", None)
-            z, rows = z if bias is None else z + bias, rows[:1].to(wide)
-            error = min(2 * math.sqrt(eps), 0.03) * torch.maximum(z.norm(), rows.norm())
-            return z.shape == rows.shape and bool((z - rows).norm() <= error)
+            z, rows = z if bias is None else z + bias, rows.to(wide)
+            size = torch.maximum(z.flatten(1).norm(dim=1), rows.flatten(1).norm(dim=1))
+            close = (z - rows).flatten(1).norm(dim=1) <= min(2 * math.sqrt(eps), 0.03) * size
+            return z.shape == rows.shape and bool(close.all())
     except (RuntimeError, IndexError, AttributeError):  # other shapes than the kind has
         return False
 
@@ -160,7 +156,7 @@ def _lora_problem(module: Any) -> str | None:
 
 _LORA = Kind(
     lambda module: (
-        hasattr(module, "lora_A")
+        isinstance(getattr(module, "lora_A", None), nn.ModuleDict)  # not AdaLoRA, whose factors are three
         and isinstance(getattr(module, "base_layer", None), nn.Linear)
         and not getattr(module, "lora_magnitude_vector", None)  # DoRA has another effective weight
     ),
@@ -172,14 +168,14 @@ _LORA = Kind(
 
 def _embedding_features(module: nn.Embedding, ids: Tensor) -> Float[Tensor, "n t 1 m"]:
     """One-hot rows; zero at the padding index, which the layer treats as a constant."""
-    hot = F.one_hot(ids, module.num_embeddings).to(module.weight.dtype)
+    hot = F.one_hot(ids.long(), module.num_embeddings).to(module.weight.dtype)
     hot = hot if module.padding_idx is None else hot * (ids != module.padding_idx)[..., None]
     return as_rows(hot).unsqueeze(2)
 
 
 def _embedding_project(module: nn.Embedding, ids: Tensor, b: Tensor) -> Float[Tensor, "n t 1 q"]:
     n = ids.shape[0] if ids.ndim else 1
-    flat = ids.reshape(n, 1, -1).expand(-1, b.shape[1], -1)
+    flat = ids.long().reshape(n, 1, -1).expand(-1, b.shape[1], -1)
     found = b.expand(n, -1, -1).gather(2, flat)
     if module.padding_idx is not None:
         found = found * (flat != module.padding_idx)

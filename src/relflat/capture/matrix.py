@@ -1,7 +1,7 @@
 """A parameter seen as the matrix W of shape (d, m)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from relflat.capture.calls import Call
-from relflat.capture.kinds import kind_of, weight_of
+from relflat.capture.kinds import Kind, kind_of, weight_of
 from relflat.capture.uses import View, as_stored
 from relflat.errors import LayerError
 
@@ -27,8 +27,7 @@ class Matrix:
         """The matrix of a tapped module, or parameter by a view of it."""
         if isinstance(target, nn.Parameter):
             return cls(layer, target, view)
-        kind, weight = kind_of(target), weight_of(target)
-        assert kind is not None
+        kind, weight = cast(Kind, kind_of(target)), weight_of(target)
         whole = weight._base if weight._is_view() else weight  # a weight may be a view of a parameter (Keras)
         if not isinstance(whole, nn.Parameter) or whole.numel() != weight.numel() or hasattr(target, "lora_A"):
             raise LayerError(

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
+from torch.nn.parameter import is_lazy
 
 from relflat.capture.kinds import kind_of
 from relflat.errors import LayerError
@@ -22,12 +23,6 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
     is differentiated directly, whatever the network does with it; what a product in the graph sums over are its
     features, and where none tells, its rows are its outputs, as it is stored.
 
-    Args:
-        model: the network.
-        layer: a module or parameter of it, a qualified name, a glob, or a list of those. ``"output"`` maps to
-            every supported layer, a glob to all that match; :class:`relflat.capture.tap.Tap` narrows them down by the
-            first loss.
-
     Raises:
         LayerError: if nothing matches, or a match has no weight matrix; names the candidates.
     """
@@ -42,11 +37,6 @@ def resolve(model: nn.Module, layer: Layer) -> dict[str, Target]:
         if name is None:
             raise LayerError(f"the given {type(layer).__name__} is not part of this model; {_candidates(model)}")
         return {name: _target(model, name, layer)}
-    if not isinstance(layer, Iterable):
-        raise LayerError(
-            f"layer={layer!r}: a {type(layer).__name__} names no layer; give a name, a module, a parameter or a list "
-            f"of those; {_candidates(model)}"
-        )
     if not layer:
         raise LayerError(f"the list of layers is empty; {_candidates(model)}")
     return {name: target for one in layer for name, target in resolve(model, one).items()}
@@ -65,12 +55,14 @@ def resolve_unrun(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Ta
     return resolve(model, [own.get(n, n) if n == "output" else n for n in names])
 
 
-def part(model: nn.Module, name: str) -> nn.Module | None:
-    """The module that is in the model under a name; None if there is none."""
-    at: nn.Module | None = model
+def part(model: nn.Module, name: str, before: Target) -> Target | None:
+    """What is in the model now under the name that a module or parameter had before; None if nothing is."""
+    at: Any = model
     for step in name.split(".") if name else ():
-        at = None if at is None else at._modules.get(step)
-    return at
+        at = at._modules.get(step, at._parameters.get(step)) if isinstance(at, nn.Module) else None
+    if isinstance(at, nn.Module) and isinstance(before, nn.Parameter):  # named by the module it is the matrix of
+        at = next((p for p in at.parameters(recurse=False) if p.ndim > 1), None)
+    return before if isinstance(at, Tensor) and not isinstance(at, nn.Parameter) else at  # by functional_call
 
 
 def mode_of(model: nn.Module) -> int:
@@ -116,11 +108,6 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
 
 
 def _possible_outputs(model: nn.Module, supported: dict[str, nn.Module]) -> dict[str, Target]:
-    if isinstance(model, _Loss):
-        raise LayerError(
-            f"the model is a {type(model).__name__}, a criterion: are the two swapped? FAM takes the criterion "
-            "first, relative_flatness the model"
-        )
     if not supported and matrices(model):
         return dict(matrices(model))
     if not supported:
@@ -171,6 +158,8 @@ def _unusable(name: str, found: Target) -> str | None:
 
 
 def _problem(w: Tensor) -> str | None:
+    if is_lazy(w):
+        return "not initialised yet; first run the model on a batch, or name the module"
     if w.is_meta:
         return "on the meta device and holds no numbers; first call model.to_empty(device=...) and load the weights"
     if w.layout != torch.strided:

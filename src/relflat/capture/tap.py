@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Tap:
     copied = False  # whether this is a copy (deepcopy, pickle), which watches no model
     injector: Callable[[], Inject | None] | None = None  # called as each record starts: how inputs change
     rests: Callable[[], bool] | None = None  # asked as a pass begins: whether its layers need not be recorded
-    _depth = 0
+    _depth = _compared = 0
     _open: Forward | None = None
     _watched: Forward | None = None
     _replaying = _changed = False  # changed: a layer's input or parameter, in a pass with a graph
@@ -56,6 +56,7 @@ class Tap:
         self._when = when
         self._parameters: dict[str, Target] = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
         self._called: set[str] = set()
+        self._bent: set[str] = set()  # layers that were seen to give something else than their class says
         self._given: set[str] = set()  # layers whose output was given a graph
         self._pending = Pending(quiet=when is not None)
         self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
@@ -78,9 +79,7 @@ class Tap:
 
     def _hook(self, name: str, module: nn.Module) -> None:
         """Watch a layer; its output is seen before other hooks change it."""
-        kind = kind_of(module)
-        assert kind is not None
-        self._kinds[name] = kind
+        self._kinds[name] = cast(Kind, kind_of(module))
         before, after = WeakHook(self, "_before_layer", name), WeakHook(self, "_after_layer", name)
         self._handles[name] = [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -164,13 +163,14 @@ class Tap:
 
     def _after_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         if recomputing():
-            return None if output is None else with_graph(output)
-        if self._open is None or output is None or name not in self.layers:
+            return with_graph(output) if isinstance(output, Tensor) else None
+        phi: Any = next(iter((*args, *kwargs.values())), None)
+        tensors = isinstance(phi, Tensor) and isinstance(output, Tensor)  # not a packed sequence, or several
+        if self._open is None or name not in self.layers or not tensors:
             return None
         replaced = with_graph(output)
         if not self._open.recorded:
             return replaced
-        phi = args[0] if args else next(iter(kwargs.values()))
         if replaced is not None:
             self._given.add(name)
         self._open.calls.append(self._call(name, module, phi, output if replaced is None else replaced))
@@ -179,26 +179,32 @@ class Tap:
     def _call(self, name: str, module: nn.Module, phi: Tensor, output: Tensor) -> Call:
         edge, versions = endpoint(phi, output)
         kind, weight = self._kinds[name], self._whole.pop(name, None)
+        stored = w if (w := self._computed.pop((name, get_ident()), None)) is not None else weight_of(module)
         if weight is None:
-            weight = self._computed.pop((name, get_ident()), None)
             with saved_by_us():
-                weight = kind.matrix(module, weight_of(module) if weight is None else weight)
-        linear = kind.trusted(module) or is_linear(kind, module, phi, weight, output)
-        return Call(name, module, kind, phi, weight, output, edge, versions, name in self._tied, phi.grad_fn, linear)
+                weight = kind.matrix(module, stored)
+        self._compared += 1  # all samples at first, and in measuring
+        turn = self._compared if self._when is None and name in self._called else None
+        linear = name not in self._bent and (
+            kind.trusted(module) or is_linear(kind, module, phi, weight, output, turn)
+        )
+        self._bent.update([] if linear else [name])
+        how = name in self._tied, phi.grad_fn, stored, linear
+        return Call(name, module, kind, phi, weight, output, edge, versions, *how)
 
     def _follow(self, model: nn.Module) -> None:
         """Watch the layer that has a name now, where another one was put in its place."""
         for name, old in list(self.layers.items()):
-            now = part(model, name) if isinstance(old, nn.Module) else old
+            now = part(model, name, old)
             if now is old:
                 continue
-            if not isinstance(now, nn.Module) or kind_of(now) is None:
+            if now is None or (isinstance(old, nn.Module) and not (isinstance(now, nn.Module) and kind_of(now))):
                 what = "is gone from the model" if now is None else f"was replaced by a {type(now).__name__}"
                 raise LayerError(f"layer {name!r} {what} since it was named; build a new criterion for the model")
             self.layers[name] = now
             if name in self._parameters:
                 self._parameters[name] = now
-            if name in self._handles:
+            if name in self._handles and isinstance(now, nn.Module):
                 remove({name: self._handles.pop(name)})
                 self._seen.pop(name, None)
                 self._hook(name, now)
@@ -253,7 +259,7 @@ class Tap:
         unused = [n for n in sorted(self._asked_for - self._called) if n in self._handles]
         if unused:
             raise LayerError(
-                f"layer {unused[0]!r} was not called in the forward pass; candidates: "
+                f"layer {unused[0]!r} was not called in the forward pass, with one tensor for one; candidates: "
                 f"{[n for n in supported_layers(model) if n not in unused]}. "
                 f"If its weight is used all the same (as in attention), name the parameter: {unused[0] + '.weight'!r}"
             )
@@ -306,11 +312,7 @@ class Tap:
     ) -> None:
         """Find once what ``"output"`` and globs stand for, and forget the rest.
 
-        Args:
-            forwards: the passes behind the loss.
-            loss: with its graph.
-            source: what it was computed from, if known.
-            end: the call whose output that was, if known.
+        By the passes behind a loss, what it was computed from, and the call whose output that was, if known.
         """
         calls = [c for f in forwards for c in f.calls]
         wanted = {n: t for n, t in self.layers.items() if n in self._asked_for}

@@ -6,6 +6,7 @@ asked: a direction that is zero on some samples has an image that is zero there 
 coupled. Any two samples are told apart by one of ``log2 n`` directions.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch.autograd.graph import Node
 
 from relflat.capture.calls import Call
 from relflat.capture.graph import foreign, in_order, operation
+from relflat.capture.hooks import remove
 from relflat.curvature.operators import Operator, pull
 from relflat.rng import Rng
 
@@ -165,10 +167,10 @@ def _passed(op: Passed) -> Place | tuple[()] | None:
     return rule(op) if alike or rule is _one_by_one else None
 
 
-def followed(root: Node | None, calls: Sequence[Call]) -> dict[str, int]:
-    """How far samples stay apart on the ways from calls of layers, all of one number of samples, to a graph's end."""
+def followed(root: Node | None, calls: Sequence[Call]) -> tuple[dict[str, bool], dict[Node, int]]:
+    """Whether samples meet on the ways from layers, called on as many each, to a graph's end, if known; and where."""
     order, users, n = in_order(root), dict[Any, list[Node]](), calls[0].samples
-    ends = {c.edge.node: _shape_of(c) for c in calls if c.edge is not None}
+    ends = {c.edge.node: _shape(*c.edge[:2]) for c in calls if c.edge is not None}  # of outputs, or what those view
     places: dict[Any, Any] = {}
     met: dict[Node, int] = {}
     for node in order:
@@ -182,7 +184,7 @@ def followed(root: Node | None, calls: Sequence[Call]) -> dict[str, int]:
         if node in ends:
             shape = ends[node]
             places[node] = _located(math.prod(shape) // n, shape, n)
-    return _worst(calls, order, users, met)
+    return _worst(calls, order, users, met), met
 
 
 def _operation_on(node: Node, given: Sequence[tuple[int, Any, int]], places: Mapping[Any, Any], n: int) -> Passed:
@@ -193,19 +195,14 @@ def _operation_on(node: Node, given: Sequence[tuple[int, Any, int]], places: Map
 
 def _worst(
     calls: Sequence[Call], order: Sequence[Node], users: Mapping[Any, list[Node]], met: Mapping[Node, int]
-) -> dict[str, int]:
-    """The worst that happens on the ways from each layer, from what happens at each node."""
+) -> dict[str, bool]:
+    """The worst that happens on the ways from each layer, from what happens at each node, where it is known."""
     after: dict[Any, int] = {}
     for node in reversed(order):
         after[node] = max((max(met[user], after[user]) for user in users.get(node, ())), default=APART)
     states = [(c.layer, UNKNOWN if c.edge is None else after.get(c.edge.node, UNKNOWN)) for c in calls]
-    return {layer: max(state for name, state in states if name == layer) for layer, _ in states}
-
-
-def _shape_of(call: Call) -> tuple[int, ...]:
-    """Of what the graph passes: the output, or what that is a view of, with the same numbers in the same order."""
-    assert call.edge is not None
-    return _shape(call.edge.node, call.edge.output_nr)
+    worst = {layer: max(state for name, state in states if name == layer) for layer, _ in states}
+    return {layer: state == COUPLED for layer, state in worst.items() if state != UNKNOWN}
 
 
 def _shape(node: Any, number: int) -> tuple[int, ...]:
@@ -258,6 +255,25 @@ def coupled_in_outputs(
             response = [next(pulled) for _ in mine]
             found[layer] = found[layer] or _leaks(mine, response, own)
     return found
+
+
+def unreached(root: Tensor, calls: Sequence[Call], met: Mapping[Node, int], rng: Rng) -> bool:
+    """Whether no gradient comes to an unknown operation between calls and ``root``: a gate at 0, a hinge at rest.
+
+    What that does to the samples is not seen in derivatives, and may be later. Cost: a backward pass.
+    """
+    nodes, reached = [node for node in met if met[node] == UNKNOWN], set[Node]()
+
+    def look(node: Node, gradients: Sequence[Tensor | None]) -> None:
+        if any(g is not None and bool(g.any()) for g in gradients):
+            reached.add(node)
+
+    handles = [node.register_prehook(functools.partial(look, node)) for node in nodes]
+    try:
+        pull([root], calls, [rng.signs(tuple(root.shape), root)], create_graph=False)
+    finally:
+        remove({"": handles})
+    return len(reached) < len(nodes)
 
 
 def _leaks(calls: Sequence[Call], response: Sequence[Tensor], own: Bool[Tensor, " n"]) -> bool:

@@ -18,12 +18,12 @@ def lost_gradients(subjects: Sequence[Subject], found: Mapping[str, Contribution
     Asked once a layer, and each time where an operation after it has derivatives that are no numbers at 0; all
     layers at once, and one by one only where that is not finite.
     """
-    asked = [s for s in subjects if s.layer not in s.memory.finite and found[s.layer].kappa.requires_grad]
+    asked = [s for s in subjects if s.key not in s.memory.finite and found[s.layer].kappa.requires_grad]
     none = not asked or _finite_gradients(asked, found)
     lost = [] if none else [s for s in asked if not _finite_gradients([s], found)]
     for s in asked:
         if s not in lost and not any(map(singular, ancestors(s.scene.loss.grad_fn, without=s.ends()))):
-            s.memory.finite.add(s.layer)
+            s.memory.finite.add(s.key)
     return [s.layer for s in lost]
 
 

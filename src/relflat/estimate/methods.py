@@ -42,13 +42,7 @@ _METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Add a method, which ``"auto"`` asks last, or put one in the place of that of the same name.
-
-    Example:
-        >>> from relflat.estimate.methods import named
-        >>> register(named("exact")).name
-        'exact'
-    """
+    """Add a method, which ``"auto"`` asks last, or put one in the place of that of the same name."""
     _METHODS[method.name] = method
     return method
 

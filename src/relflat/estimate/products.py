@@ -123,7 +123,7 @@ def _factors(known: KnownLoss, options: Options, rng: Rng) -> Iterator[Tensor]:
     hessian, rows = known.hessian(constant=not options.full), known.rows()
     like = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
     for _ in range(options.probes):
-        eps = rng.signs((rows.numel() // rows.shape[-1], rows.shape[-1]), like)
+        eps = rng.signs(tuple(rows.reshape(-1, rows.shape[-1] if rows.ndim else 1).shape), like)
         yield known.from_rows(hessian.factor(eps))
 
 

@@ -28,7 +28,7 @@ class Scene:
         calls: the tapped calls that the loss depends on.
         outputs: the tensor the loss was computed from, if there is one.
         known: what is known of the loss.
-        given: what the loss was computed from, whatever its structure; None if that is not known.
+        given: what the loss was computed from, of any structure; None if that is not known.
         parameters: tapped parameters and modules whose curvature is taken in the weight.
         mode: stands for which modules of the model are in training mode.
         scales: standard deviation of the features by layer, if they are to be normalised by a given one.
@@ -55,7 +55,7 @@ class Scene:
     ) -> "Scene":
         """The scene of passes that led to a loss, by default with the calls behind it; further attributes by name."""
         calls, last = calls_behind(forwards, loss) if calls is None else calls, forwards[-1]
-        other = {c.layer: c.module for c in calls if not c.linear}
+        other = {c.layer: c.own_module() for c in calls if not c.linear}
         calls = [c for c in calls if c.layer not in other]
         return cls(loss, calls, parameters={**last.parameters, **other}, mode=last.mode, recorded=calls, **known)
 

@@ -1,56 +1,52 @@
 """One layer of a scene, with the operator and the space its kappa is taken in, each built once."""
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from relflat.capture.calls import Call, is_recurrent, same_values
 from relflat.capture.graph import ancestors, compiled, foreign, operation
-from relflat.capture.kinds import own_weights
+from relflat.capture.kinds import own_weights, weight_of
 from relflat.capture.matrix import Matrix
 from relflat.capture.outputs import read_by
 from relflat.capture.pieces import piecewise_linear
-from relflat.capture.uses import View, leaf
+from relflat.capture.uses import leaf
 from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, slope_in
 from relflat.curvature.output_space import OutputSpace, feature_std
 from relflat.curvature.slope import AskedLoss, must_be_asked
 from relflat.curvature.space import Space
 from relflat.curvature.weight_space import WeightSpace
 from relflat.errors import ConfigError, GraphError, LossError, SecondDerivativeError, warn
-from relflat.estimate.coupling import COUPLED, UNKNOWN, coupled_in_outputs, coupled_in_products, followed, may_reorder
+from relflat.estimate.coupling import coupled_in_outputs, coupled_in_products, followed, may_reorder, unreached
 from relflat.estimate.scene import Scene
 from relflat.loss.known import KnownLoss
 from relflat.options import Options
 from relflat.rng import Rng
 
+T = TypeVar("T")
+Key = tuple[str, int, int]
+"""A layer, which modules are in training mode, and the operations of the graph: what is found out holds for these."""
+
 
 @dataclass
 class Memory:
-    """What was found out about a model in earlier steps and need not be asked again, by layer."""
+    """What was found out about a model in earlier steps and need not be asked again, for graphs of the same kind."""
 
-    coupled: dict[tuple[str, int, int], bool] = field(default_factory=dict)
-    """Whether samples are coupled after it, in a training mode of all modules and by these operations."""
-    again: set[tuple[str, int, int]] = field(default_factory=set)
-    """Where that must be asked again, as an operation may put samples in another order each time."""
-    tries: int = 0
-    """How often it was."""
-    curved: set[str] = field(default_factory=set)
-    """The loss was seen to have a curvature in its output, or said to have none."""
-    past: dict[tuple[str, int], bool] = field(default_factory=dict)
-    """Whether its weight leads to the loss in other ways than by its outputs, in a training mode of all modules."""
-    views: dict[tuple[str, int], View] = field(default_factory=dict)
-    """A parameter as a matrix, in a training mode of all modules."""
-    through: set[str] = field(default_factory=set)
-    """The loss was seen to depend on it through the outputs only."""
-    finite: set[str] = field(default_factory=set)
-    """Its kappa was seen to have a finite gradient, and nothing to make it otherwise later."""
-    plain: set[tuple[str, int, str]] = field(default_factory=set)
-    """Nothing compiled was seen between it and the loss, in a mode, for a kind of loss."""
-    asked: dict[tuple[int, str], bool] = field(default_factory=dict)
-    """Whether the loss must be asked for its curvature, as autograd has none or a wrong one: by mode and kind."""
+    coupled: dict[Key, bool] = field(default_factory=dict)  # whether samples are, after a layer
+    hidden: dict[Key, bool] = field(default_factory=dict)  # where derivatives were asked: see _settle_coupling
+    finite: set[Key] = field(default_factory=set)  # kappa's gradient was, and nothing makes it otherwise later
+    tries: int = 0  # how often coupling was asked again
+    answers: dict[tuple[str, Key, Any], Any] = field(default_factory=dict)
+
+    def once(self, question: str, key: Key, find: Callable[[], T], of: Any = None) -> T:
+        """The answer to a question about a layer in a kind of graph, found when it is asked first."""
+        if (question, key, of) not in self.answers:
+            self.answers[question, key, of] = find()
+        return cast(T, self.answers[question, key, of])
 
 
 class Subject:
@@ -64,6 +60,11 @@ class Subject:
         self.calls: list[Call] = scene.calls_of(layer)
         if options.normalize_features and not self.calls:
             raise ConfigError(f"normalize_features needs features, and {layer!r} is a parameter; name a layer")
+
+    @property
+    def key(self) -> Key:
+        """What is found out of the layer is kept for."""
+        return self.layer, self.scene.mode, self.scene.kind
 
     @property
     def target(self) -> nn.Module | nn.Parameter:
@@ -86,24 +87,21 @@ class Subject:
 
     def _past(self) -> bool:
         """Whether the weight leads past the outputs: by the loss itself, looked at each time, or in the network."""
-        key = self.layer, self.scene.mode
-        if self.scene.loss.grad_fn is None:
-            return self.memory.past.get(key, False)
-        if key not in self.memory.past:
-            self.memory.past[key] = self.scene.uses.past(self.calls)
-        if self.memory.past[key] or self.scene.known is not None:  # a known loss is one of the outputs alone
-            return self.memory.past[key]
+        if self.scene.loss.grad_fn is None:  # closed forms were seen to apply with one
+            return False
+        past = self.memory.once("past", self.key, lambda: self.scene.uses.past(self.calls))
+        if past or self.scene.known is not None:  # a known loss is one of the outputs alone
+            return past
         return any(leaf(w) in self.scene.beside for w in own_weights(self.calls[0].module))
 
     @functools.cached_property
     def matrix(self) -> Matrix:
         """The weight by itself."""
-        target, key = self.target, (self.layer, self.scene.mode)
+        target = self.calls[0].own_module() if self.calls else self.target
         if isinstance(target, nn.Module):
             return Matrix.of(self.layer, target)
-        if key not in self.memory.views:
-            self.memory.views[key] = self.scene.uses.view(target)
-        return Matrix.of(self.layer, target, self.memory.views[key])
+        view = self.memory.once("view", self.key, lambda: self.scene.uses.view(target), target.shape)
+        return Matrix.of(self.layer, target, view)
 
     @functools.cached_property
     def last(self) -> bool:
@@ -182,8 +180,8 @@ class Subject:
             outputs, slope = self._outputs(calls), self._asked_slope()
             slopes = slope_in(outputs, loss) if slope is None else [slope]
             operator = GGNOperator(outputs, slopes, calls, create_graph=full)
-        if not self.in_weight and self.layer not in self.memory.curved:
-            self._warn_if_flat(operator)
+        if not self.in_weight:
+            self.memory.once("curved", (self.layer, 0, 0), lambda: self._warn_if_flat(operator))
         return operator
 
     def ends(self) -> list[Node]:
@@ -191,47 +189,44 @@ class Subject:
         return [c.edge.node for c in self.space.calls if c.edge is not None]
 
     def _must_be_plain(self) -> None:
-        """Refuse compiled parts between the layer and the loss; looked for once a layer, mode and kind of loss."""
+        """Refuse compiled parts between the layer and the loss, and what has wrong derivatives."""
+        self.memory.once("plain", self.key, self._look_between)
+
+    def _look_between(self) -> None:
         loss = self.scene.loss.grad_fn
-        key = (self.layer, self.scene.mode, "" if loss is None else loss.name())
-        if key in self.memory.plain:
-            return
         for node in ancestors(loss, without=[c.edge.node for c in self.calls if c.edge is not None]):
             if operation(node) == "SyncBatchNorm":
                 raise SecondDerivativeError(
                     f"SyncBatchNorm after layer {self.layer!r} couples the samples of all ranks and cannot be "
                     "differentiated twice (in training mode; its evaluation mode can)"
                 )
-            if operation(node) == "WeightNormInterface" and self._comes_from_it(node):
+            if self._comes_wrongly_from(node):
                 raise SecondDerivativeError(
-                    f"PyTorch's second derivative of weight normalisation in {self.layer!r} is wrong; name the layer "
-                    "that it belongs to"
+                    f"PyTorch's second derivative of weight normalisation in {self.layer!r} is wrong, and that of an "
+                    "embedding with scale_grad_by_freq=True; name the layer that it belongs to"
                 )
             if compiled(node):
                 raise SecondDerivativeError(
                     f"a part after layer {self.layer!r} is compiled, and has no second derivatives"
                 )
-        self.memory.plain.add(key)
 
-    def _comes_from_it(self, node: Node) -> bool:
-        return isinstance(self.target, nn.Parameter) and leaf(self.target) in set(ancestors(node))
+    def _comes_wrongly_from(self, node: Any) -> bool:
+        wrong = operation(node) == "WeightNormInterface" or getattr(node, "_saved_scale_grad_by_freq", False)
+        w = weight_of(self.target) if wrong and self.in_weight else None
+        return isinstance(w, nn.Parameter) and leaf(w) in set(ancestors(node))
 
     def _asked_slope(self) -> Tensor | None:
         """The slope of the loss in the outputs by differences, where autograd has no right derivative of it.
 
-        None where autograd is right, which is asked for once a mode and kind of loss.
+        None where autograd is right.
         """
         scene, outputs = self.scene, self.scene.outputs
         if outputs is None or outputs.grad_fn is None or scene.known is not None:
             return None
-        key = (scene.mode, "" if scene.loss.grad_fn is None else scene.loss.grad_fn.name())
+        key = "", scene.mode, scene.kind
         loss_of = None if scene.replay is None else functools.partial(scene.replay.loss_of, given=outputs)
-        if key not in self.memory.asked:
-            rng, only_products = Rng(self.seed, -3), not self.options.full
-            self.memory.asked[key] = must_be_asked(
-                scene.loss.sum(), outputs, loss_of, rng, only_products=only_products
-            )
-        if not self.memory.asked[key]:
+        ask = functools.partial(must_be_asked, scene.loss.sum(), outputs, loss_of, Rng(self.seed, -3))
+        if not self.memory.once("asked", key, lambda: ask(only_products=not self.options.full)):
             return None
         if self.options.full:
             raise LossError(
@@ -252,19 +247,21 @@ class Subject:
                 "none, or one of them leads to another; use curvature='hessian' or call the criterion with "
                 "(outputs, targets)"
             )
-        ends = [z.grad_fn for z in outputs if z.grad_fn is not None]
-        if (self.in_weight or self.layer not in self.memory.through) and ends:
-            past = set(ancestors(loss.grad_fn, without=ends))
-            if one is None:
-                _must_be_torchs(past)
-            if any(c.edge is not None and c.edge.node in past for c in calls):
-                raise GraphError(
-                    f"the loss depends on layer {self.layer!r} also past the tensor taken for the outputs (an "
-                    "auxiliary loss, a second head, a penalty on the weight or on a gradient), so there is no "
-                    "Gauss-Newton matrix; use curvature='hessian'"
-                )
-        self.memory.through.add(self.layer)
+        look = functools.partial(self._must_lead_by, outputs, calls, sole=one is not None)
+        _ = look() if self.in_weight else self.memory.once("through", self.key, look)
         return outputs
+
+    def _must_lead_by(self, outputs: Sequence[Tensor], calls: Sequence[Call], *, sole: bool) -> None:
+        ends = [z.grad_fn for z in outputs if z.grad_fn is not None]
+        past = set(ancestors(self.scene.loss.grad_fn, without=ends)) if ends else set()
+        if not sole:
+            _must_be_torchs(past)
+        if any(c.edge is not None and c.edge.node in past for c in calls):
+            raise GraphError(
+                f"the loss depends on layer {self.layer!r} also past the tensor taken for the outputs (an auxiliary "
+                "loss, a second head, a penalty on the weight or on a gradient), so there is no Gauss-Newton matrix; "
+                "use curvature='hessian'"
+            )
 
     def _warn_if_flat(self, operator: Operator) -> None:
         """Warn, once a layer, where a gradient meets no curvature in a random direction."""
@@ -275,49 +272,59 @@ class Subject:
                 f"the loss has a gradient in the output of layer {self.layer!r} but no curvature on this batch, so "
                 "kappa is 0 there; a hinge or absolute error has none anywhere: use a smooth loss, or radius="
             )
-        self.memory.curved.add(self.layer)
 
     def _coupled(self) -> bool:
-        """Settled once for each layer, mode of all modules and kind of graph, when a batch first has two samples.
+        """Settled once for each layer and kind of graph, when a batch first has two samples.
 
-        Where they were not, and an operation may order samples in another way each time, one split is tried again.
+        Where they were not, and an operation may order samples in another way each time, one split is tried again;
+        where an operation that may couple them had no part in the loss yet, all are.
         """
         if self.calls[0].samples < 2 or len({c.samples for c in self.calls}) > 1:
             return False
-        known, key = self.memory.coupled, (self.layer, self.scene.mode, self.scene.kind)
-        if key not in known:
+        known, key = self.memory.coupled, self.key
+        hidden = self.memory.hidden.get(key)
+        if key not in known or (hidden and not known[key]):
             self._settle_coupling()
-        elif key in self.memory.again and not known[key] and self._reordered():
+        elif hidden is not None and not known[key] and self._reordered():
             self.memory.tries += 1
-            rng = Rng(self.seed, -4 - self.memory.tries)
-            if self.factors is None:
-                known[key] = coupled_in_products(self.operator, self.calls, rng, once=True)
-            else:
-                known[key] = coupled_in_outputs(self.factors.outputs, {"": self.calls}, rng, once=True)[""]
+            known[key] = self._coupled_by_derivatives({self.layer: self.calls}, self.memory.tries)[self.layer]
         return known[key]
 
     def _reordered(self) -> bool:
         ends = {c.edge.node for c in self.calls if c.edge is not None}
         return any(map(may_reorder, ancestors(self.scene.loss.grad_fn, ends)))
 
-    def _coupled_by_derivatives(self, asked: Mapping[str, Sequence[Call]]) -> dict[str, bool]:
+    def _coupled_by_derivatives(self, asked: Mapping[str, Sequence[Call]], tries: int = 0) -> dict[str, bool]:
         """Of all the layers at once where one pull-back answers, else of this one."""
-        rng = Rng(self.seed, -1)
+        rng, shares = Rng(self.seed, -4 - tries if tries else -1), self._shares
+        if shares is not None:
+            return coupled_in_outputs(shares, asked, rng, once=tries > 0)
         if self.factors is None:
-            return {self.layer: coupled_in_products(self.operator, self.calls, rng)}
-        return coupled_in_outputs(self.factors.outputs, asked, rng)
+            return {self.layer: coupled_in_products(self.operator, self.calls, rng, once=tries > 0)}
+        return coupled_in_outputs(self.factors.outputs, asked, rng, once=tries > 0)
+
+    @property
+    def _shares(self) -> Tensor | None:
+        """Losses that each want the share of the sample of their number."""
+        return None if self.scene.loss.ndim == 0 or self.options.measuring else self.scene.loss
 
     def _settle_coupling(self) -> None:
-        """By the operations after layers, of all of them; else by derivatives."""
-        factors, mode, kind = self.factors, self.scene.mode, self.scene.kind
+        """By the operations after layers, of all of them; else by derivatives.
+
+        Which do not tell of operations that no gradient came to; these are then asked again (``hidden``).
+        """
         calls = self.scene.with_samples_of(self.calls)
-        states = followed((self.scene.loss if factors is None else factors.outputs).grad_fn, calls)
-        found = {layer: state == COUPLED for layer, state in states.items() if state != UNKNOWN}
+        root = self.scene.loss.sum() if self.factors is None else self.factors.outputs
+        found, met = followed(root.grad_fn, calls)
+        if self._shares is not None:
+            found = {}
         if self.layer not in found:
-            asked = {layer: [c for c in calls if c.layer == layer] for layer in states if layer not in found}
-            self.memory.again.update((layer, mode, kind) for layer in asked)
+            layers = dict.fromkeys(c.layer for c in calls if c.layer not in found)
+            asked = {layer: [c for c in calls if c.layer == layer] for layer in layers}
             found |= self._coupled_by_derivatives(asked)
-        self.memory.coupled.update({(layer, mode, kind): coupled for layer, coupled in found.items()})
+            unseen = not all(found.values()) and unreached(root, calls, met, Rng(self.seed, -3))
+            self.memory.hidden.update({(layer, *self.key[1:]): unseen for layer in asked})
+        self.memory.coupled.update({(layer, *self.key[1:]): coupled for layer, coupled in found.items()})
 
 
 def _must_be_torchs(nodes: Collection[Node]) -> None:

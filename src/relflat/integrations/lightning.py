@@ -64,8 +64,9 @@ class FAMCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """One for each set of layers, so that several callbacks can be used together."""
-        return self._generate_state_key(layer=self.layer, module=self.module)
+        """One for each choice of options, so that several callbacks can be used together."""
+        given = {name: x for name, x in self.options.items() if x is not None and not callable(x)}
+        return self._generate_state_key(module=self.module, **given)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the step and the seed."""

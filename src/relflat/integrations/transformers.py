@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer
-from relflat.errors import ConfigError, DataError, LossError
+from relflat.errors import ConfigError, DataError, GraphError, LossError
 from relflat.fam import FAM
 from relflat.integrations.common import check_options, extra, fam_for_computed_loss
 from relflat.integrations.monitor import Monitor, metrics
@@ -102,7 +103,15 @@ class FAMMixin(_Base):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         count = next(c for c in self.callback_handler.callbacks if isinstance(c, FAMStep))
         criterion.step = count.step
-        penalty = criterion.penalty(loss)
+        try:
+            penalty = criterion.penalty(loss)
+        except (GraphError, LossError) as error:
+            if output_tensor(outputs, other_than=loss) is not None:
+                raise
+            raise GraphError(
+                f"{error}. The model gave no logits, as where the loss is fused with the head (TRL's own, Liger): "
+                "give the Trainer compute_loss_func=, or override compute_loss, with a loss of outputs.logits"
+            ) from error
         count.step = criterion.step
         loss = loss + penalty
         self._fam_sums = [self._fam_sums[0] + penalty.detach(), self._fam_sums[1] + loss.detach()]

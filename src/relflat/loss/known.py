@@ -41,9 +41,7 @@ class KnownLoss:
         return self._made[constant]
 
     def times(self, constant: float) -> "KnownLoss":
-        """The loss multiplied by a constant that is not negative."""
-        if constant == 1:
-            return self  # of another, how losses of several batches add up is not known
+        """The loss multiplied by a constant of this batch, not negative: how batches add up is not known then."""
         return replace(self, hessian_at=lambda outputs: self.hessian_at(outputs).times(constant), divisor=None)
 
     def curve(self, v: Float[Tensor, "..."], *, constant: bool) -> Float[Tensor, "..."]:
@@ -69,13 +67,10 @@ _KNOWN: list[tuple[type[nn.Module], Callable[..., Tensor], Describe]] = []
 
 
 def register(module: type[nn.Module], function: Callable[..., Tensor], describe: Describe) -> None:
-    """Add a loss whose Hessian in the logits is known.
+    """Add a loss whose Hessian in the logits is known, by its class and as ``function(outputs, targets, **options)``.
 
-    Args:
-        module: its class; a subclass with a ``forward`` of its own is another loss.
-        function: its functional form, ``function(outputs, targets, **options)``; the module's attributes of these
-            names are its options.
-        describe: ``(outputs, targets, **options) -> KnownLoss``, or None where it is not sure.
+    Options are the module's attributes of these names; a subclass with a ``forward`` of its own is another loss.
+    ``describe(outputs, targets, **options)`` gives a :class:`KnownLoss`, or None where it is not sure.
     """
     _KNOWN.append((module, function, describe))
 

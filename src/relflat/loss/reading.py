@@ -59,6 +59,7 @@ def _by_name(loss: Tensor, calls: Sequence[Call]) -> tuple[Any, Reading | None]:
     node, constant = without_constants(loss.grad_fn)
     reduction = _REDUCTION.get(getattr(node, "_saved_reduction", 0), "")
     name = operation(node) if node is not None and reduction and constant > 0 else ""
+    bare = node is follow(loss.grad_fn, KEEPING)  # not even divided by what happens to be 1 here
     found = None
     if name in _ELEMENTWISE:
         found = _elementwise(node, reduction)
@@ -69,7 +70,7 @@ def _by_name(loss: Tensor, calls: Sequence[Call]) -> tuple[Any, Reading | None]:
         return node, None
     function, outputs, targets, options, call = found
     known = known_loss(function, outputs, (targets,), options)
-    return node, None if known is None else Reading(known.times(constant), call)
+    return node, None if known is None else Reading(known if bare else known.times(constant), call)
 
 
 def _led_by(node: Any, outputs: Tensor | None) -> bool:

@@ -1,16 +1,17 @@
 """A model under measurement: in evaluation mode, and as it was found after it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block a model is in evaluation mode; modes and weights are then as before.
+    """Within the block a model is in evaluation mode; modes, buffers and weights are then as before.
 
     A module whose ``train()`` is its own may do something there (LoRA layers merge their weights when they leave
     training, averages of weights take their place): it is called back by that method, and the rounding of what it
@@ -18,20 +19,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     modes = {m: m.training for m in model.modules()}
     acting = [m for m in modes if getattr(m.train, "__func__", None) is not nn.Module.train]
-    weights = {p: p.detach().clone() for m in acting for p in m.parameters(recurse=m is not model)}
-    try:
-        if any(modes.values()):
-            model.eval()
-        yield
-    finally:
-        for module in acting:
-            if module.training != modes[module]:
-                module.train(modes[module])
-        for module, training in modes.items():
-            module.training = training
-        for p, before in weights.items():
-            if not torch.equal(p, before):
-                p.data.copy_(before)
+    weights = [p for m in acting for p in m.parameters(recurse=m is not model)]
+    with _unchanged([*weights, *model.buffers()]):
+        buffers = {m: dict(m._buffers) for m in modes}
+        try:
+            if any(modes.values()):
+                model.eval()
+            yield
+        finally:
+            for module in acting:
+                if module.training != modes[module]:
+                    module.train(modes[module])
+            for module, training in modes.items():
+                module.training = training
+                module._buffers.update(buffers[module])
+
+
+@contextmanager
+def _unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block tensors may be written to (observers and memory banks do in any mode); not after it."""
+    kept = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]
+    yield
+    for t, before in kept:
+        if not torch.equal(t, before):
+            t.data.resize_(before.shape).copy_(before)
 
 
 def backward_passes() -> int:
