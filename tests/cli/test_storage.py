@@ -1,7 +1,6 @@
 """A full disk, a folder that may not be written: an error that says so, and the same command goes on later."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
