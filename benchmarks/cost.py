@@ -118,7 +118,7 @@ CPU = (
     Case(
         "ResNet-18",
         _resnet,
-        lambda n, small: pictures(n, 3, 16 if small else 32),
+        lambda n, small: pictures(n, 3, 8 if small else 32),
         32,
         "*",
         {"all": 2.4, "all, every 4": 1.33, "one drawn, every 4": 1.12, "default": 1.15}
@@ -139,7 +139,7 @@ GPU = (
         Case(
             f"ResNet-18, {precision}",
             _resnet,
-            lambda n, small: pictures(n, 3, 16 if small else 32),
+            lambda n, small: pictures(n, 3, 8 if small else 32),
             256,
             "*",
             {"output": 1.03, "all": 2.5, "all, every 4": 1.35, "one drawn, every 4": 1.15, "default": 1.15},

@@ -43,7 +43,7 @@ def bert(small: bool) -> nn.Module:
     """BERT-base with random weights, attention without fused kernels."""
     from transformers import BertConfig, BertForSequenceClassification  # only where it is asked for
 
-    sizes = _sizes(small, 768, 12, 12)
+    sizes = _sizes(small, 768, 12, 12) | ({"vocab_size": 4096} if small else {})
     return BertForSequenceClassification(BertConfig(num_labels=10, attn_implementation="eager", **sizes))
 
 

@@ -1,7 +1,5 @@
 """The command where extras are missing, and the package as it is published."""
 
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -9,15 +7,17 @@ import pytest
 
 import relflat
 from fetched import have
+from processes import Done, python
 
+pytestmark = pytest.mark.xdist_group("bare")
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def run(missing: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(missing: str, *arguments: str) -> Done:
     """The command in a process of its own, where importing a package fails as if it were not installed."""
     code = f"import sys; sys.modules[{missing!r}] = None; from relflat.cli.entry import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    return python(code, *arguments)
 
 
 @pytest.mark.parametrize("missing", ["tyro", "rich"])
@@ -36,7 +36,7 @@ def test_every_command_says_so_and_no_traceback() -> None:
         "    try: main()\n"
         "    except SystemExit as stop: print(stop.code)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
+    done = python(code, *commands)
     assert done.stdout.split() == ["2"] * len(commands)
     assert done.stderr.splitlines() == ["error: this command needs tyro: pip install 'relflat[lab]'"] * len(commands)
 

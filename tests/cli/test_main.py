@@ -1,6 +1,6 @@
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -382,11 +382,10 @@ def test_a_path_without_the_name_of_a_task_gets_it(relflat, tmp_path):
         assert "Did you mean my_task.py:digits or my_task.py:task or my_task.py:wild?" in err
 
 
-def test_module_is_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "relflat", "data", "list", "--json"], capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout)["fashion-mnist"]["licence"].startswith("MIT")
+def test_module_is_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["relflat", "data", "list", "--json"])
+    runpy.run_module("relflat", run_name="__main__")
+    assert json.loads(capsys.readouterr().out)["fashion-mnist"]["licence"].startswith("MIT")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """A full disk, a folder that may not be written: an error that says so, and the same command goes on later."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from processes import relflat
+from processes import python, relflat
 from relflat.cli.main import main
 
 TRAIN = ["train", "digits", "--epochs", "3", "--train-size", "100", "--json"]
@@ -105,26 +103,20 @@ def test_a_report_folder_that_is_a_file(tmp_path, capsys):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+PRINTING_TO = "import os\n{}\nos.dup2(place, 1)\nfrom relflat.cli.entry import main\nmain()"
+
+
+@pytest.mark.xdist_group("bare")
 def test_a_reader_that_leaves_gets_no_traceback():
     """As in ``relflat --help | head -1``: the pipe is closed before anything is written."""
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(
-        [sys.executable, "-m", "relflat", "--help"], stdout=write, stderr=subprocess.PIPE, text=True
-    )
-    os.close(write)
-    assert (done.returncode, done.stderr) == (1, "")
+    left = PRINTING_TO.format("read, place = os.pipe(); os.close(read)")
+    assert python(left, "--help") == (1, "", "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.xdist_group("bare")
 def test_no_space_for_what_is_printed():
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "relflat", "data", "list", "--json"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    done = python(PRINTING_TO.format("place = os.open('/dev/full', os.O_WRONLY)"), "data", "list", "--json")
     assert done.returncode == 2
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr

