@@ -35,14 +35,15 @@ def reproduce(
         workers: processes, one thread each.
         json: print one JSON object.
     """
-    from relflat.papers.catalogue import EXPERIMENTS, experiment_named
+    from relflat.lab.common.names import look_up
+    from relflat.papers.catalogue import EXPERIMENTS
     from relflat.papers.experiment import Context, write
 
     if name is None:
         summaries = {known: EXPERIMENTS[known].summary for known in EXPERIMENTS}
         print_json(summaries) if json else print_table("experiments", ("name", "what"), summaries.items())
         return
-    experiment = experiment_named(name)
+    experiment = look_up("experiment", name, EXPERIMENTS)
     folder = out or runs / f"reproduce-{name}-{scale}"
     context = Context(scale, folder, runs, workers, say if err.is_terminal else lambda line: None)
     with aside():

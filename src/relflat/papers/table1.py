@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from relflat.lab.compare.arms import ARMS
 from relflat.lab.compare.search import Comparison, Plan, compare
-from relflat.lab.compare.statistics import Difference
+from relflat.lab.compare.statistics import Difference, mean_sd
 from relflat.lab.compare.trials import workers
 from relflat.lab.data import fetch
 from relflat.lab.report.formats import certainty, number, percent, points, settings_text
-from relflat.lab.report.summary import metric_of, score_differences, spread
+from relflat.lab.report.summary import metric_of, score_differences
 from relflat.lab.report.verdict import at_the_edge, left_out, verdict
 from relflat.lab.tasks.catalogue import task_named
 from relflat.papers import training_study
@@ -119,10 +119,10 @@ def table(part: Part, comparison: Comparison) -> Table:
         row = (
             arm.title,
             "" if printed is None else f"{printed[0]:.2f} ± {printed[1]:g}",
-            percent(spread(numbers(trials, "test", metric.name))),
+            percent(mean_sd(numbers(trials, "test", metric.name))),
             points(against.get(arm.title)),
             f"{len(finished(trials))} of {len(trials)}",
-            *(number(spread(numbers(trials, *place))) for place in places),
+            *(number(mean_sd(numbers(trials, *place))) for place in places),
             settings_text(comparison.chosen[arm.name].settings),
         )
         rows.append(row)

@@ -106,7 +106,7 @@ def row(comparison: Comparison, arm: Arm, cost: StepCost) -> Row:
     done = [trial for trial in trials if trial.finished]
 
     def over_seeds(part: str, key: str) -> MeanSd:
-        return spread([trial.result[part].get(key) for trial in done])
+        return mean_sd([trial.result[part].get(key) for trial in done])
 
     return Row(
         arm=arm.name,
@@ -117,23 +117,17 @@ def row(comparison: Comparison, arm: Arm, cost: StepCost) -> Row:
         score=over_seeds("test", metric),
         loss=over_seeds("test", "loss"),
         ece=over_seeds("test", "ece"),
-        equal_time=spread([at_equal_time(trial, cost, metric) for trial in done]),
+        equal_time=mean_sd([at_equal_time(trial, cost, metric) for trial in done]),
         shifts={
-            name: spread([elsewhere(trial.result, "shifts", name, metric) for trial in done])
+            name: mean_sd([elsewhere(trial.result, "shifts", name, metric) for trial in done])
             for name in (done[0].result.get("shifts", {}) if done else {})
         },
         kappa=over_seeds("flatness", "value"),
-        kappa_before=spread([trial.result.get("kappa_before") for trial in done]),
+        kappa_before=mean_sd([trial.result.get("kappa_before") for trial in done]),
         confidence=over_seeds("flatness", "confidence"),
         weight_norm=over_seeds("flatness", "weight_norm"),
         cost=cost,
     )
-
-
-def spread(values: Sequence[float | None]) -> MeanSd:
-    """Mean and deviation; nan without values, or where one of them is not known."""
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    return mean_sd(known) if 0 < len(known) == len(values) else (math.nan, math.nan)
 
 
 def at_equal_time(trial: Trial, cost: StepCost, metric: str) -> float:
@@ -242,7 +236,7 @@ def column(summary: Summary, of: Number, *, share: bool) -> list[str]:
     against = {pair.second: pair for pair in paired(summary.comparison, of)}
     cells = []
     for title, trials in summary.tested.items():
-        own = spread([of(trial.result) for trial in trials if trial.finished])
+        own = mean_sd([of(trial.result) for trial in trials if trial.finished])
         difference = points(against.get(title), *((100, ".1f") if share else (1, ".3f")))
         cells.append((percent(own) if share else number(own)) + (f"\n{difference}" if difference else ""))
     return cells
