@@ -29,6 +29,7 @@ import tyro
 from pytorch_optimizer import SAM
 from torch import Tensor, nn, optim
 
+from cost_table import COLUMNS, cells_of, draw
 from counting import Operations, flops, peak_bytes
 from networks import TextEncoder, bert, mlp, pictures, resnet18, sentences, vit
 from output import RESULTS, environment, save, show
@@ -248,13 +249,19 @@ def _mean_flops(step: Callable[[], Any], count: int) -> float:
 
 
 def peak(case: Case, label: str, options: Options) -> float | None:
-    """Peak bytes of a step that has a penalty, if any has."""
-    before = UNEVEN.get(label, 2)
+    """Peak bytes of the third step, which has a penalty if any has."""
+
+    def build() -> Step:
+        step = Step(case, label, options.device, options.small)
+        if label in UNEVEN:
+            step.criterion.step = UNEVEN[label] - 2
+        return step
+
     if not options.device.startswith("cuda"):
-        return float(peak_bytes(lambda: Step(case, label, options.device, options.small), warm_up=before))
-    step = Step(case, label, options.device, options.small)
-    for _ in range(before):
-        step.step()
+        return float(peak_bytes(build, warm_up=2))
+    step = build()
+    step.step()
+    step.step()
     torch.cuda.reset_peak_memory_stats()
     step.step()
     return float(torch.cuda.max_memory_allocated())
@@ -300,45 +307,6 @@ def before(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
-def _cells(row: dict[str, Any], old: dict[str, Any]) -> list[str]:
-    if "cannot_run" in row:
-        return [row["case"], row["row"], "-", row["cannot_run"][:60], *[""] * 6]
-    was = f"{old['wall']['ratio']:.2f}" if "wall" in old else ""
-    count = f"{row['operations']:.0f}" if "operations" in row else f"error {row['median_error']:.1%}"
-    numbers = [row["wall"], row["processor"]]
-    return [
-        row["case"],
-        row["row"],
-        was,
-        *[f"{n['ratio']:.2f} [{n['low']:.2f}, {n['high']:.2f}]" for n in numbers],
-        f"{1000 * row['wall']['seconds']:.2f}",
-        f"{row['flops']:.2f}",
-        f"{row['peak']:.2f}" if row.get("peak") else "",
-        count,
-        "" if row["goal"] is None else f"{row['goal']:g}",
-    ]
-
-
-def draw(rows: list[dict[str, Any]], old: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
-    """A bar a row, with what it was before and the goal."""
-    import matplotlib.pyplot as plt  # only where a picture is drawn
-
-    shown = [row for row in rows if "wall" in row and row["row"] not in ("plain", "plain again")]
-    figure, axes = plt.subplots(figsize=(8, 0.3 * len(shown) + 1))
-    for place, row in enumerate(reversed(shown)):
-        was = old.get((row["case"], row["row"]), {}).get("wall")
-        if was is not None:
-            axes.barh(place, was["ratio"], color="0.85")
-        axes.barh(place, row["wall"]["ratio"], height=0.5)
-        if row["goal"] is not None:
-            axes.plot([row["goal"]] * 2, [place - 0.4, place + 0.4], color="black")
-    axes.set_yticks(range(len(shown)), [f"{row['case']}: {row['row']}" for row in reversed(shown)])
-    axes.set_xscale("log")
-    axes.set_xlabel("times plain (grey: before; line: goal)")
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, show and write; the command line's arguments by default."""
     options = tyro.cli(Options, args=arguments)
@@ -355,9 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.json or not options.small:
                 save(path, {"environment": where, "rounds": options.rounds, "rows": rows, "before": old})
     by_name = {(row["case"], row["row"]): row for row in old}
-    columns = ("network", "step", "before", "wall", "processor", "ms", "FLOPs", "peak", "operations", "goal")
-    cells = [_cells(row, by_name.get((row["case"], row["row"]), {})) for row in rows]
-    show(f"Relative to a plain step, {options.device}", columns, cells)
+    cells = [cells_of(row, by_name.get((row["case"], row["row"]), {})) for row in rows]
+    show(f"Relative to a plain step, {options.device}", COLUMNS, cells)
     if options.json or not options.small:
         draw(rows, by_name, path.with_suffix(".svg"))
         print(f"written: {path}")

@@ -24,11 +24,13 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from importlib.machinery import SourceFileLoader
+from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ from scipy.stats import binomtest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "relflat"
 MODULES = ("options.py", "guards.py", "sizing.py", "capture/*.py", "estimate/*.py", "curvature/*.py", "loss/*.py")
-FIRST, SECONDS, LIMIT = 30, 20.0, 300  # tests tried at first and their time; of one try, before it counts as endless
+FIRST, SECONDS, MOST = 30, 20.0, 150.0  # tests tried at first; their seconds; those of all that are tried
+SLOWER = 6  # times as much processor time as the tests took: endless; ten times that by the clock: stuck
 PYTEST = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "xdist"]
 Site = tuple[Path, tuple[int, int], list[tuple[str, int]]]
 
@@ -135,15 +138,17 @@ class Tests:
         return []
 
 
-def attempt(path: Path, source: str, tests: Sequence[str]) -> tuple[str, str]:
-    """What comes of some tests with a module changed, in a process of its own; and the test that noticed."""
+def attempt(path: Path, source: str, tests: Sequence[str], seconds: float) -> tuple[str, str]:
+    """What comes of tests of so many seconds with a module changed, in a process of its own; and what noticed."""
+    limit = 30 + round(SLOWER * seconds)
     with tempfile.TemporaryFile("w+") as said:
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
-            signal.alarm(LIMIT)
+            signal.alarm(10 * limit)
+            resource.setrlimit(resource.RLIMIT_CPU, (limit + int(time.process_time()), resource.RLIM_INFINITY))
             resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
             pretend(path, source)
             os._exit(int(importlib.import_module("pytest").main([*PYTEST, *tests])))
@@ -159,13 +164,13 @@ def attempt(path: Path, source: str, tests: Sequence[str]) -> tuple[str, str]:
 @functools.cache
 def passes(test: str) -> bool:
     """Whether a test passes in such a process on the sources as they are."""
-    return attempt(SOURCE / "options.py", (SOURCE / "options.py").read_text(), [test])[0] == "survived"
+    return attempt(SOURCE / "options.py", (SOURCE / "options.py").read_text(), [test], 60.0)[0] == "survived"
 
 
-def noticed(path: Path, source: str, tests: Sequence[str]) -> tuple[str, str]:
+def noticed(path: Path, source: str, tests: Sequence[str], seconds: dict[str, float]) -> tuple[str, str]:
     """As :func:`attempt`, without the word of tests that fail on the unchanged sources too."""
     while True:
-        came, by = attempt(path, source, tests)
+        came, by = attempt(path, source, tests, sum(map(seconds.__getitem__, tests)))
         test = by.split(" - ")[0]
         if came != "killed" or test not in tests or passes(test):
             return came, by
@@ -183,17 +188,19 @@ def pretend(path: Path, source: str) -> None:
 
 
 def tried(change: dict[str, Any], tests: Sequence[str], seconds: dict[str, float]) -> dict[str, Any]:
-    """A change with what came of it: quick tests of its line first, all others only if those pass."""
+    """A change with what came of it: quick tests of its line first, more only if those pass."""
     path = SOURCE / change["module"]
     before = path.read_text()
     after = mutate_code(before, get_operator(change["operator"])(), change["occurrence"])
     diff = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
     change["diff"] = [d for d in diff if d[0] in "+-" and d[:3] not in ("+++", "---")]
-    first = [t for i, t in enumerate(tests[:FIRST]) if i < 5 or sum(map(seconds.get, tests[:i])) < SECONDS]
-    change["came"], change["by"] = noticed(path, after, first) if tests else ("survived", "no test runs it")
-    rest = [t for t in tests if t not in first]
+    until = list(accumulate(map(seconds.__getitem__, tests)))
+    first = [t for t, s in zip(tests[:FIRST], until, strict=False) if s < SECONDS] or tests[:1]
+    rest = [t for t, s in zip(tests, until, strict=True) if s < MOST][len(first) :]
+    change["came"], change["by"] = noticed(path, after, first, seconds) if tests else ("survived", "no test runs it")
     if change["came"] == "survived" and rest:
-        change["came"], change["by"] = noticed(path, after, rest)
+        change["came"], change["by"] = noticed(path, after, rest, seconds)
+    change["tried"] = len(first) + len(rest)
     return change | {"tests": len(tests)}
 
 

@@ -181,6 +181,41 @@ PARAMETERS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], int, Callabl
         6,
         lambda w: w.transpose(0, 1).flatten(1)[None],
     ),
+    "P.mv(x)": (lambda m, x: m.head(torch.stack([m.P.mv(r) for r in x]).tanh()), (5, IN), 5, lambda w: w[None]),
+    "addmv": (
+        lambda m, x: m.head(torch.stack([torch.addmv(r[:1].expand(5), m.P, r) for r in x]).tanh()),
+        (5, IN),
+        5,
+        lambda w: w[None],
+    ),
+    "addmm, left": (
+        lambda m, x: m.head(torch.addmm(x[:, :1].mT.expand(5, -1), m.P, x.mT).mT.tanh()),
+        (5, IN),
+        5,
+        lambda w: w[None],
+    ),
+    "addmm, right": (
+        lambda m, x: m.head(torch.addmm(x[:, :1].expand(-1, 5), x, m.P).tanh()),
+        (IN, 5),
+        5,
+        lambda w: w.mT[None],
+    ),
+    "bmm, left": (lambda m, x: m.head(m.P.bmm(x.mT.expand(2, -1, -1)).mT.tanh().mean(0)), (2, 5, IN), 5, lambda w: w),
+    "baddbmm, left": (
+        lambda m, x: m.head(
+            torch.baddbmm(x[:, :1].mT.expand(2, 5, -1), m.P, x.mT.expand(2, -1, -1)).mT.tanh().mean(0)
+        ),
+        (2, 5, IN),
+        5,
+        lambda w: w,
+    ),
+    "baddbmm, right": (
+        lambda m, x: m.head(torch.baddbmm(x[:, :1].expand(2, -1, 5), x.expand(2, -1, -1), m.P).tanh().mean(0)),
+        (2, IN, 5),
+        5,
+        lambda w: w.mT,
+    ),
+    "embedding": (lambda m, x: m.head(F.embedding(x.argmax(1), m.P).tanh()), (IN, 5), 5, lambda w: w.mT[None]),
     "one output": (lambda m, x: m.head((x @ m.P).tanh()), (IN, 1), 1, lambda w: w.mT[None]),
     "one feature": (lambda m, x: m.head((x[:, :1] @ m.P).tanh()), (1, 5), 5, lambda w: w.mT[None]),
     "both ways": (lambda m, x: m.head((x @ m.P).tanh() @ m.P.mT), (IN, 5), IN, lambda w: w[None]),

@@ -155,7 +155,7 @@ def test_the_rule_for_convolutions_against_pytorchs_own(groups: int, transposed:
     (found,) = torch.autograd.grad(y, x, grad, create_graph=True)
     v = torch.randn_like(x)
     want = torch.autograd.grad(found, [grad, layer.weight], v)
-    rule = norms._MENDED["ConvolutionBackward0"](y.grad_fn)
+    rule = norms._MENDED["ConvolutionBackward0"][0](y.grad_fn)
     torch.testing.assert_close(rule.composed(grad, x, layer.weight), found)
     in_grad, in_x, in_weight = rule.once(v, found, [grad.detach(), x, layer.weight.detach()], [True] * 3)
     assert in_x is None

@@ -371,20 +371,45 @@ def test_a_penalty_whose_gradient_is_not_finite_is_left_out_also_later(options: 
     assert all(bool(p.grad.isfinite().all()) for p in net.parameters())
 
 
+POINTS = torch.linspace(-3, 2, 30).double().cos().reshape(3, 5, 2)
+
+
+def bag(**options: Any) -> Callable[[Tensor], Tensor]:
+    """A lookup of three bags, the last one empty, in the rows of a table."""
+    looked_up, starts = torch.tensor([0, 3, 3, 11, 4, 7]), torch.tensor([0, 4, 6])
+    return lambda x: F.embedding_bag(looked_up, x.flatten(0, 1), starts, **options)
+
+
+ONCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "logcumsumexp": lambda x: x.logcumsumexp(1),
+    "hardsigmoid": F.hardsigmoid,
+    "cdist from": lambda x: torch.cdist(x, POINTS),
+    "cdist to": lambda x: torch.cdist(POINTS, x),
+    "cdist, p": lambda x: torch.cdist(x, POINTS, p=3),
+    "cdist of itself": lambda x: torch.cdist(x[:, :2], x[:, 2:].sin()),
+    "pdist": lambda x: F.pdist(x.flatten(0, 1)),
+    "bags": bag(),
+    "bags, sums": bag(mode="sum", padding_idx=3),
+    "bags, means": bag(mode="mean", padding_idx=11),
+    "bags, greatest": bag(mode="max"),
+    "bags, weighted": bag(mode="sum", per_sample_weights=torch.linspace(1, 2, 6).double()),
+}
+
+
+# bags are linear in their table, so that only gy is left
 @pytest.mark.parametrize(
-    "operation", [lambda x: x.logcumsumexp(1), F.hardsigmoid], ids=["logcumsumexp", "hardsigmoid"]
+    ("name", "of_both"), [(n, both) for n in ONCE for both in (True, False) if both or not n.startswith("bags")]
 )
-@pytest.mark.parametrize("of_both", [True, False])
-def test_operations_that_torch_differentiates_once_have_derivatives_of_every_order(
-    operation: Callable[[Tensor], Tensor], of_both: bool
-) -> None:
+def test_operations_that_torch_differentiates_once_have_derivatives_of_every_order(name: str, of_both: bool) -> None:
+    operation = ONCE[name]
+
     def gradient(x: Tensor, gy: Tensor) -> Tensor:
         y = operation(x * 1)
         with norms_mended([y], [x]):
             return torch.autograd.grad(y, x, gy, create_graph=True)[0]
 
-    given = [3 * torch.randn(3, 4, 2).double() for _ in range(2)]
-    given = [given[0].requires_grad_(), given[1].requires_grad_(of_both)]
+    x = 3 * torch.randn(3, 4, 2).double()
+    given = [x.requires_grad_(), torch.randn_like(operation(x)).requires_grad_(of_both)]
     assert torch.autograd.gradcheck(gradient, given)
     assert torch.autograd.gradgradcheck(gradient, given)
 
@@ -404,6 +429,34 @@ def test_kappa_through_a_hard_sigmoid_is_that_through_a_clamp(how: dict[str, Any
             fam(net(x), y).backward()
             assert fam.last["by_layer"]["0"] > 0 or how.get("curvature") == "hessian"
         found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_the_default_trains_a_classifier_of_bags_of_words_by_distance() -> None:
+    """PyTorch's own text example, with prototypes: the same as lookups, means and square roots written out."""
+
+    class Bags(nn.Module):
+        def __init__(self, written_out: bool) -> None:
+            super().__init__()
+            self.words, self.hidden = nn.EmbeddingBag(12, 5), nn.Linear(5, 4)
+            self.prototypes, self.written_out = nn.Parameter(torch.randn(3, 4)), written_out
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.written_out:
+                return -torch.cdist(self.hidden(self.words(x)).tanh(), self.prototypes)
+            h = self.hidden(F.embedding(x, self.words.weight).mean(1)).tanh()
+            return -(h[:, None] - self.prototypes).square().sum(-1).sqrt()
+
+    found = []
+    for written_out in (True, False):
+        torch.manual_seed(0)
+        net, x, y = Bags(written_out).double(), torch.randint(12, (8, 6)), torch.randint(3, (8,))
+        with FAM(CE(), net, "hidden", strength=1.0, method="exact") as fam:
+            fam(net(x), y).backward()
+        found.append([p.grad for p in net.parameters()])
+        with FAM(CE(), net) as fam:
+            fam(net(x), y).backward()
+            assert {"hidden", "words.weight"} <= set(fam.last["by_layer"])
     torch.testing.assert_close(found[1], found[0])
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-Gradients = tuple[Tensor | None, ...]
+from relflat.curvature.written_out import WRITTEN_OUT, Gradients, gradients, once_by_autograd
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def _younger(of: Sequence[Tensor], oldest: int) -> Iterator[Node]:
         stack += new
 
 
-class _Norm(Protocol):
+class Mended(Protocol):
     """A normalisation as its node saved it; G is the gradient in its input, a function of (gy, x, w)."""
 
     def __init__(self, node: Any) -> None:
@@ -79,20 +79,23 @@ class _Norm(Protocol):
         """The derivatives of ``<v, G>`` in what is given, without a graph of their own; ``found`` is G."""
 
 
-def _hook(node: Any, norm: type[_Norm]) -> Callable[[Gradients, Gradients], Gradients | None]:
-    """A hook that gives what came out of a node another graph."""
+def _hook(node: Any, norms: Sequence[Callable[[Any], Mended]]) -> Callable[[Gradients, Gradients], Gradients | None]:
+    """A hook that gives what came out of a node, in the order of its inputs, another graph."""
 
     def hook(found: Gradients, along: Gradients) -> Gradients | None:
-        if found[0] is None or along[0] is None or not found[0].requires_grad:
-            return None
-        try:
-            read = norm(node)
-        except RuntimeError:  # checkpointing hands out a tensor once
-            return None
-        if type(read.x) is not Tensor or (norm is _Convolution and read.x.is_cpu):
-            return None
-        mended = _Mended.apply(found[0].detach(), along[0], read.x, read.weight, read)  # type: ignore[no-untyped-call]
-        return (mended, *found[1:])
+        mended = list(found)
+        for place, (given, norm) in enumerate(zip(found, norms, strict=False)):
+            if given is None or along[0] is None or not given.requires_grad or given.is_sparse:
+                continue
+            try:
+                read = norm(node)
+            except RuntimeError:  # checkpointing hands out a tensor once
+                return None
+            if type(read.x) is not Tensor or (norm is _Convolution and read.x.is_cpu):
+                return None
+            operands = given.detach(), along[0], read.x, read.weight
+            mended[place] = _Mended.apply(*operands, read)  # type: ignore[no-untyped-call]
+        return tuple(mended)
 
     return hook
 
@@ -101,7 +104,7 @@ class _Mended(torch.autograd.Function):
     """The value of G as it was found, with derivatives of our own."""
 
     @staticmethod
-    def forward(ctx: Any, found: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, norm: _Norm) -> Tensor:
+    def forward(ctx: Any, found: Tensor, grad: Tensor, x: Tensor, weight: Tensor | None, norm: Mended) -> Tensor:
         ctx.save_for_backward(found, grad, x, weight)
         ctx.norm = norm
         return found.view_as(found)
@@ -112,7 +115,7 @@ class _Mended(torch.autograd.Function):
         if torch.is_grad_enabled():  # third derivatives may be asked for
             # endpoints of their own: x and gy may have been computed from each other
             given = [None if t is None else t.view_as(t) for t in given]
-            return None, *_gradients(ctx.norm.composed(*given), given, needs, v, True), None
+            return None, *gradients(ctx.norm.composed(*given), given, needs, v, True), None
         return None, *ctx.norm.once(v, found, given, needs), None
 
 
@@ -154,7 +157,7 @@ class _BatchNorm:
             in x:   -s/M (<gy, xh> G(v) + <v, xh> G(gy) + w s K xh)
         """
         if not self.training:
-            return _once_by_autograd(self.composed, v, given, needs)
+            return once_by_autograd(self.composed, v, given, needs)
         v, found, grad, x = (t.to(self.wide) for t in (v, found, *given[:2]))
         weight = None if given[2] is None else given[2].to(self.wide)
         shape, m, (mean, s) = _along_channels(x), x.numel() // x.shape[1], self.saved
@@ -241,69 +244,16 @@ class _Convolution:
 _convolution_backward = torch.ops.aten.convolution_backward
 
 
-def _once_by_autograd(
-    function: Callable[..., Tensor], v: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool]
-) -> Gradients:
-    with torch.enable_grad():
-        alone = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in given]
-        return _gradients(function(*alone), alone, needs, v, False)
-
-
-def _gradients(
-    value: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool], v: Tensor, further: bool
-) -> Gradients:
-    """Those of ``<v, value>`` in what is given and needed, None elsewhere."""
-    wanted = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
-    if not value.requires_grad:  # piecewise linear, along a constant
-        return (None,) * len(given)
-    pulled = iter(torch.autograd.grad(value, wanted, v, create_graph=further, allow_unused=True))
-    return tuple(next(pulled) if need and t is not None else None for t, need in zip(given, needs, strict=True))
-
-
 def _along_channels(x: Tensor) -> list[int]:
     return [1, -1, *[1] * (x.ndim - 2)]
 
 
-class _OfInput:
-    """What has no weight, and derivatives by automatic differentiation."""
-
-    weight: Tensor | None = None
-
-    def __init__(self, node: Any) -> None:
-        self.x, self.node = node._saved_self, node
-
-    def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-    def once(self, v: Tensor, found: Tensor, given: Sequence[Any], needs: Sequence[bool]) -> Gradients:
-        return _once_by_autograd(self.composed, v, given, needs)
-
-
-class _LogCumSumExp(_OfInput):
-    """``G_i = sum_{j >= i} gy_j exp(x_i - y_j)``, which PyTorch takes through the logarithm of gy: no number at 0."""
-
-    def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        dim = self.node._saved_dim
-        dim = dim - 2**64 if dim >= 2**63 else dim
-        x, grad = x.movedim(dim, -1), grad.movedim(dim, -1)
-        later = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu(1)
-        shares = x.unsqueeze(-2).masked_fill(later, -torch.inf).softmax(-1)  # [j, i]: exp(x_i - y_j)
-        return (grad.unsqueeze(-2) @ shares).squeeze(-2).movedim(-1, dim)
-
-
-class _Hardsigmoid(_OfInput):
-    """``G = gy / 6`` between -3 and 3; PyTorch's has no derivative."""
-
-    def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        return grad * (x.abs() < 3) / 6
-
-
-_MENDED: dict[str, type[_Norm]] = {
-    "NativeBatchNormBackward0": _BatchNorm,
-    "CudnnBatchNormBackward0": _BatchNorm,
-    "MiopenBatchNormBackward0": _BatchNorm,
-    "NativeLayerNormBackward0": _LayerNorm,
-    "LogcumsumexpBackward0": _LogCumSumExp,
-    "HardsigmoidBackward0": _Hardsigmoid,
-    "ConvolutionBackward0": _Convolution,
+_MENDED: dict[str, Sequence[Callable[[Any], Mended]]] = {
+    "NativeBatchNormBackward0": (_BatchNorm,),
+    "CudnnBatchNormBackward0": (_BatchNorm,),
+    "MiopenBatchNormBackward0": (_BatchNorm,),
+    "NativeLayerNormBackward0": (_LayerNorm,),
+    "ConvolutionBackward0": (_Convolution,),
+    **WRITTEN_OUT,
 }
+"""By the name of a node, for each of its inputs what makes the gradient in it, as far as that is mended."""
