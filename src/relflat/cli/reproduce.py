@@ -59,8 +59,8 @@ def open_folders(context: "Context") -> None:
     """Make the folders of the report and of the runs; the report's must be new, or one of before."""
     from relflat.lab.train import store
 
-    known = (context.out / "report.json").is_file() and "experiment" in store.read_json(context.out / "report.json")
-    store.require_ours(context.out, store.REPORT_MARK, known, "a report's folder; choose another --out")
+    kind = "a report's folder; choose another --out"
+    store.require_ours(context.out, store.REPORT_MARK, "report.json", {"experiment"}, kind)
     for option, folder in (("--out", context.out), ("--runs", context.runs)):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ kept by the hash of their configuration, so a comparison that was interrupted go
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -78,13 +78,14 @@ class Plan:
         """One run; the test split is evaluated only where that is asked for."""
         return Job(self.config(arm, settings, seed), runs, test, arm.name)
 
-    def flat(self) -> dict[str, Any]:
-        """As plain values; ``plan_from`` turns them back into the plan."""
-        return asdict(self)
+    def searching(self, runs: Path, tried: Mapping[str, Sequence[Values]]) -> list[Job]:
+        """These settings of arms, by name, on the search seeds."""
+        pairs = [(arm, settings) for arm in self.arms for settings in tried.get(arm.name, ())]
+        return [self.job(runs, *pair, seed) for pair in pairs for seed in self.search_seeds]
 
 
 def plan_from(values: Mapping[str, Any]) -> Plan:
-    """Build a plan from what ``Plan.flat`` gave, also after a round trip through JSON or by an older version."""
+    """Build a plan from what ``asdict`` made of one, also after a round trip through JSON or by an older version."""
     known = {each.name: values[each.name] for each in fields(Plan) if each.name in values}
     seeds = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
     return Plan(**{**known, **seeds, "arms": tuple(Arm(**arm) for arm in values["arms"])})
@@ -188,9 +189,7 @@ def search(plan: Plan, runs: Path, do: Do, reasons: dict[str, str]) -> list[Cand
     found: dict[str, list[Candidate]] = {name: [] for name in arms}
     tried = {name: arm.grid for name, arm in arms.items() if arm.values}
     for _ in range(1 + plan.beyond):
-        pairs = [(arms[name], settings) for name, own in tried.items() for settings in own]
-        jobs = [plan.job(runs, *pair, seed) for pair in pairs for seed in plan.search_seeds]
-        for name, own in by_arm(jobs, do, reasons).items():
+        for name, own in by_arm(plan.searching(runs, tried), do, reasons).items():
             found[name] += judged(plan, name, tried[name], own)
         tried = {name: further(arms[name], own) for name, own in found.items()}
     return [each for name, own in found.items() if name not in reasons for each in in_order(arms[name], own)]

@@ -37,13 +37,12 @@ def figures(summary: Summary) -> list[Figure]:
 
 def gain_against_cost(summary: Summary) -> Figure | None:
     """What each arm buys, and what its steps cost: the first figure, below the verdict; None without a pair."""
-    against = {pair.second: pair for pair in summary.differences}
     first, metric = summary.comparison.arms[0].title, summary.metric.title
 
     def paint(axes: Axes) -> None:
         axes.axhline(0, color=PALETTE["lines"][0], linewidth=1)
         for place, arm in enumerate(summary.comparison.arms):
-            pair, look, cost = against.get(arm.title), marks(place), summary.costs[arm.name].ratio
+            pair, look, cost = summary.against.get(arm.title), marks(place), summary.costs[arm.name].ratio
             if pair is None:
                 cloud(axes, [cost], [0], place, arm.title)
                 continue
@@ -55,7 +54,7 @@ def gain_against_cost(summary: Summary) -> Figure | None:
         legend(axes)
 
     caption = "Up is better, left is cheaper. Line: 95 % interval; filled: the difference is shown (p < .05)."
-    return Figure(f"Gain against cost, {summary.kind}", paint, caption) if against else None
+    return Figure(f"Gain against cost, {summary.kind}", paint, caption) if summary.differences else None
 
 
 @register

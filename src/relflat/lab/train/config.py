@@ -154,11 +154,16 @@ def _misplaced(key: str, algorithm: str, known: list[str]) -> ConfigError:
     )
 
 
-def check(key: str, value: Any, hint: Any) -> Any:
-    """Return the value as the annotated type, or say what was expected."""
+def _alternatives(hint: Any) -> tuple[list[type], list[str]]:
+    """The types and the literals of an annotation."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [option for option in options if isinstance(option, type)]
-    choices = [choice for option in options for choice in get_args(option)]  # of a Literal
+    return kinds, [choice for option in options for choice in get_args(option)]
+
+
+def check(key: str, value: Any, hint: Any) -> Any:
+    """Return the value as the annotated type, or say what was expected."""
+    kinds, choices = _alternatives(hint)
     if float in kinds and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if type(value) in kinds or value in choices:
