@@ -157,7 +157,7 @@ def elsewhere(result: Mapping[str, Any], part: str, name: str, metric: str) -> f
 
 
 def paired(comparison: Comparison, number: Number) -> list[Difference]:
-    """The same of any number of a run; nothing where a run lacks it, or every seed has a run that diverged."""
+    """Paired differences to the first arm; nothing where a run lacks the number, or every seed has a diverged run."""
     by_seed = zip(*(comparison.finals[arm.name] for arm in comparison.arms), strict=True)
     whole = [[number(run.result) for run in runs] for runs in by_seed if all(run.finished for run in runs)]
     if not whole or any(value is None for values in whole for value in values):
