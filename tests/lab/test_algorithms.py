@@ -10,7 +10,8 @@ from relflat.lab.tasks.models import mlp, small_cnn
 from relflat.lab.train.algorithms import ALGORITHMS
 from relflat.lab.train.config import make
 from relflat.lab.train.session import accelerator_for
-from relflat.lab.train.steps import Learner, buffers_kept
+from relflat.lab.train.steps import Learner
+from relflat.theory.sharpness import kept
 
 
 def learner(algorithm: str, model: nn.Module, lr: float = 0.1, momentum: float = 0.0, **settings) -> Learner:
@@ -79,7 +80,7 @@ def test_buffers_are_put_back_after_an_error():
     before = copy.deepcopy(dict(model.named_buffers()))
 
     def fail():
-        with buffers_kept(model):
+        with kept(model.buffers()):
             model(batch()[0])
             raise ValueError("in the middle")
 

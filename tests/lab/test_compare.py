@@ -2,7 +2,7 @@ import math
 import socket
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -54,7 +54,7 @@ def test_seeds_of_choosing_and_testing_differ():
 
 
 def test_plan_survives_a_round_trip_through_json(tmp_path):
-    store.write_json(tmp_path / "plan.json", PLAN.flat())
+    store.write_json(tmp_path / "plan.json", asdict(PLAN))
     assert plan_from(store.read_json(tmp_path / "plan.json")) == PLAN
 
 

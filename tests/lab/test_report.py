@@ -24,7 +24,6 @@ from relflat.lab.report.figures import merged_bins
 from relflat.lab.report.formats import named, number, percent
 from relflat.lab.report.report import files
 from relflat.lab.report.summary import Summary
-from relflat.lab.report.summary import score_differences as compared
 from relflat.lab.report.verdict import at_the_edge, findings, verdict
 from relflat.lab.train import store
 from relflat.lab.train.environment import describe
@@ -51,19 +50,19 @@ def clear():
 
 
 def test_verdict_names_what_is_shown():
-    texts = verdict(compared(comparison(CLEAR)))
+    texts = verdict(Summary(comparison(CLEAR), COSTS).differences)
     assert texts[0].startswith("SAM is better than plain: +10.3 points")
     assert texts[1].startswith("FAM radius is worse than plain: -5.0 points")
 
 
 def test_verdict_may_be_no_difference_shown():
-    texts = verdict(compared(comparison(UNCLEAR)))
+    texts = verdict(Summary(comparison(UNCLEAR), COSTS).differences)
     assert len(texts) == 2
     assert all("no difference shown" in text for text in texts)
 
 
 def test_verdict_says_first_when_the_seeds_are_too_few_to_show_anything():
-    texts = verdict(compared(comparison([scores[:3] for scores in CLEAR])))
+    texts = verdict(Summary(comparison([scores[:3] for scores in CLEAR]), COSTS).differences)
     assert "With 3 seeds this test can show nothing" in texts[0]
     assert "--seeds 7" in texts[0]
     assert len(texts) == 3
@@ -75,7 +74,7 @@ def test_verdict_gives_the_cost_where_it_is_known():
     texts = findings(Summary(one, COSTS))
     assert texts[0].endswith("7 seeds), at 2.00x the step.")
     assert texts[1].endswith("7 seeds), at 1.05x the step.")
-    assert "the step" not in "".join(verdict(compared(one)))
+    assert "the step" not in "".join(verdict(Summary(one, COSTS).differences))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_diverged_seed_is_counted_and_left_out_of_pairs():
     one = comparison(CLEAR, lost=[(2, 1)])
     line = Summary(one, COSTS).rows[2]
     assert (line.arm, line.n, line.diverged) == ("fam-radius", 6, 1)
-    assert {pair.n for pair in compared(one)} == {6}
+    assert {pair.n for pair in Summary(one, COSTS).differences} == {6}
     assert "6 (+1 diverged)" in page(CLEAR, lost=[(2, 1)])
 
 

@@ -35,14 +35,15 @@ def reproduce(
         workers: processes, one thread each.
         json: print one JSON object.
     """
-    from relflat.papers.catalogue import EXPERIMENTS, experiment_named
+    from relflat.lab.common.names import look_up
+    from relflat.papers.catalogue import EXPERIMENTS
     from relflat.papers.experiment import Context, write
 
     if name is None:
         summaries = {known: EXPERIMENTS[known].summary for known in EXPERIMENTS}
         print_json(summaries) if json else print_table("experiments", ("name", "what"), summaries.items())
         return
-    experiment = experiment_named(name)
+    experiment = look_up("experiment", name, EXPERIMENTS)
     folder = out or runs / f"reproduce-{name}-{scale}"
     context = Context(scale, folder, runs, workers, say if err.is_terminal else lambda line: None)
     with aside():
@@ -58,8 +59,8 @@ def open_folders(context: "Context") -> None:
     """Make the folders of the report and of the runs; the report's must be new, or one of before."""
     from relflat.lab.train import store
 
-    known = (context.out / "report.json").is_file() and "experiment" in store.read_json(context.out / "report.json")
-    store.require_ours(context.out, store.REPORT_MARK, known, "a report's folder; choose another --out")
+    kind = "a report's folder; choose another --out"
+    store.require_ours(context.out, store.REPORT_MARK, "report.json", {"experiment"}, kind)
     for option, folder in (("--out", context.out), ("--runs", context.runs)):
         try:
             folder.mkdir(parents=True, exist_ok=True)

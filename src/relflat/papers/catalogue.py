@@ -6,7 +6,6 @@ An experiment is a module with a function ``run`` and a file of the same name in
 from functools import partial
 from importlib import import_module
 
-from relflat.lab.common.names import look_up
 from relflat.papers.experiment import Context, Experiment, Outcome
 from relflat.papers.sheets import Sheet
 
@@ -22,8 +21,3 @@ SHEETS = {name: Sheet(name) for name in NAMES}
 EXPERIMENTS = {
     name: Experiment(name, sheet["summary"], sheet["paper"], partial(run, name)) for name, sheet in SHEETS.items()
 }
-
-
-def experiment_named(name: str) -> Experiment:
-    """The experiment of this name, or a ConfigError that gives the nearest."""
-    return look_up("experiment", name, EXPERIMENTS)

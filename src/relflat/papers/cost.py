@@ -154,10 +154,8 @@ def growth(places: Mapping[str, Sequence[Record]]) -> list[str]:
         full = [record for record in records if "func" in record["forms"]]
         if not full:
             continue
-        name, sizes = (
-            "closed" if where == "output" else "ggn",
-            {"large": full[-1], "small": full[0], "top": records[-1]},
-        )
+        name = "closed" if where == "output" else "ggn"
+        sizes = {"large": full[-1], "small": full[0], "top": records[-1]}
         ours = {f"ours_{size}": milliseconds(record, name) for size, record in sizes.items()}
         (best, how), (least, _) = (
             min((milliseconds(record, form), form) for form in record["forms"] if FORMS[form].hessian)

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from relflat.lab.compare.arms import ARMS
-from relflat.lab.compare.search import Comparison, Plan, compare
-from relflat.lab.compare.statistics import Difference
+from relflat.lab.compare.search import Plan, compare
+from relflat.lab.compare.statistics import Difference, mean_sd
 from relflat.lab.compare.trials import workers
 from relflat.lab.data import fetch
 from relflat.lab.report.formats import certainty, number, percent, points, settings_text
-from relflat.lab.report.summary import metric_of, score_differences, spread
+from relflat.lab.report.summary import Summary
 from relflat.lab.report.verdict import at_the_edge, left_out, verdict
 from relflat.lab.tasks.catalogue import task_named
 from relflat.papers import training_study
@@ -59,11 +59,12 @@ def plan_of(part: Part, size: Size) -> Plan:
     return Plan(part.task, size.common, arms, (100,) if size.search else (), size.seeds)
 
 
-def carry_out(part: Part, size: Size, context: Context) -> Comparison:
+def carry_out(part: Part, size: Size, context: Context) -> Summary:
     """Do what is missing of one data set's runs."""
     plan = plan_of(part, size)
     with workers(context.workers) as pool:
-        return compare(plan, context.runs, pool, context.counter(f"trainings on {part.title}", plan.runs))
+        found = compare(plan, context.runs, pool, context.counter(f"trainings on {part.title}", plan.runs))
+    return Summary(found, costs={})  # steps are not timed here
 
 
 def run(context: Context) -> Outcome:
@@ -72,22 +73,22 @@ def run(context: Context) -> Outcome:
     fetch.require(*(part.data for part in size.parts))
     found = [(part, carry_out(part, size, context)) for part in size.parts]
     return Outcome(
-        findings=[line for part, comparison in found for line in findings(part, comparison)],
-        tables=[table(part, comparison) for part, comparison in found],
-        figures=[figure for part, comparison in found for figure in figures(part, comparison)],
+        findings=[line for part, summary in found for line in findings(part, summary)],
+        tables=[table(part, summary) for part, summary in found],
+        figures=[figure for part, summary in found for figure in figures(part, summary)],
         scaled=[f"{each.title}: {each.network}." for each in size.parts]
         + SHEET.differs(context.scale, **size.common),
-        data={part.title: everything(part, comparison) for part, comparison in found},
+        data={part.title: everything(part, summary) for part, summary in found},
     )
 
 
-def findings(part: Part, comparison: Comparison) -> list[str]:
+def findings(part: Part, summary: Summary) -> list[str]:
     """In words: what the paper has, what came out, and whether the one bears the other out."""
-    pairs = {pair.second: pair for pair in score_differences(comparison)}
+    comparison, pairs = summary.comparison, summary.against
     found = [f"{part.title}: {line}" for line in left_out(comparison)]
     found += [claim(part.title, name, pairs.get(ARMS[name].title)) for name in ("sam", "fam-output")]
     others = [pairs[ARMS[name].title] for name in ("fam-radius", "dropout") if ARMS[name].title in pairs]
-    found += [f"{part.title}: {line}" for line in verdict(others, metric_of(comparison))] if others else []
+    found += [f"{part.title}: {line}" for line in verdict(others, summary.metric)] if others else []
     edge = at_the_edge(comparison)
     return [*found, SHEET.say("edge", part=part.title, arms=", ".join(edge))] if edge else found
 
@@ -107,10 +108,9 @@ def printed_gain(part: str, name: str) -> float:
     return PAPER[part][name][0] - PAPER[part]["plain"][0]
 
 
-def table(part: Part, comparison: Comparison) -> Table:
+def table(part: Part, summary: Summary) -> Table:
     """One data set: the paper's numbers and ours."""
-    metric = metric_of(comparison)
-    against = {pair.second: pair for pair in score_differences(comparison)}
+    comparison, metric = summary.comparison, summary.metric
     places = (("test", "loss"), ("flatness", "value"), ("flatness", "confidence"))
     rows = []
     for arm in comparison.arms:
@@ -119,10 +119,10 @@ def table(part: Part, comparison: Comparison) -> Table:
         row = (
             arm.title,
             "" if printed is None else f"{printed[0]:.2f} ± {printed[1]:g}",
-            percent(spread(numbers(trials, "test", metric.name))),
-            points(against.get(arm.title)),
+            percent(mean_sd(numbers(trials, "test", metric.name))),
+            points(summary.against.get(arm.title)),
             f"{len(finished(trials))} of {len(trials)}",
-            *(number(spread(numbers(trials, *place))) for place in places),
+            *(number(mean_sd(numbers(trials, *place))) for place in places),
             settings_text(comparison.chosen[arm.name].settings),
         )
         rows.append(row)
@@ -130,10 +130,10 @@ def table(part: Part, comparison: Comparison) -> Table:
     return SHEET.table("scores", rows, part=part.title, metric=metric.title, network=part.network, seeds=seeds)
 
 
-def figures(part: Part, comparison: Comparison) -> list[Figure]:
+def figures(part: Part, summary: Summary) -> list[Figure]:
     """One data set: the arms seed by seed, and over the epochs."""
-    metric, words = metric_of(comparison), {"part": part.title, "metric": metric_of(comparison).title}
-    runs = {arm.title: comparison.finals[arm.name] for arm in comparison.arms}
+    metric, runs = summary.metric, summary.tested
+    words = {"part": part.title, "metric": metric.title}
     plain, *others = runs
     gains = {
         title: [
@@ -152,16 +152,17 @@ def figures(part: Part, comparison: Comparison) -> list[Figure]:
     ]
 
 
-def everything(part: Part, comparison: Comparison) -> dict[str, Any]:
+def everything(part: Part, summary: Summary) -> dict[str, Any]:
     """All numbers behind one data set's table."""
+    comparison = summary.comparison
     return {
         "task": part.task,
-        "plan": comparison.plan.flat(),
+        "plan": asdict(comparison.plan),
         "paper": {arm: {"mean": mean, "sd": sd} for arm, (mean, sd) in PAPER[part.title].items()},
         "chosen": {name: dict(candidate.settings) for name, candidate in comparison.chosen.items()},
         "search": [
             {"arm": each.arm, "settings": dict(each.settings), "score": each.score} for each in comparison.candidates
         ],
         "tested": {name: [trial.tested for trial in trials] for name, trials in comparison.finals.items()},
-        "differences": [asdict(pair) for pair in score_differences(comparison)],
+        "differences": [asdict(pair) for pair in summary.differences],
     }

@@ -9,7 +9,6 @@ from relflat.lab.compare.statistics import Difference, differences, mean_sd
 from relflat.lab.compare.trials import Trial
 from relflat.lab.data import fetch
 from relflat.lab.report.formats import finite, interval, number
-from relflat.lab.report.summary import spread
 from relflat.lab.train.config import RunConfig
 from relflat.papers import sentences, training_study
 from relflat.papers.experiment import Context, Outcome, Scale, Table
@@ -128,10 +127,10 @@ def cells(arm: str, strength: float, trials: Sequence[Trial]) -> tuple[str, ...]
     return (
         ARMS[arm]["title"].format(strength=strength),
         *(["", "", ""] if paper is None else [f"{value:.4f}" for value in paper]),
-        *(finite(value, ".4f") for value in spread(own)),
+        *(finite(value, ".4f") for value in mean_sd(own)),
         f"{max(own):.4f}" if own else "",
         f"{len(own)} of {len(trials)}",
-        *(number(spread(numbers(trials, "flatness", key))) for key in ("value", "confidence", "weight_norm")),
+        *(number(mean_sd(numbers(trials, "flatness", key))) for key in ("value", "confidence", "weight_norm")),
     )
 
 

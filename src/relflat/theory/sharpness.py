@@ -53,18 +53,18 @@ def _norm(tensors: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def put(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
-    """Give the parameters these values."""
-    for p, value in zip(parameters, values, strict=True):
-        p.copy_(value)
+def put(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Give parameters or buffers these values."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 @contextmanager
-def kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Put the values of parameters back at the end."""
-    parameters = list(parameters)
-    values = [p.detach().clone() for p in parameters]
+def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put the values of parameters or buffers back at the end."""
+    tensors = list(tensors)
+    values = [t.detach().clone() for t in tensors]
     try:
         yield
     finally:
-        put(parameters, values)
+        put(tensors, values)

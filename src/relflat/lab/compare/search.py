@@ -7,7 +7,7 @@ kept by the hash of their configuration, so a comparison that was interrupted go
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -83,13 +83,9 @@ class Plan:
         pairs = [(arm, settings) for arm in self.arms for settings in tried.get(arm.name, ())]
         return [self.job(runs, *pair, seed) for pair in pairs for seed in self.search_seeds]
 
-    def flat(self) -> dict[str, Any]:
-        """As plain values; ``plan_from`` turns them back into the plan."""
-        return asdict(self)
-
 
 def plan_from(values: Mapping[str, Any]) -> Plan:
-    """Build a plan from what ``Plan.flat`` gave, also after a round trip through JSON or by an older version."""
+    """Build a plan from what ``asdict`` made of one, also after a round trip through JSON or by an older version."""
     known = {each.name: values[each.name] for each in fields(Plan) if each.name in values}
     seeds = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
     return Plan(**{**known, **seeds, "arms": tuple(Arm(**arm) for arm in values["arms"])})

@@ -38,9 +38,12 @@ class Difference:
         return self.p < LEVEL
 
 
-def mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the latter is nan for a single value."""
-    return fmean(values), stdev(values) if len(values) > 1 else math.nan
+def mean_sd(values: Sequence[float | None]) -> tuple[float, float]:
+    """Mean and sample standard deviation, nan for one value; both nan without values, or where one is not known."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known or len(known) < len(values):
+        return math.nan, math.nan
+    return fmean(known), stdev(known) if len(known) > 1 else math.nan
 
 
 def differences(scores: Mapping[str, Sequence[float]]) -> list[Difference]:
@@ -67,9 +70,7 @@ def sign_flip(gaps: Sequence[float]) -> float:
     # Wilcoxon's ranks would leave out how large the differences are.
     if len(gaps) < 2 or not any(gaps):
         return 1.0
-    found = permutation_test(
-        (np.asarray(gaps),), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
-    )
+    found = permutation_test((np.asarray(gaps),), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=0)
     return float(found.pvalue)
 
 
@@ -98,21 +99,14 @@ def bca(gaps: Sequence[float], level: float) -> tuple[float, float]:
     if max(gaps) == min(gaps):
         return gaps[0], gaps[0]
     found = bootstrap(
-        (np.asarray(gaps),),
-        np.mean,
-        confidence_level=level,
-        n_resamples=RESAMPLES,
-        method="BCa",
-        rng=np.random.default_rng(0),
+        (np.asarray(gaps),), np.mean, confidence_level=level, n_resamples=RESAMPLES, method="BCa", rng=0
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's correction of p-values for several comparisons (https://www.jstor.org/stable/4615733)."""
-    corrected = [0.0] * len(p)
-    running = 0.0
-    for rank, place in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        running = max(running, min(1.0, (len(p) - rank) * p[place]))
-        corrected[place] = running
-    return corrected
+    order = np.argsort(p, kind="stable")
+    times = np.arange(len(p), 0, -1)  # the smallest p-value times all of them, the next times one less
+    corrected = np.maximum.accumulate(np.minimum(1.0, times * np.asarray(p)[order]))
+    return corrected[np.argsort(order)].tolist()

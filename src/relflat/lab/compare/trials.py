@@ -179,6 +179,4 @@ def workers(count: int) -> Executor:
     """A pool of single-thread processes; for one worker this process itself."""
     if count < 1:
         raise ConfigError(f"workers={count} must be above 0.")
-    if count == 1:
-        return Here()
-    return Workers(count)
+    return Here() if count == 1 else Workers(count)

@@ -67,8 +67,7 @@ def read(name: str) -> RawData:
     source = look_up("data set", name, {name: source for name, source in SOURCES.items() if source.reader})
     with reading(name) as folder:
         place = found(source) or source
-        read: Callable[[Source, Path], RawData] = getattr(readers, place.reader)
-        return read(place, folder)
+        return getattr(readers, place.reader)(place, folder)
 
 
 @contextmanager

@@ -6,7 +6,8 @@ sets secret: as everywhere, the official validation set is the test set.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +31,27 @@ def client() -> Any:
     return datasets
 
 
+@contextmanager
+def asking(source: Source) -> Iterator[None]:
+    """Explain why the hub does not give a data set, and what to do about it."""
+    try:
+        yield
+    except Exception as error:  # the client lets through errors of several HTTP libraries
+        raise DataError(
+            f"The hub did not give {source.package!r}: {type(error).__name__}: {str(error).rstrip('.')}. It needs a "
+            "network that reaches the Hugging Face hub (HF_ENDPOINT names a mirror; what the client has in its own "
+            f"cache works without). Or run '{source.command}' on a machine that reaches it and copy the folder "
+            f"{source.folder_name} of its cache to this one's; 'relflat data list' names the cache."
+        ) from error
+
+
 def must_answer(source: Source) -> None:
     """See, before the client tries again and again for half a minute, whether the hub has this set and answers."""
     client()
     from huggingface_hub import HfApi
 
-    try:
+    with asking(source):
         HfApi().dataset_info(source.package, timeout=PATIENCE)
-    except Exception as error:  # the client lets through errors of several HTTP libraries
-        raise DataError(_refused(source, error)) from error
 
 
 def save(source: Source, folder: Path) -> None:
@@ -48,10 +61,8 @@ def save(source: Source, folder: Path) -> None:
         DataError: the hub gives none, or another one than the one that is known.
     """
     datasets = client()
-    try:
+    with asking(source):
         found = datasets.load_dataset(source.package, source.config)
-    except Exception as error:  # the client lets through errors of several HTTP libraries
-        raise DataError(_refused(source, error)) from error
     found = datasets.DatasetDict({split: found[split] for split in source.rows if split in found})
     sizes = {split: len(rows) for split, rows in found.items()}
     columns = {column for rows in found.values() for column in rows.column_names}
@@ -77,15 +88,6 @@ def save_pictures(source: Source, split: str, rows: "Dataset", folder: Path) -> 
         images, labels = images[order], labels[order]
     np.save(folder / f"{split}-images.npy", images)
     np.save(folder / f"{split}-labels.npy", labels)
-
-
-def _refused(source: Source, error: Exception) -> str:
-    return (
-        f"The hub did not give {source.package!r}: {type(error).__name__}: {str(error).rstrip('.')}. It needs a "
-        "network that reaches the Hugging Face hub (HF_ENDPOINT names a mirror; what the client has in its own cache "
-        f"works without). Or run '{source.command}' on a machine that reaches it and copy the folder "
-        f"{source.folder_name} of its cache to this one's; 'relflat data list' names the cache."
-    )
 
 
 def pictures(source: Source, rows: "Dataset") -> tuple[np.ndarray, np.ndarray]:

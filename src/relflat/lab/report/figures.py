@@ -15,7 +15,7 @@ from scipy.stats import kendalltau
 
 from relflat.lab.compare.trials import Trial
 from relflat.lab.report.document import Figure
-from relflat.lab.report.drawing import Paint, cloud, curves, legend, marks, points
+from relflat.lab.report.drawing import cloud, curves, legend, marks, points
 from relflat.lab.report.summary import Summary
 from relflat.plot.style import PALETTE
 
@@ -37,13 +37,12 @@ def figures(summary: Summary) -> list[Figure]:
 
 def gain_against_cost(summary: Summary) -> Figure | None:
     """What each arm buys, and what its steps cost: the first figure, below the verdict; None without a pair."""
-    against = {pair.second: pair for pair in summary.differences}
     first, metric = summary.comparison.arms[0].title, summary.metric.title
 
     def paint(axes: Axes) -> None:
         axes.axhline(0, color=PALETTE["lines"][0], linewidth=1)
         for place, arm in enumerate(summary.comparison.arms):
-            pair, look, cost = against.get(arm.title), marks(place), summary.costs[arm.name].ratio
+            pair, look, cost = summary.against.get(arm.title), marks(place), summary.costs[arm.name].ratio
             if pair is None:
                 cloud(axes, [cost], [0], place, arm.title)
                 continue
@@ -55,29 +54,25 @@ def gain_against_cost(summary: Summary) -> Figure | None:
         legend(axes)
 
     caption = "Up is better, left is cheaper. Line: 95 % interval; filled: the difference is shown (p < .05)."
-    return Figure(f"Gain against cost, {summary.kind}", paint, caption) if against else None
+    return Figure(f"Gain against cost, {summary.kind}", paint, caption) if summary.differences else None
 
 
 @register
 def validation_by_epoch(summary: Summary) -> Figure:
     """Learning curves on validation data."""
-    return Figure(
-        f"Validation {summary.metric.error} by epoch",
-        error_curves(summary, "validation", "validation"),
+    caption = (
         f"{summary.metric.error.capitalize()} on up to 1,000 validation samples, targets as published. Line: mean "
-        "over the tested seeds; band: their range.",
+        "over the tested seeds; band: their range."
     )
+    return error_curves(summary, "validation", "Validation", caption)
 
 
 @register
 def validation_by_time(summary: Summary) -> Figure:
     """The same curves, with what a step costs."""
     seconds = {arm.title: summary.costs[arm.name].seconds for arm in summary.comparison.arms}
-    return Figure(
-        f"Validation {summary.metric.error} by training time",
-        error_curves(summary, "validation", "validation", seconds),
-        "The same against steps times the median seconds of a step.",
-    )
+    caption = "The same against steps times the median seconds of a step."
+    return error_curves(summary, "validation", "Validation", caption, seconds)
 
 
 @register
@@ -86,18 +81,18 @@ def training_by_epoch(summary: Summary) -> Figure:
     runs = [trial for trials in summary.tested.values() for trial in trials]
     noise = np.mean([trial.result["label_noise_changed"] for trial in runs])
     wrong = f"{100 * noise:.0f} % of them are wrong; an error well below that means they were memorised."
-    return Figure(
-        f"Training {summary.metric.error} by epoch",
-        error_curves(summary, "train", "training"),
-        f"{summary.metric.error.capitalize()} on the training samples as given. "
-        f"{wrong if noise else 'None were changed.'}",
-    )
+    caption = f"{summary.metric.error.capitalize()} on the training samples as given. "
+    return error_curves(summary, "train", "Training", caption + (wrong if noise else "None were changed."))
 
 
-def error_curves(summary: Summary, split: str, title: str, seconds: Mapping[str, float] | None = None) -> Paint:
+def error_curves(
+    summary: Summary, split: str, title: str, caption: str, seconds: Mapping[str, float] | None = None
+) -> Figure:
     """The error on a split by epoch, or by time where a step's seconds are given."""
-    key, label = f"{split}_{summary.metric.name}", f"{title} {summary.metric.error}, %"
-    return curves(summary.tested, key, label, error=True, seconds=seconds)
+    key, label = f"{split}_{summary.metric.name}", f"{title.lower()} {summary.metric.error}, %"
+    by = "epoch" if seconds is None else "training time"
+    paint = curves(summary.tested, key, label, error=True, seconds=seconds)
+    return Figure(f"{title} {summary.metric.error} by {by}", paint, caption)
 
 
 @register

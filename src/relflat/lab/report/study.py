@@ -32,19 +32,20 @@ from relflat.lab.train.timing import StepCost, step_costs
 
 PLAN, COSTS, ENVIRONMENT, REPORT = "plan.json", "costs.json", "environment.json", "report.json"
 FAILED = "failed.json"
+REQUIRED = {"task", "arms", "search_seeds"}  # in PLAN
 WRITTEN = r"(?:plan|costs|failed|environment)\.json|report\.\w+|[a-z0-9-]+\.svg"
 
 
 def folder_for(plan: Plan, runs: Path) -> Path:
     """Where the report of a comparison goes by default: a name made of its task and a hash of the plan."""
-    text = json.dumps({**plan.flat(), "source": source_of(plan.task)}, sort_keys=True)
+    text = json.dumps({**asdict(plan), "source": source_of(plan.task)}, sort_keys=True)
     return runs / f"compare-{short_name(plan.task)}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
     """Write the plan of a comparison, or see that the folder holds the same one."""
-    values = {**plan.flat(), "source": source_of(plan.task), "notes": notes, "runs": os.path.relpath(runs, folder)}
-    store.require_ours(folder, store.REPORT_MARK, _is_comparison(folder), "a report's folder; choose another --out")
+    values = {**asdict(plan), "source": source_of(plan.task), "notes": notes, "runs": os.path.relpath(runs, folder)}
+    store.require_ours(folder, store.REPORT_MARK, PLAN, REQUIRED, "a report's folder; choose another --out")
     if (folder / PLAN).is_file():
         old, new = store.read_json(folder / PLAN), store.as_json(values)
         keys = [key for key in new if key != "notes" and old.get(key) != new[key]]
@@ -60,11 +61,6 @@ def open_study(folder: Path, plan: Plan, runs: Path, notes: str) -> None:
         store.remove_unfinished(folder, WRITTEN)
         if not (folder / PLAN).is_file():
             store.write_json(folder / PLAN, values)
-
-
-def _is_comparison(folder: Path) -> bool:
-    """Whether what is in a folder without our mark is a comparison of an older version."""
-    return (folder / PLAN).is_file() and store.read_json(folder / PLAN).keys() >= {"task", "arms", "search_seeds"}
 
 
 def carry_out(folder: Path, plan: Plan, runs: Path, engine: int | Executor, on_trial: OnTrial) -> Summary:
@@ -123,7 +119,7 @@ def numbers(found: Summary) -> dict[str, Any]:
     """The numbers behind the report."""
     comparison = found.comparison
     return {
-        "plan": comparison.plan.flat(),
+        "plan": asdict(comparison.plan),
         "failed": dict(comparison.failed),
         "arms": [asdict(line) for line in found.rows],
         "differences": [asdict(pair) for pair in found.differences],

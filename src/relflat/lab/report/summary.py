@@ -50,17 +50,23 @@ class Summary:
     @cached_property
     def metric(self) -> Metric:
         """What the task is judged by."""
-        return metric_of(self.comparison)
+        return task_named(self.comparison.plan.task).metric
 
     @cached_property
     def rows(self) -> list[Row]:
         """One for each arm."""
-        return [row(self.comparison, arm, self.costs[arm.name]) for arm in self.comparison.arms]
+        return [row(self, arm) for arm in self.comparison.arms]
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """Of each other arm to the first."""
-        return score_differences(self.comparison)
+        """Of the metric on test data, each other arm to the first, over the seeds on which every arm finished."""
+        metric = self.metric.name
+        return paired(self.comparison, lambda result: float(result["test"][metric]))
+
+    @property
+    def against(self) -> dict[str, Difference]:
+        """The same by title of the other arm."""
+        return {pair.second: pair for pair in self.differences}
 
     @cached_property
     def untuned(self) -> "Summary | None":
@@ -95,18 +101,14 @@ class Summary:
         return {arm.title: [each for each in candidates if each.arm == arm.name] for arm in arms}
 
 
-def metric_of(comparison: Comparison) -> Metric:
-    """What the comparison's task is judged by."""
-    return task_named(comparison.plan.task).metric
-
-
-def row(comparison: Comparison, arm: Arm, cost: StepCost) -> Row:
+def row(summary: Summary, arm: Arm) -> Row:
     """Summarise the tested runs of one arm."""
-    metric, trials = metric_of(comparison).name, comparison.finals[arm.name]
+    comparison, metric, cost = summary.comparison, summary.metric.name, summary.costs[arm.name]
+    trials = comparison.finals[arm.name]
     done = [trial for trial in trials if trial.finished]
 
     def over_seeds(part: str, key: str) -> MeanSd:
-        return spread([trial.result[part].get(key) for trial in done])
+        return mean_sd([trial.result[part].get(key) for trial in done])
 
     return Row(
         arm=arm.name,
@@ -117,23 +119,17 @@ def row(comparison: Comparison, arm: Arm, cost: StepCost) -> Row:
         score=over_seeds("test", metric),
         loss=over_seeds("test", "loss"),
         ece=over_seeds("test", "ece"),
-        equal_time=spread([at_equal_time(trial, cost, metric) for trial in done]),
+        equal_time=mean_sd([at_equal_time(trial, cost, metric) for trial in done]),
         shifts={
-            name: spread([elsewhere(trial.result, "shifts", name, metric) for trial in done])
+            name: mean_sd([elsewhere(trial.result, "shifts", name, metric) for trial in done])
             for name in (done[0].result.get("shifts", {}) if done else {})
         },
         kappa=over_seeds("flatness", "value"),
-        kappa_before=spread([trial.result.get("kappa_before") for trial in done]),
+        kappa_before=mean_sd([trial.result.get("kappa_before") for trial in done]),
         confidence=over_seeds("flatness", "confidence"),
         weight_norm=over_seeds("flatness", "weight_norm"),
         cost=cost,
     )
-
-
-def spread(values: Sequence[float | None]) -> MeanSd:
-    """Mean and deviation; nan without values, or where one of them is not known."""
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    return mean_sd(known) if 0 < len(known) == len(values) else (math.nan, math.nan)
 
 
 def at_equal_time(trial: Trial, cost: StepCost, metric: str) -> float:
@@ -160,14 +156,8 @@ def elsewhere(result: Mapping[str, Any], part: str, name: str, metric: str) -> f
     return None if not values or None in values else sum(values) / len(values)
 
 
-def score_differences(comparison: Comparison) -> list[Difference]:
-    """Paired differences of the metric on test data to the first arm, over the seeds on which every arm finished."""
-    metric = metric_of(comparison).name
-    return paired(comparison, lambda result: float(result["test"][metric]))
-
-
 def paired(comparison: Comparison, number: Number) -> list[Difference]:
-    """The same of any number of a run; nothing where a run lacks it, or every seed has a run that diverged."""
+    """Paired differences to the first arm; nothing where a run lacks the number, or every seed has a diverged run."""
     by_seed = zip(*(comparison.finals[arm.name] for arm in comparison.arms), strict=True)
     whole = [[number(run.result) for run in runs] for runs in by_seed if all(run.finished for run in runs)]
     if not whole or any(value is None for values in whole for value in values):
@@ -192,12 +182,11 @@ def cells(summary: Summary, line: Row) -> list[tuple[str, str, str]]:
     """A row of the tables: heading, the table that has it (page, terminal, paper), and the text."""
     title = summary.metric.title
     shifts = dict.fromkeys(name for row in summary.rows for name in row.shifts)
-    against = {pair.second: points(pair) for pair in summary.differences}
     lost = f" (+{line.diverged} diverged)" if line.diverged else ""
     return [
         ("arm", "htp", line.title),
         (f"test {title}, %", "htp", percent(line.score)),
-        ("difference, points", "hp", against.get(line.title, "")),
+        ("difference, points", "hp", points(summary.against.get(line.title))),
         ("n", "htp", f"{line.n}{lost}"),
         ("test loss", "p", number(line.loss)),
         *((f"on {name}, %", "p", percent(line.shifts[name]) if name in line.shifts else "") for name in shifts),
@@ -242,7 +231,7 @@ def column(summary: Summary, of: Number, *, share: bool) -> list[str]:
     against = {pair.second: pair for pair in paired(summary.comparison, of)}
     cells = []
     for title, trials in summary.tested.items():
-        own = spread([of(trial.result) for trial in trials if trial.finished])
+        own = mean_sd([of(trial.result) for trial in trials if trial.finished])
         difference = points(against.get(title), *((100, ".1f") if share else (1, ".3f")))
         cells.append((percent(own) if share else number(own)) + (f"\n{difference}" if difference else ""))
     return cells

@@ -64,7 +64,7 @@ def title_of(name: str) -> str:
 def source_of(name: str) -> str | None:
     """What stands for the task's code: the content of its file, and its version from 2 on; None for neither."""
     place, version = own.split_name(name), task_named(name).version
-    parts = [] if place is None else [own.fingerprint(place[0])]
+    parts = [] if place is None else [own.digest_of(place[0])[:12]]
     parts += [] if version == 1 else [f"version {version}"]
     return " ".join(parts) or None
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from relflat.lab.data.arrays import Inputs
 from relflat.lab.data.batches import Batch
+from relflat.measure.undisturbed import evaluating
 
 BINS = 15
 Evaluate = Callable[[nn.Module, nn.Module, Iterable[Batch]], dict[str, Any]]
@@ -35,13 +36,9 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def evaluate(metric: Metric, model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
-    """What the metric says of the batches of a split, in eval mode; the mode is put back afterwards."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        found = metric.evaluate(model, loss, batches)
-    model.train(was_training)
-    return found
+    """What the metric says of the batches of a split, in eval mode; every module's mode is put back afterwards."""
+    with evaluating(model), torch.no_grad():
+        return metric.evaluate(model, loss, batches)
 
 
 def classify(model: nn.Module, loss: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:

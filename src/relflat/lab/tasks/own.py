@@ -40,11 +40,6 @@ def load(path: Path, name: str, task: str) -> Task:
     return look_up(f"task in {path.name}", name, found)
 
 
-def fingerprint(path: Path) -> str:
-    """Twelve hexadecimal digits that stand for the content of the file."""
-    return digest_of(path)[:12]
-
-
 def digest_of(path: Path) -> str:
     """The SHA-256 of the file."""
     return hashlib.sha256(content_of(path)).hexdigest()

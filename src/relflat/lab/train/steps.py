@@ -4,18 +4,16 @@ A step takes one batch and returns what it minimised. BatchNorm statistics move 
 forward passes.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relflat import FAM
 from relflat.lab.data.arrays import Inputs
 from relflat.lab.tasks.metrics import run
+from relflat.theory.sharpness import kept
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +61,7 @@ def sam_step(learner: Learner, inputs: Inputs, targets: Tensor) -> Losses:
 
     def uphill() -> float:
         set_counter(learner.criterion, step)
-        with buffers_kept(learner.model):
+        with kept(learner.model.buffers()):  # running statistics and their counters move in the first pass alone
             return float(learner.backward(inputs, targets).total)
 
     learner.optimizer.step(uphill)
@@ -95,15 +93,3 @@ def set_counter(criterion: nn.Module, step: int) -> None:
     """Put back what ``get_counter`` returned."""
     if isinstance(criterion, FAM):
         criterion.step = step
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what the passes inside do to the buffers (running statistics and their counters)."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)

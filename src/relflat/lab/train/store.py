@@ -48,24 +48,20 @@ def folder_of(config: RunConfig, root: Path, name: str | None = None) -> Path:
 
 def check_folder(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
     """See whether this run may live in the folder, or replace an earlier one there; nothing is written."""
-    require_ours(folder, LOCK, _is_run(folder), "a run's folder; choose another name")
+    require_ours(folder, LOCK, CONFIG, REQUIRED, "a run's folder; choose another name")
     if (folder / CONFIG).is_file() and not fresh:
         _same(folder, config)
 
 
-def require_ours(folder: Path, mark: str, known: bool, kind: str) -> None:
-    """Refuse a folder that holds something, unless it has our mark or is known to be of a version without marks."""
-    ours = known or (folder / mark).is_file() or not folder.exists()
-    if not ours and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+def require_ours(folder: Path, mark: str, file: str, keys: set[str], kind: str) -> None:
+    """Refuse a folder that holds something, unless it has our mark or, of a version without marks, this JSON file."""
+    if (folder / mark).is_file() or not folder.exists():
+        return
+    with suppress(OSError, DataError):  # there is no such file, or it is that of something else
+        if read_json(folder / file).keys() >= keys:
+            return
+    if not folder.is_dir() or next(folder.iterdir(), None) is not None:
         raise ConfigError(f"{folder} exists and is not {kind}.")
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether the configuration in a folder is a run's, and not that of something else."""
-    try:
-        return read_json(folder / CONFIG).keys() >= REQUIRED
-    except (OSError, DataError):
-        return False
 
 
 class StorageError(ConfigError):
