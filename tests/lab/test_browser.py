@@ -26,7 +26,7 @@ def test_report_has_no_console_error_and_does_not_scroll_sideways(tmp_path, widt
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--dump-dom"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr
-    assert done.stdout.count('<svg role="img"') == 8
+    assert done.stdout.count('<svg role="img"') == 9
     found = re.search(r"<title>(\d+) (\d+)</title>", done.stdout)
     assert found is not None
     inner, needed = map(int, found.groups())
