@@ -348,3 +348,29 @@ class TestCTC:
         ) as fam:
             fam(model(self.x), self.y).backward()
         assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("classes", [25, 26, 60])  # on both sides of where another formula is the cheaper one
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "reduction": "sum"}])
+def test_closed_forms_of_few_and_of_many_classes(classes: int, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    net, loss_fn = (
+        nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, classes)).double(),
+        nn.CrossEntropyLoss(**options),
+    )
+    x, y = torch.randn(5, 4).double(), torch.randint(classes, (5,))
+    kappa = lambda: float(reference.kappa(*reference.at_layer(net, loss_fn, x, y, "2")).detach())
+    flat = relative_flatness(net, loss_fn, (x, y), layer="2")
+    assert (flat.method, flat.value) == ("closed_form", pytest.approx(kappa(), rel=1e-9))
+    with FAM(loss_fn, net, "2", strength=1.0) as fam:
+        (fam(net(x), y) - loss_fn(net(x), y)).backward()
+    h = 1e-6
+    for p in (net[2].weight, net[0].weight):
+        v, ends = torch.randn_like(p), []
+        for side in (1, -1):
+            with torch.no_grad():
+                p.add_(side * h * v)
+            ends.append(kappa())
+            with torch.no_grad():
+                p.sub_(side * h * v)
+        assert float((p.grad * v).sum()) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5)
