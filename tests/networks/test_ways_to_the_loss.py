@@ -1,5 +1,6 @@
 """All ways from a weight to the loss, parameters as matrices, and samples that mix from some step on."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from architectures import Net
 from test_layers import conv1d_of_gpt2
 from test_which_layer import CE, CLASSES, IN, N, batch, by_differences, kappa, mlp
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
 from relflat import GraphError, LayerError, relative_flatness
@@ -249,9 +251,25 @@ class TestParameters:
         for method in ("probe", "finite_difference"):
             flat = relative_flatness(net, CE, (x, y), layer="P", method=method, probes=300)
             assert abs(flat.value - want) <= 4 * flat.stderr
-        adaptive = relative_flatness(net, CE, (x, y), layer="P", method="exact", adaptive=True)
-        assert adaptive.method == "exact(weight)"
-        assert adaptive.value != pytest.approx(want)
+
+    @pytest.mark.parametrize(
+        ("name", "features"),
+        [
+            ("x @ P", (IN, 1)),
+            ("P @ x", (1, IN)),
+            ("experts (e, in, out)", (2, IN, 1)),
+            ("experts (e, out, in)", (2, 1, IN)),
+        ],
+    )
+    def test_the_adaptive_form_is_the_laplacian_in_the_scales_of_features(
+        self, name: str, features: tuple[int, ...]
+    ) -> None:
+        (net, _), (x, y) = self.network(name), batch()
+        of = lambda r: CE(functional_call(net, {"P": net.P * (1 + r)}, (x,)), y)
+        size = math.prod(features)
+        H = torch.autograd.functional.hessian(of, torch.zeros(features).double()).reshape(size, size)
+        flat = relative_flatness(net, CE, (x, y), layer="P", method="exact", adaptive=True)
+        assert (flat.method, flat.value) == ("exact(weight)", pytest.approx(float(H.trace()), rel=1e-8))
 
     @pytest.mark.parametrize(
         ("make", "x"),
