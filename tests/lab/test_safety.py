@@ -19,11 +19,11 @@ from relflat.cli.main import main
 from relflat.errors import ConfigError, DataError
 from relflat.lab.common.sums import SUMS
 from relflat.lab.compare.trials import each, workers
-from relflat.lab.data import fetch, splits
+from relflat.lab.data import fetch
 from relflat.lab.report.document import Document, Section, Table, as_text
 from relflat.lab.report.drawing import draw, inline
 from relflat.lab.report.report import latex_text
-from relflat.lab.tasks import metrics, models, own
+from relflat.lab.tasks import own
 from relflat.lab.tasks.metrics import calibration
 from relflat.lab.train import checkpoint, store
 from relflat.lab.train.config import make
@@ -366,9 +366,19 @@ def test_markup_is_escaped_and_numbers_are_not():
 # paths of before
 
 
-@pytest.mark.parametrize("old", ["evaluate", "models", "splits"])
-def test_modules_that_documents_named_are_found_under_their_old_names(old):
-    new = {"evaluate": metrics, "models": models, "splits": splits}[old]
-    module = import_module(f"relflat.lab.{old}")
-    mine = {name for name, value in vars(new).items() if getattr(value, "__module__", None) == new.__name__}
-    assert all(getattr(module, name) is getattr(new, name) for name in mine if name[0] != "_")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("store", "train.store"),
+        ("lock", "train.store"),
+        ("checkpoint", "train.checkpoint"),
+        ("fetch", "data.fetch"),
+        ("splits", "data.splits"),
+        ("arms", "compare.arms"),
+        ("models", "tasks.models"),
+        ("evaluate", "tasks.metrics"),
+        ("figures", "report.drawing"),
+    ],
+)
+def test_modules_are_found_under_their_older_paths_too(old, new):
+    assert import_module(f"relflat.lab.{old}") is import_module(f"relflat.lab.{new}")

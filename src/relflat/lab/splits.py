@@ -1,3 +1,0 @@
-"""An older path of `relflat.lab.data.splits`."""
-
-from relflat.lab.data.splits import *  # noqa: F403
