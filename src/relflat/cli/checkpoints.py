@@ -68,7 +68,7 @@ def read(path: Path, *, unsafe: bool) -> Any:
 def must_be_there(path: Path) -> None:
     """Refuse what is no file."""
     if not path.is_file():
-        what = "it is a folder; name the file of weights in it" if path.is_dir() else "no such file"
+        what = "it is a folder; name the file of weights in it" if path.is_dir() else "no such file; check the path"
         raise DataError(f"Cannot read the checkpoint {path}: {what}")
 
 

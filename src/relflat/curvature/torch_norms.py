@@ -64,7 +64,7 @@ def _younger(of: Sequence[Tensor], oldest: int) -> Iterator[Node]:
 
 
 class Mended(Protocol):
-    """A normalisation as its node saved it; G is the gradient in its input, a function of (gy, x, w)."""
+    """An operation as its node saved it; G is the gradient in its input, a function of (gy, x, w)."""
 
     def __init__(self, node: Any) -> None:
         """Read the node."""

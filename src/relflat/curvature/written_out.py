@@ -5,6 +5,7 @@ operation itself from elementary operations, and a line in ``WRITTEN_OUT``.
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def gradients(
     return tuple(next(pulled) if need and t is not None else None for t, need in zip(given, needs, strict=True))
 
 
-class _OfInput:
+class _OfInput(ABC):
     """What has no weight, and derivatives by automatic differentiation."""
 
     weight: Tensor | None = None
@@ -42,8 +43,9 @@ class _OfInput:
     def __init__(self, node: Any) -> None:
         self.x, self.node = node._saved_self, node
 
+    @abstractmethod
     def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """G from elementary operations."""
 
     def once(self, v: Tensor, found: Tensor, given: Sequence[Any], needs: Sequence[bool]) -> Gradients:
         return once_by_autograd(self.composed, v, given, needs)
@@ -71,9 +73,9 @@ class _Hardsigmoid(_OfInput):
 class _Twin(_OfInput):
     """``G`` as the gradient of another function with the same values, in x."""
 
+    @abstractmethod
     def value(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """The operation; ``weight`` is its other input."""
-        raise NotImplementedError
 
     def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
         with torch.enable_grad():
@@ -83,7 +85,7 @@ class _Twin(_OfInput):
 
 
 class _Cdist(_Twin):
-    """Distances between rows, one of the two inputs; PyTorch's have no second derivative."""
+    """Distances between rows, by one of the two inputs; all differences are written out, distances times features."""
 
     def __init__(self, node: Any, other: bool = False) -> None:
         pair = node._saved_x1, node._saved_x2
