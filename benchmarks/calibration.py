@@ -1,11 +1,12 @@
 """Are standard errors honest? Estimates over many seeds against the exact value, on trained networks.
 
-    python benchmarks/calibration.py [--seeds 100] [--only NAME] [--method NAME]
+    python benchmarks/calibration.py [--seeds 100] [--only NAME] [--method NAME] [--json PATH]
 
 For each network and stochastic method it prints the share of seeds in which the estimate is more than 2, and more
 than 4, standard errors from the exact value (normal: 4.6 % and .006 %), and the root mean square of that distance (1
 for errors that are neither too small nor too large). Every network is a small one, trained for seconds on data that
-come with scikit-learn, on up to 96 samples, in float64.
+come with scikit-learn, on up to 96 samples, in float64. Of all networks and methods it writes the same as JSON,
+method by method.
 """
 
 import argparse
@@ -13,12 +14,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from sklearn import datasets
 from torch import Tensor, nn
 
+from output import RESULTS, environment, save
 from relflat import relative_flatness
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -113,30 +116,34 @@ def distances(network: Network, options: dict[str, Any], seeds: int, probes: int
     return torch.tensor([(f.value - true) / f.stderr if f.stderr else 0.0 for f in found], dtype=torch.float64)
 
 
-def shares(z: Tensor) -> tuple[float, float, float]:
-    """Beyond 2 and 4 standard errors, and the root mean square."""
-    return *(float((z.abs() > k).double().mean()) for k in (2, 4)), math.sqrt(float(z.square().mean()))
+def row(network: str, method: str, z: Tensor) -> dict[str, Any]:
+    """Shares beyond 2 and 4 standard errors, and the root mean square; printed and returned."""
+    beyond2, beyond4 = (float((z.abs() > k).double().mean()) for k in (2, 4))
+    rms = math.sqrt(float(z.square().mean()))
+    print(f"{network:24s}{method:28s}{beyond2:8.1%}{beyond4:8.2%}{rms:8.2f}", flush=True)
+    return {"case": network, "row": method, "beyond_2": beyond2, "beyond_4": beyond4, "rms": rms, "n": len(z)}
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--probes", type=int, help="default: that of relative_flatness")
     parser.add_argument("--only", default="", help="networks whose name holds this")
     parser.add_argument("--method", default="", help="methods whose name holds this")
+    parser.add_argument("--json", type=Path, help="by default benchmarks/results/calibration.json, if all is run")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="kappa of layer")
+    path = options.json or (None if options.only or options.method else RESULTS / "calibration.json")
     trained = [make() for name, make in networks() if options.only in name]
+    content: dict[str, Any] = {"environment": environment(), "seeds": options.seeds, "rows": []}
     print(f"{'network':24s}{'method':28s}{'>2':>8s}{'>4':>8s}{'rms':>8s}")
     for method in [m for m in METHODS if options.method in m]:
-        found = []
-        for network in trained:
-            found.append(distances(network, METHODS[method], options.seeds, options.probes))
-            beyond2, beyond4, rms = shares(found[-1])
-            print(f"{network[0]:24s}{method:28s}{beyond2:8.1%}{beyond4:8.2%}{rms:8.2f}", flush=True)
-        beyond2, beyond4, rms = shares(torch.cat(found))
-        print(f"{'all':24s}{method:28s}{beyond2:8.1%}{beyond4:8.2%}{rms:8.2f}", flush=True)
+        found = [distances(network, METHODS[method], options.seeds, options.probes) for network in trained]
+        content["rows"] += [row(n[0], method, z) for n, z in zip(trained, found, strict=True)]
+        content["rows"].append(row("all", method, torch.cat(found)))
+        if path is not None:
+            save(path, content)
 
 
 if __name__ == "__main__":

@@ -170,9 +170,8 @@ class FAM(nn.Module):
         criterion, active = Criterion(loss_fn, targets, kwargs), self._active()
         task, tensor = criterion(outputs), output_tensor(outputs)
         if not active:
-            self._forget()
             self._last = {"task": task.detach(), "penalty": 0.0}
-            return task
+            return self._plain(task)
         if self._perturbs():
             return self._perturbed(task, tensor)
         forwards = self._tap.take(task)
@@ -208,16 +207,14 @@ class FAM(nn.Module):
         """
         check(**{"penalty of loss": loss})
         if not self._active():
-            self._forget()
-            return loss.new_zeros(())
+            return self._plain(loss).new_zeros(())
         if self._estimator.repeats:
             raise ConfigError(
                 "penalty(loss) cannot compute the loss of a perturbed pass; use criterion(outputs, targets) with "
                 "radius= or method='finite_difference'"
             )
         forwards = self._tap.take(loss)
-        last = forwards[-1]
-        if self._tap.watching and not last.parameters and not depends_on(loss, last.calls):
+        if self._tap.watching and not forwards[-1].parameters and not depends_on(loss, forwards[-1].calls):
             return loss.new_zeros(())  # one of several losses, and not one of these layers
         if self._rests(forwards, loss):
             return loss.new_zeros(())
@@ -275,9 +272,12 @@ class FAM(nn.Module):
     def _active(self) -> bool:
         return self.training and self._tap.training
 
-    def _forget(self) -> None:
+    def _plain(self, loss: Tensor) -> Tensor:
         if not (self._tap.copied or self._tap.watching):
             self._tap.reset()
+        if self.training and self._tap.tapped:
+            self._guards.look_for_training(loss)
+        return loss
 
     def _left(self, forwards: Sequence[Forward], loss: Tensor, step: int) -> Tensor:
         self._tap.leave(forwards, loss, step)

@@ -17,6 +17,11 @@ from relflat.capture.graph import hold_back
 from relflat.errors import warn
 
 _EVERY, _SPREAD, _PATIENCE = 10, 1e-3, 5
+_EVALUATION = (
+    "a loss without a penalty was differentiated, as the model was in evaluation mode: if that was a training step, "
+    "call model.train() before it (to hold normalisation or dropout fixed, put those modules alone in evaluation "
+    "mode, after that); if not, call criterion.eval() as well, or the criterion inside"
+)
 
 
 def waits(x: Tensor) -> bool:
@@ -105,6 +110,11 @@ class Guards:
             self._looked = list(spreads), list(kappas), _fetched(values)
             if not waits(values):
                 self.read()
+
+    def look_for_training(self, loss: Tensor) -> None:
+        """Say it if a loss that has no penalty, as the model is in evaluation mode, is differentiated."""
+        if loss.requires_grad and "evaluation" not in self._said:
+            loss.register_hook(lambda _: self._say("evaluation", _EVALUATION))
 
     def read(self) -> None:
         """Take in what was last looked at."""

@@ -57,6 +57,52 @@ class TestCollapse:
         assert spread(torch.randn(1000, 3)) == pytest.approx(1, rel=0.01)
 
 
+class TestTrainedInEvaluationMode:
+    @pytest.fixture
+    def net(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval()
+
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_it_is_said_once_by_the_backward_pass_and_not_by_validation(self, net: nn.Module, alone: bool) -> None:
+        x, y = data()
+        fam = FAM(None if alone else CE(), net, "output", strength=1.0)
+
+        def loss() -> torch.Tensor:
+            return CE()(net(x), y) + fam.penalty(CE()(net(x), y)) if alone else fam(net(x), y)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss()  # as in validation, which nobody differentiates
+            with torch.no_grad():
+                loss()
+        if alone:
+            before = CE()(net(x), y)
+            fam.penalty(before)
+        else:
+            before = loss()
+        with pytest.warns(RelflatWarning, match=r"evaluation mode: if that was a training step, call model.train"):
+            before.backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss().backward()
+
+    def test_nothing_is_said_where_it_was_meant(self, net: nn.Module) -> None:
+        x, y = data()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fam = FAM(CE(), net, "output", strength=1.0).eval()
+            fam(net(x), y).backward()
+            fam.train()
+            net.train()
+            net[1].eval()  # BatchNorm alone
+            fam(net(x), y).backward()
+            assert fam.last["kappa"] > 0
+            fam.close()
+            net.eval()
+            fam(net(x), y).backward()
+
+
 class Attention(nn.Module):
     """An embedding, attention by the fused kernel, classes: no second derivative after the first layer."""
 

@@ -93,8 +93,7 @@ class Tap:
         if self._depth > 1:
             return
         self._open = None
-        if _LEAVING in self._handles:
-            remove({_LEAVING: self._handles.pop(_LEAVING)})
+        remove({_LEAVING: self._handles.pop(_LEAVING, [])})
         if self._wants(model):
             self._pending.begin()
             self._changed, self._inject = False, None
@@ -122,8 +121,7 @@ class Tap:
         record, self._open = self._open, None
         if output is None:  # the forward raised: nothing of it is kept
             return
-        record.outputs = output
-        record.parameters = self._parameters
+        record.outputs, record.parameters = output, self._parameters
         self._pending.put(record)
 
     def _before_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -239,8 +237,12 @@ class Tap:
                 "this criterion is a copy (deepcopy or pickle), and its hooks stayed with the original model; "
                 "build a new FAM for the copied model, or evaluate with criterion.eval()"
             )
-        model = self._model()
-        return model is not None and bool(self._handles) and model.training
+        return self.tapped and self.model.training
+
+    @property
+    def tapped(self) -> bool:
+        """Whether the model is alive, and watched by hooks."""
+        return self._model() is not None and bool(self._handles)
 
     @property
     def pending(self) -> int:
@@ -345,6 +347,5 @@ class Tap:
 def _closed_tap() -> Tap:
     tap = object.__new__(Tap)
     tap.layers, tap._parameters, tap._handles, tap._pending, tap.copied = {}, {}, {}, Pending(), True
-    tap._matched = set()
-    tap._model = lambda: None
+    tap._matched, tap._model = set(), lambda: None
     return tap
