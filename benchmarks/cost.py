@@ -235,12 +235,8 @@ def train(case: Case, options: Options) -> list[dict[str, Any]]:
     wall, processor = in_turns({label: s.step for label, s in steps.items()}, options, UNEVEN)
     rows, plain = [], {}
     for label, step in steps.items():
-        count = UNEVEN.get(label, 1) * DRAWS.get(label, 1)
-        with Operations() as operations:
-            for _ in range(count):
-                step.step()
-        seen: dict[str, Any] = {"operations": operations.total / count, "flops": _mean_flops(step.step, count)}
-        seen["peak"] = peak(case, label, options)
+        count = UNEVEN.get(label, 1) * (1 if options.small else DRAWS.get(label, 1))
+        seen: dict[str, Any] = counts(step, count) | {"peak": peak(case, label, options)}
         plain = plain or seen
         report = getattr(step.criterion, "last", {})
         rows.append(
@@ -253,8 +249,17 @@ def train(case: Case, options: Options) -> list[dict[str, Any]]:
     return rows + [{"case": case.name, "row": label, "cannot_run": why} for label, why in failed.items()]
 
 
-def _mean_flops(step: Callable[[], Any], count: int) -> float:
-    return flops(lambda: [step() for _ in range(count)]) / count
+def counts(step: Step, number: int) -> dict[str, float]:
+    """Operations and FLOPs of a step, means over so many."""
+    operations = Operations()
+
+    def steps() -> None:
+        with operations:
+            for _ in range(number):
+                step.step()
+
+    work = flops(steps)
+    return {"operations": operations.total / number, "flops": work / number}
 
 
 def peak(case: Case, label: str, options: Options) -> float | None:
@@ -280,14 +285,18 @@ def measure(case: Case, options: Options) -> list[dict[str, Any]]:
     runs: dict[str, Callable[[], Any]] = {"plain": plain._backward}
     for label, arguments in MEASURES.items():
         runs[label] = partial(_by_layer, plain, case, arguments)
-    few = Options(**{**asdict(options), "rounds": min(3, options.rounds)})
-    found = {label: run() for label, run in runs.items()}
+    few = Options(**{**asdict(options), "rounds": 1 if options.small else min(3, options.rounds)})
+    found: dict[str, Any] = {}
+    ratios, passes = {}, flops(plain._backward)
+    for label in MEASURES:
+        work = flops(lambda label=label: found.update({label: runs[label]()}))
+        ratios[label] = work / passes
     wall, processor = in_turns(runs, few, {})
     for label in MEASURES:
         errors = sorted(f.stderr / abs(f.value) for f in found[label].values())
         rows.append(
             {"case": case.name, "row": label, "median_error": errors[len(errors) // 2], "layers": len(errors)}
-            | {"flops": flops(runs[label]) / flops(plain._backward), "goal": case.goals.get(label)}
+            | {"flops": ratios[label], "goal": case.goals.get(label)}
             | {"wall": asdict(ratio_to(wall[label], wall["plain"]))}
             | {"processor": asdict(ratio_to(processor[label], processor["plain"]))}
         )
