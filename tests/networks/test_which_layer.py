@@ -20,8 +20,11 @@ from relflat import (
     relative_flatness,
     relative_flatness_by_layer,
 )
+from relflat.capture.kinds import is_linear, kind_of
 from unbounded import FAM
 
+LINEAR = kind_of(nn.Linear(1, 1))
+assert LINEAR is not None
 CE = nn.CrossEntropyLoss()
 IN, CLASSES, N = 4, 3, 6
 
@@ -88,6 +91,31 @@ class TestByWhatItComputes:
         with FAM(CE, net, "0", strength=1.0, curvature="hessian", method="exact") as fam:
             fam(net(x), y)
         assert fam.last["kappa"] == pytest.approx(flat.value, rel=1e-9)
+
+    @pytest.mark.parametrize(
+        ("dtype", "off", "linear"),
+        [
+            *((torch.float64, 2.5e-8, True), (torch.float64, 3.5e-8, False)),
+            *((torch.float32, 6e-4, True), (torch.float32, 8e-4, False)),
+            *((torch.bfloat16, 0.02, True), (torch.bfloat16, 0.045, False)),
+        ],
+    )
+    def test_what_rounding_may_change(self, dtype: torch.dtype, off: float, linear: bool) -> None:
+        """Twice the root of the precision, and at most 3 %, of the larger of the two, sample by sample."""
+        layer, x = nn.Linear(IN, 400, bias=False).to(dtype), torch.randn(3, IN, dtype=dtype)
+        for wrong in ([0], [1], [2], [0, 1, 2]):
+            z = (x.double() @ layer.weight.detach().double().mT).index_fill(0, torch.tensor(wrong), 0)
+            z = z + (1 + off) * (x.double() @ layer.weight.detach().double().mT - z)
+            output = z if dtype == torch.float64 else z.float()  # the coarsest of input, weight and output counts
+            assert is_linear(LINEAR, layer, x, layer.weight, output) is linear, wrong
+
+    def test_two_samples_are_looked_at_by_turns(self) -> None:
+        layer, x = nn.Linear(IN, 5), torch.randn(4, IN)
+        for wrong in range(4):
+            y = layer(x).detach()
+            y[wrong] *= 3
+            found = [is_linear(LINEAR, layer, x, layer.weight, y, turn) for turn in range(8)]
+            assert found == [wrong not in (0, turn % 4) for turn in range(8)]
 
     def test_a_convolution_that_pads_by_itself(self) -> None:
         torch.manual_seed(0)

@@ -45,7 +45,13 @@ class Ends(nn.Module):
         return self.end(self.layer(x))
 
 
-@pytest.mark.parametrize("end", [lambda z: z.relu_(), lambda z: z.mul_(2.0), lambda z: z.relu(), lambda z: z.mT.mT])
+@pytest.mark.parametrize(
+    "end",
+    [
+        *(lambda z: z.relu_(), lambda z: z.mul_(2.0), lambda z: z.relu(), lambda z: z.mT.mT),
+        *(lambda z: 2 * z, lambda z: z.clone().relu_(), lambda z: z.flip(1)),
+    ],
+)
 def test_what_is_done_with_the_output_is_done_with_the_perturbed_one_too(end: Callable[[Tensor], Tensor]) -> None:
     x, y, net = torch.randn(6, 4), torch.randint(3, (6,)), Ends(end)
     with FAM(CE(), net, "layer", strength=0.5, radius=0.5, seed=1) as fam:
