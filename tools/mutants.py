@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from importlib.machinery import SourceFileLoader
-from itertools import accumulate
+from itertools import accumulate, chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -132,15 +132,21 @@ class Tests:
         return {n: {re.sub(r"(@[\w-]+)?\|\w+$", "", c) for c in names if c} for n, names in contexts.items()}
 
     def of(self, path: Path, line: int) -> list[str]:
-        """Tests of a line, or of what is around it where it runs on import: least reach first, files in turn."""
+        """Tests of a line, or of what is around it where it runs on import.
+
+        By turns one of least reach, files in turn, and one at random: some lines are what a test is about, others
+        are run by thousands, any of which would notice.
+        """
         for span in spans(parsed(path), line):
             ran = {test for n, tests in self.ran(path).items() if n in span for test in tests}
             by_file = defaultdict(list)
             for test in sorted(ran & self.seconds.keys(), key=lambda t: (self.reach[t], t)):
                 by_file[test.split("::")[0]].append(test)
             if by_file:
-                turns = [(k, self.reach[t], t) for tests in by_file.values() for k, t in enumerate(tests)]
-                return [t for *_, t in sorted(turns)]
+                turns = sorted((k, self.reach[t], t) for tests in by_file.values() for k, t in enumerate(tests))
+                names = [t for *_, t in turns]
+                others = random.Random(line).sample(names, len(names))
+                return list(dict.fromkeys(chain.from_iterable(zip(names, others, strict=True))))
         return []
 
     @functools.cached_property

@@ -82,6 +82,7 @@ CASES = {
     ),
     "conv2d reflect": Case(lambda: nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), image(1, 2, 3), 12),
     "conv2d groups": Case(lambda: nn.Conv2d(4, 6, 2, groups=2), image(4, 2, 3), 12),
+    "conv2d groups of one window": Case(lambda: nn.Conv2d(4, 6, 2, groups=2), image(4, 2, 2), 6),
     "conv2d depthwise": Case(lambda: nn.Conv2d(3, 6, 2, groups=3, padding=1), image(3, 2, 1), 36),
     "conv2d 1x1": Case(lambda: nn.Conv2d(3, 2, 1), image(3, 2, 2), 8),
     "conv3d": Case(lambda: nn.Conv3d(1, 2, 2, padding=(0, 1, 0)), image(1, 2, 2, 3), 12),
@@ -148,6 +149,7 @@ def test_gauss_newton(name: str) -> None:
     flat = relative_flatness(model, CE, (x, y), layer="layer", method="exact", curvature="ggn")
     assert flat.value == pytest.approx(want, rel=1e-9)
     probe = relative_flatness(model, CE, (x, y), layer="layer", method="probe", curvature="ggn", probes=FEW_PROBES)
+    assert abs(probe.trace - flat.trace) < 4.5 * probe.trace_stderr + 1e-10
     assert abs(probe.value - want) < 4.5 * probe.stderr
     assert abs(probe.trace - flat.trace) < 4.5 * probe.trace_stderr
 

@@ -114,6 +114,8 @@ REORDER: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "features gathered": (lambda x: x.gather(1, MIXED[:, None].expand(4, 5)), False),
     "largest": (lambda x: x.topk(2, 0).values, True),
     "computed": (lambda x: x.exp(), False),
+    "taken": (lambda x: x.take(MIXED), True),
+    "scattered": (lambda x: torch.zeros(4, 5).index_put((MIXED,), x), True),
     "summed": (lambda x: x.sum(0), False),
 }
 
@@ -160,20 +162,41 @@ def convolutions() -> nn.Module:
     return nn.Sequential(*parts, nn.Flatten(), nn.Dropout(0.2), nn.LayerNorm(24), nn.Linear(24, 3))
 
 
+class Indexed(nn.Module):
+    """Rows of features by indices, in one dimension and in two next to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.out = nn.Conv2d(2, 4, 1), nn.Linear(6, 3)
+        self.rows, self.columns = torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        return self.out(
+            torch.cat([h[:, 1:3, self.rows, self.columns].flatten(1)], 1) + h[:, 2, self.rows].flatten(1)[:, :6]
+        )
+
+
 KNOWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "branches": (Branches, (5, 4, 7)),
+    "indexed": (Indexed, (5, 2, 3, 3)),
     "encoder": (encoder, (5, 4, 8)),
     "convolutions": (convolutions, (5, 3, 8, 8)),
 }
 
 
-@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
-@pytest.mark.parametrize("name", KNOWN)
-def test_stock_operations_are_known_to_leave_samples_apart(name: str, curvature: str, monkeypatch) -> None:
-    """No derivative is asked: each question costs a backward pass."""
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which derivatives were asked whether samples are coupled: each question costs a backward pass."""
     asked: list[str] = []
     for question in ("coupled_in_outputs", "coupled_in_products"):
         monkeypatch.setattr(f"relflat.estimate.subject.{question}", lambda *a, q=question, **k: asked.append(q) or {})
+    return asked
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("name", KNOWN)
+def test_stock_operations_are_known_to_leave_samples_apart(name: str, curvature: str, asked: list[str]) -> None:
     make, shape = KNOWN[name]
     net, x, y = make(), torch.randn(shape), torch.randint(3, shape[:1])
     net(x)
@@ -181,3 +204,41 @@ def test_stock_operations_are_known_to_leave_samples_apart(name: str, curvature:
         fam(net(x), y)
     assert asked == []
     assert set(fam._estimator.memory.coupled.values()) == {False}
+
+
+def summed(z: Tensor, y: Tensor) -> Tensor:
+    return (z.softmax(1) ** 2 - z).sum()
+
+
+LINEAR_IN_A_SUM: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "divided": lambda z, y: summed(z, y) / len(y),
+    "times": lambda z, y: 3 * summed(z, y),
+    "less": lambda z, y: -(1 - summed(z, y)),
+    "two": lambda z, y: summed(z, y) + nn.functional.mse_loss(z, z.detach() + 1),
+    "mean": lambda z, y: z.exp().mean() + z.tanh().mean(1).sum(),
+}
+BENT_AFTER_A_SUM: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "one over": lambda z, y: 1 / summed(z, y),
+    "squared": lambda z, y: summed(z, y) ** 2,
+    "root": lambda z, y: (1 + summed(z, y).square()).sqrt(),
+    "product": lambda z, y: summed(z, y) * summed(z.flip(1), y),
+    "quotient": lambda z, y: summed(z, y) / summed(z.flip(1), y),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_IN_A_SUM)
+def test_what_is_linear_in_a_sum_over_samples_leaves_them_apart(name: str, asked: list[str]) -> None:
+    x, y = data()
+    with FAM(LINEAR_IN_A_SUM[name], net := mlp(), "0", strength=1.0, curvature="hessian") as fam:
+        fam(net(x), y)
+    assert asked == []
+    assert set(fam._estimator.memory.coupled.values()) == {False}
+
+
+@pytest.mark.filterwarnings("ignore:kappa of layer")
+@pytest.mark.parametrize("name", BENT_AFTER_A_SUM)
+def test_what_bends_a_sum_over_samples_couples_them(name: str) -> None:
+    x, y = data()
+    with FAM(BENT_AFTER_A_SUM[name], net := mlp(), "0", strength=1.0, curvature="hessian") as fam:
+        fam(net(x), y)
+    assert set(fam._estimator.memory.coupled.values()) == {True}

@@ -352,6 +352,29 @@ def test_a_right_one_is_believed_and_a_hinge_has_none() -> None:
     assert flat.value == 0
 
 
+def test_a_hinge_that_is_only_known_by_its_graph_has_none_either() -> None:
+    x, y = data()
+    with (
+        FAM(None, net := mlp(), "0", strength=1.0, curvature="hessian") as fam,
+        pytest.warns(RelflatWarning, match="no curvature"),
+    ):
+        penalty = fam.penalty(F.relu(1 - net(x)[torch.arange(len(y)), y]).mean())
+    assert penalty == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.2}])
+def test_a_function_has_the_defaults_of_its_module(options: dict[str, Any]) -> None:
+    net, (x, y) = mlp(), data()
+    y[:3] = -100
+    loss = functools.partial(F.cross_entropy, **options) if options else F.cross_entropy
+    found, want = (relative_flatness(net, f, (x, y), layer="output") for f in (loss, CE(**options)))
+    exact = relative_flatness(net, lambda z, t: CE(**options)(z, t), (x, y), layer="output", method="exact")
+    assert found.method == want.method == "closed_form"
+    assert found.value == want.value
+    assert found.value == pytest.approx(exact.value, rel=1e-5)
+    assert found.confidence == want.confidence
+
+
 # -- targets -------------------------------------------------------------------------------------------------
 
 

@@ -62,7 +62,8 @@ Rule = Callable[[Passed], "Place | tuple[()] | None"]
 def _one_by_one(op: Passed) -> Place | None:
     """Number by number; what is smaller is repeated."""
     if _SUM in op.places:
-        linear = ("Add", "Sub", "Neg", *(("Mul", "Div"[3 * op.positions[0] :]) if len(op.places) == 1 else ()))
+        times = ("Mul", "Div"[3 * op.positions[0] :]) if len(op.places) == 1 else ()
+        linear = ("Add", "Sub", "Rsub", "Neg", *times)
         return _SUM if op.name in linear and set(op.places) == {_SUM} else None
     found = {(p.dim - len(s) + len(op.out), p.inner, s[p.dim]) for p, s in zip(op.places, op.shapes, strict=True)}
     (dim, inner, size), more = found.pop(), bool(found)
