@@ -49,6 +49,7 @@ FIRST, SECONDS, MOST = 30, 20.0, 200.0  # tests tried at first; their seconds; t
 SLOWER = 6  # times as much processor time as the tests took: endless; ten times that by the clock: stuck
 PYTEST = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "xdist"]
 SAME = ("Eq_Is", "Is_Eq", "NotEq_IsNot", "IsNot_NotEq")  # comparisons of constants and singletons
+_NOT_FOUND = 4  # what pytest ends with
 Site = tuple[Path, tuple[int, int], list[tuple[str, int]]]
 
 
@@ -175,8 +176,9 @@ def attempt(path: Path, source: str, tests: Sequence[str], seconds: float) -> tu
             os.killpg(pid, signal.SIGKILL)
         said.seek(0)
         text = said.read()
-    why = re.findall(r"^(?:FAILED|ERROR) (.*)$", text, re.MULTILINE)
-    return ("survived" if status == 0 else "endless" if status < 0 else "killed"), (why or [text[-200:]])[-1][:300]
+    why = re.findall(r"^(?:FAILED|ERROR|ERROR: not found:) (.*)$", text, re.MULTILINE)
+    came = {0: "survived", _NOT_FOUND: "not found"}.get(status, "endless" if status < 0 else "killed")
+    return came, (why or [text[-200:]])[-1][:300]
 
 
 @functools.cache
@@ -186,11 +188,13 @@ def passes(test: str) -> bool:
 
 
 def noticed(path: Path, source: str, tests: Sequence[str], seconds: dict[str, float]) -> tuple[str, str]:
-    """As :func:`attempt`, without the word of tests that fail on the unchanged sources too."""
+    """As :func:`attempt`, without the word of tests that are not there, or fail on the unchanged sources too."""
     while True:
         came, by = attempt(path, source, tests, sum(map(seconds.__getitem__, tests)))
-        test = by.split(" - ")[0]
-        if came != "killed" or test not in tests or passes(test):
+        test = by.split(" - ")[0].removeprefix(f"{ROOT}/")
+        if came == "not found":
+            tests = [t for t in tests if not t.startswith(test.split("[")[0])]
+        elif came != "killed" or test not in tests or passes(test):
             return came, by
         tests = [t for t in tests if t != test]
 
