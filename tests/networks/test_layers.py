@@ -224,3 +224,32 @@ def test_project_is_b_dot_phi() -> None:
         phi = kind.features(model.layer, x)
         b = torch.randn(x.shape[0], 2, phi.shape[-1], dtype=torch.float64)
         torch.testing.assert_close(kind.project(model.layer, x, b), torch.einsum("ntcm,nqm->ntcq", phi, b))
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_channel_groups_of_samples_that_are_coupled(curvature: Any, adaptive: bool) -> None:
+    """By BatchNorm in training mode: the whole batch is one group, and each of its parts has channel groups."""
+    torch.manual_seed(0)
+    parts = (
+        nn.Conv2d(4, 6, 2, groups=2),
+        nn.BatchNorm2d(6, track_running_stats=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
+    model, x, y = nn.Sequential(*parts).double(), torch.randn(4, 4, 2, 3).double(), torch.randint(3, (4,))
+    outputs = lambda V: functional_call(model, {"0.weight": V.reshape(6, 2, 2, 2)}, (x,))
+    W, loss = model[0].weight.detach().flatten(1), lambda V: CE(outputs(V), y)
+    options: dict[str, Any] = {"strength": 1.0, "curvature": curvature, "adaptive": adaptive, "seed": 0}
+    with FAM(CE, model, "0", method="exact", **options) as fam:
+        fam(model(x), y)
+        found = fam.last["kappa"]
+    with FAM(CE, model, "0", method="probe", probes=1000, **options) as fam:
+        fam(model(x), y)
+        assert fam.last["kappa"] == pytest.approx(found, rel=0.25)
+    if curvature == "hessian":
+        definition = reference.kappa_adaptive if adaptive else reference.kappa
+        assert found == pytest.approx(float(definition(loss, W)), rel=1e-9)
+    elif not adaptive:
+        assert found == pytest.approx(float(reference.kappa_ggn(outputs, lambda z: CE(z, y), W)), rel=1e-9)
