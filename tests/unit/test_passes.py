@@ -4,6 +4,7 @@ import copy
 import gc
 import warnings
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from device import DEVICE
 from relflat import GraphError, RelflatWarning, relative_flatness
 from unbounded import FAM
 
@@ -408,3 +410,23 @@ def test_measuring_leaves_buffers_that_are_written_in_any_mode(method: str) -> N
     for name, b in net.named_buffers():
         assert b is buffers[name]
         assert torch.equal(b, before[name])
+
+
+@pytest.mark.parametrize("options", [{"radius": 0.1}, {"method": "finite_difference", "curvature": "hessian"}])
+@pytest.mark.parametrize(("model_in", "criterion_in"), [(True, False), (False, True), (True, True), (False, False)])
+def test_a_pass_that_is_run_again_has_the_precision_it_had(
+    model_in: bool, criterion_in: bool, options: dict[str, Any]
+) -> None:
+    net, (x, y), types = mlp().float(), data(), []
+    net[0].register_forward_hook(lambda module, args, out: types.append(out.dtype))
+
+    def half(on: bool) -> torch.autocast:
+        return torch.autocast(DEVICE.type, torch.bfloat16, enabled=on)
+
+    with FAM(CE(), net, "0", strength=0.5, **options) as fam:
+        with half(model_in):
+            z = net(x.float())
+        with half(criterion_in):
+            fam(z, y).backward()
+    assert len(types) > 1
+    assert set(types) == {torch.bfloat16 if model_in else torch.float32}
