@@ -576,3 +576,25 @@ def test_a_last_batch_of_one_that_is_squeezed_to_a_number(loss: nn.Module, optio
         )
     ]
     assert flats[0] == pytest.approx(flats[1], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "known", "layer", "measured", "trained"),
+    [
+        ("hessian", True, "0", "exact", "probe(hessian, 1)"),
+        ("hessian", False, "0", "exact", "probe(hessian, 1)"),
+        ("ggn", True, "0", "probe(ggn, 16)", "probe(ggn, 1)"),
+        ("ggn", False, "0", "exact", "probe(ggn, 1)"),
+        ("hessian", True, "output", "closed_form", "closed_form"),
+        ("hessian", False, "output", "exact", "exact"),
+        ("ggn", True, "output", "closed_form", "closed_form"),
+        ("ggn", False, "output", "exact", "exact"),
+    ],
+)
+def test_which_method_is_taken(curvature: str, known: bool, layer: str, measured: str, trained: str) -> None:
+    """Of a small layer before a ReLU: a short sum, but probes of a known loss take one pull-back for all layers."""
+    (x, y), loss = data(), CE() if known else lambda z, t: z.pow(4).sum()
+    assert relative_flatness(mlp(), loss, (x, y), layer=layer, curvature=curvature).method == measured
+    with FAM(loss, net := mlp(), layer, strength=1.0, curvature=curvature) as fam:
+        fam(net(x), y)
+    assert fam.last["method"] == trained

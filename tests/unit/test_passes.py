@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from device import DEVICE
 from relflat import GraphError, RelflatWarning, relative_flatness
+from relflat.capture.calls import _MANY
 from unbounded import FAM
 
 CE = nn.CrossEntropyLoss
@@ -430,3 +431,20 @@ def test_a_pass_that_is_run_again_has_the_precision_it_had(
             fam(z, y).backward()
     assert len(types) > 1
     assert set(types) == {torch.bfloat16 if model_in else torch.float32}
+
+
+def test_passes_that_wait_are_said_once_when_they_are_many() -> None:
+    net, (x, y) = mlp(), data()
+    with FAM(CE(), net, "0", strength=0.5) as fam:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(_MANY - 1):
+                net(x)
+        with pytest.warns(RelflatWarning, match=f"^{_MANY} training forward passes wait"):
+            net(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(10):
+                net(x)
+            fam(net(x), y)
+            relative_flatness(net, CE(), [(x, y)] * (_MANY + 1), layer="0", method="probe")
