@@ -1,6 +1,6 @@
 """The autograd graph behind a tensor: names of operations, where they lead, and which of them compute nothing."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,24 +26,34 @@ def follow(node: Node | None, through: Sequence[str], until: Node | None = None)
     return node
 
 
-def ancestors(root: Node | None, without: Collection[Node | None] = ()) -> Iterator[Node]:
-    """All nodes of the graph that a node leads to, itself included, but not past those ``without``."""
-    seen, stack = {root, *without}, [root]
+def ancestors(
+    root: Node | list[Node | None] | None,
+    without: Collection[Node | None] = (),
+    past: Callable[[Node], bool] | None = None,
+) -> Iterator[Node]:
+    """All nodes of the graph that a node, or some, lead to, itself included, but nothing of those ``without``.
+
+    Where ``past`` says no the way ends, with the node that was asked about.
+    """
+    stack = [*root] if isinstance(root, list) else [root]
+    seen = {*stack, *without}
     while stack:
         node = stack.pop()
         if node is None:
             continue
         yield node
+        if past is not None and not past(node):
+            continue
         for parent, _ in node.next_functions:
             if parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
 
 
-def in_order(root: Node | None) -> list[Node]:
-    """All nodes of a graph, each after those it was computed from."""
+def in_order(root: Node | None, without: Collection[Node] = ()) -> list[Node]:
+    """As :func:`ancestors`, each after those it was computed from."""
     order: list[Node] = []
-    seen: set[Node] = set()
+    seen = set(without)
     stack: list[tuple[Node | None, bool]] = [(root, False)]
     while stack:
         node, left = stack.pop()

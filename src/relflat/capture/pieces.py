@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.autograd.graph import Node
 
-from relflat.capture.graph import KEEPING, MOVING, SELECTING, ancestors, operation
+from relflat.capture.graph import KEEPING, MOVING, SELECTING, in_order, operation
 
 _LINEAR = {
     *(*KEEPING, *MOVING, *SELECTING, "Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Expand", "Cat", "Stack", "Split"),
@@ -21,22 +21,19 @@ _PRODUCTS = {"Mul", "Mm", "Bmm", "Mv", "Addmm", "Baddbmm", "Convolution", "Div",
 
 def piecewise_linear(root: Node | None, ends: Collection[Node]) -> bool:
     """Whether what ``root`` computes is piecewise linear in what the nodes ``ends`` gave, other inputs constant."""
-    order, moved = list(ancestors(root, without=ends)), set(ends)
-    users: dict[Node, list[Node]] = {}
-    for node in order:
-        for parent, _ in node.next_functions:
-            if parent is not None:
-                users.setdefault(parent, []).append(node)
-    new = list(moved)
-    while new:
-        new = [user for node in new for user in users.get(node, ()) if user not in moved]
-        moved.update(new)
-    return all(_linear(node, moved) for node in order if node in moved and node not in ends)
+    moved = set(ends)
+    for node in in_order(root, without=ends):
+        inputs = [i for i, (parent, _) in enumerate(node.next_functions) if parent in moved]
+        if inputs:
+            moved.add(node)
+            if not _linear(node, inputs):
+                return False
+    return True
 
 
-def _linear(node: Any, moved: Collection[Node]) -> bool:
-    """Whether an operation is linear in its inputs among those ``moved``."""
-    name, inputs = operation(node), [i for i, (parent, _) in enumerate(node.next_functions) if parent in moved]
+def _linear(node: Any, inputs: list[int]) -> bool:
+    """Whether an operation is linear in some of its inputs."""
+    name = operation(node)
     if name in _LINEAR:
         return True
     if name not in _PRODUCTS or len(inputs) != 1:

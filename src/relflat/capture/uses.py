@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from relflat.capture.calls import Call
-from relflat.capture.graph import KEEPING, MOVING, Use, ancestors, operation, users
+from relflat.capture.graph import KEEPING, MOVING, Use, ancestors, follow, operation, users
 from relflat.capture.kinds import own_weights, transposed_matrix
 
 _VIEWS = (*KEEPING, *MOVING, "Expand", "Select", "Slice", "Split", "SplitWithSizes", "Unbind")
@@ -48,9 +48,7 @@ def is_product(use: Use) -> bool:
 
 def parameter_behind(node: Node | None) -> nn.Parameter | None:
     """The parameter of two dimensions or more that a node views, if it does."""
-    while node is not None and operation(node) in _VIEWS:
-        node = node.next_functions[0][0]
-    found = getattr(node, "variable", None)
+    found = getattr(follow(node, _VIEWS), "variable", None)
     return found if isinstance(found, nn.Parameter) and found.ndim > 1 else None
 
 

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
+from relflat.capture.graph import ancestors
 from relflat.curvature.written_out import WRITTEN_OUT, Gradients, gradients, once_by_autograd
 
 
@@ -34,7 +35,8 @@ def norms_mended(of: Sequence[Tensor], at: Sequence[Tensor] | Sequence[GradientE
     saved tensors can be had only once (checkpointing) stay as they are. Cost: one walk over that graph.
     """
     oldest = min((_age(x) for x in at), default=0)
-    nodes = [n for n in _younger(of, oldest) if n.name() in _MENDED]
+    younger = ancestors([x.grad_fn for x in of], past=lambda node: node._sequence_nr() >= oldest)
+    nodes = [n for n in younger if n.name() in _MENDED]  # a node is older than what is computed from it
     handles = [node.register_hook(_hook(node, _MENDED[node.name()])) for node in nodes]
     try:
         yield
@@ -47,20 +49,6 @@ def _age(at: Tensor | GradientEdge) -> int:
     """When an endpoint was computed, in the counting of autograd; 0 for a leaf, which may have been used any time."""
     node = at.grad_fn if isinstance(at, Tensor) else at.node
     return 0 if node is None or not node.next_functions else node._sequence_nr()
-
-
-def _younger(of: Sequence[Tensor], oldest: int) -> Iterator[Node]:
-    """Nodes that the tensors come from and that are no older; a node is older than what is computed from it."""
-    stack: list[Node | None] = [x.grad_fn for x in of]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node is None or node._sequence_nr() < oldest:
-            continue
-        yield node
-        new = {parent for parent, _ in node.next_functions} - seen
-        seen |= new
-        stack += new
 
 
 class Mended(Protocol):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from relflat.capture.calls import Call
-from relflat.capture.graph import KEEPING, MOVING, SELECTING, follow, foreign, operation
+from relflat.capture.graph import KEEPING, MOVING, SELECTING, ancestors, follow, foreign, operation
 from relflat.distributed import not_taken_for_backward
 from relflat.loss.known import KnownLoss, known_loss, weighted_cross_entropy
 from relflat.rng import Rng
@@ -104,20 +104,13 @@ def without_constants(node: Node | None, until: Collection[Node | None] = ()) ->
 
 def _softmax_above(root: Node) -> Any:
     """The one LogSoftmax that all paths from the loss meet within a few operations; None if there is not one."""
-    stack: list[Node | None] = [root]
-    seen, found = {root}, set()
-    while stack:
-        node = stack.pop()
-        if node is None or operation(node) == "LogSoftmax":
-            found.add(node)
-        elif len(seen) > _FEW or not node.next_functions or foreign(node):
+    found: list[Node] = []
+    for count, node in enumerate(ancestors(root, past=lambda node: operation(node) != "LogSoftmax")):
+        if operation(node) == "LogSoftmax":
+            found.append(node)
+        elif count > _FEW or not node.next_functions or foreign(node):
             return None  # a long way, a parameter of the loss, or a slope that may only look constant
-        else:
-            new = {parent for parent, _ in node.next_functions} - seen
-            seen |= new  # type: ignore[arg-type]
-            stack += new
-    found.discard(None)
-    return found.pop() if len(found) == 1 else None
+    return found[0] if len(found) == 1 else None
 
 
 def _unchanging(slope: Tensor, edge: tuple[GradientEdge]) -> bool:
