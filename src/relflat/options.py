@@ -156,7 +156,7 @@ _ARGUMENTS = {
     "generator": Check("a torch.Generator is needed, or None", lambda x: isinstance(x, torch.Generator)),
     **dict.fromkeys(("rtol", "bandwidth", "low", "high"), _POSITIVE),
     **dict.fromkeys(("seed", "step", "ignore_index"), _whole()),
-    **dict.fromkeys(("draws", "max_products", "chunk_tokens", "chunk_classes", "exact_up_to"), _COUNT),
+    **dict.fromkeys(("draws", "max_products", "chunk_tokens", "chunk_classes"), _COUNT),
     **dict.fromkeys(("adaptive", "normalize_features", "measuring", "trace"), _TRUTH),
     **dict.fromkeys(("forward", "output", "loss", "outputs", "loss_of_outputs"), _FUNCTION),
     **dict.fromkeys(("H", "phi", "H_z", "std", "scales", "features", "rotation", "vector", "factors"), _REAL),
@@ -199,8 +199,6 @@ class Options:
     Attributes:
         measuring: no graph is built, and no gradient is wanted.
         trace: whether ``Tr H`` is wanted too.
-        exact_up_to: largest number of products for which ``"auto"`` prefers a sum over a basis; in training
-            for output layers only, whose products cost nothing but the loss.
 
     Raises:
         ConfigError: naming the argument, its value and what it may be.
@@ -217,7 +215,6 @@ class Options:
     _: KW_ONLY
     measuring: bool = False
     trace: bool = False
-    exact_up_to: int = 16
 
     def __post_init__(self) -> None:
         given = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}

@@ -39,6 +39,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+_EXACT_UP_TO = {False: 16, True: 64}  # products that "auto" prefers to probes, in training and in measuring
 
 
 def register(method: Method) -> Method:
@@ -109,7 +110,7 @@ def _why_no_exact_sum(subject: Subject) -> str | None:
     if not (options.measuring or subject.last):
         return "in training only output layers are summed, whose products cost nothing but the loss"
     count = subject.space.products_for_exact(adaptive=options.adaptive, trace=options.trace)
-    return None if count <= options.exact_up_to else f"it takes {count} products"
+    return None if count <= _EXACT_UP_TO[options.measuring] else f"it takes {count} products"
 
 
 def _exact(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:

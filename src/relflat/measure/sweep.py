@@ -31,7 +31,6 @@ from relflat.measure.undisturbed import backward_passes, evaluating
 from relflat.options import Options
 from relflat.rng import rng_preserved
 
-EXACT_UP_TO = 64  # products that "auto" spends in measuring to be exact
 Look = Callable[[int, Scene, float, Sums], None]
 """What to do with a batch: its number, the pass, what its loss is multiplied by, and where to add things up."""
 
