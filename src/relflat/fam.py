@@ -21,7 +21,6 @@ from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import Noise, perturb_passes
 from relflat.estimate.replay import Replay
 from relflat.estimate.scene import Scene, calls_behind
-from relflat.estimate.suitable import must_suit
 from relflat.guards import Guards
 from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.options import Curvature, Gradient, Number, Options, check, checked
@@ -119,7 +118,7 @@ class FAM(nn.Module):
         self._tap = Tap(model, "*" if layer is None else layer)
         self._tap.needs_features = normalize_features or radius is not None
         try:
-            must_suit(self._tap, self.options)
+            self._estimator.must_suit(self._tap)
         except Exception:  # whatever it was, the model keeps no hooks of a criterion that was not built
             self._tap.close()
             raise
@@ -307,7 +306,7 @@ class FAM(nn.Module):
         self._last = report = {"task": loss.detach(), "penalty": 0.0, "strength": strength}
         if not self._guards.finite("the task loss", loss, step) or strength == 0:
             return None
-        must_suit(self._tap, self.options)  # "output" may have been settled since
+        self._estimator.must_suit(self._tap)  # "output" may have been settled since
         scene, scale = self._drawn(scene, step, report)
         parts = self._estimator(scene, step, around=functools.partial(undisturbed, self._tap.model))
         self._tap.keep_rng |= self._estimator.plain

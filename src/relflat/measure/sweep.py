@@ -56,8 +56,7 @@ def measuring(
     tap = Tap(model, layer, when=lambda: True)
     try:
         tap.needs_features = options.normalize_features
-        if options.normalize_features:
-            tap.must_have_features("normalize_features")
+        estimator.must_suit(tap)
         place = getattr(next(model.parameters(), None), "device", None) if device is None else device
         batches = Batches(data, forward, place)
         with evaluating(model), rng_preserved(), torch.enable_grad():
