@@ -21,7 +21,7 @@ from relflat.capture.settle import output_layer, taking_part
 from relflat.capture.uses import Uses
 from relflat.distributed import freed_after_forward
 from relflat.errors import ConfigError, GraphError, LayerError
-from relflat.rng import RngState
+from relflat.rng import rng_now
 
 _LEAVING = "<leaving>"
 Inject = Callable[[nn.Module, Tensor], Tensor]
@@ -102,7 +102,7 @@ class Tap:
                 self._open = Forward((), {}, recorded=False)
                 return
             self._follow(model)
-            rng = RngState.now() if self.keep_rng else None
+            rng = rng_now() if self.keep_rng else None
             self._open = Forward(args, kwargs, rng, mode=mode_of(model))
             self._inject = None if self.injector is None else self.injector()
 
