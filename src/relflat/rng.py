@@ -24,7 +24,7 @@ class Rng:
         """The generator on a device, at its present state."""
         if device not in self._generators:
             seed, step, shared = self._name
-            number = _hashed(f"{seed},{step},{0 if shared else _rank()}")
+            number = hashed(f"{seed},{step},{0 if shared else _rank()}")
             self._generators[device] = torch.Generator(device=device).manual_seed(number)
         return self._generators[device]
 
@@ -45,11 +45,11 @@ def _rank() -> int:
 
 def subset(seed: int, step: int, count: int, size: int) -> list[int]:
     """``size`` of the numbers below ``count``, uniform without replacement, in order; the same on all ranks."""
-    generator = torch.Generator().manual_seed(_hashed(f"{seed},{step},subset"))
+    generator = torch.Generator().manual_seed(hashed(f"{seed},{step},subset"))
     return sorted(torch.randperm(count, generator=generator, device="cpu")[:size].tolist())
 
 
-def _hashed(name: str) -> int:
+def hashed(name: str) -> int:
     """A seed; hashed, since generators on the CPU look at the lower 32 bits only."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
 

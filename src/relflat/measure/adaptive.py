@@ -1,7 +1,6 @@
 """Sweeps over the data until the error is small enough (``rtol``), by probes or by XTrace."""
 
 import functools
-import hashlib
 import math
 from collections.abc import Set as AbstractSet
 
@@ -13,6 +12,7 @@ from relflat.estimate.subject import Subject
 from relflat.measure.sums import Sum, Sums
 from relflat.measure.sweep import Measurement
 from relflat.measure.xtrace import Coordinates, Sketch
+from relflat.rng import hashed
 
 MOST = 4096
 _FEWEST_FOR_RTOL = 32  # with fewer products some errors by chance look small, and the stop picks those
@@ -72,8 +72,7 @@ def by_xtrace(measurement: Measurement, rtol: float | None) -> Sums:
 
 def _sketch(measurement: Measurement, name: str, coordinates: Coordinates, products: int) -> Sketch:
     """A layer has test vectors of its own: errors of layers are independent."""
-    digest = hashlib.blake2b(f"{measurement.estimator.seed},{name}".encode(), digest_size=7).digest()
-    return Sketch(coordinates, int.from_bytes(digest, "little"), products)
+    return Sketch(coordinates, hashed(f"{measurement.estimator.seed},{name}"), products)
 
 
 def _sweep(measurement: Measurement, sketches: dict[str, Sketch], products: int, first: Sums | None) -> Sums:
