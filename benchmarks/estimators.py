@@ -133,8 +133,8 @@ class Problem:
         product = partial(subject.space.weight_product, subject.operator)
         sketch = Sketch(Coordinates(subject.space.weight.detach(), adaptive=False), seed, products)
         while sketch.pending is not None:
-            images = torch.zeros_like(sketch.pending)
-            sketch.receive(sketch.coordinates.add_images(product, sketch.pending, images))
+            of = sketch.coordinates
+            sketch.receive(torch.stack([of.seen(product(of.change(x))) for x in sketch.pending.mT], 1))
         return sketch.value
 
 

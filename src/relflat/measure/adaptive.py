@@ -112,12 +112,13 @@ def _must_be_of(wanted: AbstractSet[str], found: AbstractSet[str]) -> None:
 
 
 def _add_images(sketch: Sketch, subject: Subject, factor: float, sums: Sums) -> None:
-    """Add a batch's share of the images of all pending columns."""
-    x, columns = sums.layers[subject.layer], sketch.pending
+    """Add a batch's share of the images of all pending columns: one product in the weight a column."""
+    x, columns, coordinates = sums.layers[subject.layer], sketch.pending, sketch.coordinates
     assert columns is not None
     x.image = torch.zeros_like(columns) if x.image is None else x.image
-    product = functools.partial(subject.space.weight_product, subject.operator)
-    sketch.coordinates.add_images(product, columns, x.image, factor)
+    for column, total in zip(columns.mT, x.image.mT, strict=True):
+        product = subject.space.weight_product(subject.operator, coordinates.change(column))
+        total.add_(coordinates.seen(product), alpha=factor)
     sums.round_to(subject.space.weight.dtype)
     if not bool(torch.isfinite(x.image).all()):
         raise NonFiniteError(
