@@ -146,8 +146,8 @@ class Pending:
     def clear(self) -> None:
         """Forget all, and that there were any."""
         self._fresh: list[Forward] = []
-        self._used: list[weakref.ref[Used]] = []
-        self._overflow = self._any = False
+        self._used: weakref.WeakValueDictionary[int, Used] = weakref.WeakValueDictionary()
+        self._overflow, self._losses = False, 0
 
     def begin(self) -> None:
         """Another pass begins: forget those that were passed over."""
@@ -198,8 +198,7 @@ class Pending:
 
     def _alive(self) -> Iterator[Forward]:
         """Passes that are still with the losses they led to."""
-        self._used = [ref for ref in self._used if (used := ref()) is not None and used.records]
-        for used in filter(None, [ref() for ref in self._used]):
+        for used in list(self._used.values()):
             yield from used.records
 
     def use(self, records: Sequence[Forward], loss: Tensor) -> None:
@@ -208,8 +207,8 @@ class Pending:
         for record in self._fresh[: newest + 1]:
             record.passed_over = True
         self._fresh = [r for r in self._fresh if r not in records]
-        used, self._any = Used(records), True
-        self._used.append(weakref.ref(used))
+        used, self._losses = Used(records), self._losses + 1
+        self._used[self._losses] = used
         if loss.grad_fn is not None:
             loss.grad_fn.register_prehook(used)
 
@@ -228,7 +227,7 @@ class Pending:
                 "the loss was computed from none of those recorded (detached, or of another model), or the backward "
                 "pass is over"
             )
-        elif self._any:
+        elif self._losses:
             why = (
                 "the backward pass of those it was called for is over; call it for all losses of a pass before that, "
                 "or run the model again"
