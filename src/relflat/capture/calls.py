@@ -119,15 +119,12 @@ class Forward:
         return not own or any(node in nodes for node in own)
 
 
-class Used:
+class Used(list[Forward]):
     """Passes that led to a loss, kept by that loss until its backward pass begins or it is gone."""
-
-    def __init__(self, records: Sequence[Forward]) -> None:
-        self.records = list(records)
 
     def __call__(self, gradients: Any) -> None:
         """The hook on the loss: let go of the passes, so that its backward pass finds their memory free."""
-        self.records.clear()
+        self.clear()
 
 
 class Pending:
@@ -199,7 +196,7 @@ class Pending:
     def _alive(self) -> Iterator[Forward]:
         """Passes that are still with the losses they led to."""
         for used in list(self._used.values()):
-            yield from used.records
+            yield from used
 
     def use(self, records: Sequence[Forward], loss: Tensor) -> None:
         """Leave passes to the loss they led to; further losses may be computed from them as long as it lasts."""

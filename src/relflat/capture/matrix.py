@@ -42,10 +42,6 @@ class Matrix:
         """W itself."""
         return self.view(self.parameter)
 
-    def one(self) -> "Matrix":
-        """The same as one matrix, the rows of a stack below each other."""
-        return Matrix(self.layer, self.parameter, lambda w: self.view(w).flatten(0, -2))
-
     def back(self, direction: Float[Tensor, "*s d m"]) -> Tensor:
         """A direction in the shape and type of the parameter: the inverse of ``view``, which is its transpose."""
         blank, graph = torch.zeros_like(self.parameter, requires_grad=True), direction.requires_grad
