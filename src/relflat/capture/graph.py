@@ -1,4 +1,4 @@
-"""The autograd graph behind a tensor: names of operations, where they lead, and which of them compute nothing."""
+"""The autograd graph behind a tensor: names of operations, where they lead, which compute nothing or are linear."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +12,17 @@ _VIEWS = ("ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View")
 KEEPING = ("_DDPSink", "Alias", "Clone", "ToCopy", *_VIEWS)
 MOVING = ("Permute", "T", "Transpose")
 SELECTING = ("Index", "IndexSelect", "Select", "Slice")
+
+_LINEAR = {
+    *(*KEEPING, *MOVING, *SELECTING, "Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Expand", "Cat", "Stack", "Split"),
+    *("SplitWithSizes", "Unbind", "Gather", "ConstantPadNd", "AvgPool2D", "AdaptiveAvgPool2D", "AvgPool3D"),
+    *("UpsampleNearest2D", "UpsampleBilinear2D", "Relu", "LeakyRelu", "Hardtanh", "Threshold", "Abs", "ClampMin"),
+    *("Clamp", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "MaskedFill", "Where", "Squeeze"),
+}
+"""Linear in all their inputs together, on either side of a kink."""
+
+_PRODUCTS = {"Mul", "Mm", "Bmm", "Mv", "Addmm", "Baddbmm", "Convolution", "Div", "NativeBatchNorm", "PreluKernel"}
+"""Linear in each of some inputs alone."""
 
 
 def operation(node: Any) -> str:
@@ -134,3 +145,27 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
     if a.numel() != b.numel() or a.data_ptr() != b.data_ptr() or a.dtype != b.dtype:
         return False
     return (a.is_contiguous() and b.is_contiguous()) or (a.shape == b.shape and a.stride() == b.stride())
+
+
+def piecewise_linear(root: Node | None, ends: Collection[Node]) -> bool:
+    """Whether what ``root`` computes is piecewise linear in what the nodes ``ends`` gave, other inputs constant."""
+    moved = set(ends)
+    for node in in_order(root, without=ends):
+        inputs = [i for i, (parent, _) in enumerate(node.next_functions) if parent in moved]
+        if inputs:
+            moved.add(node)
+            if not _linear(node, inputs):
+                return False
+    return True
+
+
+def _linear(node: Any, inputs: list[int]) -> bool:
+    """Whether an operation is linear in some of its inputs."""
+    name = operation(node)
+    if name in _LINEAR:
+        return True
+    if name not in _PRODUCTS or len(inputs) != 1:
+        return False
+    if name == "NativeBatchNorm":  # with running statistics
+        return inputs == [0] and not node._saved_training
+    return inputs == [0] if name in ("Div", "PreluKernel") else True

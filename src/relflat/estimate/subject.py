@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from relflat.capture.calls import Call, is_recurrent, same_values
-from relflat.capture.graph import ancestors, compiled, foreign, operation
+from relflat.capture.graph import ancestors, compiled, foreign, operation, piecewise_linear
 from relflat.capture.kinds import own_weights, weight_of
 from relflat.capture.matrix import Matrix
 from relflat.capture.outputs import read_by
-from relflat.capture.pieces import piecewise_linear
 from relflat.capture.uses import leaf
 from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, slope_in
 from relflat.curvature.output_space import OutputSpace, feature_std
