@@ -42,7 +42,7 @@ class Mended(ABC):
     def once(self, v: Tensor, found: Tensor, given: Sequence[Any], needs: Sequence[bool]) -> Gradients:
         """The derivatives of ``<v, G>`` in what is given and needed, without a graph of their own; ``found`` is G."""
         with torch.enable_grad():
-            alone = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in given]
+            alone: list[Any] = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in given]
             return gradients(self.composed(*alone), alone, needs, v, False)
 
 
