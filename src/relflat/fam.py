@@ -16,7 +16,7 @@ from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer
 from relflat.capture.tap import Tap
 from relflat.errors import ConfigError, warn
-from relflat.estimate.contributions import shaped, without_gradient
+from relflat.estimate.contributions import shaped
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import Noise, perturb_passes
 from relflat.estimate.replay import Replay
@@ -316,7 +316,7 @@ class FAM(nn.Module):
         convex = scene.known is not None and self.options.curvature == "ggn"
         may_be_negative = not convex and self.options.radius is None and strength > 0
         self._guards.look(scene.watched, values if may_be_negative else {})
-        kappa, lost = shaped(kappas, loss, scale), without_gradient(parts)
+        kappa, lost = shaped(kappas, loss, scale), [*filter(lambda layer: parts[layer].lost, parts)]
         added, report["kappa"] = self._sizing.penalty(strength, kappa, loss), kappa.detach()
         penalty = self._guards.judge(added, kappas, step, lost=lost, beyond=lambda: set(ancestors(loss.grad_fn)))
         if penalty is not None:
