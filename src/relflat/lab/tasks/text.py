@@ -1,8 +1,7 @@
 """Tasks on texts: a pretrained sentence encoder, MiniLM, under a new output layer (extra ``transformers``).
 
-Inputs are the encoder's keyword arguments at
-one fixed length: ``input_ids``, ``attention_mask`` and, for pairs of sentences, ``token_type_ids``, each (n, tokens).
-Everything is read from the cache; nothing asks the network.
+Inputs are the encoder's keyword arguments at one fixed length: ``input_ids``, ``attention_mask`` and, for pairs of
+sentences, ``token_type_ids``, each (n, tokens). Everything is read from the cache; nothing asks the network.
 """
 
 from functools import partial

@@ -125,8 +125,8 @@ class Disturbed(nn.Module):
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             return (change(args[0]), *args[1:]) if module.training else None
 
-        names, own = names_in(layers), dict(model.named_children())
-        wanted = [own.get(n, n) if n == "output" else n for n in ([names] if isinstance(names, str) else names)]
+        own = dict(model.named_children())
+        wanted = [own.get(n, n) if n == "output" else n for n in names_in(layers)]
         for name, layer in resolve(model, wanted).items():  # of a model that is not run: "output" by its name only
             if isinstance(layer, nn.Module):
                 self._handles.append(layer.register_forward_pre_hook(before))
