@@ -14,7 +14,7 @@ from relflat.capture.tap import Tap
 from relflat.curvature.operators import differentiate
 from relflat.errors import ConfigError, GraphError, LayerError, SecondDerivativeError, warn
 from relflat.estimate.contributions import Contributions
-from relflat.estimate.methods import Method, choose, choose_at_once, named
+from relflat.estimate.methods import Method, choose, named
 from relflat.estimate.radius import increase
 from relflat.estimate.scene import Scene
 from relflat.estimate.subject import Memory, Subject
@@ -78,7 +78,7 @@ class Estimator:
         if options.radius is not None:
             with around():
                 return {"+".join(scene.layers): increase(scene, options, self.seed, step)}
-        found = self._run(scene, step, options, choose_at_once)
+        found = self._run(scene, step, options)
         rest = [layer for layer in scene.layers if layer not in found]
         if not rest:
             return found
@@ -92,7 +92,7 @@ class Estimator:
         if self.plain and not scene.plain and scene.replay is not None:
             scene = scene.plainly()
         try:
-            return self._run(scene, step, options, choose, layers)
+            return self._run(scene, step, options, layers)
         except SecondDerivativeError as error:
             found = None if self.plain else self._plainly(scene, step, options, layers, error)
             if found is not None:
@@ -104,7 +104,7 @@ class Estimator:
                 f"such as ReLU within a step), as {error}"
             )
             self._wanted = named("finite_difference")
-            return self._run(scene, step, options, choose, layers)
+            return self._run(scene, step, options, layers)
 
     def _plainly(
         self, scene: Scene, step: int, options: Options, layers: Collection[str], error: SecondDerivativeError
@@ -115,7 +115,7 @@ class Estimator:
         if not any(kernel in str(error) for kernel in _AVOIDABLE):
             return None
         try:
-            found = self._run(scene.plainly(), step, options, choose, layers)
+            found = self._run(scene.plainly(), step, options, layers)
         except GraphError:  # no second derivative there either, or the criterion's input cannot be had again
             return None
         self.go_plain(error)
@@ -136,21 +136,17 @@ class Estimator:
             yield Subject(scene, layer, options or self.options, self.memory, self.seed, **how)
 
     def _run(
-        self,
-        scene: Scene,
-        step: int,
-        options: Options,
-        chosen: Callable[[Subject, Method | None], Method | None],
-        layers: Collection[str] | None = None,
+        self, scene: Scene, step: int, options: Options, layers: Collection[str] | None = None
     ) -> dict[str, Contributions]:
-        """Those of the layers, by default all, for which a method is chosen."""
+        """Those of the layers; without any named, of all that have a method at once, without derivatives."""
         by_method: dict[Method, list[Subject]] = {}
         found: dict[str, Contributions] = {}
         rng = Rng(self.seed, step)
         device = scene.loss.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             for subject in self.subjects(scene, options):
-                method = chosen(subject, self._wanted) if layers is None or subject.layer in layers else None
+                wanted = layers is None or subject.layer in layers
+                method = choose(subject, self._wanted, at_once=layers is None) if wanted else None
                 if method is not None:
                     by_method.setdefault(method, []).append(subject)
             for method, subjects in by_method.items():

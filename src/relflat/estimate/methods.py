@@ -59,31 +59,24 @@ def named(name: str) -> Method | None:
     return _METHODS.get(name)
 
 
-def choose_at_once(subject: Subject, wanted: Method | None) -> Method | None:
-    """As :func:`choose` where no derivative needs to be taken for it, nor for kappa; else None."""
-    for method in _METHODS.values() if wanted is None else [wanted]:
-        if method.differentiates:
-            return None
-        if wanted is not None:
-            return choose(subject, wanted)
-        if method.automatic and method.why_not(subject) is None:
-            return method
-    return None
-
-
-def choose(subject: Subject, wanted: Method | None) -> Method:
+def choose(subject: Subject, wanted: Method | None, *, at_once: bool) -> Method | None:
     """The method for one layer: the one wanted, or for None the first that applies.
+
+    None if it is wanted ``at_once`` and a derivative needs to be taken to find it, or for kappa.
 
     Raises:
         LossError: the one wanted does not apply, with its reason.
     """
-    if wanted is None:
-        return next(m for m in _METHODS.values() if m.automatic and m.why_not(subject) is None)
-    reason = wanted.why_not(subject)
-    if reason is not None:
-        name = wanted.name.replace("_", " ")
-        raise LossError(f"no {name} for layer {subject.layer!r}: {reason}; use method='auto'")
-    return wanted
+    for method in [m for m in _METHODS.values() if m.automatic] if wanted is None else [wanted]:
+        if at_once and method.differentiates:
+            return None
+        reason = method.why_not(subject)
+        if reason is None:
+            return method
+        if wanted is not None:
+            name = wanted.name.replace("_", " ")
+            raise LossError(f"no {name} for layer {subject.layer!r}: {reason}; use method='auto'")
+    return None
 
 
 def _why_no_closed_form(subject: Subject) -> str | None:
