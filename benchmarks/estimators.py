@@ -74,7 +74,7 @@ class Problem:
     """One layer of the net: every estimator is a function of (products, seed)."""
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, layer: str) -> None:
-        tap = Tap(model, layer, when=lambda: True)
+        tap = Tap(model, layer, measuring=True)
         outputs = model(x)
         (record,) = tap.take()
         self.known = known_loss(CE, outputs, (y,), {})

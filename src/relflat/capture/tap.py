@@ -43,7 +43,7 @@ class Tap:
     _replaying = _changed = False  # changed: a layer's input or parameter, in a pass with a graph
     _inject: Inject | None = None
 
-    def __init__(self, model: nn.Module, layer: Layer, when: Callable[[], bool] | None = None) -> None:
+    def __init__(self, model: nn.Module, layer: Layer, *, measuring: bool = False) -> None:
         self.layers: dict[str, Target] = resolve(model, layer)
         named = [layer] if isinstance(layer, str | nn.Module | nn.Parameter) else list(layer)
         self._asked_for, self._matched = (
@@ -53,12 +53,12 @@ class Tap:
         self.searching = any(isinstance(n, str) and n == "output" for n in named)
         self._matched -= self._asked_for
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
-        self._when = when
+        self._measuring = measuring  # every pass counts, in any mode
         self._parameters: dict[str, Target] = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
         self._called: set[str] = set()
         self._bent: set[str] = set()  # layers that were seen to give something else than their class says
         self._given: set[str] = set()  # layers whose output was given a graph
-        self._pending = Pending(quiet=when is not None)
+        self._pending = Pending(quiet=measuring)
         self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
         self._computed: dict[tuple[str, int], Tensor] = {}  # weights by layer and thread, as it computed them
         self._seen: dict[str, weakref.ref[nn.Module]] = {}  # what computes them, with a hook
@@ -113,7 +113,7 @@ class Tap:
         """Whether a criterion call may follow a pass: not one of our own, recomputed, in torch.func, or traced."""
         if self._replaying or recomputing() or traced() or torch._C._are_functorch_transforms_active():
             return False
-        return (model.training and torch.is_grad_enabled()) if self._when is None else self._when()
+        return self._measuring or (model.training and torch.is_grad_enabled())
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -184,7 +184,7 @@ class Tap:
             with saved_by_us():
                 weight = kind.matrix(module, stored)
         self._compared += 1  # all samples at first, and in measuring
-        turn = self._compared if self._when is None and name in self._called else None
+        turn = self._compared if name in self._called and not self._measuring else None
         linear = name not in self._bent and (
             kind.trusted(module) or is_linear(kind, module, phi, weight, output, turn)
         )

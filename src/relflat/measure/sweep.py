@@ -53,7 +53,7 @@ def measuring(
     if torch.is_inference_mode_enabled():
         raise GraphError("torch.inference_mode() is on, and curvature needs gradients; leave it out")
     estimator = Estimator(options, seed)
-    tap = Tap(model, layer, when=lambda: True)
+    tap = Tap(model, layer, measuring=True)
     try:
         tap.needs_features = options.normalize_features
         estimator.must_suit(tap)
