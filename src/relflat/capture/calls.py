@@ -176,22 +176,28 @@ class Pending:
         for node in record.ends():
             node.register_prehook(freed)
 
-    def take(self, model: str) -> list[Forward]:
-        """Hand over all passes, oldest first, and forget them; ``model`` is its class, for the error."""
-        self._check_overflow()
-        records, self._fresh = self._fresh, []
-        return records or self._none(model)
+    def take(self, model: str, loss: Tensor | None) -> list[Forward]:
+        """The passes that a loss was computed from, oldest first; without one all of them, which are forgotten.
 
-    def behind(self, loss: Tensor, model: str) -> list[Forward]:
-        """The passes that a loss was computed from, oldest first; as :meth:`take`."""
-        if not loss.requires_grad:
+        ``model`` is its class, for the error where there are none.
+        """
+        if loss is not None and not loss.requires_grad:
             raise no_graph()
-        self._check_overflow()
-        records = [*dict.fromkeys(self._alive()), *self._fresh]
-        if len(records) < 2:
+        if self._overflow:
+            self._overflow = False
+            raise GraphError(
+                f"more than {_MOST} training forward passes since the criterion was last called, so the older ones "
+                "were dropped; call it once after each, run unused ones under torch.no_grad(), or call its reset() "
+                "first"
+            )
+        if loss is None:
+            records, self._fresh = self._fresh, []
             return records or self._none(model)
-        found = set(ancestors(loss.grad_fn))
-        return [r for r in records if r.leads_to(found)] or self._none(model)
+        records = [*dict.fromkeys(self._alive()), *self._fresh]
+        if len(records) > 1:
+            found = set(ancestors(loss.grad_fn))
+            records = [r for r in records if r.leads_to(found)]
+        return records or self._none(model)
 
     def _alive(self) -> Iterator[Forward]:
         """Passes that are still with the losses they led to."""
@@ -208,15 +214,6 @@ class Pending:
         self._used[self._losses] = used
         if loss.grad_fn is not None:
             loss.grad_fn.register_prehook(used)
-
-    def _check_overflow(self) -> None:
-        overflow, self._overflow = self._overflow, False
-        if overflow:
-            raise GraphError(
-                f"more than {_MOST} training forward passes since the criterion was last called, so the older ones "
-                "were dropped; call it once after each, run unused ones under torch.no_grad(), or call its reset() "
-                "first"
-            )
 
     def _none(self, model: str) -> NoReturn:
         if self._fresh or any(self._alive()):

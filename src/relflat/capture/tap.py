@@ -252,8 +252,7 @@ class Tap:
         model = self.model
         if self._watched is not None:
             return [self._watched]
-        name = type(model).__name__
-        records = self._pending.take(name) if loss is None else self._pending.behind(loss, name)
+        records = self._pending.take(type(model).__name__, loss)
         self._called.update(c.layer for r in records for c in r.calls)
         # a layer that rests in one step, such as an expert, has kappa 0 there
         unused = [n for n in sorted(self._asked_for - self._called) if n in self._handles]
