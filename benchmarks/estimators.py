@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from output import environment, save
 from relflat import relative_flatness
-from relflat.capture.matrix import Matrix
 from relflat.capture.tap import Tap
+from relflat.capture.uses import Matrix
 from relflat.curvature.operators import GGNOperator, slope_in
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.scene import Scene

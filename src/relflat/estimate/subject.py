@@ -11,9 +11,8 @@ from torch.autograd.graph import Node
 from relflat.capture.calls import Call, is_recurrent, same_values
 from relflat.capture.graph import ancestors, compiled, foreign, operation, piecewise_linear
 from relflat.capture.kinds import own_weights, weight_of
-from relflat.capture.matrix import Matrix
 from relflat.capture.outputs import read_by
-from relflat.capture.uses import leaf
+from relflat.capture.uses import Matrix, leaf
 from relflat.curvature.operators import GGNOperator, HessianOperator, Operator, slope_in
 from relflat.curvature.output_space import OutputSpace, feature_std
 from relflat.curvature.slope import AskedLoss, must_be_asked

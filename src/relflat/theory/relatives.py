@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from relflat.capture.matrix import Matrix
 from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer
+from relflat.capture.uses import Matrix
 from relflat.errors import ConfigError, LossError
 from relflat.estimate.radius import Noise
 from relflat.estimate.scene import Scene

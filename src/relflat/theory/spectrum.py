@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from relflat.capture.matrix import Matrix
 from relflat.capture.resolve import Layer
+from relflat.capture.uses import Matrix
 from relflat.curvature.operators import HessianOperator
 from relflat.errors import LayerError
 from relflat.measure.batches import Batch, ForwardFn
