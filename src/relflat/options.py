@@ -25,8 +25,6 @@ T = TypeVar("T")
 Curvature = Literal["hessian", "ggn"]
 Gradient = Literal["full", "frozen", "weights"]
 Reduction = Literal["mean", "sum", "none"]
-Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference", "xtrace"]
-"""The methods that come with the library; :func:`relflat.estimate.methods.register` adds others."""
 Number = float | Callable[[int], float]
 """How large the penalty is, or that of each step."""
 
