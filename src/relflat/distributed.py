@@ -34,11 +34,6 @@ def gathered(make: Callable[[], T], group: Any) -> list[T]:
     return [value for _, value in found]
 
 
-def several(group: Any) -> bool:
-    """Whether there are other ranks in the group."""
-    return group is not None and dist.get_world_size(group) > 1
-
-
 def freed_after_forward(model: nn.Module, name: str) -> bool:
     """Whether the whole weight of a layer may be freed once the layer has run: a part around it is sharded."""
     sharded = _class() if _initialised() else None

@@ -30,6 +30,11 @@ def operation(node: Any) -> str:
     return node.name().rstrip("0123456789").removesuffix("Backward")
 
 
+def signed(number: int) -> int:
+    """A saved signed integer, which autograd shows as an unsigned one."""
+    return number - 2**64 if number >= 2**63 else number
+
+
 def follow(node: Node | None, through: Sequence[str], until: Node | None = None) -> Any:
     """Follow first parents while the operations are among ``through``; where that ends."""
     while node is not None and node is not until and operation(node) in through:
@@ -112,11 +117,6 @@ def hold_back(root: Node | None, beyond: Collection[Node], *, unless: Tensor) ->
         parents = [parent for parent, _ in node.next_functions if parent is not None]
         if any(parent in beyond or not parent.next_functions for parent in parents):
             node.register_hook(replaced)
-
-
-def compiled(node: Any) -> bool:
-    """Whether the operation is a compiled part, which takes what it saved for constants."""
-    return node.name().startswith("CompiledFunction")
 
 
 class Use(NamedTuple):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relflat.capture.graph import signed
+
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -50,8 +52,7 @@ class _LogCumSumExp(Mended):
     """``G_i = sum_{j >= i} gy_j exp(x_i - y_j)``, which PyTorch takes through the logarithm of gy: no number at 0."""
 
     def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        dim = self.node._saved_dim
-        dim = dim - 2**64 if dim >= 2**63 else dim
+        dim = signed(self.node._saved_dim)
         x, grad = x.movedim(dim, -1), grad.movedim(dim, -1)
         later = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu(1)
         shares = x.unsqueeze(-2).masked_fill(later, -torch.inf).softmax(-1)  # [j, i]: exp(x_i - y_j)

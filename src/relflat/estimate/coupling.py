@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from relflat.capture.calls import Call
-from relflat.capture.graph import foreign, in_order, operation
+from relflat.capture.graph import foreign, in_order, operation, signed
 from relflat.capture.hooks import remove
 from relflat.curvature.operators import Operator, pull
 from relflat.rng import Rng
@@ -52,7 +52,7 @@ class Passed(NamedTuple):
         """Saved dimensions, which autograd shows unsigned, as numbers from 0 on; none if they are not saved."""
         saved = [getattr(self.node, f"_saved_{name}", None) for name in names]
         each = [d for x in saved if x is not None for d in (x if isinstance(x, tuple | list) else (x,))]
-        return [(d - 2**64 if d >= 2**63 else d) % max(len(self.shapes[0]), 1) for d in each]
+        return [signed(d) % max(len(self.shapes[0]), 1) for d in each]
 
 
 Rule = Callable[[Passed], "Place | tuple[()] | None"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from relflat.capture.calls import depends_on
@@ -18,7 +19,7 @@ from relflat.capture.resolve import Layer
 from relflat.capture.tap import Tap
 from relflat.curvature.output_space import OutputSpace
 from relflat.curvature.scales import std_of
-from relflat.distributed import gathered, kept_whole, reshard, several
+from relflat.distributed import gathered, kept_whole, reshard
 from relflat.errors import DataError, GraphError, NonFiniteError
 from relflat.estimate.closed_form import seen_without_graph
 from relflat.estimate.estimator import Estimator
@@ -175,7 +176,7 @@ class Measurement:
             while self.reduction.found is None and (other := next(later, None)) is not None:
                 alone = False
                 self.reduction.compare(scene, self._scene(other))
-        if alone and not several(self.group):
+        if alone and (self.group is None or dist.get_world_size(self.group) == 1):
             return "sum"  # of one batch they are the same
         return self.reduction.found or self.reduction.untold()
 
