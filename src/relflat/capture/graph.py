@@ -148,7 +148,10 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def piecewise_linear(root: Node | None, ends: Collection[Node]) -> bool:
-    """Whether what ``root`` computes is piecewise linear in what the nodes ``ends`` gave, other inputs constant."""
+    """Whether what ``root`` computes is piecewise linear in what the nodes ``ends`` gave, other inputs constant.
+
+    Hessian and Gauss-Newton matrix are one there.
+    """
     moved = set(ends)
     for node in in_order(root, without=ends):
         inputs = [i for i, (parent, _) in enumerate(node.next_functions) if parent in moved]
