@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from output import environment, save
 from relflat import relative_flatness
-from relflat.capture.matrix import Matrix
 from relflat.capture.tap import Tap
+from relflat.capture.uses import Matrix
 from relflat.curvature.operators import GGNOperator, slope_in
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.scene import Scene
@@ -74,7 +74,7 @@ class Problem:
     """One layer of the net: every estimator is a function of (products, seed)."""
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, layer: str) -> None:
-        tap = Tap(model, layer, when=lambda: True)
+        tap = Tap(model, layer, measuring=True)
         outputs = model(x)
         (record,) = tap.take()
         self.known = known_loss(CE, outputs, (y,), {})
@@ -133,8 +133,8 @@ class Problem:
         product = partial(subject.space.weight_product, subject.operator)
         sketch = Sketch(Coordinates(subject.space.weight.detach(), adaptive=False), seed, products)
         while sketch.pending is not None:
-            images = torch.zeros_like(sketch.pending)
-            sketch.receive(sketch.coordinates.add_images(product, sketch.pending, images))
+            of = sketch.coordinates
+            sketch.receive(torch.stack([of.seen(product(of.change(x))) for x in sketch.pending.mT], 1))
         return sketch.value
 
 

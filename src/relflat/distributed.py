@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -32,11 +32,6 @@ def gathered(make: Callable[[], T], group: Any) -> list[T]:
         if said is not None:
             raise DataError(f"rank {rank} of {len(found)} could not measure its share of the data: {said}")
     return [value for _, value in found]
-
-
-def several(group: Any) -> bool:
-    """Whether there are other ranks in the group."""
-    return group is not None and dist.get_world_size(group) > 1
 
 
 def freed_after_forward(model: nn.Module, name: str) -> bool:
@@ -75,28 +70,27 @@ def reshard(model: nn.Module) -> None:
         part.reshard()
 
 
-def not_taken_for_backward() -> AbstractContextManager[None]:
+@contextmanager
+def not_taken_for_backward() -> Iterator[None]:
     """Within the block DDP does not take a differentiation for the backward pass.
 
     With ``static_graph=True`` it reduces all gradients at the end of the first backward pass through the outputs,
     ``torch.autograd.grad`` included, which has none to reduce; those of the real one would be left as they are.
     """
-    sink = getattr(sys.modules.get("torch.nn.parallel.distributed"), "_DDPSink", None)
-    return nullcontext() if sink is None or not _initialised() else _silenced(sink)
-
-
-def _initialised() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-@contextmanager
-def _silenced(sink: Any) -> Iterator[None]:
+    sink: Any = getattr(sys.modules.get("torch.nn.parallel.distributed"), "_DDPSink", None)
+    if sink is None or not _initialised():
+        yield
+        return
     backward = sink.backward
     sink.backward = staticmethod(lambda ctx, *gradients: (None, *gradients))
     try:
         yield
     finally:
         sink.backward = staticmethod(backward)
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _parts(model: nn.Module) -> list[Any]:

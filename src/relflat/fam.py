@@ -16,12 +16,11 @@ from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer
 from relflat.capture.tap import Tap
 from relflat.errors import ConfigError, warn
-from relflat.estimate.contributions import shaped, without_gradient
+from relflat.estimate.contributions import shaped
 from relflat.estimate.estimator import Estimator
 from relflat.estimate.radius import Noise, perturb_passes
 from relflat.estimate.replay import Replay
 from relflat.estimate.scene import Scene, calls_behind
-from relflat.estimate.suitable import must_suit
 from relflat.guards import Guards
 from relflat.loss.criterion import Criterion, keep_state_dict_of_criterion
 from relflat.options import Curvature, Gradient, Number, Options, check, checked
@@ -67,7 +66,6 @@ class FAM(nn.Module):
         normalize_features: kappa with features divided by their standard deviation over the batch, a constant,
             without those that do not vary in it.
         seed: of the probes. By default ``torch.initial_seed()``. No global random numbers are used.
-        warmup_steps: deprecated; give ``strength`` as a function of the step.
 
     Cost: output layer with a known loss: no extra pass. Others, ``"ggn"``: one more backward of what comes after the
     deepest layer, and its derivative. ``radius``: one more forward; for hidden layers with ``strength=1`` none.
@@ -108,20 +106,19 @@ class FAM(nn.Module):
         layers_per_step: int | None = None,
         normalize_features: bool = False,
         seed: int | None = None,
-        warmup_steps: int = 0,
     ) -> None:
         super().__init__()
         options = curvature, method, probes, adaptive, normalize_features, gradient, radius, layers_per_step
         self.options, self.loss_fn, self.step = Options(*options), loss_fn, 0
         given = {"layer": layer, "strength": strength, "size": size, "radius": radius}
-        self._sizing = Sizing(given, bound, every, warmup_steps)
+        self._sizing = Sizing(given, bound, every)
         self._estimator = Estimator(self.options, torch.initial_seed() if seed is None else seed)
         self._guards = Guards()
         self._last: dict[str, Any] = {}
         self._tap = Tap(model, "*" if layer is None else layer)
         self._tap.needs_features = normalize_features or radius is not None
         try:
-            must_suit(self._tap, self.options)
+            self._estimator.must_suit(self._tap)
         except Exception:  # whatever it was, the model keeps no hooks of a criterion that was not built
             self._tap.close()
             raise
@@ -309,7 +306,7 @@ class FAM(nn.Module):
         self._last = report = {"task": loss.detach(), "penalty": 0.0, "strength": strength}
         if not self._guards.finite("the task loss", loss, step) or strength == 0:
             return None
-        must_suit(self._tap, self.options)  # "output" may have been settled since
+        self._estimator.must_suit(self._tap)  # "output" may have been settled since
         scene, scale = self._drawn(scene, step, report)
         parts = self._estimator(scene, step, around=functools.partial(undisturbed, self._tap.model))
         self._tap.keep_rng |= self._estimator.plain
@@ -319,7 +316,7 @@ class FAM(nn.Module):
         convex = scene.known is not None and self.options.curvature == "ggn"
         may_be_negative = not convex and self.options.radius is None and strength > 0
         self._guards.look(scene.watched, values if may_be_negative else {})
-        kappa, lost = shaped(kappas, loss, scale), without_gradient(parts)
+        kappa, lost = shaped(kappas, loss, scale), [*filter(lambda layer: parts[layer].lost, parts)]
         added, report["kappa"] = self._sizing.penalty(strength, kappa, loss), kappa.detach()
         penalty = self._guards.judge(added, kappas, step, lost=lost, beyond=lambda: set(ancestors(loss.grad_fn)))
         if penalty is not None:

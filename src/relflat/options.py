@@ -25,8 +25,6 @@ T = TypeVar("T")
 Curvature = Literal["hessian", "ggn"]
 Gradient = Literal["full", "frozen", "weights"]
 Reduction = Literal["mean", "sum", "none"]
-Method = Literal["auto", "closed_form", "exact", "probe", "finite_difference", "xtrace"]
-"""The methods that come with the library; :func:`relflat.estimate.methods.register` adds others."""
 Number = float | Callable[[int], float]
 """How large the penalty is, or that of each step."""
 
@@ -133,7 +131,6 @@ _ARGUMENTS = {
     "radius": _POSITIVE._replace(needed="a positive number is needed, or None for kappa itself"),
     "every": _whole(1, "a number of steps from 1 on is needed"),
     "layers_per_step": _whole(1, "a whole number of layers from 1 on is needed, or None for all"),
-    "warmup_steps": _whole(0, "a whole number from 0 on is needed"),
     "strength": Check("a finite number is needed, or a function of the step that gives one", _size),
     "size": Check(
         "a number from 0 on is needed, or a function of the step that gives one",
@@ -157,7 +154,7 @@ _ARGUMENTS = {
     "generator": Check("a torch.Generator is needed, or None", lambda x: isinstance(x, torch.Generator)),
     **dict.fromkeys(("rtol", "bandwidth", "low", "high"), _POSITIVE),
     **dict.fromkeys(("seed", "step", "ignore_index"), _whole()),
-    **dict.fromkeys(("draws", "max_products", "chunk_tokens", "chunk_classes", "exact_up_to"), _COUNT),
+    **dict.fromkeys(("draws", "max_products", "chunk_tokens", "chunk_classes"), _COUNT),
     **dict.fromkeys(("adaptive", "normalize_features", "measuring", "trace"), _TRUTH),
     **dict.fromkeys(("forward", "output", "loss", "outputs", "loss_of_outputs"), _FUNCTION),
     **dict.fromkeys(("H", "phi", "H_z", "std", "scales", "features", "rotation", "vector", "factors"), _REAL),
@@ -200,8 +197,6 @@ class Options:
     Attributes:
         measuring: no graph is built, and no gradient is wanted.
         trace: whether ``Tr H`` is wanted too.
-        exact_up_to: largest number of products for which ``"auto"`` prefers a sum over a basis; in training
-            for output layers only, whose products cost nothing but the loss.
 
     Raises:
         ConfigError: naming the argument, its value and what it may be.
@@ -218,7 +213,6 @@ class Options:
     _: KW_ONLY
     measuring: bool = False
     trace: bool = False
-    exact_up_to: int = 16
 
     def __post_init__(self) -> None:
         given = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ class Rng:
         """The generator on a device, at its present state."""
         if device not in self._generators:
             seed, step, shared = self._name
-            number = _hashed(f"{seed},{step},{0 if shared else _rank()}")
+            number = hashed(f"{seed},{step},{0 if shared else _rank()}")
             self._generators[device] = torch.Generator(device=device).manual_seed(number)
         return self._generators[device]
 
@@ -46,27 +45,23 @@ def _rank() -> int:
 
 def subset(seed: int, step: int, count: int, size: int) -> list[int]:
     """``size`` of the numbers below ``count``, uniform without replacement, in order; the same on all ranks."""
-    generator = torch.Generator().manual_seed(_hashed(f"{seed},{step},subset"))
+    generator = torch.Generator().manual_seed(hashed(f"{seed},{step},subset"))
     return sorted(torch.randperm(count, generator=generator, device="cpu")[:size].tolist())
 
 
-def _hashed(name: str) -> int:
+def hashed(name: str) -> int:
     """A seed; hashed, since generators on the CPU look at the lower 32 bits only."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
 
 
-@dataclass(frozen=True)
-class RngState:
-    """The state of PyTorch's global generators: CPU and every CUDA device in use."""
+RngState = tuple[Tensor, list[Tensor]]
+"""The state of PyTorch's global generators: CPU and every CUDA device in use."""
 
-    cpu: Tensor
-    cuda: list[Tensor]
 
-    @classmethod
-    def now(cls) -> "RngState":
-        """Read the present state."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-        return cls(torch.get_rng_state(), cuda)
+def rng_now() -> RngState:
+    """Read the present state."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), cuda
 
 
 @contextmanager
@@ -75,6 +70,6 @@ def rng_preserved(start: RngState | None = None) -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices, device_type="cuda"):
         if start is not None:
-            torch.set_rng_state(start.cpu)
-            torch.cuda.set_rng_state_all(start.cuda)
+            torch.set_rng_state(start[0])
+            torch.cuda.set_rng_state_all(start[1])
         yield

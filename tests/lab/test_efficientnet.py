@@ -5,6 +5,7 @@ from torch.nn import functional
 from fetched import have
 from relflat.errors import DataError
 from relflat.lab.data.fetch import files
+from relflat.lab.data.sources import SOURCES
 from relflat.lab.tasks import efficientnet
 from relflat.lab.tasks.efficientnet import WEIGHTS, EfficientNetLite0, SameConv2d, load_pretrained
 
@@ -60,20 +61,23 @@ def test_weights_go_where_they_belong(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["lost", "added", "reshaped", "not weights"])
-def test_other_weights_are_refused(tmp_path, change):
-    model = EfficientNetLite0()
-    weights = packaged(model)
+def test_other_weights_are_refused(tmp_path, monkeypatch, change):
+    source = SOURCES["efficientnet-lite0"]
+    path = tmp_path / source.folder_name / source.folder / WEIGHTS
+    path.parent.mkdir(parents=True)
+    monkeypatch.setenv("RELFLAT_CACHE", str(tmp_path))
+    weights = packaged(EfficientNetLite0())
     if change == "lost":
         del weights["_blocks.3.depthwise.1.running_var"]
     if change == "added":
         weights["_blocks.16.depthwise.1.bias"] = torch.zeros(1)
     if change == "reshaped":
         weights["_head.0.weight"] = torch.zeros(1280, 1280, 1, 1)
-    torch.save(weights, tmp_path / "w.pth")
+    torch.save(weights, path)
     if change == "not weights":
-        (tmp_path / "w.pth").write_bytes(b"nonsense")
+        path.write_bytes(b"nonsense")
     with pytest.raises(DataError, match="relflat data get efficientnet-lite0"):
-        load_pretrained(model, tmp_path / "w.pth")
+        efficientnet.efficientnet_lite0()
 
 
 @pytest.mark.data

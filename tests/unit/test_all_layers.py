@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from relflat import relative_flatness_by_layer
+from relflat.capture.graph import piecewise_linear
 from relflat.capture.kinds import kind_of
-from relflat.capture.pieces import piecewise_linear
 from relflat.curvature import torch_norms as norms
 from relflat.estimate import products
 from relflat.measure.undisturbed import backward_passes

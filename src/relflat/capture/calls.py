@@ -119,15 +119,12 @@ class Forward:
         return not own or any(node in nodes for node in own)
 
 
-class Used:
+class Used(list[Forward]):
     """Passes that led to a loss, kept by that loss until its backward pass begins or it is gone."""
-
-    def __init__(self, records: Sequence[Forward]) -> None:
-        self.records = list(records)
 
     def __call__(self, gradients: Any) -> None:
         """The hook on the loss: let go of the passes, so that its backward pass finds their memory free."""
-        self.records.clear()
+        self.clear()
 
 
 class Pending:
@@ -146,8 +143,8 @@ class Pending:
     def clear(self) -> None:
         """Forget all, and that there were any."""
         self._fresh: list[Forward] = []
-        self._used: list[weakref.ref[Used]] = []
-        self._overflow = self._any = False
+        self._used: weakref.WeakValueDictionary[int, Used] = weakref.WeakValueDictionary()
+        self._overflow, self._losses = False, 0
 
     def begin(self) -> None:
         """Another pass begins: forget those that were passed over."""
@@ -179,28 +176,33 @@ class Pending:
         for node in record.ends():
             node.register_prehook(freed)
 
-    def take(self, model: str) -> list[Forward]:
-        """Hand over all passes, oldest first, and forget them; ``model`` is its class, for the error."""
-        self._check_overflow()
-        records, self._fresh = self._fresh, []
-        return records or self._none(model)
+    def take(self, model: str, loss: Tensor | None) -> list[Forward]:
+        """The passes that a loss was computed from, oldest first; without one all of them, which are forgotten.
 
-    def behind(self, loss: Tensor, model: str) -> list[Forward]:
-        """The passes that a loss was computed from, oldest first; as :meth:`take`."""
-        if not loss.requires_grad:
+        ``model`` is its class, for the error where there are none.
+        """
+        if loss is not None and not loss.requires_grad:
             raise no_graph()
-        self._check_overflow()
-        records = [*dict.fromkeys(self._alive()), *self._fresh]
-        if len(records) < 2:
+        if self._overflow:
+            self._overflow = False
+            raise GraphError(
+                f"more than {_MOST} training forward passes since the criterion was last called, so the older ones "
+                "were dropped; call it once after each, run unused ones under torch.no_grad(), or call its reset() "
+                "first"
+            )
+        if loss is None:
+            records, self._fresh = self._fresh, []
             return records or self._none(model)
-        found = set(ancestors(loss.grad_fn))
-        return [r for r in records if r.leads_to(found)] or self._none(model)
+        records = [*dict.fromkeys(self._alive()), *self._fresh]
+        if len(records) > 1:
+            found = set(ancestors(loss.grad_fn))
+            records = [r for r in records if r.leads_to(found)]
+        return records or self._none(model)
 
     def _alive(self) -> Iterator[Forward]:
         """Passes that are still with the losses they led to."""
-        self._used = [ref for ref in self._used if (used := ref()) is not None and used.records]
-        for used in filter(None, [ref() for ref in self._used]):
-            yield from used.records
+        for used in list(self._used.values()):
+            yield from used
 
     def use(self, records: Sequence[Forward], loss: Tensor) -> None:
         """Leave passes to the loss they led to; further losses may be computed from them as long as it lasts."""
@@ -208,19 +210,10 @@ class Pending:
         for record in self._fresh[: newest + 1]:
             record.passed_over = True
         self._fresh = [r for r in self._fresh if r not in records]
-        used, self._any = Used(records), True
-        self._used.append(weakref.ref(used))
+        used, self._losses = Used(records), self._losses + 1
+        self._used[self._losses] = used
         if loss.grad_fn is not None:
             loss.grad_fn.register_prehook(used)
-
-    def _check_overflow(self) -> None:
-        overflow, self._overflow = self._overflow, False
-        if overflow:
-            raise GraphError(
-                f"more than {_MOST} training forward passes since the criterion was last called, so the older ones "
-                "were dropped; call it once after each, run unused ones under torch.no_grad(), or call its reset() "
-                "first"
-            )
 
     def _none(self, model: str) -> NoReturn:
         if self._fresh or any(self._alive()):
@@ -228,7 +221,7 @@ class Pending:
                 "the loss was computed from none of those recorded (detached, or of another model), or the backward "
                 "pass is over"
             )
-        elif self._any:
+        elif self._losses:
             why = (
                 "the backward pass of those it was called for is over; call it for all losses of a pass before that, "
                 "or run the model again"

@@ -1,6 +1,6 @@
-"""The autograd graph behind a tensor: names of operations, where they lead, and which of them compute nothing."""
+"""The autograd graph behind a tensor: names of operations, where they lead, which compute nothing or are linear."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +13,26 @@ KEEPING = ("_DDPSink", "Alias", "Clone", "ToCopy", *_VIEWS)
 MOVING = ("Permute", "T", "Transpose")
 SELECTING = ("Index", "IndexSelect", "Select", "Slice")
 
+_LINEAR = {
+    *(*KEEPING, *MOVING, *SELECTING, "Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Expand", "Cat", "Stack", "Split"),
+    *("SplitWithSizes", "Unbind", "Gather", "ConstantPadNd", "AvgPool2D", "AdaptiveAvgPool2D", "AvgPool3D"),
+    *("UpsampleNearest2D", "UpsampleBilinear2D", "Relu", "LeakyRelu", "Hardtanh", "Threshold", "Abs", "ClampMin"),
+    *("Clamp", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "MaskedFill", "Where", "Squeeze"),
+}
+"""Linear in all their inputs together, on either side of a kink."""
+
+_PRODUCTS = {"Mul", "Mm", "Bmm", "Mv", "Addmm", "Baddbmm", "Convolution", "Div", "NativeBatchNorm", "PreluKernel"}
+"""Linear in each of some inputs alone."""
+
 
 def operation(node: Any) -> str:
     """Name of a node's operation, such as ``"LogSoftmax"`` for ``<LogSoftmaxBackward0>``."""
     return node.name().rstrip("0123456789").removesuffix("Backward")
+
+
+def signed(number: int) -> int:
+    """A saved signed integer, which autograd shows as an unsigned one."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def follow(node: Node | None, through: Sequence[str], until: Node | None = None) -> Any:
@@ -26,24 +42,34 @@ def follow(node: Node | None, through: Sequence[str], until: Node | None = None)
     return node
 
 
-def ancestors(root: Node | None, without: Collection[Node | None] = ()) -> Iterator[Node]:
-    """All nodes of the graph that a node leads to, itself included, but not past those ``without``."""
-    seen, stack = {root, *without}, [root]
+def ancestors(
+    root: Node | list[Node | None] | None,
+    without: Collection[Node | None] = (),
+    past: Callable[[Node], bool] | None = None,
+) -> Iterator[Node]:
+    """All nodes of the graph that a node, or some, lead to, itself included, but nothing of those ``without``.
+
+    Where ``past`` says no the way ends, with the node that was asked about.
+    """
+    stack = [*root] if isinstance(root, list) else [root]
+    seen = {*stack, *without}
     while stack:
         node = stack.pop()
         if node is None:
             continue
         yield node
+        if past is not None and not past(node):
+            continue
         for parent, _ in node.next_functions:
             if parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
 
 
-def in_order(root: Node | None) -> list[Node]:
-    """All nodes of a graph, each after those it was computed from."""
+def in_order(root: Node | None, without: Collection[Node] = ()) -> list[Node]:
+    """As :func:`ancestors`, each after those it was computed from."""
     order: list[Node] = []
-    seen: set[Node] = set()
+    seen = set(without)
     stack: list[tuple[Node | None, bool]] = [(root, False)]
     while stack:
         node, left = stack.pop()
@@ -93,11 +119,6 @@ def hold_back(root: Node | None, beyond: Collection[Node], *, unless: Tensor) ->
             node.register_hook(replaced)
 
 
-def compiled(node: Any) -> bool:
-    """Whether the operation is a compiled part, which takes what it saved for constants."""
-    return node.name().startswith("CompiledFunction")
-
-
 class Use(NamedTuple):
     """One place where a node's output goes: the node that takes it, as which input, and which output it is."""
 
@@ -124,3 +145,30 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
     if a.numel() != b.numel() or a.data_ptr() != b.data_ptr() or a.dtype != b.dtype:
         return False
     return (a.is_contiguous() and b.is_contiguous()) or (a.shape == b.shape and a.stride() == b.stride())
+
+
+def piecewise_linear(root: Node | None, ends: Collection[Node]) -> bool:
+    """Whether what ``root`` computes is piecewise linear in what the nodes ``ends`` gave, other inputs constant.
+
+    Hessian and Gauss-Newton matrix are one there.
+    """
+    moved = set(ends)
+    for node in in_order(root, without=ends):
+        inputs = [i for i, (parent, _) in enumerate(node.next_functions) if parent in moved]
+        if inputs:
+            moved.add(node)
+            if not _linear(node, inputs):
+                return False
+    return True
+
+
+def _linear(node: Any, inputs: list[int]) -> bool:
+    """Whether an operation is linear in some of its inputs."""
+    name = operation(node)
+    if name in _LINEAR:
+        return True
+    if name not in _PRODUCTS or len(inputs) != 1:
+        return False
+    if name == "NativeBatchNorm":  # with running statistics
+        return inputs == [0] and not node._saved_training
+    return inputs == [0] if name in ("Div", "PreluKernel") else True

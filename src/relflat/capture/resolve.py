@@ -1,6 +1,6 @@
 """What the user may call a layer, and the modules or parameters it means."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -47,12 +47,6 @@ def is_pattern(model: nn.Module, layer: object) -> str | None:
     if not isinstance(layer, str) or (layer != "output" and layer in _parts(model)):
         return None
     return "output" if layer == "output" else "glob" if set(layer) & set("*?[") else None
-
-
-def resolve_unrun(model: nn.Module, layers: str | Iterable[str]) -> dict[str, Target]:
-    """As :func:`resolve` for a model that is not run: ``"output"`` is its module of that name, if there is one."""
-    own, names = dict(model.named_children()), [layers] if isinstance(layers, str) else layers
-    return resolve(model, [own.get(n, n) if n == "output" else n for n in names])
 
 
 def part(model: nn.Module, name: str, before: Target) -> Target | None:

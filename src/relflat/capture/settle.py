@@ -56,19 +56,12 @@ def _used_once(name: str, names: Mapping[int, str], loss: Tensor) -> bool:
 def _reached(tensor: Tensor, calls: Sequence[Call], names: Mapping[int, str]) -> Iterator[str]:
     """The layers and multiplied parameters that come first on the ways back from a tensor."""
     edges = {c.edge.node: c.layer for c in calls if c.edge is not None}
-    stack: list[Node | None] = [tensor.grad_fn]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        found = edges[node] if node in edges else _parameter_of(node, names)
-        if found is not None:
-            yield found
-        else:
-            new = {parent for parent, _ in node.next_functions} - seen
-            stack += new
-            seen |= new
+
+    def name_at(node: Node) -> str | None:
+        return edges[node] if node in edges else _parameter_of(node, names)
+
+    found = map(name_at, ancestors(tensor.grad_fn, past=lambda node: name_at(node) is None))
+    return (name for name in found if name is not None)
 
 
 def _parameter_of(node: Node, names: Mapping[int, str]) -> str | None:

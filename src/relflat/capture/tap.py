@@ -21,7 +21,7 @@ from relflat.capture.settle import output_layer, taking_part
 from relflat.capture.uses import Uses
 from relflat.distributed import freed_after_forward
 from relflat.errors import ConfigError, GraphError, LayerError
-from relflat.rng import RngState
+from relflat.rng import rng_now
 
 _LEAVING = "<leaving>"
 Inject = Callable[[nn.Module, Tensor], Tensor]
@@ -43,7 +43,7 @@ class Tap:
     _replaying = _changed = False  # changed: a layer's input or parameter, in a pass with a graph
     _inject: Inject | None = None
 
-    def __init__(self, model: nn.Module, layer: Layer, when: Callable[[], bool] | None = None) -> None:
+    def __init__(self, model: nn.Module, layer: Layer, *, measuring: bool = False) -> None:
         self.layers: dict[str, Target] = resolve(model, layer)
         named = [layer] if isinstance(layer, str | nn.Module | nn.Parameter) else list(layer)
         self._asked_for, self._matched = (
@@ -53,12 +53,12 @@ class Tap:
         self.searching = any(isinstance(n, str) and n == "output" for n in named)
         self._matched -= self._asked_for
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
-        self._when = when
+        self._measuring = measuring  # every pass counts, in any mode
         self._parameters: dict[str, Target] = {n: p for n, p in self.layers.items() if isinstance(p, nn.Parameter)}
         self._called: set[str] = set()
         self._bent: set[str] = set()  # layers that were seen to give something else than their class says
         self._given: set[str] = set()  # layers whose output was given a graph
-        self._pending = Pending(quiet=when is not None)
+        self._pending = Pending(quiet=measuring)
         self._whole: dict[str, Tensor] = {}  # weights that are sharded again once their layer has run
         self._computed: dict[tuple[str, int], Tensor] = {}  # weights by layer and thread, as it computed them
         self._seen: dict[str, weakref.ref[nn.Module]] = {}  # what computes them, with a hook
@@ -101,7 +101,7 @@ class Tap:
                 self._open = Forward((), {}, recorded=False)
                 return
             self._follow(model)
-            rng = RngState.now() if self.keep_rng else None
+            rng = rng_now() if self.keep_rng else None
             self._open = Forward(args, kwargs, rng, mode=mode_of(model))
             self._inject = None if self.injector is None else self.injector()
 
@@ -112,7 +112,7 @@ class Tap:
         """Whether a criterion call may follow a pass: not one of our own, recomputed, in torch.func, or traced."""
         if self._replaying or recomputing() or traced() or torch._C._are_functorch_transforms_active():
             return False
-        return (model.training and torch.is_grad_enabled()) if self._when is None else self._when()
+        return self._measuring or (model.training and torch.is_grad_enabled())
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
@@ -182,7 +182,7 @@ class Tap:
             with saved_by_us():
                 weight = kind.matrix(module, stored)
         self._compared += 1  # all samples at first, and in measuring
-        turn = self._compared if self._when is None and name in self._called else None
+        turn = self._compared if name in self._called and not self._measuring else None
         linear = name not in self._bent and (
             kind.trusted(module) or is_linear(kind, module, phi, weight, output, turn)
         )
@@ -254,8 +254,7 @@ class Tap:
         model = self.model
         if self._watched is not None:
             return [self._watched]
-        name = type(model).__name__
-        records = self._pending.take(name) if loss is None else self._pending.behind(loss, name)
+        records = self._pending.take(type(model).__name__, loss)
         self._called.update(c.layer for r in records for c in r.calls)
         # a layer that rests in one step, such as an expert, has kappa 0 there
         unused = [n for n in sorted(self._asked_for - self._called) if n in self._handles]

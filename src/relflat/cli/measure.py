@@ -11,7 +11,7 @@ from relflat import Flatness
 from relflat.cli.checkpoints import must_be_there
 from relflat.cli.console import aside, out, print_json, print_table, say, watching
 from relflat.errors import ConfigError
-from relflat.options import Curvature, Method
+from relflat.options import Curvature
 from relflat.plot.shown import ByLayer
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def measure(
     split: Literal["train", "validation", "test"] = "train",
     samples: int | None = None,
     curvature: Curvature = "hessian",
-    method: Method = "auto",
+    method: Literal["auto", "closed_form", "exact", "probe", "finite_difference", "xtrace"] = "auto",
     probes: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: 16; xtrace: 32)")] = None,
     rtol: float | None = None,
     adaptive: bool = False,

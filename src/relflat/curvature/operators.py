@@ -4,13 +4,13 @@ A direction lives in the output space of the tapped calls (identity I5): nothing
 the layer's weight or the trunk before it.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from relflat.capture.calls import Call
 from relflat.capture.graph import ancestors
@@ -20,16 +20,6 @@ from relflat.errors import GraphError, LossError, SecondDerivativeError
 Direction = Sequence[Tensor]
 MISSING = ("Error", "torch::autograd::Error", "torch::autograd::NotImplemented")
 """Nodes in the place of derivatives that there are not."""
-
-
-class Operator(Protocol):
-    """A symmetric linear map on directions, one tensor a call."""
-
-    def __call__(self, v: Direction) -> list[Tensor]:
-        """The product with ``v``."""
-
-    def slope_at_calls(self) -> list[Tensor]:
-        """The gradient of the loss with respect to the calls' outputs."""
 
 
 class HessianOperator:
@@ -112,6 +102,10 @@ class GGNOperator:
         return [torch.zeros_like(z) if g is None else g for g, z in zip(found, at, strict=True)]
 
 
+Operator = HessianOperator | GGNOperator
+"""A symmetric linear map on directions, one tensor a call; and the gradient of the loss in the calls' outputs."""
+
+
 def slope_in(outputs: Sequence[Tensor], loss: Tensor) -> list[Tensor]:
     """The gradient of the loss in the outputs, with a graph."""
     found = differentiate([loss], outputs, None, create_graph=True)
@@ -184,15 +178,9 @@ def differentiate(
 def _check_no_dead_end(gradients: Sequence[Tensor], calls: Sequence[Call]) -> None:
     """Refuse gradients through ``once_differentiable`` operations: autograd takes them for constants there."""
     trunk = [c.edge.node for c in calls if c.edge is not None]
-    _refuse(gradients, trunk, "Error", "torch::autograd::Error")
-
-
-def _refuse(tensors: Sequence[Tensor], without: Collection[Node], *names: str) -> None:
-    """Refuse nodes of these names in the graph of what comes after ``without``."""
-    for tensor in tensors:
-        for node in ancestors(tensor.grad_fn, without):
-            if node.name() in names:
-                raise _explained(_error_of(node))
+    for node in ancestors([g.grad_fn for g in gradients], trunk):
+        if node.name() in MISSING[:2]:
+            raise _explained(_error_of(node))
 
 
 def _error_of(node: Any) -> RuntimeError:

@@ -14,7 +14,7 @@ from torch import Tensor
 from relflat.capture.graph import ancestors, foreign
 from relflat.curvature.operators import MISSING, differentiate
 from relflat.errors import LossError, SecondDerivativeError
-from relflat.rng import Rng, RngState, rng_preserved
+from relflat.rng import Rng, RngState, rng_now, rng_preserved
 
 _STENCIL = ((-2, 1.0), (-1, -8.0), (1, 8.0), (2, -1.0))  # of 12 h f'
 _ASIDE = 0.05  # relative to the largest entry: what counts as another curvature
@@ -31,7 +31,7 @@ class AskedLoss:
     @classmethod
     def of(cls, loss_of: Callable[[Tensor], Any], outputs: Tensor) -> "AskedLoss":
         """The loss around these outputs."""
-        z, rng = outputs.detach(), RngState.now()
+        z, rng = outputs.detach(), rng_now()
         for dtype in (torch.float64, torch.float32):
             wide = cls(loss_of, z.to(dtype), rng)
             try:

@@ -16,13 +16,14 @@ the samples of all ranks and is refused (:meth:`relflat.estimate.subject.Subject
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
-from relflat.curvature.written_out import WRITTEN_OUT, Gradients, gradients, once_by_autograd
+from relflat.capture.graph import ancestors
+from relflat.curvature.written_out import WRITTEN_OUT, Gradients, Mended, gradients
 
 
 @contextmanager
@@ -34,7 +35,8 @@ def norms_mended(of: Sequence[Tensor], at: Sequence[Tensor] | Sequence[GradientE
     saved tensors can be had only once (checkpointing) stay as they are. Cost: one walk over that graph.
     """
     oldest = min((_age(x) for x in at), default=0)
-    nodes = [n for n in _younger(of, oldest) if n.name() in _MENDED]
+    younger = ancestors([x.grad_fn for x in of], past=lambda node: node._sequence_nr() >= oldest)
+    nodes = [n for n in younger if n.name() in _MENDED]  # a node is older than what is computed from it
     handles = [node.register_hook(_hook(node, _MENDED[node.name()])) for node in nodes]
     try:
         yield
@@ -47,36 +49,6 @@ def _age(at: Tensor | GradientEdge) -> int:
     """When an endpoint was computed, in the counting of autograd; 0 for a leaf, which may have been used any time."""
     node = at.grad_fn if isinstance(at, Tensor) else at.node
     return 0 if node is None or not node.next_functions else node._sequence_nr()
-
-
-def _younger(of: Sequence[Tensor], oldest: int) -> Iterator[Node]:
-    """Nodes that the tensors come from and that are no older; a node is older than what is computed from it."""
-    stack: list[Node | None] = [x.grad_fn for x in of]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node is None or node._sequence_nr() < oldest:
-            continue
-        yield node
-        new = {parent for parent, _ in node.next_functions} - seen
-        seen |= new
-        stack += new
-
-
-class Mended(Protocol):
-    """An operation as its node saved it; G is the gradient in its input, a function of (gy, x, w)."""
-
-    def __init__(self, node: Any) -> None:
-        """Read the node."""
-
-    x: Tensor
-    weight: Tensor | None
-
-    def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        """G from elementary operations, differentiable as often as one likes."""
-
-    def once(self, v: Tensor, found: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool]) -> Gradients:
-        """The derivatives of ``<v, G>`` in what is given, without a graph of their own; ``found`` is G."""
 
 
 def _hook(node: Any, norms: Sequence[Callable[[Any], Mended]]) -> Callable[[Gradients, Gradients], Gradients | None]:
@@ -119,7 +91,7 @@ class _Mended(torch.autograd.Function):
         return None, *ctx.norm.once(v, found, given, needs), None
 
 
-class _BatchNorm:
+class _BatchNorm(Mended):
     """``G(gy, x, w) = w s (gy - mean(gy) - xh mean(gy xh))`` a channel, xh the normalised x, s its 1/std.
 
     In evaluation mode ``w s gy``.
@@ -157,7 +129,7 @@ class _BatchNorm:
             in x:   -s/M (<gy, xh> G(v) + <v, xh> G(gy) + w s K xh)
         """
         if not self.training:
-            return once_by_autograd(self.composed, v, given, needs)
+            return super().once(v, found, given, needs)
         v, found, grad, x = (t.to(self.wide) for t in (v, found, *given[:2]))
         weight = None if given[2] is None else given[2].to(self.wide)
         shape, m, (mean, s) = _along_channels(x), x.numel() // x.shape[1], self.saved
@@ -178,11 +150,11 @@ class _BatchNorm:
         return found
 
 
-class _LayerNorm:
+class _LayerNorm(Mended):
     """``G = s (g - mean(g) - xh mean(g xh))`` with ``g = w gy``, over the last dimensions."""
 
     def __init__(self, node: Any) -> None:
-        self.x, self.weight, self.bias = node._saved_input, node._saved_weight, node._saved_bias
+        self.x, self.weight = node._saved_input, node._saved_weight
         self.shape, self.mean, self.rstd = (node._saved_normalized_shape, node._saved_result1, node._saved_result2)
 
     def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -217,7 +189,7 @@ class _LayerNorm:
         return of_v * weight, in_x, (grad * of_v).sum(rows) if rows else grad * of_v
 
 
-class _Convolution:
+class _Convolution(Mended):
     """``G(gy, w)``, the gradient in the input; PyTorch takes that of ``<v, G>`` in w by a convolution with gy.
 
     Its kernel is as large as the picture then, which is slow where it is not on a CPU.

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relflat.capture.matrix import Matrix
+from relflat.capture.uses import Matrix
 from relflat.curvature.operators import Operator
 from relflat.curvature.scales import divisor
 from relflat.curvature.space import Shares, Term

@@ -12,16 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relflat.capture.graph import signed
+
 Gradients = tuple[Tensor | None, ...]
-
-
-def once_by_autograd(
-    function: Callable[..., Tensor], v: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool]
-) -> Gradients:
-    """The derivatives of ``<v, function(*given)>`` in what is given and needed, without a graph of their own."""
-    with torch.enable_grad():
-        alone = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in given]
-        return gradients(function(*alone), alone, needs, v, False)
 
 
 def gradients(
@@ -35,9 +28,10 @@ def gradients(
     return tuple(next(pulled) if need and t is not None else None for t, need in zip(given, needs, strict=True))
 
 
-class _OfInput(ABC):
-    """What has no weight, and derivatives by automatic differentiation."""
+class Mended(ABC):
+    """An operation as its node saved it; G is the gradient in its input x, a function of (gy, x, w)."""
 
+    x: Tensor
     weight: Tensor | None = None
 
     def __init__(self, node: Any) -> None:
@@ -45,32 +39,34 @@ class _OfInput(ABC):
 
     @abstractmethod
     def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        """G from elementary operations."""
+        """G from elementary operations, differentiable as often as one likes."""
 
     def once(self, v: Tensor, found: Tensor, given: Sequence[Any], needs: Sequence[bool]) -> Gradients:
-        return once_by_autograd(self.composed, v, given, needs)
+        """The derivatives of ``<v, G>`` in what is given and needed, without a graph of their own; ``found`` is G."""
+        with torch.enable_grad():
+            alone: list[Any] = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in given]
+            return gradients(self.composed(*alone), alone, needs, v, False)
 
 
-class _LogCumSumExp(_OfInput):
+class _LogCumSumExp(Mended):
     """``G_i = sum_{j >= i} gy_j exp(x_i - y_j)``, which PyTorch takes through the logarithm of gy: no number at 0."""
 
     def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        dim = self.node._saved_dim
-        dim = dim - 2**64 if dim >= 2**63 else dim
+        dim = signed(self.node._saved_dim)
         x, grad = x.movedim(dim, -1), grad.movedim(dim, -1)
         later = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu(1)
         shares = x.unsqueeze(-2).masked_fill(later, -torch.inf).softmax(-1)  # [j, i]: exp(x_i - y_j)
         return (grad.unsqueeze(-2) @ shares).squeeze(-2).movedim(-1, dim)
 
 
-class _Hardsigmoid(_OfInput):
+class _Hardsigmoid(Mended):
     """``G = gy / 6`` between -3 and 3; PyTorch's has no derivative."""
 
     def composed(self, grad: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
         return grad * (x.abs() < 3) / 6
 
 
-class _Twin(_OfInput):
+class _Twin(Mended):
     """``G`` as the gradient of another function with the same values, in x."""
 
     @abstractmethod
@@ -111,7 +107,7 @@ def _length(x: Tensor, p: float) -> Tensor:
     return torch.linalg.vector_norm(torch.where(none, 1.0, x), p, -1) * ~none.squeeze(-1)
 
 
-class _EmbeddingBag(_OfInput):
+class _EmbeddingBag(Mended):
     """``G`` has gy in the rows that were looked up: linear, so that its derivative is a lookup."""
 
     def __init__(self, node: Any) -> None:
@@ -130,7 +126,7 @@ class _EmbeddingBag(_OfInput):
         return table.index_add(0, x, grad[bag] * counts[:, None])
 
 
-WRITTEN_OUT: dict[str, Sequence[Callable[[Any], Any]]] = {
+WRITTEN_OUT: dict[str, Sequence[Callable[[Any], Mended]]] = {
     "LogcumsumexpBackward0": (_LogCumSumExp,),
     "HardsigmoidBackward0": (_Hardsigmoid,),
     "CdistBackward0": (_Cdist, functools.partial(_Cdist, other=True)),

@@ -41,11 +41,6 @@ class Contributions:
     lost: bool = False
 
 
-def without_gradient(parts: Mapping[str, Contributions]) -> list[str]:
-    """The layers whose kappa lost its gradient."""
-    return [layer for layer, part in parts.items() if part.lost]
-
-
 def shaped(kappas: Mapping[str, Values], task: Tensor, scale: float = 1.0) -> Tensor:
     """Mean over probes, summed over layers to the shape of the task loss: all of it, or each sample's share; scaled.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from relflat.capture.calls import Call
-from relflat.capture.graph import foreign, in_order, operation
+from relflat.capture.graph import foreign, in_order, operation, signed
 from relflat.capture.hooks import remove
 from relflat.curvature.operators import Operator, pull
 from relflat.rng import Rng
@@ -52,7 +52,7 @@ class Passed(NamedTuple):
         """Saved dimensions, which autograd shows unsigned, as numbers from 0 on; none if they are not saved."""
         saved = [getattr(self.node, f"_saved_{name}", None) for name in names]
         each = [d for x in saved if x is not None for d in (x if isinstance(x, tuple | list) else (x,))]
-        return [(d - 2**64 if d >= 2**63 else d) % max(len(self.shapes[0]), 1) for d in each]
+        return [signed(d) % max(len(self.shapes[0]), 1) for d in each]
 
 
 Rule = Callable[[Passed], "Place | tuple[()] | None"]
@@ -170,7 +170,7 @@ def _passed(op: Passed) -> Place | tuple[()] | None:
 
 def followed(root: Node | None, calls: Sequence[Call]) -> tuple[dict[str, bool], dict[Node, int]]:
     """Whether samples meet on the ways from layers, called on as many each, to a graph's end, if known; and where."""
-    order, users, n = in_order(root), dict[Any, list[Node]](), calls[0].samples
+    order, n = in_order(root), calls[0].samples
     ends = {c.edge.node: _shape(*c.edge[:2]) for c in calls if c.edge is not None}  # of outputs, or what those view
     places: dict[Any, Any] = {}
     met: dict[Node, int] = {}
@@ -180,12 +180,10 @@ def followed(root: Node | None, calls: Sequence[Call]) -> tuple[dict[str, bool],
             found = _passed(_operation_on(node, given, places, n))
             met[node] = UNKNOWN if found is None else COUPLED if found == _MET else APART
             places[node] = found or None
-        for _, p, _ in given:
-            users.setdefault(p, []).append(node)
         if node in ends:
             shape = ends[node]
             places[node] = _located(math.prod(shape) // n, shape, n)
-    return _worst(calls, order, users, met), met
+    return _worst(calls, order, met), met
 
 
 def _operation_on(node: Node, given: Sequence[tuple[int, Any, int]], places: Mapping[Any, Any], n: int) -> Passed:
@@ -194,13 +192,12 @@ def _operation_on(node: Node, given: Sequence[tuple[int, Any, int]], places: Map
     return Passed(node, operation(node), [k for k, _, _ in given], where, shapes, _shape(node, 0), n)
 
 
-def _worst(
-    calls: Sequence[Call], order: Sequence[Node], users: Mapping[Any, list[Node]], met: Mapping[Node, int]
-) -> dict[str, bool]:
+def _worst(calls: Sequence[Call], order: Sequence[Node], met: Mapping[Node, int]) -> dict[str, bool]:
     """The worst that happens on the ways from each layer, from what happens at each node, where it is known."""
-    after: dict[Any, int] = {}
+    after: dict[Any, int] = dict.fromkeys(order, APART)
     for node in reversed(order):
-        after[node] = max((max(met[user], after[user]) for user in users.get(node, ())), default=APART)
+        for parent, _ in node.next_functions:
+            after[parent] = max(after.get(parent, APART), after[node], met.get(node, APART))
     states = [(c.layer, UNKNOWN if c.edge is None else after.get(c.edge.node, UNKNOWN)) for c in calls]
     worst = {layer: max(state for name, state in states if name == layer) for layer, _ in states}
     return {layer: state == COUPLED for layer, state in worst.items() if state != UNKNOWN}

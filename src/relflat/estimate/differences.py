@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relflat.capture.matrix import Matrix
+from relflat.capture.uses import Matrix
 from relflat.curvature.scales import divisor
 from relflat.curvature.weight_space import random_direction
 from relflat.estimate.contributions import Contributions

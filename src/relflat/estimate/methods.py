@@ -39,6 +39,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+_EXACT_UP_TO = {False: 16, True: 64}  # products that "auto" prefers to probes, in training and in measuring
 
 
 def register(method: Method) -> Method:
@@ -58,31 +59,24 @@ def named(name: str) -> Method | None:
     return _METHODS.get(name)
 
 
-def choose_at_once(subject: Subject, wanted: Method | None) -> Method | None:
-    """As :func:`choose` where no derivative needs to be taken for it, nor for kappa; else None."""
-    for method in _METHODS.values() if wanted is None else [wanted]:
-        if method.differentiates:
-            return None
-        if wanted is not None:
-            return choose(subject, wanted)
-        if method.automatic and method.why_not(subject) is None:
-            return method
-    return None
-
-
-def choose(subject: Subject, wanted: Method | None) -> Method:
+def choose(subject: Subject, wanted: Method | None, *, at_once: bool) -> Method | None:
     """The method for one layer: the one wanted, or for None the first that applies.
+
+    None if it is wanted ``at_once`` and a derivative needs to be taken to find it, or for kappa.
 
     Raises:
         LossError: the one wanted does not apply, with its reason.
     """
-    if wanted is None:
-        return next(m for m in _METHODS.values() if m.automatic and m.why_not(subject) is None)
-    reason = wanted.why_not(subject)
-    if reason is not None:
-        name = wanted.name.replace("_", " ")
-        raise LossError(f"no {name} for layer {subject.layer!r}: {reason}; use method='auto'")
-    return wanted
+    for method in [m for m in _METHODS.values() if m.automatic] if wanted is None else [wanted]:
+        if at_once and method.differentiates:
+            return None
+        reason = method.why_not(subject)
+        if reason is None:
+            return method
+        if wanted is not None:
+            name = wanted.name.replace("_", " ")
+            raise LossError(f"no {name} for layer {subject.layer!r}: {reason}; use method='auto'")
+    return None
 
 
 def _why_no_closed_form(subject: Subject) -> str | None:
@@ -109,7 +103,7 @@ def _why_no_exact_sum(subject: Subject) -> str | None:
     if not (options.measuring or subject.last):
         return "in training only output layers are summed, whose products cost nothing but the loss"
     count = subject.space.products_for_exact(adaptive=options.adaptive, trace=options.trace)
-    return None if count <= options.exact_up_to else f"it takes {count} products"
+    return None if count <= _EXACT_UP_TO[options.measuring] else f"it takes {count} products"
 
 
 def _exact(subjects: Sequence[Subject], rng: Rng) -> dict[str, Contributions]:

@@ -60,7 +60,7 @@ class Replay:
 
     def plainly(self) -> tuple[Forward, Any, Tensor]:
         """The pass once more by :func:`plain_kernels`, what of it the criterion is given, and the loss."""
-        tap = Tap(self.tap.model, list(self.tap.layers.values()), when=lambda: True)
+        tap = Tap(self.tap.model, list(self.tap.layers.values()), measuring=True)
         try:
             with plain_kernels():
                 part, loss = self._run(None, None)

@@ -188,10 +188,8 @@ def _elementwise(
         a = a / a.numel() if reduction == "mean" else a
         return DiagonalHessian(a.reshape(-1, a.shape[-1] if a.ndim else 1))
 
-    def divisor() -> Tensor:
-        return outputs.new_tensor(float(outputs.numel()))
-
-    return KnownLoss(outputs, reduction, -1, hessian_at, divisor, None, elementwise=True)
+    size = functools.partial(outputs.new_tensor, float(outputs.numel()))
+    return KnownLoss(outputs, reduction, -1, hessian_at, size, None, elementwise=True)
 
 
 def _bce_with_logits(

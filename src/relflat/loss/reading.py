@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from relflat.capture.calls import Call
-from relflat.capture.graph import KEEPING, MOVING, SELECTING, follow, foreign, operation
+from relflat.capture.graph import KEEPING, MOVING, SELECTING, ancestors, follow, foreign, operation, signed
 from relflat.distributed import not_taken_for_backward
 from relflat.loss.known import KnownLoss, known_loss, weighted_cross_entropy
 from relflat.rng import Rng
@@ -104,20 +104,13 @@ def without_constants(node: Node | None, until: Collection[Node | None] = ()) ->
 
 def _softmax_above(root: Node) -> Any:
     """The one LogSoftmax that all paths from the loss meet within a few operations; None if there is not one."""
-    stack: list[Node | None] = [root]
-    seen, found = {root}, set()
-    while stack:
-        node = stack.pop()
-        if node is None or operation(node) == "LogSoftmax":
-            found.add(node)
-        elif len(seen) > _FEW or not node.next_functions or foreign(node):
+    found: list[Node] = []
+    for count, node in enumerate(ancestors(root, past=lambda node: operation(node) != "LogSoftmax")):
+        if operation(node) == "LogSoftmax":
+            found.append(node)
+        elif count > _FEW or not node.next_functions or foreign(node):
             return None  # a long way, a parameter of the loss, or a slope that may only look constant
-        else:
-            new = {parent for parent, _ in node.next_functions} - seen
-            seen |= new  # type: ignore[arg-type]
-            stack += new
-    found.discard(None)
-    return found.pop() if len(found) == 1 else None
+    return found[0] if len(found) == 1 else None
 
 
 def _unchanging(slope: Tensor, edge: tuple[GradientEdge]) -> bool:
@@ -136,7 +129,7 @@ def _linear(loss: Tensor, above: Any, calls: Sequence[Call]) -> Reading | None:
     (slope,) = torch.autograd.grad(loss.sum(), edge, create_graph=True)
     if slope.requires_grad and not _unchanging(slope, edge):  # NllLoss has its input in the graph of its slope
         return None
-    saved, dim = above._saved_result, _signed(above._saved_dim)
+    saved, dim = above._saved_result, signed(above._saved_dim)
     mass = -slope.detach().sum(dim).reshape(-1)
     if not bool((mass >= 0).all()):
         return None
@@ -158,10 +151,10 @@ def _cross_entropy(node: Any, reduction: str, calls: Sequence[Call], value: floa
     above = follow(node.next_functions[0][0], KEEPING)
     if above is None or operation(above) != "LogSoftmax":
         return None
-    saved, dim = above._saved_result, _signed(above._saved_dim)
+    saved, dim = above._saved_result, signed(above._saved_dim)
     log_p = saved.movedim(dim, -1)
     log_p = log_p.reshape(-1, log_p.shape[-1])
-    targets, ignored = node._saved_target.reshape(-1), _signed(node._saved_ignore_index)
+    targets, ignored = node._saved_target.reshape(-1), signed(node._saved_ignore_index)
     options = {"weight": node._saved_weight, "ignore_index": ignored, "reduction": reduction}
     if targets.numel() != log_p.shape[0]:
         return None
@@ -226,8 +219,3 @@ def _elementwise(node: Any, reduction: str) -> _Found | None:
     options = {"reduction": reduction} | {name: getattr(node, f"_saved_{name}") for name in names}
     outputs = node._saved_self
     return (function, outputs, node._saved_target, options, None) if outputs.requires_grad else None
-
-
-def _signed(number: int) -> int:
-    """Autograd shows saved signed integers as unsigned ones."""
-    return number - 2**64 if number >= 2**63 else number

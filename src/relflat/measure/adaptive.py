@@ -1,7 +1,6 @@
 """Sweeps over the data until the error is small enough (``rtol``), by probes or by XTrace."""
 
 import functools
-import hashlib
 import math
 from collections.abc import Set as AbstractSet
 
@@ -13,6 +12,7 @@ from relflat.estimate.subject import Subject
 from relflat.measure.sums import Sum, Sums
 from relflat.measure.sweep import Measurement
 from relflat.measure.xtrace import Coordinates, Sketch
+from relflat.rng import hashed
 
 MOST = 4096
 _FEWEST_FOR_RTOL = 32  # with fewer products some errors by chance look small, and the stop picks those
@@ -72,8 +72,7 @@ def by_xtrace(measurement: Measurement, rtol: float | None) -> Sums:
 
 def _sketch(measurement: Measurement, name: str, coordinates: Coordinates, products: int) -> Sketch:
     """A layer has test vectors of its own: errors of layers are independent."""
-    digest = hashlib.blake2b(f"{measurement.estimator.seed},{name}".encode(), digest_size=7).digest()
-    return Sketch(coordinates, int.from_bytes(digest, "little"), products)
+    return Sketch(coordinates, hashed(f"{measurement.estimator.seed},{name}"), products)
 
 
 def _sweep(measurement: Measurement, sketches: dict[str, Sketch], products: int, first: Sums | None) -> Sums:
@@ -113,12 +112,13 @@ def _must_be_of(wanted: AbstractSet[str], found: AbstractSet[str]) -> None:
 
 
 def _add_images(sketch: Sketch, subject: Subject, factor: float, sums: Sums) -> None:
-    """Add a batch's share of the images of all pending columns."""
-    x, columns = sums.layers[subject.layer], sketch.pending
+    """Add a batch's share of the images of all pending columns: one product in the weight a column."""
+    x, columns, coordinates = sums.layers[subject.layer], sketch.pending, sketch.coordinates
     assert columns is not None
     x.image = torch.zeros_like(columns) if x.image is None else x.image
-    product = functools.partial(subject.space.weight_product, subject.operator)
-    sketch.coordinates.add_images(product, columns, x.image, factor)
+    for column, total in zip(columns.mT, x.image.mT, strict=True):
+        product = subject.space.weight_product(subject.operator, coordinates.change(column))
+        total.add_(coordinates.seen(product), alpha=factor)
     sums.round_to(subject.space.weight.dtype)
     if not bool(torch.isfinite(x.image).all()):
         raise NonFiniteError(

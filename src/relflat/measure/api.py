@@ -11,7 +11,7 @@ from relflat.capture.resolve import Layer
 from relflat.errors import LayerError
 from relflat.measure.adaptive import by_probes, by_xtrace
 from relflat.measure.batches import Batch, ForwardFn
-from relflat.measure.sweep import EXACT_UP_TO, measuring
+from relflat.measure.sweep import measuring
 from relflat.options import Curvature, Options, checked
 from relflat.plot.shown import ByLayer
 from relflat.result import Flatness
@@ -57,9 +57,7 @@ def relative_flatness_by_layer(
     if rtol is not None and not xtrace:
         probes = 2 if probes == 1 else probes  # one has no error
     repeated = "method='xtrace'" if xtrace else "rtol" if rtol is not None else None
-    options = Options(
-        curvature, method, probes, adaptive, normalize_features, measuring=True, trace=True, exact_up_to=EXACT_UP_TO
-    )
+    options = Options(curvature, method, probes, adaptive, normalize_features, measuring=True, trace=True)
     with measuring(model, loss_fn, data, layer, options, forward, device, seed, process_group) as measurement:
         measurement.prepare(repeated)
         return ByLayer((by_xtrace if xtrace else by_probes)(measurement, rtol).results(curvature))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from relflat.capture.calls import depends_on
@@ -18,7 +19,7 @@ from relflat.capture.resolve import Layer
 from relflat.capture.tap import Tap
 from relflat.curvature.output_space import OutputSpace
 from relflat.curvature.scales import std_of
-from relflat.distributed import gathered, kept_whole, reshard, several
+from relflat.distributed import gathered, kept_whole, reshard
 from relflat.errors import DataError, GraphError, NonFiniteError
 from relflat.estimate.closed_form import seen_without_graph
 from relflat.estimate.estimator import Estimator
@@ -31,7 +32,6 @@ from relflat.measure.undisturbed import backward_passes, evaluating
 from relflat.options import Options
 from relflat.rng import rng_preserved
 
-EXACT_UP_TO = 64  # products that "auto" spends in measuring to be exact
 Look = Callable[[int, Scene, float, Sums], None]
 """What to do with a batch: its number, the pass, what its loss is multiplied by, and where to add things up."""
 
@@ -54,11 +54,10 @@ def measuring(
     if torch.is_inference_mode_enabled():
         raise GraphError("torch.inference_mode() is on, and curvature needs gradients; leave it out")
     estimator = Estimator(options, seed)
-    tap = Tap(model, layer, when=lambda: True)
+    tap = Tap(model, layer, measuring=True)
     try:
         tap.needs_features = options.normalize_features
-        if options.normalize_features:
-            tap.must_have_features("normalize_features")
+        estimator.must_suit(tap)
         place = getattr(next(model.parameters(), None), "device", None) if device is None else device
         batches = Batches(data, forward, place)
         with evaluating(model), rng_preserved(), torch.enable_grad():
@@ -177,7 +176,7 @@ class Measurement:
             while self.reduction.found is None and (other := next(later, None)) is not None:
                 alone = False
                 self.reduction.compare(scene, self._scene(other))
-        if alone and not several(self.group):
+        if alone and (self.group is None or dist.get_world_size(self.group) == 1):
             return "sum"  # of one batch they are the same
         return self.reduction.found or self.reduction.untold()
 

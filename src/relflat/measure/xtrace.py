@@ -8,7 +8,6 @@ subspace, samples what is missing. Where the spectrum decays the error falls far
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relflat.rng import Rng
-
-Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +51,6 @@ class Coordinates:
         """The transpose of :meth:`change`."""
         found = (self.weight * gradient).sum(-2) if self.adaptive else self.factor.mT @ gradient
         return found.flatten().double()
-
-    def add_images(
-        self, product: Product, x: Float[Tensor, "n k"], onto: Float[Tensor, "n k"], factor: float
-    ) -> None:
-        """Add, in place, a factor times the operator's image of each column: one product in the weight a column."""
-        for column, total in zip(x.mT, onto.mT, strict=True):
-            total.add_(self.seen(product(self.change(column))), alpha=factor)
 
 
 class Sketch:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from relflat import measures, relative_flatness
+from relflat.papers.sheets import Sheet
 from relflat.theory.sharpness import kept
 
 CHUNK = 1000  # samples at a time
@@ -124,22 +125,12 @@ class Measure:
     of: Callable[[Subject], float]
 
 
-MEASURES: dict[str, Measure] = {
-    "kappa": Measure("kappa", "Petzka et al. 2021", partial(measured, name="kappa")),  # Definition 3
-    # section 5: a feature that never varies, such as a dead neuron's, has no deviation to divide by and is left out
-    "kappa_normalized": Measure(
-        "kappa, features / sd", "Petzka et al. 2021", partial(flatness, normalize_features=True)
-    ),
-    "kappa_adaptive": Measure("kappa, adaptive", "this library", partial(flatness, adaptive=True)),
-    "kappa_max": Measure(
-        "kappa, largest eigenvalues", "Petzka et al. 2021", partial(measured, name="kappa, largest eigenvalues")
-    ),
-    "layerwise": Measure("||W||² Tr H", "Adilova et al. 2023", partial(measured, name="||W||² Tr H")),
-    "trace": Measure("Tr H", "Keskar et al. 2017", partial(measured, name="Tr H")),
-    "lambda_max": Measure("lambda_max(H)", "Keskar et al. 2017", partial(measured, name="lambda_max(H)")),
-    "weight_norm": Measure("||W||", "Neyshabur et al. 2015", partial(measured, name="||W||")),
-    "fisher_rao": Measure("Fisher-Rao norm", "Liang et al. 2019", fisher_rao),
-    "pac_bayes": Measure("PAC-Bayes flatness", "Jiang et al. 2020", pac_bayes),
-    "sam": Measure("SAM sharpness", "Foret et al. 2021", partial(measured, name="SAM sharpness")),
-    "asam": Measure("ASAM sharpness", "Kwon et al. 2021", partial(measured, name="adaptive sharpness")),
-}
+OWN: dict[str, Callable[[Subject], float]] = {"fisher_rao": fisher_rao, "pac_bayes": pac_bayes}
+
+
+def measure(name: str, title: str, source: str, of: str = "", **form: Any) -> Measure:
+    """One of the table: a number ``of`` `relflat.measures`, a form of kappa, or one of this module's own."""
+    return Measure(title, source, OWN.get(name) or (partial(measured, name=of) if of else partial(flatness, **form)))
+
+
+MEASURES = {name: measure(name, **table) for name, table in Sheet("measures")["measures"].items()}

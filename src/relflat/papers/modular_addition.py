@@ -8,8 +8,8 @@ and generalising as a probe: relative flatness falls when generalisation sets in
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from relflat.errors import ConfigError
 from relflat.lab.data.arrays import Arrays, RawData
 from relflat.lab.data.splits import Splits, classification
-from relflat.lab.tasks import AdamW, Task, constant
+from relflat.lab.tasks.records import read
 
 
 def additions(modulus: int) -> RawData:
@@ -92,28 +92,9 @@ class AdditionTransformer(nn.Module):
         return self.output(self.blocks(x)[:, -1])
 
 
-ADDITION = Task(
-    name="addition",
-    summary="(a + b) mod 97, MLP that generalises long after it knows its 3,764 training sums by heart",
-    splits=splits,
-    model=AdditionMLP,
-    loss=nn.CrossEntropyLoss,
-    layer="output",
-    optimizer=AdamW(lr=3e-3, weight_decay=1.0),
-    schedule=constant,
-    epochs=400,
-    batch_size=512,
-)
-
-ADDITION_TRANSFORMER = replace(
-    ADDITION,
-    name="addition-transformer",
-    summary="(a + b) mod 59, transformer of one block; 1,740 sums to train on",
-    splits=partial(splits, modulus=59, fraction=0.5),
-    model=partial(AdditionTransformer, 59, width=64),
-    epochs=300,
-    batch_size=580,
-)
+NAMED = {each.__name__: each for each in (splits, AdditionMLP, AdditionTransformer)}
+TABLES = Path(__file__).with_name("tasks.toml")
+ADDITION, ADDITION_TRANSFORMER = read(TABLES, "addition", "addition-transformer", own=NAMED)
 
 
 def learnt_at(history: Sequence[Mapping[str, Any]], split: str, level: float = 0.99) -> int | None:

@@ -4,14 +4,14 @@ Networks give logits of shape (n, 1, 48, 48, 48) for a defective skull of the sa
 network or a loss is built: it takes seconds, and other tasks do without.
 """
 
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from relflat.lab.tasks import Adam, Task, cosine
+from relflat.lab.tasks.records import read
 from relflat.papers.skull_metrics import DICE
 from relflat.papers.skulls import splits
 
@@ -87,31 +87,9 @@ def dice_cross_entropy() -> nn.Module:
     return DiceCELoss(sigmoid=True)
 
 
-SKULLS = Task(
-    name="skulls",
-    summary="deformations of one real CT, 48^3 voxels, a hole in each vault; autoencoder with latent 8; 100 train, "
-    "40 validation, 50 test and the same 50 with larger holes",
-    splits=splits,
-    model=Autoencoder,
-    loss=dice_loss,
-    layer="from_latent",
-    optimizer=Adam(lr=3e-3),
-    schedule=cosine,
-    epochs=64,
-    batch_size=5,
-    metric=DICE,
-    evaluation_size=10,
-    monitored=5,
-)
-
-SKULLS_UNET = replace(
-    SKULLS,
-    name="skulls-unet",
-    summary="deformations of one real CT, 48^3 voxels, a hole in each vault; U-Net that only adds",
-    model=Completion,
-    loss=dice_cross_entropy,
-    layer="output",
-    optimizer=Adam(lr=2e-3),
-    epochs=32,
-    batch_size=2,
+NAMED = {each.__name__: each for each in (splits, Autoencoder, Completion, dice_loss, dice_cross_entropy)} | {
+    "DICE": DICE
+}
+SKULLS, SKULLS_UNET = read(
+    Path(__file__).with_name("tasks.toml"), "skulls", "skulls-unet", own={**NAMED, "DICE": DICE}
 )

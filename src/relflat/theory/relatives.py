@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from relflat.capture.matrix import Matrix
 from relflat.capture.outputs import output_tensor
 from relflat.capture.resolve import Layer
+from relflat.capture.uses import Matrix
 from relflat.errors import ConfigError, LossError
 from relflat.estimate.radius import Noise
 from relflat.estimate.scene import Scene
 from relflat.measure.batches import Batch, ForwardFn
-from relflat.measure.sweep import EXACT_UP_TO, Measurement, measuring
+from relflat.measure.sweep import Measurement, measuring
 from relflat.options import Curvature, Options, checked
 from relflat.rng import Rng
 from relflat.theory.spectrum import Estimate, largest, matrix_of, one_of, product
@@ -69,7 +69,7 @@ def per_sample_flatness(
             f"method={method!r} takes all samples together, and each is wanted by itself; use 'auto', 'exact' or "
             "'probe'"
         )
-    options = Options(curvature, method, probes, adaptive, measuring=True, exact_up_to=EXACT_UP_TO)
+    options = Options(curvature, method, probes, adaptive, measuring=True)
     found = []
     with measuring(model, loss_fn, data, layer, options, forward, device, seed) as measurement:
         for i, (scene, _) in enumerate(measurement.scenes()):

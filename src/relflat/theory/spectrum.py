@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from relflat.capture.matrix import Matrix
 from relflat.capture.resolve import Layer
+from relflat.capture.uses import Matrix
 from relflat.curvature.operators import HessianOperator
 from relflat.errors import LayerError
 from relflat.measure.batches import Batch, ForwardFn
@@ -131,7 +131,8 @@ def matrix_of(measurement: Measurement, layer: Layer) -> Matrix:
     measurement.batches.must_be_repeatable("Lanczos")
     scene, _ = next(measurement.scenes())
     (subject,) = measurement.estimator.subjects(scene.only([one_of(scene.layers, layer)]))
-    return subject.matrix.one()
+    matrix = subject.matrix  # a stack as one, its rows below each other
+    return replace(matrix, view=lambda w: matrix.view(w).flatten(0, -2))
 
 
 def product(measurement: Measurement, matrix: Matrix, v: Float[Tensor, "d m"]) -> Float[Tensor, "d m"]:

@@ -24,7 +24,6 @@ def look_up(kind: str, value: str, table: Mapping[str, T]) -> T:
     return table[value]
 
 
-def names_in(text: str) -> str | list[str]:
-    """One name as it is; several with commas between them as a list."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    return parts if len(parts) > 1 else text
+def names_in(text: str) -> list[str]:
+    """One name, or several with commas between them."""
+    return [part.strip() for part in text.split(",") if part.strip()] or [text]

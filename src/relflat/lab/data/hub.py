@@ -8,6 +8,7 @@ sets secret: as everywhere, the official validation set is the test set.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 PATIENCE = 5.0  # seconds until a hub that does not answer is given up, where there is another source
 
 
-def client() -> Any:
-    """The module ``datasets``, or an error that says how to install it."""
+def client(
+    package: str = "datasets", use: str = "Data sets of the Hugging Face hub need its client", extra: str = "hub"
+) -> Any:
+    """The module of an optional package, or an error that says how to install it."""
     try:
-        import datasets
+        return import_module(package)
     except ImportError as error:
-        raise DataError("Data sets of the Hugging Face hub need its client: pip install 'relflat[hub]'") from error
-    return datasets
+        raise DataError(f"{use}: pip install 'relflat[{extra}]'") from error
 
 
 @contextmanager

@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relflat.errors import DataError
-from relflat.lab.data.fetch import files
+from relflat.lab.data.fetch import reading
 
 WEIGHTS = "efficientnet-lite0-57934424.pth"
 # repeats, kernel, stride of the first, expansion, output channels (Tan and Le 2019, table 1)
@@ -97,7 +96,8 @@ class EfficientNetLite0(nn.Module):
 def efficientnet_lite0(num_classes: int = 10, side: int | None = 64) -> EfficientNetLite0:
     """EfficientNet-Lite0 with ImageNet weights and a new output layer."""
     model = EfficientNetLite0(num_classes, side)
-    load_pretrained(model, files("efficientnet-lite0") / WEIGHTS)
+    with reading("efficientnet-lite0") as folder:
+        load_pretrained(model, folder / WEIGHTS)
     return model
 
 
@@ -106,14 +106,8 @@ def load_pretrained(model: EfficientNetLite0, path: Path, *, output: bool = Fals
 
     They are in the order of its own, under other names.
     """
-    try:
-        packaged = torch.load(path, map_location="cpu", weights_only=True)
-        ours = model.state_dict()
-        found = dict(zip(ours, packaged.values(), strict=True))
-        kept = {} if output else {name: ours[name] for name in ("output.weight", "output.bias")}
-        model.load_state_dict(found | kept)
-    except Exception as error:  # torch.load lets through whatever unpickling raises
-        raise DataError(
-            f"{path} does not hold the weights of EfficientNet-Lite0: {error!r}. Delete its folder and run: "
-            "relflat data get efficientnet-lite0"
-        ) from error
+    packaged = torch.load(path, map_location="cpu", weights_only=True)
+    ours = model.state_dict()
+    found = dict(zip(ours, packaged.values(), strict=True))
+    kept = {} if output else {name: ours[name] for name in ("output.weight", "output.bias")}
+    model.load_state_dict(found | kept)

@@ -1,10 +1,10 @@
 """Tasks on texts: a pretrained sentence encoder, MiniLM, under a new output layer (extra ``transformers``).
 
-Inputs are the encoder's keyword arguments at
-one fixed length: ``input_ids``, ``attention_mask`` and, for pairs of sentences, ``token_type_ids``, each (n, tokens).
-Everything is read from the cache; nothing asks the network.
+Inputs are the encoder's keyword arguments at one fixed length: ``input_ids``, ``attention_mask`` and, for pairs of
+sentences, ``token_type_ids``, each (n, tokens). Everything is read from the cache; nothing asks the network.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,7 @@ from relflat.lab.data.sources import SOURCES
 
 TOKENS = 64  # longest input of single sentences
 PAIR_TOKENS = 128  # of pairs of sentences
-
-
-def library() -> Any:
-    """The module ``transformers``, or an error that says how to install it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise DataError("Tasks on texts need transformers: pip install 'relflat[transformers]'") from error
-    return transformers
+library = partial(hub.client, "transformers", "Tasks on texts need transformers", "transformers")
 
 
 def encode(texts: list[str], second: list[str] | None = None, *, tokens: int) -> dict[str, Int[Tensor, "n tokens"]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relflat import FAM
-from relflat.capture.resolve import resolve_unrun
+from relflat.capture.resolve import resolve
 from relflat.errors import ConfigError
 from relflat.lab.common.names import look_up, names_in
 from relflat.lab.train.steps import looksam_step, plain_step, sam_step
@@ -125,7 +125,9 @@ class Disturbed(nn.Module):
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             return (change(args[0]), *args[1:]) if module.training else None
 
-        for name, layer in resolve_unrun(model, names_in(layers)).items():
+        own = dict(model.named_children())
+        wanted = [own.get(n, n) if n == "output" else n for n in names_in(layers)]
+        for name, layer in resolve(model, wanted).items():  # of a model that is not run: "output" by its name only
             if isinstance(layer, nn.Module):
                 self._handles.append(layer.register_forward_pre_hook(before))
             elif name in layers.replace(" ", "").split(","):  # not one among those of a glob

@@ -156,7 +156,7 @@ def monitor(session: Session) -> Record:
 
 def final(session: Session, before: float, history: list[Record], diverged: str | None, test: bool) -> Record:
     """Everything worth keeping of a run, after its last epoch; ``before`` is kappa of the untrained network."""
-    splits = session.splits
+    splits, name = session.splits, session.task.metric.name
     seconds = [record["seconds_per_step"] for record in history]
     result: Record = {
         "status": "diverged" if diverged else "finished",
@@ -179,7 +179,9 @@ def final(session: Session, before: float, history: list[Record], diverged: str 
             found["corrupted"] = corrupted(session, tested)
         if test and splits.shifts:
             found["shifts"] = {name: judge(session, other()) for name, other in splits.shifts.items()}
-        require_metric(session.task.metric.name, {**found, **found.get("shifts", {})})
+        for split, judged in {**found, **found.get("shifts", {})}.items():
+            if not math.isfinite(value := judged.get(name, 0.0)):
+                raise NonFiniteError(f"The task's metric {name} is {value} on {split} data.")
     except NonFiniteError as error:
         found = {"status": "diverged", "reason": str(error)}
     return result | found
@@ -195,13 +197,6 @@ def corrupted(session: Session, tested: Arrays) -> Record:
         judged = evaluate(metric, session.model, session.loss, session.batches(replace(some, inputs=changed)))
         found.setdefault(name, []).append({key: judged[key] for key in (metric.name, "loss")})
     return found
-
-
-def require_metric(name: str, found: Record) -> None:
-    """See that the metric is a number on each split, as what is not cannot be compared."""
-    for split, judged in found.items():
-        if not math.isfinite(judged.get(name, 0.0)):
-            raise NonFiniteError(f"The task's metric {name} is {judged[name]} on {split} data.")
 
 
 def kappa(session: Session, samples: Arrays) -> Flatness:

@@ -49,8 +49,20 @@ def folder_of(config: RunConfig, root: Path, name: str | None = None) -> Path:
 def check_folder(folder: Path, config: RunConfig, *, fresh: bool = False) -> None:
     """See whether this run may live in the folder, or replace an earlier one there; nothing is written."""
     require_ours(folder, LOCK, CONFIG, REQUIRED, "a run's folder; choose another name")
-    if (folder / CONFIG).is_file() and not fresh:
-        _same(folder, config)
+    if fresh or not (folder / CONFIG).is_file():
+        return
+    old, new = read_json(folder / CONFIG), {"schema": SCHEMA, **config.flat()}
+    advice = "Choose another --name, or replace it with --fresh"
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if "schema" in keys:
+        raise ConfigError(
+            f"{folder} holds a run whose {CONFIG} has schema {old.get('schema', 1)}; runs of this version have "
+            f"{SCHEMA}.{written_by(folder)} {advice}."
+        )
+    if keys == ["source"]:
+        require_unchanged(config.task, old.get("source"), f"the run in {folder} was trained. {advice}")
+    if keys:
+        raise ConfigError(f"{folder} holds a run with other values of {', '.join(keys)}. {advice}.")
 
 
 def require_ours(folder: Path, mark: str, file: str, keys: set[str], kind: str) -> None:
@@ -136,23 +148,6 @@ def remove_unfinished(folder: Path, names: str = WRITTEN) -> None:
     for entry in folder.glob(".*"):
         if re.fullmatch(rf"\.({names})-[0-9a-f]{{32}}", entry.name):
             remove(entry)
-
-
-def _same(folder: Path, config: RunConfig) -> None:
-    """Reject a folder whose run has other settings."""
-    old, new = read_json(folder / CONFIG), {"schema": SCHEMA, **config.flat()}
-    if old == new:
-        return
-    advice = "Choose another --name, or replace it with --fresh"
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if "schema" in keys:
-        raise ConfigError(
-            f"{folder} holds a run whose {CONFIG} has schema {old.get('schema', 1)}; runs of this version have "
-            f"{SCHEMA}.{written_by(folder)} {advice}."
-        )
-    if keys == ["source"]:
-        require_unchanged(config.task, old.get("source"), f"the run in {folder} was trained. {advice}")
-    raise ConfigError(f"{folder} holds a run with other values of {', '.join(keys)}. {advice}.")
 
 
 def config_of(folder: Path, task: str | None = None) -> RunConfig:
