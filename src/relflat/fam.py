@@ -66,6 +66,7 @@ class FAM(nn.Module):
         normalize_features: kappa with features divided by their standard deviation over the batch, a constant,
             without those that do not vary in it.
         seed: of the probes. By default ``torch.initial_seed()``. No global random numbers are used.
+        warmup_steps: deprecated; give ``strength`` as a function of the step.
 
     Cost: output layer with a known loss: no extra pass. Others, ``"ggn"``: one more backward of what comes after the
     deepest layer, and its derivative. ``radius``: one more forward; for hidden layers with ``strength=1`` none.
@@ -106,12 +107,13 @@ class FAM(nn.Module):
         layers_per_step: int | None = None,
         normalize_features: bool = False,
         seed: int | None = None,
+        warmup_steps: int = 0,
     ) -> None:
         super().__init__()
         options = curvature, method, probes, adaptive, normalize_features, gradient, radius, layers_per_step
         self.options, self.loss_fn, self.step = Options(*options), loss_fn, 0
         given = {"layer": layer, "strength": strength, "size": size, "radius": radius}
-        self._sizing = Sizing(given, bound, every)
+        self._sizing = Sizing(given, bound, every, warmup_steps)
         self._estimator = Estimator(self.options, torch.initial_seed() if seed is None else seed)
         self._guards = Guards()
         self._last: dict[str, Any] = {}

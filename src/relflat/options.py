@@ -131,6 +131,7 @@ _ARGUMENTS = {
     "radius": _POSITIVE._replace(needed="a positive number is needed, or None for kappa itself"),
     "every": _whole(1, "a number of steps from 1 on is needed"),
     "layers_per_step": _whole(1, "a whole number of layers from 1 on is needed, or None for all"),
+    "warmup_steps": _whole(0, "a whole number from 0 on is needed"),
     "strength": Check("a finite number is needed, or a function of the step that gives one", _size),
     "size": Check(
         "a number from 0 on is needed, or a function of the step that gives one",

@@ -7,6 +7,7 @@ none. The *bound* keeps the penalty of a step below a share of its loss, by a fa
 step of an unbounded one may turn a network that is not fitted yet into a constant function (docs/concepts.md).
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,12 +29,15 @@ class Sizing:
         given: ``layer``, ``strength``, ``size`` and ``radius``, as FAM was given them.
         bound: largest penalty of a step, as a share of its task loss; None for no bound.
         every: a penalty comes at each so-many-th step, multiplied by this number.
+        warmup_steps: deprecated form of a strength that is a function of the step.
 
     Raises:
         ConfigError: two sizes are given, a strength without a layer, or a number that is none.
     """
 
-    def __init__(self, given: Mapping[str, Any], bound: float | None, every: int | None) -> None:
+    def __init__(
+        self, given: Mapping[str, Any], bound: float | None, every: int | None, warmup_steps: int = 0
+    ) -> None:
         given = {name: value for name, value in given.items() if value is not None}
         for problem in _wrong_together(given):
             raise ConfigError(problem.format(**given))
@@ -45,6 +49,8 @@ class Sizing:
         self._factor: Tensor | float = 1.0
         self._bounded: Tensor | int = 0
         self._penalties = 0
+        if warmup_steps:
+            self.number = _warmed_up(self.name, self.number, warmup_steps)
         self._number_at(0)
 
     def change(self, name: str, number: Number) -> None:
@@ -121,3 +127,12 @@ def _wrong_together(given: Mapping[str, Any]) -> Iterator[str]:
             "strength={strength} is the lambda of a layer's kappa: name the layer, or leave strength out for all "
             "layers and a size that needs no tuning"
         )
+
+
+def _warmed_up(name: str, number: Number, steps: int) -> Number:
+    """What ``warmup_steps`` stood for, with a warning that names what replaces it."""
+    if callable(number):
+        raise ConfigError(f"warmup_steps={steps}: give {name} as a function of the step in its place")
+    replacement = f"{name}=lambda step: {number} * min(1, (step + 1) / {steps + 1})"
+    warnings.warn(f"warmup_steps is deprecated; give {replacement}", DeprecationWarning, stacklevel=5)
+    return lambda step: number * min(1.0, (step + 1) / (steps + 1))

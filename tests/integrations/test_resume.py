@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from unbounded import FAM
 
-FAM_OPTIONS = {"strength": lambda step: 0.05 * min(10, step + 1), "bound": None, "probes": 2, "every": 2}
+FAM_OPTIONS = {"strength": 0.5, "bound": None, "probes": 2, "warmup_steps": 9, "every": 2}
 
 
 # -- plain loop ----------------------------------------------------------------------------------------------

@@ -154,6 +154,7 @@ CALLS: dict[str, Call] = {
             "layers_per_step": "count",
             "normalize_features": "truth",
             "seed": "whole",
+            "warmup_steps": "whole",
         },
     ),
     "FAM of a size": (_step, lambda: {"loss_fn": CE(), "model": net()}, {"size": "size"}),

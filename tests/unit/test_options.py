@@ -40,6 +40,7 @@ ARGUMENTS = {
     "probes": ([1, 7], [0, -1, 1.0, True, "1", math.nan]),
     "every": ([1], [0, 1.5]),
     "layers_per_step": ([1], [0]),
+    "warmup_steps": ([0, 3], [-1]),
     "seed": ([-1, 0, 2**40], [0.5, True, "0"]),
     "draws": ([1], [0]),
     "radius": ([0.1, 5], [0, -1, math.inf, math.nan, True]),
@@ -130,8 +131,8 @@ def test_xtrace_spends_products_in_pairs(probes: int, right: bool) -> None:
         Options(method="xtrace", probes=probes, measuring=True)
 
 
-def of(strength) -> Sizing:
-    return Sizing({"layer": "0", "strength": strength}, None, None)
+def of(strength, **options) -> Sizing:
+    return Sizing({"layer": "0", "strength": strength}, None, None, **options)
 
 
 def test_strength_of_a_step() -> None:
@@ -141,6 +142,14 @@ def test_strength_of_a_step() -> None:
         later = of(lambda step, wrong=wrong: wrong if step else 1.0)
         with pytest.raises(ConfigError, match=r"at step 7.*a finite number is needed"):
             later.strength_at(7, 3)
+
+
+def test_warmup_rises_in_even_steps_to_the_strength() -> None:
+    with pytest.warns(DeprecationWarning, match=r"strength=lambda step: 2.0 \* min\(1, \(step \+ 1\) / 4\)"):
+        sizing = of(2.0, warmup_steps=3)
+    assert [sizing.strength_at(step, 3) for step in (0, 1, 2, 3, 4, 100)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    with pytest.raises(ConfigError, match="as a function of the step"):
+        of(lambda step: 1.0, warmup_steps=3)
 
 
 def test_options_are_settled_once_and_for_all() -> None:

@@ -37,7 +37,7 @@ def kappa_of(net: nn.Module, x, y, name: str, loss_fn=None) -> torch.Tensor:
 class TestSchedule:
     def test_every_and_warm_up(self) -> None:
         net, (x, y) = mlp(), batch()
-        fam = FAM(CE(), net, "output", strength=lambda step: min(1.0, (step + 1) / 5), every=2)
+        fam = FAM(CE(), net, "output", strength=1.0, every=2, warmup_steps=4)
         seen = []
         for _ in range(8):
             fam(net(x), y)
@@ -444,6 +444,7 @@ class TestBadInput:
             ({"gradient": "none"}, "gradient='none'"),
             ({"probes": 0}, "probes=0"),
             ({"every": 0}, "every=0"),
+            ({"warmup_steps": -1}, "warmup_steps=-1"),
             ({"strength": math.inf}, "strength=inf"),
             ({"radius": -1.0}, "radius=-1"),
             ({"method": "finite_difference"}, "add curvature='hessian'"),
