@@ -234,9 +234,8 @@ class FAM(nn.Module):
         ``penalties`` it made smaller), ``skipped`` (penalties left out as they were not finite) and ``collapsed``
         (features or outputs that did not depend on the input at the last tenth penalty); of a training step also
         ``strength`` (its lambda), and of one with a penalty ``kappa`` (or the loss increase, with ``radius``),
-        ``by_layer`` and ``method``. With ``layers_per_step``, ``layers`` are drawn, ``by_layer`` has their kappas, and
-        ``kappa`` estimates the sum over all. Where the pass itself was perturbed (``radius`` on a hidden layer,
-        strength 1) ``task`` and ``penalty`` are nan.
+        ``by_layer`` and ``method``. With ``layers_per_step``, ``layers`` are drawn, ``by_layer`` has theirs, and
+        ``kappa`` estimates the sum over all. Where the pass itself was perturbed ``task`` and ``penalty`` are nan.
         """
         if not self._last:
             return {}
