@@ -231,7 +231,5 @@ class FlatnessMonitor(Monitor, Callback):
         if data is not None:
             data = converted(data, plugin.convert_input)
         with plugin.tensor_init_context():
-            found = self.measure(
-                _network(pl_module, self.module), self.loss_fn, data, "there is no validation loader", epoch
-            )
+            found = self.measure(network, self.loss_fn, data, "there is no validation loader", epoch)
         pl_module.log_dict(metrics(found), sync_dist=trainer.world_size > 1)
