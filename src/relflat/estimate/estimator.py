@@ -17,6 +17,8 @@ from relflat.estimate.subject import Memory, Subject
 from relflat.options import Options
 from relflat.rng import Rng
 
+Around = Callable[[], AbstractContextManager[Any]]
+Choice = Callable[[Subject, Method | None], Method | None]
 _AVOIDABLE = ("scaled_dot_product", "compile", "aot_autograd", "donated buffers")
 """Parts of what is said of kernels that a plain pass does without."""
 
@@ -41,11 +43,7 @@ class Estimator:
         return (o.method, o.curvature, o.gradient, o.radius) == ("auto", "hessian", "full", None)
 
     def __call__(
-        self,
-        scene: Scene,
-        step: int,
-        options: Options | None = None,
-        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        self, scene: Scene, step: int, options: Options | None = None, around: Around = nullcontext
     ) -> dict[str, Contributions]:
         """The contributions to kappa of every layer of the scene, each with its method.
 
@@ -114,12 +112,7 @@ class Estimator:
             yield Subject(scene, layer, options or self.options, self.memory, self.seed, **how)
 
     def _run(
-        self,
-        scene: Scene,
-        step: int,
-        options: Options,
-        chosen: Callable[[Subject, Method | None], Method | None],
-        layers: Collection[str] | None = None,
+        self, scene: Scene, step: int, options: Options, chosen: Choice, layers: Collection[str] | None = None
     ) -> dict[str, Contributions]:
         """Those of the layers, by default all, for which a method is chosen."""
         by_method: dict[Method, list[Subject]] = {}
