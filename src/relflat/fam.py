@@ -225,16 +225,16 @@ class FAM(nn.Module):
     def last(self) -> dict[str, Any]:
         """The last step in numbers.
 
-        Keys: ``task``, ``penalty`` (as added: ``every * factor * strength * kappa``), ``total``; in training also
-        ``strength`` (lambda of this step), ``size``, ``factor`` (of the bound at the last penalty), ``bounded`` (how
-        many of all ``penalties`` it made smaller), ``kappa`` (or the loss increase, with ``radius``), ``by_layer``,
-        ``method``, ``skipped`` (penalties left out as they were not finite) and ``collapsed`` (features or outputs
-        that did not depend on the input at the last tenth penalty). With ``layers_per_step``, ``layers`` are drawn,
-        ``by_layer`` has their kappas, and ``kappa`` estimates the sum over all. Where the pass itself was perturbed
-        (``radius`` on a hidden layer, strength 1) ``task`` and ``penalty`` are nan.
+        Keys: ``task``, ``penalty`` (as added: ``every * factor * strength * kappa``; 0 in evaluation), ``total``; of
+        training so far ``size``, ``factor`` (of the bound at the last penalty), ``bounded`` (how many of all
+        ``penalties`` it made smaller), ``skipped`` (penalties left out as they were not finite) and ``collapsed``
+        (features or outputs that did not depend on the input at the last tenth penalty); of a training step also
+        ``strength`` (its lambda), and of one with a penalty ``kappa`` (or the loss increase, with ``radius``),
+        ``by_layer`` and ``method``. With ``layers_per_step``, ``layers`` are drawn, ``by_layer`` has theirs, and
+        ``kappa`` estimates the sum over all. Where the pass itself was perturbed ``task`` and ``penalty`` are nan.
         """
-        if "strength" not in self._last:
-            return step_in_numbers(**self._last) if self._last else {}
+        if not self._last:
+            return {}
         guards = {"collapsed": self._guards.collapsed, "skipped": self._guards.skipped}
         return step_in_numbers(**self._last) | self._sizing.report() | guards
 

@@ -113,8 +113,8 @@ class Guards:
 
     def look_for_training(self, loss: Tensor) -> None:
         """Say it if a loss that has no penalty, as the model is in evaluation mode, is differentiated."""
-        if loss.requires_grad and "evaluation" not in self._said:
-            loss.register_hook(lambda _: self._say("evaluation", _EVALUATION))
+        if loss.grad_fn is not None and "evaluation" not in self._said:
+            loss.grad_fn.register_prehook(lambda _: self._say("evaluation", _EVALUATION))
 
     def read(self) -> None:
         """Take in what was last looked at."""

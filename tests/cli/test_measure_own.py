@@ -213,7 +213,8 @@ def test_weights_that_are_not_the_models(relflat, change, message) -> None:
     ("arguments", "message"),
     [
         (["mine.py"], "name the function in it that returns (model, loss, data): mine.py:make"),
-        (["mine.py:mke"], "did you mean 'make'?"),
+        (["mine.py:mke"], "did you mean 'make'? Known: failing, layer, make, needs, no_loss, number, swapped, two,"),
+        (["mine.py:make", "a.pt", "--json"], "one run or function; weights go with --checkpoint a.pt"),
         (["none.py:make"], "none.py: no such file"),
         (["mine:make"], "mine:make is not a run"),
         (["mine"], "a function of yours that returns (model, loss, data): path/to/file.py:make"),

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from relflat.lab.compare.arms import arms_named
+from relflat.lab.tasks import TASKS
+
 ROOT = Path(__file__).parents[2]
 LIMIT = 2_000_000  # bytes outside src and tests
 GITHUB = ROOT / ".github"
@@ -34,6 +37,15 @@ def test_every_make_target_says_what_it_does() -> None:
     targets = set(re.findall(r"^([a-z-]+):", text, re.MULTILINE))
     assert targets == set(re.findall(r"^([a-z-]+):.*## \S", text, re.MULTILINE))
     assert targets == set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())
+
+
+def test_comparisons_of_makefile_and_workflow_are_of_tasks_and_arms_that_there_are() -> None:
+    text = (ROOT / "Makefile").read_text() + (GITHUB / "workflows" / "tests.yml").read_text()
+    commands = re.findall(r"relflat compare (\S+)(?: .*--arms ([^-]+))?", text)
+    assert len(commands) == 4
+    for task, arms in commands:
+        assert task in TASKS
+        assert len(arms_named(arms.split() or ["plain", "fam"])) > 1
 
 
 @pytest.mark.parametrize("form", ["bug", "feature", "question"])

@@ -1,5 +1,6 @@
 """FAM in Lightning: the gradients of one process and one batch, whatever the trainer does to the loss."""
 
+import csv
 import warnings
 
 import pytest
@@ -202,6 +203,31 @@ def test_logs_are_of_the_plain_loss(tmp_path) -> None:
     assert run.callback_metrics["fam/penalty"].item() == pytest.approx(criterion.last["penalty"])
 
 
+class Kappas(pl.Callback):
+    """What the criterion says of each step that had a penalty, read after its batch."""
+
+    def __init__(self, of: FAMCallback) -> None:
+        self.of, self.found = of, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if "kappa" in self.of.criterion.last:
+            self.found[trainer.global_step - 1] = [self.of.criterion.last[name] for name in ("kappa", "penalty")]
+
+
+def test_what_is_written_is_of_the_latest_penalty(tmp_path) -> None:
+    callback = FAMCallback("output", every=3)
+    kappas = Kappas(callback)
+    run = trainer(callback, kappas, max_epochs=2, log_every_n_steps=4, logger=CSVLogger(tmp_path))
+    run.fit(Module(), loader(2))
+    assert list(kappas.found) == [0, 3, 6, 9, 12, 15]
+    text = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    rows = {int(row["step"]): row for row in csv.DictReader(text.splitlines())}
+    assert list(rows) == [3, 7, 11, 15]
+    for step, row in rows.items():
+        latest = max(at for at in kappas.found if at <= step)
+        assert [float(row[f"fam/{name}"]) for name in ("kappa", "penalty")] == pytest.approx(kappas.found[latest])
+
+
 def test_validation_is_the_plain_loss_and_hooks_go_away() -> None:
     module = Module()
     run = trainer(FAMCallback("output", strength=0.5, bound=None))
@@ -247,6 +273,19 @@ class TestMonitor:
         lines = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
         column = lines[0].split(",").index("flatness/net.2")
         assert sum(bool(line.split(",")[column]) for line in lines[1:]) == 2
+
+    def test_a_module_without_forward(self) -> None:
+        class Uncallable(Module):
+            forward = pl.LightningModule.forward
+
+        with pytest.raises(ConfigError, match=r"Uncallable has no forward: .* module=.* \(of \['net'\]\)"):
+            trainer(FlatnessMonitor("net.2", nn.CrossEntropyLoss())).fit(Uncallable(), loader(), loader())
+        with pytest.raises(LayerError, match=r"module='body': Uncallable has \['net'\]"):
+            trainer(FlatnessMonitor("2", nn.CrossEntropyLoss(), module="body")).fit(Uncallable(), loader(), loader())
+        monitor, module = FlatnessMonitor("2", nn.CrossEntropyLoss(), module="net"), Uncallable()
+        trainer(monitor).fit(module, loader(), loader(8))
+        flat = relative_flatness(module.net, nn.CrossEntropyLoss(), data(), layer="2")
+        assert monitor.history[0].flats["2"].value == pytest.approx(flat.value, rel=1e-6)
 
     def test_no_data(self) -> None:
         with pytest.raises(DataError, match="data="):

@@ -35,6 +35,7 @@ def test_arms_have_different_names():
         replace(PLAN, arms=(PLAIN,))
     with pytest.raises(ConfigError, match="more than once"):
         arms.arms_named(["plain", "sam", "sam"])
+    assert arms.arms_named(["plain,sam", "fam"]) == arms.arms_named(["plain", "sam", "fam"])
     with pytest.raises(ConfigError, match="did you mean 'fam-radius'"):
         arms.arms_named(["fam-radios"])
 

@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,14 @@ def test_files_that_do_not_work_are_explained(tmp_path, text, name, message):
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         make({"task": f"{path}:{name}"})
+
+
+def test_a_file_imports_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    (tmp_path / "beside_the_task.py").write_text("from relflat.lab.tasks import TASKS\n\ndigits = TASKS['digits']\n")
+    (tmp_path / "mine.py").write_text("from beside_the_task import digits as mine\n")
+    assert task_named(make({"task": f"{tmp_path / 'mine.py'}:mine"}).task) is TASKS["digits"]
 
 
 def test_a_path_without_a_name_gets_the_names_in_the_file(copy, tmp_path):

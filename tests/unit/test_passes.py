@@ -250,15 +250,16 @@ def test_a_watched_model_is_exported_or_told_to_be_closed_first(way: str, traini
 class Checkpointed(nn.Module):
     """A block with running averages that is recomputed in the backward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: type[nn.Module] = nn.BatchNorm1d, *, kept: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.norm, self.b, self.out = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.a, self.norm, self.b, self.out = nn.Linear(4, 5), norm(5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.kept = kept  # so that nothing is recomputed
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
         block = lambda h: self.b(self.norm(self.a(h)).tanh()).tanh()
-        return self.out(checkpoint(block, x, use_reentrant=False))
+        return self.out(block(x) if self.kept else checkpoint(block, x, use_reentrant=False))
 
 
 @pytest.mark.parametrize("layer", ["a", "b", "out", "a.weight", ["a", "out"]])
@@ -273,6 +274,22 @@ def test_running_averages_in_a_checkpointed_block_are_those_of_plain_training(la
             fam(net(x), y).backward()
     for (name, ours), theirs in zip(net.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
+@pytest.mark.parametrize("options", [{"curvature": "hessian"}, {"method": "exact"}, {"probes": 3}], ids=str)
+@pytest.mark.parametrize("layer", ["a", "a.weight"])
+def test_gradients_through_a_checkpointed_normalisation_are_those_without(layer, options, norm) -> None:
+    """PyTorch hands a saved tensor out once there, and takes the statistics for constants in third derivatives."""
+    found, smoothed = [], nn.CrossEntropyLoss(label_smoothing=0.1)
+    for kept in (False, True):
+        net, (x, y) = Checkpointed(norm, kept=kept), data()
+        fam = FAM(smoothed, net, layer, strength=1.0, seed=0, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fam(net(x), y).backward()
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 # -- measuring -----------------------------------------------------------------------------------------------

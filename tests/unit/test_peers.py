@@ -57,6 +57,12 @@ class TestSpectrum:
         at = torch.linspace(-2, 4, 2001, dtype=torch.float64)
         assert float(torch.trapezoid(found.density(at, 0.05), at)) == pytest.approx(1, abs=1e-6)
 
+    def test_in_single_precision_its_error_is_that_precision(self) -> None:
+        net, (x, y) = mlp().float(), data()
+        top = layer_spectrum(net, CE(), (x.float(), y), layer="2", draws=2, max_products=100).top
+        error = abs(top.value - float(torch.linalg.eigvalsh(dense(mlp(), "2"))[-1]))
+        assert 0 < error <= 10 * top.stderr < 1e-5
+
     def test_refused(self) -> None:
         with pytest.raises(LayerError, match="name one"):
             layer_spectrum(mlp(), CE(), data(), layer="*")

@@ -52,6 +52,22 @@ def test_nothing_need_be_chosen():
         assert f"size={SIZE}, bound={BOUND}, every={EVERY}" in repr(fam)
 
 
+def test_counts_of_training_are_there_after_a_validation():
+    net, (x, y) = network(), batch()
+    with FAM(CE(), net, every=2, bound=1e-6) as fam:
+        assert fam.last == {}
+        for _ in range(3):
+            fam(net(x), y).backward()
+        trained = fam.last
+        net.eval()
+        plain = fam(net(x), y)
+        assert fam.last["total"] == fam.last["task"] == plain.item()
+        counts = ("bounded", "penalties", "skipped", "factor", "size", "collapsed")
+        assert {k: fam.last[k] for k in counts} == {k: trained[k] for k in counts}
+        assert (fam.last["penalty"], fam.last["bounded"], fam.last["penalties"]) == (0.0, 2, 2)
+        assert not {"strength", "kappa", "method"} & set(fam.last)
+
+
 def test_size_is_the_strength_on_the_mean_over_layers():
     net, (x, y) = network(), batch()
     values = []

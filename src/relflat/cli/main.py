@@ -63,6 +63,7 @@ def run(arguments: list[str]) -> None:
             print(f"relflat {__version__}")
             return
         require_known_options(arguments)
+        require_one_model(arguments)
         app.cli(
             prog="relflat",
             description="Relative flatness of PyTorch networks: measure it, train with it. "
@@ -86,6 +87,13 @@ def require_known_options(arguments: Sequence[str]) -> None:
             raise ConfigError(f"{option} is called {RENAMED[option]} now.")
         if option.startswith("--") and option not in known:
             raise unknown(f"option of relflat {arguments[0]}", option, known)
+
+
+def require_one_model(arguments: Sequence[str]) -> None:
+    """Say where files of weights go that stand behind the model as if they were models."""
+    named = [argument for argument in arguments[1:3] if not argument.startswith("-")]
+    if arguments[:1] == ["measure"] and len(named) == 2:
+        raise ConfigError(f"relflat measure takes one run or function; weights go with --checkpoint {named[1]}")
 
 
 def option_names(command: Callable[..., None]) -> list[str]:

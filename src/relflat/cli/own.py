@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -37,9 +38,7 @@ def make_of(name: str) -> Made:
     if not path.is_file():
         raise ConfigError(f"Cannot read {path}: no such file. Check the path.")
     with blamed(name):
-        module = module_of(path, digest_of(path))
-        functions = {key: value for key, value in vars(module).items() if callable(value)}
-        make = look_up(f"function in {path.name}", function, functions)
+        make = _function_of(module_of(path, digest_of(path)), function, path.name)
         _must_need_nothing(name, make)
         made = make()
     told = f"{name} must return (model, loss, data)"
@@ -52,6 +51,13 @@ def make_of(name: str) -> Made:
     if not callable(found.loss):
         raise ConfigError(f"{told}: the second is {type(found.loss).__name__}, not a function of outputs and targets")
     return found
+
+
+def _function_of(module: ModuleType, name: str, file: str) -> Callable[..., Any]:
+    """The function of a name, imported ones too; where there is none, those defined in the file are listed."""
+    functions = {key: value for key, value in vars(module).items() if callable(value)}
+    own = {key: value for key, value in functions.items() if value.__module__ == module.__name__}
+    return functions[name] if name in functions else look_up(f"function in {file}", name, own)
 
 
 def _must_need_nothing(name: str, make: Callable[..., Any]) -> None:

@@ -14,10 +14,11 @@ from torch.autograd.graph import GradientEdge
 
 from relflat.capture.calls import Call
 from relflat.capture.graph import ancestors
-from relflat.curvature.torch_norms import norms_mended
+from relflat.curvature.torch_norms import Places, norms_mended
 from relflat.errors import GraphError, LossError, SecondDerivativeError
 
 Direction = Sequence[Tensor]
+Curve = Direction | Callable[[Tensor], Tensor]
 MISSING = ("Error", "torch::autograd::Error", "torch::autograd::NotImplemented")
 """Nodes in the place of derivatives that there are not."""
 
@@ -34,7 +35,7 @@ class HessianOperator:
 
     def __init__(self, of: Tensor, calls: Sequence[Call], slope: Tensor | None = None, *, create_graph: bool) -> None:
         self.calls, self.create_graph = calls, create_graph
-        self.gradient = pull([of], calls, None if slope is None else [slope], create_graph=True)
+        self.gradient = pull([of], calls, None if slope is None else [slope], create_graph=1 + create_graph)
         _check_no_dead_end(self.gradient, calls)
         if not any(g.requires_grad for g in self.gradient):
             raise LossError(
@@ -65,14 +66,7 @@ class GGNOperator:
         create_graph: whether products are to be differentiated again.
     """
 
-    def __init__(
-        self,
-        outputs: Sequence[Tensor],
-        curve: Direction | Callable[[Tensor], Tensor],
-        calls: Sequence[Call],
-        *,
-        create_graph: bool,
-    ) -> None:
+    def __init__(self, outputs: Sequence[Tensor], curve: Curve, calls: Sequence[Call], *, create_graph: bool) -> None:
         self.calls, self.create_graph, self.outputs, self.curve = calls, create_graph, outputs, curve
         if not callable(curve) and not any(c.requires_grad for c in curve):
             raise LossError(
@@ -81,7 +75,7 @@ class GGNOperator:
             )
         # not 0, where some derivatives (of norms, of logcumsumexp) are not right or not numbers
         self.dual = [torch.ones_like(z, requires_grad=True) for z in outputs]
-        self.pullback = pull(outputs, calls, self.dual, create_graph=True)
+        self.pullback = pull(outputs, calls, self.dual, create_graph=1 + create_graph)
         _check_no_dead_end([*self.pullback, *(() if callable(curve) else curve)], calls)
 
     def __call__(self, v: Direction) -> list[Tensor]:
@@ -118,7 +112,7 @@ def slope_in(outputs: Sequence[Tensor], loss: Tensor) -> list[Tensor]:
 
 
 def pull(
-    of: Sequence[Tensor], calls: Sequence[Call], along: Direction | None, *, create_graph: bool, required: bool = True
+    of: Sequence[Tensor], calls: Sequence[Call], along: Direction | None, *, create_graph: int, required: bool = True
 ) -> list[Tensor]:
     """Gradients with respect to the calls' outputs, zero where there is no dependence; some is ``required``."""
     edges = [_edge(c) for c in calls]
@@ -153,15 +147,12 @@ def _edge(call: Call) -> GradientEdge:
 
 
 def differentiate(
-    of: Sequence[Tensor],
-    at: Sequence[Tensor] | Sequence[GradientEdge],
-    along: Direction | None,
-    *,
-    create_graph: bool,
+    of: Sequence[Tensor], at: Places, along: Direction | None, *, create_graph: int
 ) -> Sequence[Tensor | None]:
     """``torch.autograd.grad`` that keeps the graph and says which operation has no second derivative.
 
-    What of ``of`` is constant has no part in products along a direction.
+    What of ``of`` is constant has no part in products along a direction. ``create_graph`` says how often the result
+    is to be differentiated again: 0, 1, 2.
     """
     if along is not None:
         live = [(f, v) for f, v in zip(of, along, strict=True) if f.requires_grad]
@@ -169,8 +160,8 @@ def differentiate(
             return [None] * len(at)
         of, along = [f for f, _ in live], [v for _, v in live]
     try:
-        with norms_mended(of, at) if create_graph else nullcontext():
-            return torch.autograd.grad(of, at, along, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        with norms_mended(of, at, thrice=create_graph > 1) if create_graph else nullcontext():
+            return torch.autograd.grad(of, at, along, True, create_graph > 0, allow_unused=True)
     except RuntimeError as error:
         raise _explained(error) from error
 

@@ -5,14 +5,15 @@ operations and reductions; on a CPU they take as long as half the convolutions o
 
 **Third derivatives** PyTorch 2.13 gets wrong, without a word, for both normalisations where the statistics depend on
 the input, as it takes the saved ones for constants (pytorch/pytorch#186256 for batch, #175754 for layer
-normalisation). Here they are composed of elementary operations. No version is known that computes them; once the
-oldest supported one does, ``composed`` and all that is for layer normalisation can go.
+normalisation); 2.15 refuses them for batch normalisation. Here they are composed of elementary operations. Once the
+oldest supported version computes them, ``composed`` and all that is for layer normalisation can go.
 
 The nodes of PyTorch's own kernels, of cuDNN and of MIOpen save the same under other names (instance normalisation is
 one of these too), and all are differentiated by PyTorch's own kernel here, on any device. ``SyncBatchNorm`` couples
 the samples of all ranks and is refused (:meth:`relflat.estimate.subject.Subject`).
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,19 +26,23 @@ from torch.autograd.graph import GradientEdge
 from relflat.capture.graph import ancestors
 from relflat.curvature.written_out import WRITTEN_OUT, Gradients, Mended, gradients
 
+Places = Sequence[Tensor] | Sequence[GradientEdge]
+Hook = Callable[[Gradients, Gradients], Gradients | None]
+
 
 @contextmanager
-def norms_mended(of: Sequence[Tensor], at: Sequence[Tensor] | Sequence[GradientEdge]) -> Iterator[None]:
+def norms_mended(of: Sequence[Tensor], at: Places, *, thrice: bool = False) -> Iterator[None]:
     """Within the block, gradients of ``of`` at ``at`` through normalisations can be differentiated again, rightly.
 
     Hooks on the nodes of the graph between the two give the numbers that the nodes found, with another graph
-    behind them; they are gone after the block. Nodes that are not there (a compiled part, other kernels) or whose
-    saved tensors can be had only once (checkpointing) stay as they are. Cost: one walk over that graph.
+    behind them; they are gone after the block. Nodes that are not there (a compiled part, other kernels) stay as they
+    are, and so do those of a checkpointed part, unless third derivatives are asked for (``thrice``): then each
+    normalisation there costs one more recomputation of the part. Cost: one walk over that graph.
     """
     oldest = min((_age(x) for x in at), default=0)
     younger = ancestors([x.grad_fn for x in of], past=lambda node: node._sequence_nr() >= oldest)
     nodes = [n for n in younger if n.name() in _MENDED]  # a node is older than what is computed from it
-    handles = [node.register_hook(_hook(node, _MENDED[node.name()])) for node in nodes]
+    handles = [node.register_hook(_hook(node, _MENDED[node.name()], thrice)) for node in nodes]
     try:
         yield
     finally:
@@ -51,7 +56,17 @@ def _age(at: Tensor | GradientEdge) -> int:
     return 0 if node is None or not node.next_functions else node._sequence_nr()
 
 
-def _hook(node: Any, norms: Sequence[Callable[[Any], Mended]]) -> Callable[[Gradients, Gradients], Gradients | None]:
+def _in_a_pass_of_its_own(like: Tensor, read: Callable[[], Mended]) -> Mended:
+    """Read saved tensors within another backward pass, as checkpointing hands them out once in each."""
+    found, start = list[Mended](), like.new_zeros((), requires_grad=True)
+    end = start.clone()
+    assert end.grad_fn is not None
+    end.grad_fn.register_prehook(lambda _: found.append(read()))
+    torch.autograd.grad(end, start)
+    return found[0]
+
+
+def _hook(node: Any, norms: Sequence[Callable[[Any], Mended]], thrice: bool) -> Hook:
     """A hook that gives what came out of a node, in the order of its inputs, another graph."""
 
     def hook(found: Gradients, along: Gradients) -> Gradients | None:
@@ -62,7 +77,9 @@ def _hook(node: Any, norms: Sequence[Callable[[Any], Mended]]) -> Callable[[Grad
             try:
                 read = norm(node)
             except RuntimeError:  # checkpointing hands out a tensor once
-                return None
+                if not thrice or norm not in (_BatchNorm, _LayerNorm):
+                    continue
+                read = _in_a_pass_of_its_own(given, functools.partial(norm, node))
             if type(read.x) is not Tensor or (norm is _Convolution and read.x.is_cpu):
                 return None
             operands = given.detach(), along[0], read.x, read.weight

@@ -21,6 +21,7 @@ from relflat.estimate.subject import Memory, Subject
 from relflat.options import Options
 from relflat.rng import Rng
 
+Around = Callable[[], AbstractContextManager[Any]]
 _AVOIDABLE = ("scaled_dot_product", "compile", "aot_autograd", "donated buffers")
 """Parts of what is said of kernels that a plain pass does without."""
 
@@ -63,11 +64,7 @@ class Estimator:
         return (o.method, o.curvature, o.gradient, o.radius) == ("auto", "hessian", "full", None)
 
     def __call__(
-        self,
-        scene: Scene,
-        step: int,
-        options: Options | None = None,
-        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        self, scene: Scene, step: int, options: Options | None = None, around: Around = nullcontext
     ) -> dict[str, Contributions]:
         """The contributions to kappa of every layer of the scene, each with its method.
 

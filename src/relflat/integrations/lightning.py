@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from relflat.capture.resolve import Layer
-from relflat.errors import GraphError, LayerError
+from relflat.errors import ConfigError, GraphError, LayerError
 from relflat.fam import FAM
 from relflat.integrations.common import check_options, converted, extra, fam_for_computed_loss
 from relflat.integrations.monitor import Monitor, metrics
@@ -21,8 +21,8 @@ with extra("lightning"):
 class FAMCallback(Callback):
     """Adds FAM's penalty to the loss just before each backward pass: ``FAMCallback()`` needs no tuning.
 
-    The module stays as it is. What is logged as its loss is the plain task loss; the penalty is logged as
-    ``fam/penalty`` and kappa as ``fam/kappa``, both of the plain loss, whatever accumulation and gradient scaling
+    The module stays as it is. What is logged as its loss is the plain task loss; the latest penalty is logged as
+    ``fam/penalty`` and its kappa as ``fam/kappa``, both of the plain loss, whatever accumulation and gradient scaling
     made of it; with several such callbacks, each of which regularises the plain loss, also as ``fam/kappa/LAYER``.
     Precision, accumulation, gradient clipping, several optimisers and manual optimisation work as without it; with
     several losses, those that depend on the layers count. Steps are calls of backward. The step and the seed are
@@ -84,15 +84,7 @@ class FAMCallback(Callback):
             return
         if self._seed is None:
             self._seed = torch.initial_seed()
-        self._build(pl_module if self.module is None else self._submodule(pl_module, self.module))
-
-    def _submodule(self, pl_module: LightningModule, name: str) -> nn.Module:
-        try:
-            return pl_module.get_submodule(name)
-        except AttributeError as error:
-            raise LayerError(
-                f"module={name!r}: {type(pl_module).__name__} has {[n for n, _ in pl_module.named_children()]}"
-            ) from error
+        self._build(_network(pl_module, self.module))
 
     def _build(self, model: nn.Module) -> None:
         self._close()
@@ -149,8 +141,8 @@ class FAMCallback(Callback):
                 f"no loss of this batch was computed from layer {self.layer!r}: it was not called in training_step, "
                 f"or its outputs were detached; name a layer that is used (of {self.criterion.layers})"
             )
-        last = self.criterion.last
-        if batch_idx % (getattr(trainer, "log_every_n_steps", 0) or 1) == 0 and "kappa" in last:
+        last = self.criterion._last  # as tensors: Lightning waits for the device when it writes, and not before
+        if "kappa" in last:
             endings = ["", *("/" + "+".join(self.criterion.layers) for _ in _all(trainer)[1:2])]
             for name, ending in itertools.product(("kappa", "penalty"), endings):
                 pl_module.log(f"fam/{name}{ending}", last[name] / self._scale)
@@ -166,6 +158,16 @@ def _all(trainer: Trainer) -> list[FAMCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, FAMCallback)]  # type: ignore[attr-defined]
 
 
+def _network(pl_module: LightningModule, name: str | None) -> nn.Module:
+    """The submodule of a name, the whole module without one."""
+    try:
+        return pl_module if name is None else pl_module.get_submodule(name)
+    except AttributeError as error:
+        raise LayerError(
+            f"module={name!r}: {type(pl_module).__name__} has {[n for n, _ in pl_module.named_children()]}"
+        ) from error
+
+
 class FlatnessMonitor(Monitor, Callback):
     """Measures layers every so many epochs and logs them through the module's loggers.
 
@@ -175,10 +177,11 @@ class FlatnessMonitor(Monitor, Callback):
     shares.
 
     Args:
-        layer: as for :func:`relflat.relative_flatness_by_layer`, within the LightningModule.
+        layer: as for :func:`relflat.relative_flatness_by_layer`, within the LightningModule (or ``module``).
         loss_fn: ``loss_fn(outputs, targets)``.
         data: batches; by default the first validation loader.
         every: epochs from one measurement to the next.
+        module: name of the submodule that is measured as the network, where the LightningModule has no ``forward``.
         **options: of :func:`relflat.relative_flatness_by_layer`; its ``forward(module, batch)`` returns outputs and
             targets, and by default calls the module on the inputs.
 
@@ -186,7 +189,8 @@ class FlatnessMonitor(Monitor, Callback):
         history: pairs ``(epoch, flats)``; ``plot()`` draws them.
 
     Raises:
-        ConfigError: for ``every`` below 1.
+        ConfigError: for ``every`` below 1; when fitting starts, for a module without ``forward``.
+        LayerError: when fitting starts, if there is no such ``module``.
     """
 
     unit = "epoch"
@@ -198,9 +202,21 @@ class FlatnessMonitor(Monitor, Callback):
         data: Iterable[Batch] | None = None,
         *,
         every: int = 1,
+        module: str | None = None,
         **options: Any,
     ) -> None:
+        self.module = module
         super().__init__(None, loss_fn, data, layer, every=every, **options)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module that cannot be called, before an epoch is trained."""
+        called = _network(pl_module, self.module)
+        if getattr(called.forward, "__func__", None) is LightningModule.forward:
+            names = [name for name, _ in called.named_children()]
+            raise ConfigError(
+                f"FlatnessMonitor calls the module on the inputs, and {type(called).__name__} has no forward: define "
+                f"it, or give module=, the name of the network in it (of {names})"
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure; here, not in the validation hooks, as those run where gradients cannot be taken."""
@@ -211,9 +227,9 @@ class FlatnessMonitor(Monitor, Callback):
         if data is None:
             loaders = trainer.val_dataloaders
             data = loaders[0] if isinstance(loaders, list | tuple) else loaders
-        plugin = trainer.precision_plugin
+        plugin, network = trainer.precision_plugin, _network(pl_module, self.module)
         if data is not None:
             data = converted(data, plugin.convert_input)
         with plugin.tensor_init_context():
-            found = self.measure(pl_module, self.loss_fn, data, "there is no validation loader", epoch)
+            found = self.measure(network, self.loss_fn, data, "there is no validation loader", epoch)
         pl_module.log_dict(metrics(found), sync_dist=trainer.world_size > 1)

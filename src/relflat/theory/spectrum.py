@@ -44,7 +44,7 @@ class Spectrum:
         values: Ritz values of each start, in rising order; nan after the last where a start needed fewer.
         weights: the share of the spectrum that each stands for; those of a start add up to 1.
         size: how many eigenvalues there are.
-        top: the largest eigenvalue, with the norm of its residual as error bound.
+        top: the largest eigenvalue, with the norm of its residual, and no less than its rounding, as error bound.
     """
 
     values: Float[Tensor, "n k"]
@@ -111,6 +111,7 @@ def layer_spectrum(
             rows.append((values, vectors[0].square()))
             if float(values[-1]) > top:
                 top, residual = float(values[-1]), float(beta * vectors[-1, -1].abs())
+        residual = max(residual, torch.finfo(W.dtype).eps * abs(top))  # products are no more exact than that
     ritz, shares = (pad_sequence(list(x), True, math.nan).cpu() for x in zip(*rows, strict=True))
     return Spectrum(ritz, shares, W.numel(), Estimate(top, residual, f"lanczos({draws} starts, {ritz.shape[1]})"))
 

@@ -58,8 +58,8 @@ ARMS = {
 
 
 def arms_named(names: Iterable[str]) -> tuple[Arm, ...]:
-    """The arms with these names, in that order; none may be named twice."""
-    found = tuple(look_up("arm", name, ARMS) for name in names)
+    """The arms with these names, in that order, several in one with commas too; none may be named twice."""
+    found = tuple(look_up("arm", name.strip(), ARMS) for name in ",".join(names).split(","))
     twice = sorted({arm.name for arm in found if found.count(arm) > 1})
     if twice:
         raise ConfigError(f"Arms {twice} are named more than once; name each once.")
