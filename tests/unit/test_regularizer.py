@@ -536,3 +536,17 @@ class TestOutputAmongOthers:
             fam(net(x), target)
         with pytest.warns(RelflatWarning, match="no curvature"):
             assert relative_flatness(net, nn.L1Loss(), (x, target), layer="output").value == 0
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-5), (torch.float32, 4e-3)])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_differences_and_products_along_the_same_directions(dtype: torch.dtype, close: float, adaptive: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    x, y, found = torch.randn(8, 4, dtype=dtype), torch.randint(3, (8,)), []
+    for method in ("probe", "finite_difference"):
+        options = {"curvature": "hessian", "method": method, "probes": 4, "adaptive": adaptive, "seed": 3}
+        with FAM(CE(), net, net[0].weight, strength=1.0, **options) as fam:
+            fam(net(x), y)
+        found.append(fam.last["kappa"])
+    assert found[0] == pytest.approx(found[1], rel=close)
