@@ -115,7 +115,7 @@ def test_a_pass_lasts_as_long_as_a_loss_that_is_yet_to_be_used(how: str) -> None
         del loss
     else:
         loss.backward(retain_graph=how == "retained")
-        assert not any(fam._tap._pending._used.values())
+        assert not any(used() for used in fam._tap._pending._used)
     gc.collect()
     assert (held() is not None) == (how == "retained")  # its graph keeps it then
     with pytest.raises(GraphError, match="run the model again"):

@@ -143,8 +143,8 @@ class Pending:
     def clear(self) -> None:
         """Forget all, and that there were any."""
         self._fresh: list[Forward] = []
-        self._used: weakref.WeakValueDictionary[int, Used] = weakref.WeakValueDictionary()
-        self._overflow, self._losses = False, 0
+        self._used: list[weakref.ref[Used]] = []
+        self._overflow = self._any = False
 
     def begin(self) -> None:
         """Another pass begins: forget those that were passed over."""
@@ -201,8 +201,9 @@ class Pending:
 
     def _alive(self) -> Iterator[Forward]:
         """Passes that are still with the losses they led to."""
-        for used in list(self._used.values()):
-            yield from used
+        self._used = [ref for ref in self._used if ref()]
+        for ref in self._used:
+            yield from ref() or ()
 
     def use(self, records: Sequence[Forward], loss: Tensor) -> None:
         """Leave passes to the loss they led to; further losses may be computed from them as long as it lasts."""
@@ -210,8 +211,8 @@ class Pending:
         for record in self._fresh[: newest + 1]:
             record.passed_over = True
         self._fresh = [r for r in self._fresh if r not in records]
-        used, self._losses = Used(records), self._losses + 1
-        self._used[self._losses] = used
+        used, self._any = Used(records), True
+        self._used.append(weakref.ref(used))
         if loss.grad_fn is not None:
             loss.grad_fn.register_prehook(used)
 
@@ -221,7 +222,7 @@ class Pending:
                 "the loss was computed from none of those recorded (detached, or of another model), or the backward "
                 "pass is over"
             )
-        elif self._losses:
+        elif self._any:
             why = (
                 "the backward pass of those it was called for is over; call it for all losses of a pass before that, "
                 "or run the model again"
