@@ -212,10 +212,10 @@ def record(monkeypatch: pytest.MonkeyPatch, hooked: list[object]) -> None:
     """Notes the nodes that are hooked."""
     original = norms._hook
 
-    def spy(node: object, norms_of: tuple[type[object], ...]) -> object:
+    def spy(node: object, norms_of: tuple[type[object], ...], *rest: object) -> object:
         if norms._BatchNorm in norms_of:
             hooked.append(node)
-        return original(node, norms_of)
+        return original(node, norms_of, *rest)
 
     monkeypatch.setattr(norms, "_hook", spy)
 
