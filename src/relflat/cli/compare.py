@@ -8,10 +8,10 @@ import rich.table
 import tyro
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from relflat.cli.console import aside, err, fail, out, print_json
+from relflat.cli.console import aside, bar_of, err, fail, out, print_json
 from relflat.cli.engines import Engine
 from relflat.cli.options import Budget, TaskName, common_values
 from relflat.lab.compare.arms import ARMS
@@ -81,7 +81,7 @@ def compare(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     pool = engine.pool(runs)
     study.open_study(folder, plan, runs, describe_plan(plan))
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+    with bar_of(columns, shown=err.is_terminal) as bar:
         line = bar.add_task("runs", total=plan.runs)
         with aside():
             found = study.carry_out(folder, plan, runs, pool, lambda trial: bar.advance(line))

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch.utils.data import DataLoader
@@ -58,6 +58,12 @@ def fail(error: Exception | str) -> None:
     err.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
 
 
+def bar_of(columns: Iterable[ProgressColumn], *, shown: bool) -> Progress:
+    """A progress bar on stderr; where it is not shown it prints nothing, and no new line as rich before 14.3 does."""
+    console = err if shown else Console(stderr=True, quiet=True)
+    return Progress(*columns, console=console, disable=not shown, transient=True)
+
+
 @contextmanager
 def progress(epochs: int, metric: str, *, shown: bool) -> Iterator[Any]:
     """A progress bar over epochs on stderr, if that is a terminal; gives what to call with each epoch's record."""
@@ -67,7 +73,7 @@ def progress(epochs: int, metric: str, *, shown: bool) -> Iterator[Any]:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, disable=not (shown and sys.stderr.isatty()), transient=True) as bar:
+    with bar_of(columns, shown=shown and sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=epochs, note="")
 
         def on_epoch(record: Mapping[str, Any]) -> None:
@@ -97,7 +103,7 @@ def watching() -> Iterator[Callable[..., Any]]:
     batch = TextColumn("batch {task.completed}/{task.total}")
     columns = (TextColumn("measuring{task.description}"), BarColumn(), batch, TimeRemainingColumn())
     shown = sys.stderr.isatty()
-    with Progress(*columns, console=err, disable=not shown, transient=True) as bar:
+    with bar_of(columns, shown=shown) as bar:
         task = bar.add_task("", total=None)
 
         def watched(data: Any, title: str = "") -> Any:
