@@ -177,9 +177,15 @@ class Indexed(nn.Module):
         )
 
 
+def instances() -> nn.Module:
+    parts = nn.Conv1d(4, 6, 3), nn.InstanceNorm1d(6, affine=True), nn.ReLU(), nn.Conv1d(6, 2, 3), nn.Flatten()
+    return nn.Sequential(*parts, nn.Linear(10, 3))
+
+
 KNOWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "branches": (Branches, (5, 4, 7)),
     "indexed": (Indexed, (5, 2, 3, 3)),
+    "instance normalisation": (instances, (5, 4, 9)),
     "encoder": (encoder, (5, 4, 8)),
     "convolutions": (convolutions, (5, 3, 8, 8)),
 }
@@ -242,3 +248,14 @@ def test_what_bends_a_sum_over_samples_couples_them(name: str) -> None:
     with FAM(BENT_AFTER_A_SUM[name], net := mlp(), "0", strength=1.0, curvature="hessian") as fam:
         fam(net(x), y)
     assert set(fam._estimator.memory.coupled.values()) == {True}
+
+
+@pytest.mark.filterwarnings("ignore:kappa of layer")
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("seen", ["by the first", "by the second", "by none"])
+def test_two_samples_of_which_one_sees_the_other(seen: str, curvature: str) -> None:
+    mixes = {"by the first": lambda h: h.flip(0).cumsum(0).flip(0), "by the second": lambda h: h.cumsum(0)}
+    net = Mixed(mixes.get(seen, lambda h: h[torch.arange(2)]))
+    with FAM(CE(), net, ["a"], strength=1.0, curvature=curvature) as fam:
+        fam(net(torch.randn(2, 4)), torch.tensor([0, 2]))
+    assert list(fam._estimator.memory.coupled.values()) == [seen != "by none"]
