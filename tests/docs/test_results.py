@@ -29,6 +29,7 @@ SECTIONS = {
     "docs/tasks.md": ("## Measured",),
     "docs/compare.md": ("## Arms",),
 }
+STEP = {"value": "ratio", "low": "low", "high": "high"}
 HERE = "https://github.com/relflat/relflat/blob/main/"
 # numbers of the papers, of the tasks and of statistics
 OTHER = re.compile(
@@ -54,7 +55,8 @@ def arms_of(source: str) -> dict[str, dict[str, Any]]:
             "flops": {"value": row.get("flops_ratio", row.get("flops"))},
             "peak": {"value": row.get("peak")},
             "error": {"value": row.get("median_error")},
-            "step": {"value": row["wall"]["ratio"], "low": row["wall"]["low"], "high": row["wall"]["high"]},
+            "step": {key: row.get("wall", {}).get(name) for key, name in STEP.items()},
+            **{key: {"value": row.get(key)} for key in ("beyond_2", "beyond_4", "rms")},
         }
         for row in rows
     }

@@ -15,6 +15,7 @@ from relflat import ConfigError, Monitor, loss_along, plot, reference, relative_
 from relflat.plot.shown import ByLayer
 
 matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib.pyplot")
 matplotlib.use("agg")
 CE = nn.CrossEntropyLoss
 
