@@ -327,11 +327,37 @@ LAYERS: list[Quote] = [
     ("drawing one layer gained 1.1 points where all of them gained 1.3", FRESH, "fam-one gain; fam-all gain")
 ]
 
+MEASURING: list[Quote] = [
+    ("| probes, Hessian | 3.3 | 0.00 | 0.90 |", "benchmarks/calibration", "all/probe(hessian) beyond_2 beyond_4 rms"),
+    (
+        "| probes, Gauss-Newton matrix | 1.9 | 0.00 | 0.79 |",
+        "benchmarks/calibration",
+        "all/probe(ggn) beyond_2 beyond_4 rms",
+    ),
+    (
+        "| probes in the weight, Hessian | 3.3 | 0.07 | 0.92 |",
+        "benchmarks/calibration",
+        "all/probe(hessian-in-weight) beyond_2 beyond_4 rms",
+    ),
+    (
+        "| probes in the weight, Gauss-Newton matrix | 0.9 | 0.00 | 0.69 |",
+        "benchmarks/calibration",
+        "all/probe(ggn-in-weight) beyond_2 beyond_4 rms",
+    ),
+    (
+        "| finite differences | 1.9 | 0.00 | 0.73 |",
+        "benchmarks/calibration",
+        "all/finite_difference beyond_2 beyond_4 rms",
+    ),
+    ("| XTrace | 2.0 | 0.00 | 0.77 |", "benchmarks/calibration", "all/xtrace beyond_2 beyond_4 rms"),
+]
+
 QUOTES = {
     "README.md": README,
     "docs/benchmarks.md": BENCHMARKS,
     "docs/compare.md": COMPARE + GRIDS,
     "docs/howto/layers.md": LAYERS,
+    "docs/howto/measuring.md": MEASURING,
     "docs/reproduce.md": REPRODUCE,
     "docs/study/README.md": STUDY,
     "docs/study/fashion-mnist.md": FASHION,
