@@ -24,7 +24,7 @@ def gathered(make: Callable[[], T], group: Any) -> list[T]:
     found: list[Any] = [None] * dist.get_world_size(group)
     try:
         mine = make()
-    except Exception as error:
+    except Exception as error:  # whatever it was: the others wait for an answer
         dist.all_gather_object(found, (f"{type(error).__name__}: {error}", None), group=group)
         raise
     dist.all_gather_object(found, (None, mine), group=group)

@@ -34,7 +34,8 @@ class FAM(nn.Module):
 
     ``FAM(loss_fn, model)`` needs no tuning: kappa of every weight matrix, now and then, of a size that fits networks
     of all depths, and bounded. Wraps the criterion and watches the model through forward hooks, so one line of a
-    training loop changes. In evaluation mode of the model it is the plain criterion, and so is its ``state_dict``.
+    training loop changes. In evaluation mode of the model it is the plain criterion, and so is its
+    ``state_dict``; a backward pass then warns.
 
     Args:
         loss_fn: the criterion, called as ``loss_fn(outputs, *targets, **kwargs)``; None for :meth:`penalty` alone.

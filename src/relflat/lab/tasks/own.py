@@ -63,7 +63,8 @@ def module_of(path: Path, digest: str) -> Any:
     module = ModuleType(name)
     module.__file__ = str(path)
     sys.modules[name] = module  # so that classes defined in the file know their module
-    sys.path.insert(0, str(path.parent))  # what lies beside the file can be imported, as by python FILE
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # what lies beside the file can be imported, as by python FILE
     try:
         exec(compile(content, str(path), "exec"), vars(module))
     except RelflatError:
