@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from relflat import __version__
+from relflat.cli.console import print_table
 from relflat.cli.main import COMMANDS, main, option_names
 from relflat.lab.compare.arms import ARMS
 from relflat.lab.tasks import TASKS
@@ -32,6 +33,15 @@ def relflat(capsys, tmp_path, monkeypatch):
         return code, text.out, text.err
 
     return run
+
+
+def test_a_table_in_a_pipe_has_a_line_for_each_row(capsys, monkeypatch):
+    """Names of layers are long, and what reads the table cuts it into lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "encoder.layer.0.attention.output.dense." * 6
+    print_table("kappa", ("layer", "value"), [(name, "1.5 ± 0.1"), ("head", "2")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if name in line] == [["│", name, "│", "1.5", "±", "0.1", "│"]]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 import math
+import os
+import signal
 import socket
 import sys
 import time
@@ -6,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from synthetic import ARMS, PLAN, trial
 
 from relflat.cli.engines import Engine
@@ -92,6 +95,16 @@ def test_comparison_from_search_to_test(tmp_path):
     }
     assert [t.config.algorithm for t in outcome.finals["fam-radius"]] == ["fam", "fam"]
     assert all(one.result["test"]["accuracy"] > 0 for trials in outcome.finals.values() for one in trials)
+
+
+def test_workers_start_in_the_environment_of_now_and_leave_ctrl_c_to_their_parent(monkeypatch):
+    """On Linux they are forked from a process that is older than both of these."""
+    for seen in ("before", "after"):
+        monkeypatch.setenv("RELFLAT_SEEN", seen)
+        with workers(2) as pool:
+            assert pool.submit(os.getenv, "RELFLAT_SEEN").result() == seen
+            assert signal.SIGINT in pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
+            assert pool.submit(torch.get_num_threads).result() == 1
 
 
 def test_comparison_without_a_search_tests_the_usual_settings(tmp_path):

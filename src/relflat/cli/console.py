@@ -17,6 +17,7 @@ from relflat.lab.common.jsonable import finite
 
 out = Console(markup=False, emoji=False)
 err = Console(stderr=True, markup=False, emoji=False)
+_WIDE = 10_000
 
 
 @contextmanager
@@ -39,13 +40,13 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Print a table to stdout."""
+    """Print a table to stdout; in a file or a pipe as wide as it is, so that a line of it is a row."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    out.print(table)
+    (out if out.is_terminal else Console(width=_WIDE, markup=False, emoji=False)).print(table)
 
 
 def say(line: str) -> None:

@@ -190,8 +190,8 @@ def _explained(error: RuntimeError) -> Exception:
     text = str(error).splitlines()[0]
     if "margin_loss_backward" in text:
         return LossError(
-            f"a hinge loss has no Hessian at its kink and a zero one elsewhere ({text}); use a smooth loss, or "
-            "FAM(..., radius=...)"
+            f"PyTorch has no second derivative of a margin loss ({text}); a hinge's is zero wherever it exists. Use "
+            "a smooth loss, or FAM(..., radius=...)"
         )
     markers = ("is not implemented", "once_differentiable", "support double backward", "donated buffers")
     if any(m in text for m in markers):

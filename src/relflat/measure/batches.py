@@ -145,12 +145,12 @@ def _mapped(change: Callable[[Any], Any], batch: Batch) -> Batch:
     return clone
 
 
-def moved(batch: Batch, device: Any, dtype: torch.dtype | None = None) -> Batch:
-    """A copy of a batch with its tensors on a device (None: where they are), real ones in ``dtype`` if given."""
+def moved(batch: Batch, device: Any) -> Batch:
+    """A copy of a batch with its tensors on a device (None: where they are)."""
 
     def move(x: Any) -> Any:
         if isinstance(x, Tensor):
-            return x.to(device, dtype if x.is_floating_point() else None)
+            return x.to(device)
         return copy.copy(x).to(device) if _as_one(x) and device is not None else x  # some move themselves
 
     return _mapped(move, batch)

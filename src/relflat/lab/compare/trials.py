@@ -3,8 +3,9 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from relflat.lab.train import store
 from relflat.lab.train.config import RunConfig
 from relflat.lab.train.loop import train
 
+SHARED = ["relflat.lab.train.loop", "relflat.lab.compare.trials", "sklearn.datasets", "torch._dynamo"]
 BLOCKS = hasattr(signal, "pthread_sigmask")  # not on Windows
 A = TypeVar("A")
 B = TypeVar("B")
@@ -57,12 +59,17 @@ class Job:
 
 
 class Workers(ProcessPoolExecutor):
-    """Processes of one thread each; left by an exception, they end at once, whatever they are doing."""
+    """Processes of one thread each; left by an exception, they end at once, whatever they are doing.
+
+    On Linux forked from a process that has imported what all need, so that they start at once and share its memory.
+    """
 
     def __init__(self, count: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._stop = spawn.Event()
-        super().__init__(count, mp_context=spawn, initializer=start_worker, initargs=(self._stop,))
+        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        if sys.platform == "linux":
+            context.set_forkserver_preload(SHARED)
+        self._stop = context.Event()
+        super().__init__(count, mp_context=context, initializer=start_worker, initargs=(self._stop, dict(os.environ)))
 
     def submit(self, fn: Callable[..., B], /, *args: Any, **kwargs: Any) -> Future[B]:
         """Hand it over; a process that starts for it leaves Ctrl-C to this one."""
@@ -80,8 +87,12 @@ class Workers(ProcessPoolExecutor):
         super().__exit__(kind, error, trace)
 
 
-def start_worker(stop: Any) -> None:
+def start_worker(stop: Any, environment: Mapping[str, str]) -> None:
     """Compute on one thread, as several processes share the machine, and end when the parent is gone or says so."""
+    if BLOCKS:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ.clear()
+    os.environ.update(environment)  # that of the parent now, not when the first process of it was started
     os.dup2(2, 1)  # what is printed here is no part of an answer
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
