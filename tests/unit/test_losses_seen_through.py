@@ -375,6 +375,19 @@ def test_a_function_has_the_defaults_of_its_module(options: dict[str, Any]) -> N
     assert found.confidence == want.confidence
 
 
+def test_batches_of_a_loss_that_is_read_add_up_by_what_its_mean_divides_by() -> None:
+    """Targets that are ignored lie in one batch, so that neither the mean nor the sum of the batches is right."""
+    torch.manual_seed(0)
+    net, x, y = mlp(), torch.randn(12, 4).double(), torch.randint(3, (12,))
+    y[:5] = -100
+    loss, live = lambda z, t: F.nll_loss(F.log_softmax(z, dim=-1), t), net[:-1](x[5:])
+    found = relative_flatness(net, loss, [(x[:6], y[:6]), (x[6:], y[6:])], layer="2")
+    p, w = (live @ net[-1].weight.T + net[-1].bias).softmax(-1), net[-1].weight
+    variance = p @ w.square().sum(-1) - (p @ w).square().sum(-1)
+    assert found.value == pytest.approx(float((live.square().sum(-1) * variance).mean()), rel=1e-9)
+    assert found.confidence == pytest.approx(float(p.amax(-1).mean()))
+
+
 # -- targets -------------------------------------------------------------------------------------------------
 
 
