@@ -162,8 +162,8 @@ class Guards:
 
 def spread(x: Tensor) -> Tensor:
     """Root mean square deviation from the batch mean over the root mean square; 1 for all zeros."""
-    x = x.detach()
-    x = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x.float()
+    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     size = x.square().mean()
     return torch.where(size > 0, (x - x.mean(0)).square().mean() / size, 1.0).sqrt()
 

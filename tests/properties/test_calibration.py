@@ -5,6 +5,7 @@
 
 import copy
 import functools
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -103,6 +104,27 @@ def test_finite_differences_state_rounding_and_truncation(dtype: torch.dtype, sc
         found = relative_flatness(model, loss, (x, y), seed=seed, **options)
         assert abs(found.value - true) < 3 * found.stderr
     assert (found.stderr > abs(true)) == (scale == 1e4 and dtype == torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 4e-4), (torch.float64, 1e-6)])
+def test_a_step_of_finite_differences_is_as_long_as_the_precision_asks(dtype: torch.dtype, off: float) -> None:
+    """One weight, so that every direction is the same; the loss is its exponential, whose derivatives are known."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).to(dtype)
+    nn.init.constant_(model[0].weight, 0.7)
+    for seed in range(8):
+        x = torch.randn(16, 1, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        loss = lambda z, _: z.exp().mean()
+        found = relative_flatness(model, loss, (x, x), layer="0", method="finite_difference", curvature="hessian")
+        along = 0.7 * x.double()
+        assert found.value == pytest.approx(float((along.square() * along.exp()).mean()), rel=off)
+
+
+def test_the_error_of_two_probes_does_not_hang_on_how_near_they_come() -> None:
+    """Two values have a standard deviation that is off by three quarters of itself; that of their images is not."""
+    model, (x, y) = trained(24, 3, nn.Tanh)
+    options = {"layer": "2", "method": "probe", "probes": 2}
+    errors = [relative_flatness(model, CE, (x, y), seed=seed, **options).stderr for seed in range(30)]
+    assert stdev(errors) < 0.42 * mean(errors)
 
 
 def test_a_kink_in_the_middle_of_a_step_shows_in_the_error() -> None:

@@ -57,6 +57,28 @@ class TestCollapse:
         assert spread(torch.randn(1000, 3)) == pytest.approx(1, rel=0.01)
 
 
+@pytest.mark.parametrize("options", [{}, {"curvature": "hessian", "method": "exact"}])
+def test_complex_outputs_are_looked_at_without_a_word_and_have_their_kappa(options: dict[str, str]) -> None:
+    """``mean |z - t|^2`` has the Hessian 2 / 24 in each of the 48 real numbers, whatever they are put together to."""
+    torch.manual_seed(0)
+    first, last = nn.Sequential(nn.Linear(4, 5), nn.Tanh()).double(), nn.Linear(5, 6).double()
+    net = nn.Sequential(first, last, nn.Unflatten(-1, (3, 2)))
+    net.register_forward_hook(lambda module, args, out: torch.view_as_complex(out))
+    x, t = torch.randn(8, 4).double(), torch.randn(8, 3, dtype=torch.complex128)
+    fam = FAM(lambda z, t: (z - t).abs().square().mean(), net, "1", strength=1.0, probes=400, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fam(net(x), t).backward()
+    want = float(first(x).square().sum() * last.weight.square().sum()) / 12
+    assert fam.last["kappa"] == pytest.approx(want, rel=1e-9 if options else 0.1)
+
+
+def test_a_complex_output_of_one_size_varies_by_its_angle() -> None:
+    angles = torch.arange(6) * torch.pi / 3
+    assert float(spread(torch.polar(torch.ones(6), angles)[:, None].conj())) == pytest.approx(1.0)
+    assert float(spread(torch.full((6, 1), 1j, dtype=torch.complex64))) == 0
+
+
 class TestTrainedInEvaluationMode:
     @pytest.fixture
     def net(self) -> nn.Module:

@@ -130,8 +130,8 @@ _TRANSPOSED_LINEAR = Kind(
 
 def _adapters(module: Any) -> list[str]:
     """Names of the adapters that act; those switched off, or merged into the base, do not."""
-    off = getattr(module, "disable_adapters", False) or getattr(module, "merged", False)
-    return [] if off else [name for name in module.active_adapters if name in module.lora_A]
+    acts = not (module.disable_adapters or module.merged)
+    return [name for name in module.active_adapters if acts and name in module.lora_A]
 
 
 def _lora_matrix(module: Any, w: Tensor) -> Float[Tensor, "d m"]:

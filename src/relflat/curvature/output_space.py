@@ -171,7 +171,7 @@ class OutputSpace:
             return self._apply(self.features * rng.signs((g, 1, m), self.weight)[:, None])
         return self._along(rng, lambda q: rng.signs((g, q, m), self.weight) @ self.weight.mT, rank)
 
-    def trace_probe(self, rng: Rng, *, rank: int = 1) -> Float[Tensor, "n t d"]:
+    def trace_probe(self, rng: Rng, *, rank: int) -> Float[Tensor, "n t d"]:
         """The same with independent signs in place of ``W a``."""
         shape = self._groups, self.weight.shape[0]
         return self._along(rng, lambda q: rng.signs((shape[0], q, shape[1]), self.weight), rank).detach()

@@ -58,7 +58,7 @@ class Space(Protocol):
     def probe(self, rng: Rng, *, adaptive: bool, rank: int = 1) -> Tensor:
         """A random ``W R`` whose quadratic form has mean kappa (I4; I6 in the outputs, R of this rank)."""
 
-    def trace_probe(self, rng: Rng, *, rank: int = 1) -> Tensor:
+    def trace_probe(self, rng: Rng, *, rank: int) -> Tensor:
         """A random direction whose quadratic form has mean ``Tr H``."""
 
     def parts(self, direction: Tensor) -> list[Tensor]:

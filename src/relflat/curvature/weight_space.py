@@ -64,7 +64,7 @@ class WeightSpace:
         """``W R``, see :func:`random_direction`."""
         return random_direction(self.weight, adaptive, rng)
 
-    def trace_probe(self, rng: Rng, *, rank: int = 1) -> Float[Tensor, "*s d m"]:
+    def trace_probe(self, rng: Rng, *, rank: int) -> Float[Tensor, "*s d m"]:
         """Independent signs."""
         return rng.signs(tuple(self.weight.shape), self.weight)
 
