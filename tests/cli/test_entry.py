@@ -27,6 +27,18 @@ def test_without_the_lab_it_says_what_to_install(missing) -> None:
     assert done.stderr == f"error: this command needs {missing}: pip install 'relflat[lab]'\n"
 
 
+def test_ctrl_c_while_it_imports_is_said_in_a_line() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def __getattr__(self, name): raise KeyboardInterrupt\n"
+        "sys.modules['relflat.cli.main'] = Interrupted()\n"
+        "from relflat.cli.entry import main; main()"
+    )
+    done = python(code, "train", "digits")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted before anything was done.\n")
+
+
 def test_every_command_says_so_and_no_traceback() -> None:
     commands = ["train", "measure", "compare", "report", "reproduce", "data", "data list", "--help", ""]
     code = (

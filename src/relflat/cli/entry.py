@@ -8,7 +8,7 @@ EXTRAS = {"monai": "skulls", "datasets": "hub", "ray": "ray"}  # what is not in 
 
 
 def main() -> None:
-    """Run the command, or name the extra that is missing, with exit code 2."""
+    """Run the command; or name the extra that is missing, with exit code 2; 130 if interrupted before it began."""
     if sys.argv[1:] == ["--version"]:
         print(f"relflat {__version__}")
         return
@@ -16,6 +16,9 @@ def main() -> None:
         from relflat.cli.main import main as command
 
         command()
+    except KeyboardInterrupt:
+        print("error: interrupted before anything was done.", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         package = (error.name or "relflat").partition(".")[0]
         if package == "relflat":
