@@ -176,4 +176,4 @@ def test_committed_pictures_are_small_and_described() -> None:
     assert set(pictures) == set(shown)
     assert all(len(alt) > 20 for alt in shown.values())
     assert max(p.stat().st_size for p in pictures) < 75_000  # nine panels
-    assert sum(p.stat().st_size for p in pictures) < 400_000
+    assert sum(p.stat().st_size for p in pictures) < 450_000
