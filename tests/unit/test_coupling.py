@@ -259,3 +259,90 @@ def test_two_samples_of_which_one_sees_the_other(seen: str, curvature: str) -> N
     with FAM(CE(), net, ["a"], strength=1.0, curvature=curvature) as fam:
         fam(net(torch.randn(2, 4)), torch.tensor([0, 2]))
     assert list(fam._estimator.memory.coupled.values()) == [seen != "by none"]
+
+
+class Skipping(nn.Module):
+    """Blocks of one form, of which one rests in each step (LayerDrop)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"norm": nn.BatchNorm1d(4), "fc": nn.Linear(4, 4)}) for _ in range(3)
+        )
+        self.head, self.rests = nn.Linear(4, 3), 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for k, block in enumerate(self.blocks):
+            x = x if k == self.rests else x + block["fc"](block["norm"](x).tanh())
+        return self.head(x)
+
+
+class Frozen(nn.Module):
+    """Normalised over the batch or not, by no module's mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head, self.rests = nn.Linear(4, 4), nn.Linear(4, 3), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, var = torch.zeros(4).double(), torch.ones(4).double()
+        return self.head(nn.functional.batch_norm(self.fc(x), mean, var, training=self.rests == 1).tanh())
+
+
+class Shifted(nn.Module):
+    """Adds to each row the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc(x).tanh()
+        return self.head((h + nn.functional.pad(h, (0, 0, 1, -1))).tanh())
+
+
+class Turned(nn.Module):
+    """As many positions as samples: a layer after the turn has its samples where the first has its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.q, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.q(self.fc(x.unsqueeze(-1) * torch.arange(1.0, 5).double()).tanh().transpose(0, 1))
+        return self.head(h.softmax(1).mean(0))
+
+
+def second_difference(net: nn.Module, weight: torch.Tensor, loss) -> float:
+    """Kappa by its definition: ``sum_t sum_ab <w_a, w_b> d2 L / dW_at dW_bt``, by differences of the loss."""
+    inner, h, total, kept = weight.detach() @ weight.detach().T, 1e-3, 0.0, weight.detach().clone()
+    roots = torch.linalg.eigh(inner)
+    for t in range(weight.shape[1]):
+        for value, vector in zip(roots.eigenvalues, roots.eigenvectors.T, strict=True):
+            found = []
+            for step in (h, 0.0, -h):
+                weight.data.copy_(kept)
+                weight.data[:, t] += step * vector
+                found.append(float(loss()))
+            total += float(value) * (found[0] - 2 * found[1] + found[2]) / h**2
+    weight.data.copy_(kept)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "at"),
+    [(Skipping, "blocks.1.fc", [2, 0]), (Frozen, "fc", [0, 1]), (Shifted, "fc", [0]), (Turned, ["fc", "q"], [0])],
+)
+def test_where_samples_meet_is_not_taken_from_another_graph_or_dimension(make, layer, at) -> None:
+    torch.manual_seed(0)
+    net = make().double().train()
+    n = 4
+    x, y = torch.randn(n, 4).double(), torch.randint(3, (n,))
+    fam = FAM(nn.CrossEntropyLoss(), net, layer, strength=1.0, curvature="hessian", method="exact")
+    for net.rests in at:
+        fam(net(x), y)
+    first = layer if isinstance(layer, str) else layer[0]
+    loss = lambda: nn.functional.cross_entropy(net(x), y)
+    with torch.no_grad():
+        want = second_difference(net, net.get_submodule(first).weight, loss)
+    assert fam.last["by_layer"][first] == pytest.approx(want, rel=1e-4, abs=1e-5)

@@ -129,6 +129,12 @@ def _kept(position: int, before: Callable[[Passed], int]) -> Rule:
     return lambda op: op.places[0] if op.positions[0] == position and op.places[0].dim < before(op) else None
 
 
+def _padded(op: Passed) -> Place | None:
+    """In other dimensions, which are counted from the last."""
+    at = 2 * (len(op.out) - 1 - op.places[0].dim)
+    return None if any(op.node._saved_pad[at : at + 2]) else op.places[0]
+
+
 def _reduced(op: Passed) -> Place | None:
     return None if op.out or op.positions[0] else _SUM
 
@@ -147,13 +153,14 @@ _NAMES: dict[Rule, str] = {
     _without: "Sum Mean Amax Amin Var Std Logsumexp LinalgVectorNorm Select Unbind",
     _kept(0, lambda op: 1): """
         Convolution Bmm NativeGroupNorm MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D
-        AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D ConstantPadNd ReflectionPad2D ReplicationPad2D
+        AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D ReflectionPad2D ReplicationPad2D
         UpsampleNearest2D UpsampleBilinear2D ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
         ScaledDotProductFlashAttentionForCpu ScaledDotProductCudnnAttention""",
     _kept(0, lambda op: len(op.out) - 1): "Mm Linear",
     _kept(1, lambda op: len(op.out) - 1): "Addmm",
     _kept(0, lambda op: len(op.out) - len(op.node._saved_normalized_shape)): "NativeLayerNorm FusedRmsNorm",
     _batch_normed: "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm",
+    _padded: "ConstantPadNd",
     _reduced: "NllLoss NllLoss2D MseLoss BinaryCrossEntropyWithLogits SmoothL1Loss HuberLoss",
 }
 _RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
@@ -182,7 +189,10 @@ def followed(root: Node | None, calls: Sequence[Call]) -> tuple[dict[str, bool],
             places[node] = found or None
         if node in ends:
             shape = ends[node]
-            places[node] = _located(math.prod(shape) // n, shape, n)
+            located = _located(math.prod(shape) // n, shape, n)
+            if places.get(node) not in (None, located):
+                met[node] = UNKNOWN  # samples of an earlier layer are elsewhere in it
+            places[node] = located
     return _worst(calls, order, met), met
 
 

@@ -61,8 +61,10 @@ class Scene:
 
     @functools.cached_property
     def kind(self) -> int:
-        """Stands for the operations of the graph."""
-        return hash(tuple(map(type, ancestors(self.loss.grad_fn))))
+        """Stands for the operations of the graph, where layers are in it, and what is normalised over the batch."""
+        at = {c.edge.node: c.layer for c in self.recorded or self.calls if c.edge is not None}
+        nodes = ancestors(self.loss.grad_fn)
+        return hash(tuple((type(n), at.get(n), getattr(n, "_saved_training", None)) for n in nodes))
 
     @classmethod
     def of_loss(cls, tap: Tap, forwards: Sequence[Forward], loss: Tensor) -> "Scene":
