@@ -210,4 +210,4 @@ class Matrix:
         if problem:
             raise LayerError(f"the curvature of layer {self.layer!r} is taken in its weight, and that is {problem}")
         p: Any = self.parameter
-        return Call(self.layer, None, None, p, p, p, get_gradient_edge(p), (0, 0))  # type: ignore[arg-type]
+        return Call(self.layer, None, None, p, p, p, get_gradient_edge(p), (0, 0))  # type: ignore[arg-type]  # no module

@@ -45,7 +45,7 @@ def compare(
     ),
     budget: Budget = Budget(),  # noqa: B008, tyro reads the defaults from it
     common: CommonValues,
-    engine: Engine = Engine(),  # noqa: B008
+    engine: Engine = Engine(),  # noqa: B008, likewise
     runs: Path = Path("runs"),
     out: Path | None = None,
     json: bool = False,

@@ -67,14 +67,14 @@ def run_values() -> Any:
         shown = "; ".join(f"{', '.join(names)}; default: {value}" for value, names in whose.items())
         first = next(iter(by_algorithm))
         own[name] = option(ALGORITHMS[first], by_algorithm[first], shown)
-    return TypedDict("RunValues", common_options() | own, total=False)  # type: ignore[operator]
+    return TypedDict("RunValues", common_options() | own, total=False)  # type: ignore[operator]  # made here
 
 
 def common_values() -> Any:
     """The same of the values that all runs of a comparison may share."""
     options = common_options()
     del options["algorithm"], options["seed"]
-    return TypedDict("CommonValues", options, total=False)  # type: ignore[operator]
+    return TypedDict("CommonValues", options, total=False)  # type: ignore[operator]  # made here
 
 
 def common_options() -> dict[str, Any]:

@@ -61,7 +61,7 @@ class AskedLoss:
 
     def as_tensor(self, outputs: Tensor) -> Tensor:
         """The slope at the outputs, to be differentiated once."""
-        found: Tensor = _Slope.apply(outputs, self)  # type: ignore[no-untyped-call]
+        found: Tensor = _Slope.apply(outputs, self)  # type: ignore[no-untyped-call]  # PyTorch has no type
         return found
 
 

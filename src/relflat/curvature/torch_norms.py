@@ -83,7 +83,7 @@ def _hook(node: Any, norms: Sequence[Callable[[Any], Mended]], thrice: bool) -> 
             if type(read.x) is not Tensor or (norm is _Convolution and read.x.is_cpu):
                 return None
             operands = given.detach(), along[0], read.x, read.weight
-            mended[place] = _Mended.apply(*operands, read)  # type: ignore[no-untyped-call]
+            mended[place] = _Mended.apply(*operands, read)  # type: ignore[no-untyped-call]  # nor has PyTorch
         return tuple(mended)
 
     return hook

@@ -229,12 +229,12 @@ class _Linear(nn.Linear):
         self.register_parameter("kernel", dense._kernel.value)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # an attribute there
         """The kernel as (d, m), in the type that the layer computes in."""
         return keras.ops.convert_to_tensor(self._dense[0].kernel).mT
 
     @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
+    def bias(self) -> Tensor | None:  # type: ignore[override]  # an attribute there
         """The bias, if any."""
         bias = self._dense[0].bias
         return None if bias is None else keras.ops.convert_to_tensor(bias)

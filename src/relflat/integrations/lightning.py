@@ -155,7 +155,7 @@ class FAMCallback(Callback):
 
 
 def _all(trainer: Trainer) -> list[FAMCallback]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, FAMCallback)]  # type: ignore[attr-defined]
+    return [callback for callback in trainer.callbacks if isinstance(callback, FAMCallback)]  # type: ignore[attr-defined]  # set later
 
 
 def _network(pl_module: LightningModule, name: str | None) -> nn.Module:
