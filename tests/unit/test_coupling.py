@@ -309,40 +309,68 @@ class Turned(nn.Module):
         self.fc, self.q, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.q(self.fc(x.unsqueeze(-1) * torch.arange(1.0, 5).double()).tanh().transpose(0, 1))
-        return self.head(h.softmax(1).tanh()).transpose(0, 1)[:, 0]
+        h = self.fc(x.unsqueeze(-1) * torch.arange(1.0, 5).double()).tanh()
+        return self.head(self.q(h.transpose(0, 1)).softmax(1).tanh()).transpose(0, 1).flatten(0, 1)
 
 
-def second_difference(net: nn.Module, weight: torch.Tensor, loss) -> float:
-    """Kappa by its definition: ``sum_t sum_ab <w_a, w_b> d2 L / dW_at dW_bt``, by differences of the loss."""
-    inner, h, total, kept = weight.detach() @ weight.detach().T, 1e-3, 0.0, weight.detach().clone()
-    roots = torch.linalg.eigh(inner)
+class Viewed(nn.Module):
+    """The same operations on one shape in each pass and another in the next: samples are first, then second."""
+
+    rests = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc(x).view((4, 1, 4) if self.rests else (1, 4, 4)).softmax(1).tanh()
+        return self.head(h.view(4, 4))
+
+
+def by_differences(net: nn.Module, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, curvature: str) -> float:
+    """Kappa by its definition, ``sum_t sum_ab <w_a, w_b> d2 L / dW_at dW_bt``: differences of the loss, no autograd.
+
+    For the Gauss-Newton matrix those of the loss of outputs that change as their own differences say.
+    """
+    h, total, kept = 1e-3, 0.0, weight.detach().clone()
+    roots = torch.linalg.eigh(kept @ kept.T)
+    middle = net(x)
     for t in range(weight.shape[1]):
         for value, vector in zip(roots.eigenvalues, roots.eigenvectors.T, strict=True):
-            found = []
-            for step in (h, 0.0, -h):
-                weight.data.copy_(kept)
+            sides = []
+            for step in (h, -h):
                 weight.data[:, t] += step * vector
-                found.append(float(loss()))
-            total += float(value) * (found[0] - 2 * found[1] + found[2]) / h**2
-    weight.data.copy_(kept)
+                sides.append(net(x))
+                weight.data.copy_(kept)
+            if curvature == "ggn":
+                change = (sides[0] - sides[1]) / 2
+                sides = [middle + change, middle - change]
+            up, here, down = (float(nn.functional.cross_entropy(z, y)) for z in (sides[0], middle, sides[1]))
+            total += float(value) * (up - 2 * here + down) / h**2
     return total
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 @pytest.mark.parametrize(
     ("make", "layer", "at"),
-    [(Skipping, "blocks.1.fc", [2, 0]), (Frozen, "fc", [0, 1]), (Shifted, "fc", [0]), (Turned, ["fc", "q"], [0])],
+    [
+        (Skipping, "blocks.1.fc", [2, 0]),
+        (Frozen, "fc", [0, 1]),
+        (Shifted, "fc", [0]),
+        (Turned, ["fc", "q"], [0]),
+        (Viewed, "fc", [0, 1]),
+        (Viewed, "fc", [1, 0]),
+    ],
 )
-def test_where_samples_meet_is_not_taken_from_another_graph_or_dimension(make, layer, at) -> None:
+def test_where_samples_meet_is_not_taken_from_another_graph_or_dimension(make, layer, at, curvature) -> None:
     torch.manual_seed(0)
     net = make().double().train()
-    n = 4
-    x, y = torch.randn(n, 4).double(), torch.randint(3, (n,))
-    fam = FAM(nn.CrossEntropyLoss(), net, layer, strength=1.0, curvature="hessian", method="exact")
+    x = torch.randn(4, 4).double()
+    y = torch.randint(3, (len(net(x)),))
+    fam = FAM(nn.CrossEntropyLoss(), net, layer, strength=1.0, curvature=curvature, method="exact")
     for net.rests in at:
         fam(net(x), y)
     first = layer if isinstance(layer, str) else layer[0]
-    loss = lambda: nn.functional.cross_entropy(net(x), y)
     with torch.no_grad():
-        want = second_difference(net, net.get_submodule(first).weight, loss)
+        want = by_differences(net, net.get_submodule(first).weight, x, y, curvature)
     assert fam.last["by_layer"][first] == pytest.approx(want, rel=1e-4, abs=1e-5)

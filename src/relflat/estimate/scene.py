@@ -10,7 +10,7 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
 from relflat.capture.calls import Call, Forward, depends_on, no_graph
-from relflat.capture.graph import ancestors
+from relflat.capture.graph import ancestors, fingerprint
 from relflat.capture.outputs import output_tensor
 from relflat.capture.tap import Tap
 from relflat.capture.uses import Uses
@@ -61,10 +61,11 @@ class Scene:
 
     @functools.cached_property
     def kind(self) -> int:
-        """Stands for the operations of the graph, where layers are in it, and what is normalised over the batch."""
-        at = {c.edge.node: c.layer for c in self.recorded or self.calls if c.edge is not None}
-        nodes = ancestors(self.loss.grad_fn)
-        return hash(tuple((type(n), at.get(n), getattr(n, "_saved_training", None)) for n in nodes))
+        """Stands for the operations of the graph, how they are joined, where layers are in it and samples may be."""
+        calls = self.recorded or self.calls
+        at = {c.edge.node: c.layer for c in calls if c.edge is not None}
+        samples = next((c.samples for c in calls if not c.output.is_nested), 1)
+        return fingerprint(self.loss.grad_fn, at, max(samples, 1))
 
     @classmethod
     def of_loss(cls, tap: Tap, forwards: Sequence[Forward], loss: Tensor) -> "Scene":
