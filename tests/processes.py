@@ -147,7 +147,7 @@ def timed_briefly() -> None:
 
 BARE = """
 import json, os, sys, tempfile
-import relflat
+from relflat import FAM, relative_flatness
 for line in sys.stdin:
     code, *sys.argv[1:] = json.loads(line)
     files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")

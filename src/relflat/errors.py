@@ -3,11 +3,11 @@
 import functools
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
-_NOT_THE_USERS = (f"{Path(__file__).parent}/", f"{Path(str(torch.__file__)).parent}/", functools.__file__)
+_PLACES = [spec.origin for spec in map(find_spec, ("relflat", "torch")) if spec is not None]
+_NOT_THE_USERS = (*(f"{Path(str(place)).parent}/" for place in _PLACES), functools.__file__)
 
 
 class RelflatError(Exception):

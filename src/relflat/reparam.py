@@ -14,14 +14,5 @@ from relflat.theory.feature_maps import Scale, normalize_features, rescale_featu
 from relflat.theory.preserving import preserving
 from relflat.theory.rescalings import random_rescaling, rescale_layer, rescale_neurons
 
-__all__ = [
-    "Scale",
-    "normalize_features",
-    "preserving",
-    "random_rescaling",
-    "rescale_features",
-    "rescale_layer",
-    "rescale_neurons",
-    "rotate_features",
-    "shift_rows",
-]
+__all__ = ["Scale", "normalize_features", "preserving", "random_rescaling", "rescale_features", "rescale_layer"]
+__all__ += ["rescale_neurons", "rotate_features", "shift_rows"]

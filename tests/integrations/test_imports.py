@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import relflat
 from processes import python
 
 FRAMEWORKS = ("lightning", "transformers", "accelerate", "skorch", "peft", "sklearn", "scipy", "matplotlib", "keras")
@@ -21,12 +22,31 @@ def test_import_brings_no_framework() -> None:
     assert not [name for name in modules if name.startswith(("relflat.lab", "relflat.integrations"))]
 
 
+def test_what_is_imported_is_what_is_asked_for() -> None:
+    """The version, --help of another tool, an interrupted start: none waits for PyTorch."""
+    code = """if True:
+        import sys, relflat
+        print(relflat.__version__, "torch" in sys.modules)
+        print(relflat.reference.kappa.__name__, relflat.FAM.__name__, "torch" in sys.modules)
+        print(*sorted(set(relflat.__all__) - set(dir(relflat))), hasattr(relflat, "nothing"), hasattr(relflat, "_x"))
+    """
+    lines = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+    assert lines == [f"{relflat.__version__} False", "kappa FAM True", "False False"]
+
+
+def test_everything_public_is_there_under_its_name() -> None:
+    for name in relflat.__all__:
+        found = getattr(relflat, name)
+        assert found.__name__ == name
+        assert getattr(importlib.import_module(found.__module__), name) is found
+
+
 def test_import_takes_less_than_a_fifth_of_a_second_beyond_torch() -> None:
     """The first quick one of a few processes: others share the machine."""
     code = """if True:
         import time, torch, torch.utils._pytree
         start = time.process_time()
-        import relflat
+        from relflat import FAM, relative_flatness
         print(time.process_time() - start)
     """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # users compile once

@@ -16,7 +16,7 @@ from relflat.cli.engines import Engine
 from relflat.cli.main import main
 from relflat.errors import ConfigError
 from relflat.integrations.ray import MARK, Shared, versions
-from relflat.lab.compare.trials import Job, run_all, workers
+from relflat.lab.compare.trials import Job, each, run_job, workers
 from relflat.lab.train import store
 from relflat.lab.train.config import make
 
@@ -128,9 +128,9 @@ def test_the_command(cluster, tmp_path, monkeypatch, capsys):
 
 def test_trials_are_those_of_this_machine_bit_for_bit(pool, tmp_path):
     seen = []
-    found = run_all(pool, jobs_in(tmp_path / "runs", PLAIN, SAM, PROBES), seen.append)
+    found = each(pool, run_job, jobs_in(tmp_path / "runs", PLAIN, SAM, PROBES), seen.append)
     with workers(1) as local:
-        expected = run_all(local, jobs_in(tmp_path / "local", PLAIN, SAM, PROBES))
+        expected = each(local, run_job, jobs_in(tmp_path / "local", PLAIN, SAM, PROBES))
     assert len(seen) == 3
     assert numbers(found) == numbers(expected)
     assert found[1].result["test"]["loss"] > 0
@@ -140,9 +140,9 @@ def test_a_task_file_that_raises_on_a_worker(pool, tmp_path):
     (tmp_path / "slow.py").write_text(TASK)
     good = jobs_in(tmp_path / "runs", PLAIN)[0]
     bad = jobs_in(tmp_path / "runs", PLAIN, task=f"{tmp_path / 'slow.py'}:broken")[0]
-    run_all(pool, [good])
+    each(pool, run_job, [good])
     with pytest.raises(ConfigError, match=r"slow\.py raises an error; mend it(.|\n)*ZeroDivisionError") as caught:
-        run_all(pool, [good, bad])
+        each(pool, run_job, [good, bad])
     assert "ray" not in str(caught.value)
     assert (store.folder_of(good.config, good.runs) / store.RESULT).is_file()
 
@@ -150,7 +150,7 @@ def test_a_task_file_that_raises_on_a_worker(pool, tmp_path):
 def test_a_worker_that_does_not_see_the_folder(pool, tmp_path):
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match=r"does not see the folder .*runs.*that all machines share"):
-        run_all(pool, jobs_in(tmp_path / "runs", PLAIN))
+        each(pool, run_job, jobs_in(tmp_path / "runs", PLAIN))
 
 
 def test_a_worker_with_other_versions(tmp_path):
@@ -171,7 +171,7 @@ def test_a_node_lost_in_mid_trial(cluster, pool, tmp_path):
     """Its trial goes on elsewhere after the last finished epoch; what was finished is not done again."""
     (tmp_path / "slow.py").write_text(TASK)
     jobs = jobs_in(tmp_path / "runs", PLAIN, FAM, {**FAM, "seed": 1}, task=f"{tmp_path / 'slow.py'}:task")
-    run_all(pool, jobs[:1])
+    each(pool, run_job, jobs[:1])
     kept = store.folder_of(jobs[0].config, jobs[0].runs) / store.RESULT
     written = kept.stat().st_mtime_ns
 
@@ -179,7 +179,7 @@ def test_a_node_lost_in_mid_trial(cluster, pool, tmp_path):
     wait.touch()
     done = []
     with ThreadPoolExecutor(1) as beside:
-        rest = beside.submit(run_all, pool, jobs, done.append)
+        rest = beside.submit(each, pool, run_job, jobs, done.append)
         try:
             until(lambda: rest.done() or len(list(tmp_path.glob("waiting-*"))) == 2)  # on two nodes of one CPU each
             first_epochs = [metrics(job)[0] for job in jobs[1:]]
@@ -192,7 +192,7 @@ def test_a_node_lost_in_mid_trial(cluster, pool, tmp_path):
     assert kept.stat().st_mtime_ns == written
     assert [metrics(job)[0] for job in jobs[1:]] == first_epochs  # the seconds too: not trained again
     with workers(1) as local:
-        expected = run_all(local, [replace(job, runs=tmp_path / "local") for job in jobs])
+        expected = each(local, run_job, [replace(job, runs=tmp_path / "local") for job in jobs])
     assert numbers(found) == numbers(expected)
     assert len(done) == 3
 

@@ -1,9 +1,13 @@
 """A comparison on disk: killed and resumed, reported again, and blind to test labels while it chooses."""
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
@@ -158,6 +162,25 @@ def test_workers_end_when_their_parent_is_killed():
     while alive(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(worker)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_is_answered_at_once_in_a_line(tmp_path):
+    """As a terminal sends it: to all processes of the command."""
+    arms = ["--arms", "plain", "sam", "--workers", "2", "--trials", "0", "--seeds", "4", "--epochs", "1000"]
+    line = [sys.executable, "-m", "relflat", "compare", "digits", *arms, "--runs", "runs", "--out", "out"]
+    with subprocess.Popen(line, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True) as command:
+        try:
+            while len(list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2 and command.poll() is None:
+                time.sleep(0.05)
+            os.killpg(command.pid, signal.SIGINT)
+            said = command.communicate(timeout=60)[1].splitlines()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(command.pid, signal.SIGKILL)
+    assert command.returncode == 130
+    assert said[-1] == "error: interrupted; the same command goes on after the last finished epoch."
+    assert not [each for each in said if "Traceback" in each or "Error" in each]
 
 
 def alive(pid):

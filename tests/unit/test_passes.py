@@ -452,6 +452,31 @@ def test_a_pass_that_is_run_again_has_the_precision_it_had(
     assert set(types) == {torch.bfloat16 if model_in else torch.float32}
 
 
+def test_a_view_of_a_view_of_the_outputs_is_the_same_in_a_pass_that_is_run_again() -> None:
+    class Rear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[:, 3:]
+
+    net, (x, y) = Rear().double(), data()
+    options = {"strength": 0.5, "curvature": "hessian", "layer": "layer"}
+    with FAM(CE(), net, method="exact", **options) as exact:
+        exact(net(x)[:, 2:5], y)
+    with FAM(CE(), net, method="finite_difference", probes=400, **options) as repeated:
+        repeated(net(x)[:, 2:5], y)
+    assert repeated.last["kappa"] == pytest.approx(exact.last["kappa"], rel=0.2)
+    row, inner = (
+        net.layer.weight.detach()[5:8],
+        x.square().sum(1),
+    )  # on paper: sum_ab <w_a, w_b> (p_a [a = b] - p_a p_b)
+    p = net(x)[:, 2:5].detach().softmax(1)
+    want = (inner * (p @ row.square().sum(1) - (p @ row).square().sum(1))).mean()
+    assert exact.last["kappa"] == pytest.approx(float(want), rel=1e-9)
+
+
 def test_passes_that_wait_are_said_once_when_they_are_many() -> None:
     net, (x, y) = mlp(), data()
     with FAM(CE(), net, "0", strength=0.5) as fam:

@@ -99,23 +99,15 @@ def fingerprint(root: Node | None, marks: Mapping[Node, str], n: int) -> int:
     Of sizes only tells which are multiples of ``n``, the number of samples, in what was given another shape: where
     samples may be. Cost: less than a microsecond an operation.
     """
-    if root is None:
-        return 0
-    numbers: dict[Any, int] = {None: -1, root: 0}
-    stack, read = [root], list[Any]()
-    while stack:
-        node = stack.pop()
+    numbers: dict[Any, int] = {None: -1}
+    read: list[Any] = []
+    for node in ancestors(root):
         names, shapes = _read_of(type(node))
-        read.append(type(node))
-        if names:
-            read += [getattr(node, name) for name in names]
+        read += (type(node), *(getattr(node, name) for name in names))
         if shapes:
             read.append(tuple([not size % n for size in node._input_metadata[0].shape]))
         for parent, number in node.next_functions:
-            if parent is not None and parent not in numbers:
-                numbers[parent] = len(numbers)
-                stack.append(parent)
-            read += (numbers[parent], number)
+            read += (numbers.setdefault(parent, len(numbers)), number)
     return hash((*read, *((numbers.get(node), mark) for node, mark in marks.items())))
 
 

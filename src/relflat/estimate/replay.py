@@ -75,9 +75,7 @@ class Replay:
             return None
         if isinstance(self.outputs, Tensor):
             return self.criterion(outputs)
-        if given is None:
-            return None
-        if not any(x is given for x in tree_leaves(self.outputs)):
+        if given is None or not any(x is given for x in tree_leaves(self.outputs)):
             return None
         return self.criterion(tree_map(lambda x: outputs if x is given else x, self.outputs))
 

@@ -254,11 +254,8 @@ def _samples(scene: Scene) -> int:
 
 def _joint_loss(scene: Scene, other: Scene) -> float | None:
     """The loss of the samples of two batches as one; None if they cannot be joined."""
-    one, two = scene.replay, other.replay
-    assert one is not None
-    assert two is not None
-    assert one.criterion is not None
-    assert two.criterion is not None
+    replays: Any = scene.replay, other.replay
+    one, two = replays
     pairs = (one.outputs, two.outputs), (one.criterion.targets[0], two.criterion.targets[0])
     with torch.no_grad():
         try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from relflat.lab.compare.trials import Job, Trial, run_all, workers
+from relflat.lab.compare.trials import Job, Trial, each, run_job, workers
 from relflat.lab.train.config import RunConfig, make
 from relflat.papers.experiment import Context
 
@@ -37,7 +37,7 @@ def train_all(
     """
     jobs = [Job(config, context.runs, test) for _, config in places]
     with workers(context.workers) as pool:
-        trials = run_all(pool, jobs, context.counter(what, len(jobs)))
+        trials = each(pool, run_job, jobs, context.counter(what, len(jobs)))
     found: dict[Arm, list[Trial]] = {arm: [] for arm, _ in places}
     for (arm, _), trial in zip(places, trials, strict=True):
         found[arm].append(trial)

@@ -5,10 +5,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from relflat.lab.train.config import RunConfig
 from relflat.lab.train.loop import train
 
 SHARED = ["relflat.lab.train.loop", "relflat.lab.compare.trials", "sklearn.datasets", "torch._dynamo"]
-BLOCKS = hasattr(signal, "pthread_sigmask")  # not on Windows
+FORKS, BLOCKS = sys.platform == "linux", hasattr(signal, "pthread_sigmask")  # the latter not on Windows
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -58,27 +59,34 @@ class Job:
     arm: str = ""  # of a comparison
 
 
-class Workers(ProcessPoolExecutor):
-    """Processes of one thread each; left by an exception, they end at once, whatever they are doing.
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Have Ctrl-C wait for the end of the block, and a process started there not see it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if BLOCKS else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    On Linux forked from a process that has imported what all need, so that they start at once and share its memory.
-    """
+
+class Workers(ProcessPoolExecutor):
+    """Processes of one thread each, on Linux forked from one that imported all; by an error all end at once."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        if sys.platform == "linux":
+        context: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+        self._stop = context.Event()  # before, as it starts a process that lets signals through again
+        if FORKS:
             context.set_forkserver_preload(SHARED)
-        self._stop = context.Event()
+            with interrupts_held():
+                forkserver.ensure_running()
+            context.Process(target=os.getpid).start()  # comes back when all is imported, which may be interrupted
         super().__init__(count, mp_context=context, initializer=start_worker, initargs=(self._stop, dict(os.environ)))
 
     def submit(self, fn: Callable[..., B], /, *args: Any, **kwargs: Any) -> Future[B]:
         """Hand it over; a process that starts for it leaves Ctrl-C to this one."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if BLOCKS else None
-        try:
+        with interrupts_held():
             return super().submit(fn, *args, **kwargs)
-        finally:
-            if before is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         """Wait for what is running, or after an exception end it."""
@@ -89,14 +97,13 @@ class Workers(ProcessPoolExecutor):
 
 def start_worker(stop: Any, environment: Mapping[str, str]) -> None:
     """Compute on one thread, as several processes share the machine, and end when the parent is gone or says so."""
-    if BLOCKS:
+    if BLOCKS:  # where the process it is forked from does not
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.clear()
     os.environ.update(environment)  # that of the parent now, not when the first process of it was started
     os.dup2(2, 1)  # what is printed here is no part of an answer
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    for ends in (stop.wait, *([parent.join] if parent is not None else [])):
+    for ends in (stop.wait, multiprocessing.parent_process().join):  # type: ignore[union-attr]  # it has one
         threading.Thread(target=end_after, args=(ends,), daemon=True).start()
 
 
@@ -109,8 +116,7 @@ def end_after(wait: Callable[[], object]) -> None:
 def run_job(job: Job) -> Trial:
     """Do one run, go on with it, or read it if it is finished; return what it left behind."""
     folder = store.folder_of(job.config, job.runs)
-    result = train(job.config, folder, test=job.test, tensorboard=False)
-    return Trial(job.config, result, store.metrics_of(folder))
+    return Trial(job.config, train(job.config, folder, test=job.test, tensorboard=False), store.metrics_of(folder))
 
 
 def attempt(job: Job) -> Trial | str:
@@ -130,7 +136,9 @@ def read_trial(job: Job) -> Trial | None:
     return None if result is None else Trial(job.config, result, store.metrics_of(folder))
 
 
-def each(pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Callable[[B], object]) -> list[B]:
+def each(
+    pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Callable[[B], object] = lambda made: None
+) -> list[B]:
     """Do the work for every item, telling each result as it comes; the results in the order of the items.
 
     The first error stops the rest. A pool in another process needs work that can be sent there.
@@ -150,15 +158,7 @@ def each(pool: Executor, work: Callable[[A], B], items: Iterable[A], on_done: Ca
             "A worker process ended in the middle of a run: killed, perhaps for want of memory, or by its task. Try "
             "fewer --workers; the same command goes on with what is kept."
         ) from error
-    finally:
-        for future in futures:
-            future.cancel()
     return [future.result() for future in futures]
-
-
-def run_all(pool: Executor, jobs: Sequence[Job], on_done: OnTrial = lambda trial: None) -> list[Trial]:
-    """Do all runs and return them in the order of the jobs; the first error stops the rest."""
-    return each(pool, run_job, jobs, on_done)
 
 
 class Here(Executor):
