@@ -88,7 +88,7 @@ _TELLING = ("training", "dim", "dims", "dim0", "dim1", "pad", "normalized_shape"
 
 @functools.cache
 def _read_of(kind: type) -> tuple[tuple[str, ...], bool]:
-    """Which of that operations of a class save; and whether they give a shape of their own."""
+    """Which of that operations of a class save; and whether they are views, which save what shape was given them."""
     names = tuple(f"_saved_{name}" for name in _TELLING if hasattr(kind, f"_saved_{name}"))
     return names, kind.__name__ in ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")  # nested: others
 
@@ -96,18 +96,25 @@ def _read_of(kind: type) -> tuple[tuple[str, ...], bool]:
 def fingerprint(root: Node | None, marks: Mapping[Node, str], n: int) -> int:
     """The same for graphs of the same operations, joined alike, marked at the same places, for batches of any size.
 
-    Of sizes only tells which are multiples of ``n``, the number of samples, in what was given another shape: where
+    Of the shapes between two views only tells which sizes are multiples of ``n``, the number of samples: where
     samples may be. Cost: less than a microsecond an operation.
     """
-    numbers: dict[Any, int] = {None: -1}
-    read: list[Any] = []
-    for node in ancestors(root):
-        names, shapes = _read_of(type(node))
-        read += (type(node), *(getattr(node, name) for name in names))
+    numbers: dict[Any, int] = {None: -1, root: 0}
+    stack, read = [] if root is None else [root], list[Any]()
+    while stack:  # written out for speed, as this is done in every step that has a penalty
+        node: Any = stack.pop()
+        names, shapes = _read_of(type(node))  # type: ignore[arg-type]  # which it takes for unhashable
+        read.append(type(node))
+        if names:
+            read += [getattr(node, name) for name in names]
         if shapes:
-            read.append(tuple([not size % n for size in node._input_metadata[0].shape]))
-        for parent, number in node.next_functions:
-            read += (numbers.setdefault(parent, len(numbers)), number)
+            read += [size % n == 0 for size in node._saved_self_sym_sizes]
+        for parent, _ in node.next_functions:
+            if parent in numbers:
+                read.append(numbers[parent])
+            else:  # what is met first is numbered in order
+                numbers[parent] = len(numbers)
+                stack.append(parent)
     return hash((*read, *((numbers.get(node), mark) for node, mark in marks.items())))
 
 
