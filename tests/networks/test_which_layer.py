@@ -390,7 +390,7 @@ def test_a_layer_of_something_else_than_a_tensor_is_taken_by_its_weight(layer: t
     torch.manual_seed(0)
     net, (x, y) = Net(run, a=layer(IN, 5), head=nn.Linear(5, CLASSES)).double(), batch()
     want = kappa(net.a.weight, lambda: CE(net(x), y))
-    with pytest.raises(LayerError, match=r"name the parameter: 'a\.weight'"):
+    with pytest.raises(LayerError, match=r"name that: 'a\.weight'"):
         relative_flatness(net, CE, (x, y), layer="a")
     assert relative_flatness(net, CE, (x, y), layer="a.weight", method="exact").value == pytest.approx(want, rel=1e-9)
     found = relative_flatness_by_layer(net, CE, (x, y), layer="*", method="exact")

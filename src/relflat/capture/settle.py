@@ -103,7 +103,7 @@ def taking_part(
     if not found:
         raise LayerError(f"none of {left} took part in the first forward pass as a layer; name another")
     if left:
-        warn(f"left out, as the first loss does not depend on them by a product of their own: {left}")
+        warn(f"left out for good, as the first loss does not depend on them by a product of their own: {left}")
     return found
 
 

@@ -261,8 +261,8 @@ class Tap:
         if unused:
             raise LayerError(
                 f"layer {unused[0]!r} was not called in the forward pass, with one tensor for one; candidates: "
-                f"{[n for n in supported_layers(model) if n not in unused]}. "
-                f"If its weight is used all the same (as in attention), name the parameter: {unused[0] + '.weight'!r}"
+                f"{[n for n in supported_layers(model) if n not in unused]}. If it rests at times, let it run in the "
+                f"first. If its weight is used all the same (as in attention), name that: {unused[0] + '.weight'!r}"
             )
         return records
 
