@@ -3,7 +3,7 @@
 curvlinops brings backpack and more along, so it has an environment of its own:
 
     python3.11 -m venv /tmp/rivals
-    /tmp/rivals/bin/pip install -c constraints.txt '.[lab]' curvlinops-for-pytorch
+    /tmp/rivals/bin/pip install -c constraints.txt '.[lab]' curvlinops-for-pytorch pyhessian
     /tmp/rivals/bin/python benchmarks/estimators.py
 """
 

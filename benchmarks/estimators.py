@@ -1,29 +1,34 @@
-"""Error of trace estimators for kappa of the Gauss-Newton matrix on a trained ReLU CNN, by products and by time.
+"""Errors of estimators of kappa and of Tr H on trained networks, by products and by time.
 
-The net is trained on the digits of scikit-learn (real 8 x 8 pictures) and measured on 256 of its training
-pictures. Every estimator is given 6, 12 or 24 products and repeated with fresh seeds; reported is the root
-mean square error relative to the exact value (from the dense sum over a basis for the linear layer, from a
-long run of the logit-space estimator, with its standard error, for the convolution).
+A ReLU CNN, an MLP and a transformer are trained on the digits of scikit-learn (real 8 x 8 pictures; the rows of a
+picture are the transformer's tokens) and measured on 256 of their training pictures. Every estimator is given 6, 12
+or 24 products, and as many as take the time of our default at 12, and is repeated with fresh seeds; reported is the
+root mean square error relative to the exact value (from the dense sum over a basis; for the convolution from a long
+run, with its standard error). Kappa is that of the Gauss-Newton matrix, Tr H of the Hessian of the layer.
 
     python benchmarks/estimators.py [--repeats 50] [--json benchmarks/results/estimators.json]
 
-Where curvlinops is installed (see ``curvlinops_traces.py``), its Hutch++ and XTrace run as well.
+Where curvlinops and PyHessian are installed (see ``curvlinops_traces.py``), they run as well.
 """
 
 import argparse
+import functools
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from output import environment, save
-from relflat import relative_flatness
+from relflat import Flatness, relative_flatness
 from relflat.capture.tap import Tap
 from relflat.capture.uses import Matrix
 from relflat.curvature.operators import GGNOperator, slope_in
@@ -32,6 +37,7 @@ from relflat.estimate.scene import Scene
 from relflat.loss.known import known_loss
 from relflat.measure.xtrace import Coordinates, Sketch
 from relflat.options import Options
+from relflat.plot.style import COLOURS, MARKERS, STYLE
 from relflat.rng import Rng
 
 CE = nn.CrossEntropyLoss()
@@ -41,26 +47,54 @@ GROUPS = {
     "Hutch++ of curvlinops": 3,
     "XTrace of curvlinops": 2,
 }  # products come so many at once
-LAYERS = {"conv": "2", "linear": "6"}
+Estimate = Callable[[int, int], float]  # of products and seed
 
 
-def trained_cnn(epochs: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A small ReLU CNN fitted to digits, and the pictures it is measured on."""
+class Tokens(nn.Module):
+    """A transformer whose tokens are the rows of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.position = nn.Linear(8, 32), nn.Parameter(torch.zeros(8, 32))
+        self.encoder = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.output = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of pictures (n, 1, 8, 8)."""
+        return self.output(self.encoder(self.embedding(x[:, 0]) + self.position).mean(1))
+
+
+def cnn() -> nn.Module:
+    """Two convolutions and a hidden layer."""
+    body = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()
+    return nn.Sequential(
+        *body, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10)
+    )
+
+
+def mlp() -> nn.Module:
+    """Two hidden layers."""
+    wide = nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()
+    return nn.Sequential(nn.Flatten(), *wide, nn.Linear(64, 10))
+
+
+LAYERS = {  # network, layer, and whether the exact value is to be had
+    "conv": (cnn, "2", False),
+    "linear": (cnn, "6", True),
+    "mlp": (mlp, "3", True),
+    "transformer": (Tokens, "encoder.linear1", True),
+}
+TITLES = {"conv": "CNN, convolution", "linear": "CNN, linear", "mlp": "MLP", "transformer": "transformer"}
+
+
+@functools.cache
+def trained(make: Callable[[], nn.Module], epochs: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network fitted to digits, and the pictures it is measured on."""
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     y = torch.tensor(digits.target)
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(128, 32),
-        nn.ReLU(),
-        nn.Linear(32, 10),
-    )
+    model = make()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(epochs):
         for rows in torch.randperm(1280).split(64):
@@ -138,30 +172,52 @@ class Problem:
         return sketch.value
 
 
-def rivals(problem: Problem) -> dict[str, Callable[[int, int], float]]:
-    """The estimators of curvlinops, where it is installed."""
-    if find_spec("curvlinops") is None:
-        return {}
-    from curvlinops_traces import KappaOperator
+def of_kappa(problem: Problem) -> dict[str, Estimate]:
+    """The estimators of kappa: ours, and those of curvlinops where it is installed."""
+    found = {
+        "logit-space signs (default)": problem.ours,
+        "Hutchinson, a probe a sample": problem.per_sample,
+        "Hutchinson, a probe a batch": problem.hutchinson,
+        "Hutch++": problem.hutch_plus_plus,
+        "XTrace": problem.x_trace,
+    }
+    if find_spec("curvlinops") is not None:
+        from curvlinops_traces import KappaOperator
 
-    operator = KappaOperator(problem.model, CE, problem.layer, problem.data)
-    return {"Hutch++ of curvlinops": operator.hutch_plus_plus, "XTrace of curvlinops": operator.xtrace}
+        operator = KappaOperator(problem.model, CE, problem.layer, problem.data)
+        found |= {"Hutch++ of curvlinops": operator.hutch_plus_plus, "XTrace of curvlinops": operator.xtrace}
+    return found
 
 
-def truth(problem: Problem, layer: str) -> tuple[float, float]:
-    """Exact kappa, or a long run's with its standard error."""
-    method, probes = ("exact", None) if layer == "linear" else ("probe", 2000)
-    flat = relative_flatness(
-        problem.model,
-        CE,
-        problem.data,
-        layer=problem.layer,
-        curvature="ggn",
-        method=method,
-        probes=probes,
-        seed=10**6,
-    )
-    return flat.value, flat.stderr
+def of_trace(problem: Problem) -> dict[str, Estimate]:
+    """Those of Tr H: ours, which comes with kappa, and PyHessian's where it is installed."""
+
+    def ours(products: int, seed: int) -> float:
+        return measured(problem, curvature="hessian", probes=products, method="probe", seed=seed).trace
+
+    found: dict[str, Estimate] = {"probes (default), with kappa": ours}
+    if find_spec("pyhessian") is not None:
+        from pyhessian import hessian
+
+        def theirs(products: int, seed: int) -> float:
+            torch.manual_seed(seed)
+            for name, parameter in problem.model.named_parameters():
+                parameter.requires_grad_(name == f"{problem.layer}.weight")
+            try:
+                with warnings.catch_warnings(action="ignore"):  # it makes the graph by backward(create_graph=True)
+                    whole = hessian(problem.model, CE, data=problem.data, cuda=False)
+                draws = whole.trace(maxIter=products, tol=0.0)
+            finally:
+                problem.model.requires_grad_(True).zero_grad()
+            return float(sum(draws) / len(draws))
+
+        found["PyHessian, the layer alone trainable"] = theirs
+    return found
+
+
+def measured(problem: Problem, **options: object) -> Flatness:
+    """As a user measures."""
+    return relative_flatness(problem.model, CE, problem.data, layer=problem.layer, **options)
 
 
 def assess(estimate: Callable[[int, int], float], true: float, products: int, repeats: int) -> dict[str, float]:
@@ -174,6 +230,50 @@ def assess(estimate: Callable[[int, int], float], true: float, products: int, re
     return {"rmse": float(squares.mean().sqrt()), "seconds": seconds}
 
 
+def compared(
+    what: str, true: float, stderr: float, estimators: dict[str, Estimate], repeats: int
+) -> dict[str, object]:
+    """All estimators of one number at several budgets; the first one's time at 12 products is the last budget."""
+    print(f"{what} = {true:.5g} ± {stderr:.2g}", flush=True)
+    print(f"{'estimator':36s}" + "".join(f"{f'{k} products':>22s}" for k in (6, 12, 24)) + "   at equal time")
+    table: dict[str, Any] = {}
+    ours = 0.0
+    for label, estimate in estimators.items():
+        cells = {k: assess(estimate, true, k, repeats) for k in (6, 12, 24)}
+        ours = ours or cells[12]["seconds"]
+        affordable, unit = max(1, int(12 * ours / cells[12]["seconds"])), GROUPS.get(label, 1)
+        budget = max(affordable - affordable % unit, 2 * unit if unit == 2 else unit)
+        equal = assess(estimate, true, budget, repeats)
+        table[label] = {**{str(k): v for k, v in cells.items()}, "equal_time": {"products": budget, **equal}}
+        row = "".join(f"{c['rmse']:>12.4f} {c['seconds'] * 1e3:7.0f}ms" for c in cells.values())
+        print(
+            f"{label:36s}{row}   {equal['rmse']:.4f} ({budget} products, {equal['seconds'] * 1e3:.0f}ms)", flush=True
+        )
+    return {"value": true, "stderr": stderr, "estimators": table}
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Error of kappa against products, a panel a layer."""
+    import matplotlib.pyplot as plt  # only where a picture is drawn
+
+    products, names = (6, 12, 24), [*LAYERS]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, len(names), figsize=(8.6, 2.9), sharey=True, layout="constrained")
+        for panel, name in zip(panels, names, strict=True):
+            lines = report[name]["kappa"]["estimators"].items()
+            for (label, cells), colour, marker in zip(lines, COLOURS * 2, MARKERS * 2, strict=False):
+                errors = [100 * cells[str(k)]["rmse"] for k in products]
+                panel.plot(products, errors, color=colour, marker=marker, markersize=4, label=label)
+            panel.set(xscale="log", yscale="log", title=TITLES[name], xticks=products, xticklabels=products)
+            panel.minorticks_off()
+        panels[0].set(ylabel="root mean square error, %", yticks=(1, 3, 10, 30), yticklabels=("1", "3", "10", "30"))
+        figure.supxlabel("products with the curvature", fontsize=STYLE["font.size"])
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+@sdpa_kernel(SDPBackend.MATH)  # the others have no second derivative
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,39 +281,23 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
-    model, x, y = trained_cnn(options.epochs)
-    accuracy = float((model(x).argmax(1) == y).float().mean())
-    report: dict[str, object] = {"environment": environment(), "accuracy": accuracy, "samples": len(y)}
-    print(f"accuracy on the pictures measured: {accuracy:.3f}")
-    for name, layer in LAYERS.items():
-        problem = Problem(model, x, y, layer)
-        true, stderr = truth(problem, name)
-        print(f"\n{name} layer: kappa = {true:.5g} ± {stderr:.2g}")
-        print(f"{'estimator':36s}" + "".join(f"{f'{k} products':>22s}" for k in (6, 12, 24)) + "   at equal time")
-        estimators = {
-            "logit-space signs (default)": problem.ours,
-            "Hutchinson, a probe a sample": problem.per_sample,
-            "Hutchinson, a probe a batch": problem.hutchinson,
-            "Hutch++": problem.hutch_plus_plus,
-            "XTrace": problem.x_trace,
-            **rivals(problem),
-        }
-        table: dict[str, object] = {}
-        ours = 0.0
-        for label, estimate in estimators.items():
-            cells = {k: assess(estimate, true, k, options.repeats) for k in (6, 12, 24)}
-            ours = ours or cells[12]["seconds"]
-            # error falls as products^-1/2 or faster; a budget of the default's time at 12 products
-            affordable = max(1, int(12 * ours / cells[12]["seconds"]))
-            unit = GROUPS.get(label, 1)
-            budget = max(affordable - affordable % unit, 2 * unit if unit == 2 else unit)
-            equal = assess(estimate, true, budget, options.repeats)
-            table[label] = {**{str(k): v for k, v in cells.items()}, "equal_time": {"products": budget, **equal}}
-            row = "".join(f"{c['rmse']:>12.4f} {c['seconds'] * 1e3:7.0f}ms" for c in cells.values())
-            print(f"{label:36s}{row}   {equal['rmse']:.4f} ({budget} products, {equal['seconds'] * 1e3:.0f}ms)")
-        report[name] = {"kappa": true, "stderr": stderr, "estimators": table}
+    torch.backends.mha.set_fastpath_enabled(False)  # it has no forward derivative, which curvlinops takes
+    report: dict[str, object] = {"environment": environment()}
+    for name, (make, layer, exactly) in LAYERS.items():
+        model, x, y = trained(make, options.epochs)
+        problem, method = (
+            Problem(model, x, y, layer),
+            {"method": "exact"} if exactly else {"probes": 2000, "seed": 10**6},
+        )
+        ggn, hessian = (measured(problem, curvature=c, **method) for c in ("ggn", "hessian"))
+        accuracy = float((model(x).argmax(1) == y).float().mean())
+        print(f"\n{name}: accuracy {accuracy:.3f} on the pictures measured")
+        kappa = compared("kappa", ggn.value, ggn.stderr, of_kappa(problem), options.repeats)
+        trace = compared("Tr H", hessian.trace, hessian.trace_stderr, of_trace(problem), options.repeats)
+        report[name] = {"accuracy": accuracy, "samples": len(y), "kappa": kappa, "trace": trace}
     if options.json:
         save(options.json, report)
+        draw(report, options.json.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

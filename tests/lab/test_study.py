@@ -168,7 +168,9 @@ def test_workers_end_when_their_parent_is_killed():
 def test_ctrl_c_in_the_middle_is_answered_at_once_in_a_line(tmp_path):
     """As a terminal sends it: to all processes of the command."""
     arms = ["--arms", "plain", "sam", "--workers", "2", "--trials", "0", "--seeds", "4", "--epochs", "1000"]
-    line = [sys.executable, "-m", "relflat", "compare", "digits", *arms, "--runs", "runs", "--out", "out"]
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # else deaf where tests are
+    code = f"{heard}; from relflat.cli.entry import main; main()"
+    line = [sys.executable, "-c", code, "compare", "digits", *arms, "--runs", "runs", "--out", "out"]
     with subprocess.Popen(line, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True) as command:
         try:
             while len(list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2 and command.poll() is None:
