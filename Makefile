@@ -89,8 +89,9 @@ dist:  ## wheel and source distribution under dist, checked; the wheel in an emp
 	$(WHEEL)/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	PUBLISHING=$(abspath $(PUBLISHING)) tools/wheel.sh $(abspath $(WHEEL))
 
-bench: $(READY)  ## cost of training and measuring, as JSON and a picture in benchmarks/results
+bench: $(READY)  ## cost of training and measuring, errors of estimates, as JSON and pictures in benchmarks/results
 	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/estimators.py --json benchmarks/results/estimators.json
 
 gallery: $(READY)  ## draw the figures of docs/gallery by its programs, and write its page
 	$(BIN)/relflat data get fashion-mnist minilm reviews

@@ -231,43 +231,48 @@ def assess(estimate: Callable[[int, int], float], true: float, products: int, re
 
 
 def compared(
-    what: str, true: float, stderr: float, estimators: dict[str, Estimate], repeats: int
-) -> dict[str, object]:
+    what: str, true: float, stderr: float, estimators: dict[str, Estimate], repeats: int, common: dict[str, Any]
+) -> list[dict[str, Any]]:
     """All estimators of one number at several budgets; the first one's time at 12 products is the last budget."""
     print(f"{what} = {true:.5g} ± {stderr:.2g}", flush=True)
     print(f"{'estimator':36s}" + "".join(f"{f'{k} products':>22s}" for k in (6, 12, 24)) + "   at equal time")
-    table: dict[str, Any] = {}
+    rows = []
     ours = 0.0
     for label, estimate in estimators.items():
-        cells = {k: assess(estimate, true, k, repeats) for k in (6, 12, 24)}
-        ours = ours or cells[12]["seconds"]
-        affordable, unit = max(1, int(12 * ours / cells[12]["seconds"])), GROUPS.get(label, 1)
+        cells: dict[str, Any] = {str(k): assess(estimate, true, k, repeats) for k in (6, 12, 24)}
+        ours = ours or cells["12"]["seconds"]
+        affordable, unit = max(1, int(12 * ours / cells["12"]["seconds"])), GROUPS.get(label, 1)
         budget = max(affordable - affordable % unit, 2 * unit if unit == 2 else unit)
         equal = assess(estimate, true, budget, repeats)
-        table[label] = {**{str(k): v for k, v in cells.items()}, "equal_time": {"products": budget, **equal}}
-        row = "".join(f"{c['rmse']:>12.4f} {c['seconds'] * 1e3:7.0f}ms" for c in cells.values())
-        print(
-            f"{label:36s}{row}   {equal['rmse']:.4f} ({budget} products, {equal['seconds'] * 1e3:.0f}ms)", flush=True
-        )
-    return {"value": true, "stderr": stderr, "estimators": table}
+        line = "".join(f"{c['rmse']:>12.4f} {c['seconds'] * 1e3:7.0f}ms" for c in cells.values())
+        end = f"{equal['rmse']:.4f} ({budget} products, {equal['seconds'] * 1e3:.0f}ms)"
+        print(f"{label:36s}{line}   {end}", flush=True)
+        cells["equal_time"] = {"products": budget, **equal}
+        rows.append({**common, "what": what, "value": true, "stderr": stderr, "row": label, "cells": cells})
+    return rows
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Error of kappa against products, a panel a layer."""
     import matplotlib.pyplot as plt  # only where a picture is drawn
 
-    products, names = (6, 12, 24), [*LAYERS]
+    products, looks = (6, 12, 24), ("logit", "a sample", "a batch", "Hutch++", "XTrace")
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(names), figsize=(8.6, 2.9), sharey=True, layout="constrained")
-        for panel, name in zip(panels, names, strict=True):
-            lines = report[name]["kappa"]["estimators"].items()
-            for (label, cells), colour, marker in zip(lines, COLOURS * 2, MARKERS * 2, strict=False):
-                errors = [100 * cells[str(k)]["rmse"] for k in products]
-                panel.plot(products, errors, color=colour, marker=marker, markersize=4, label=label)
+        figure, panels = plt.subplots(1, len(LAYERS), figsize=(8.6, 3.1), sharey=True, layout="constrained")
+        for panel, name in zip(panels, LAYERS, strict=True):
+            for row in report["rows"]:
+                label = row["row"]
+                if (row["case"], row["what"]) != (name, "kappa"):
+                    continue
+                place = next(k for k, part in enumerate(looks) if part in label)
+                errors = [100 * row["cells"][str(k)]["rmse"] for k in products]
+                line = "--" if "curvlinops" in label else "-"
+                look = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": line, "markersize": 4}
+                panel.plot(products, errors, label=label, **look)
             panel.set(xscale="log", yscale="log", title=TITLES[name], xticks=products, xticklabels=products)
+            panel.set(xlabel="products")
             panel.minorticks_off()
         panels[0].set(ylabel="root mean square error, %", yticks=(1, 3, 10, 30), yticklabels=("1", "3", "10", "30"))
-        figure.supxlabel("products with the curvature", fontsize=STYLE["font.size"])
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
@@ -282,7 +287,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     torch.backends.mha.set_fastpath_enabled(False)  # it has no forward derivative, which curvlinops takes
-    report: dict[str, object] = {"environment": environment()}
+    rows: list[dict[str, Any]] = []
+    report = {"environment": environment(), "rows": rows}
     for name, (make, layer, exactly) in LAYERS.items():
         model, x, y = trained(make, options.epochs)
         problem, method = (
@@ -292,11 +298,12 @@ def main() -> None:
         ggn, hessian = (measured(problem, curvature=c, **method) for c in ("ggn", "hessian"))
         accuracy = float((model(x).argmax(1) == y).float().mean())
         print(f"\n{name}: accuracy {accuracy:.3f} on the pictures measured")
-        kappa = compared("kappa", ggn.value, ggn.stderr, of_kappa(problem), options.repeats)
-        trace = compared("Tr H", hessian.trace, hessian.trace_stderr, of_trace(problem), options.repeats)
-        report[name] = {"accuracy": accuracy, "samples": len(y), "kappa": kappa, "trace": trace}
+        common = {"case": name, "accuracy": accuracy, "samples": len(y)}
+        rows += compared("kappa", ggn.value, ggn.stderr, of_kappa(problem), options.repeats, common)
+        rows += compared("Tr H", hessian.trace, hessian.trace_stderr, of_trace(problem), options.repeats, common)
+        if options.json:
+            save(options.json, report)
     if options.json:
-        save(options.json, report)
         draw(report, options.json.with_suffix(".svg"))
 
 

@@ -347,6 +347,27 @@ LAYERS: list[Quote] = [
     ("drawing one layer gained 1.1 points where all of them gained 1.3", FRESH, "fam-one gain; fam-all gain")
 ]
 
+ESTIMATORS: list[Quote] = [
+    (
+        words,
+        "benchmarks/estimators",
+        "; ".join(
+            f"{case}/{name} rmse_6 rmse_12 rmse_24 rmse_equal_time"
+            for case in ("conv", "linear", "mlp", "transformer")
+        ),
+    )
+    for name, words in {
+        "logit-space-signs-(default)": "| 4.9 / 3.3 / 2.2 / 3.3 | 5.3 / 3.5 / 2.3 / 3.5 | 5.1 / 3.4 / 2.4 / 3.4 | 6.8 / 4.0 / 2.4 / 4.2 |",
+        "Hutchinson-a-probe-a-sample": "| 6.8 / 3.6 / 3.9 / 9.5 | 6.2 / 4.3 / 3.8 / 9.5 | 7.5 / 5.5 / 3.4 / 10.1 | 14.8 / 7.9 / 5.9 / 28.9 |",
+        "Hutchinson-a-probe-a-batch": "| 27.3 / 19.3 / 14.3 / 27.3 | 21.9 / 17.5 / 13.3 / 19.4 | 22.1 / 19.0 / 15.2 / 19.5 | 21.8 / 15.9 / 9.8 / 22.9 |",
+        "Hutch++": "| 26.4 / 5.4 / 1.2 / 26.4 | 24.3 / 8.0 / 1.2 / 24.3 | 20.7 / 9.1 / 1.9 / 20.7 | 20.4 / 8.4 / 3.9 / 45.0 |",
+        "XTrace": "| 14.6 / 4.0 / 0.7 / 18.4 | 20.3 / 5.1 / 0.5 / 20.3 | 32.9 / 8.9 / 0.9 / 32.9 | 21.2 / 8.3 / 2.2 / 31.6 |",
+        "Hutch++-of-curvlinops": "| 20.1 / 7.3 / 1.3 / 20.1 | 20.4 / 8.6 / 0.9 / 49.1 | 22.3 / 11.9 / 2.3 / 54.2 | 24.8 / 10.3 / 3.7 / 38.6 |",
+        "XTrace-of-curvlinops": "| 18.0 / 4.6 / 1.0 / 10.0 | 23.9 / 6.2 / 0.7 / 50.8 | 22.7 / 10.7 / 1.0 / 36.3 | 27.8 / 7.4 / 1.9 / 32.6 |",
+        "probes-(default)-with-kappa": "| 5.1 / 3.4 / 2.1 / 3.4 | 5.1 / 3.3 / 2.2 / 3.3 | 5.1 / 3.4 / 2.4 / 3.4 | 6.8 / 6.8 / 4.2 / 6.8 |",
+        "PyHessian-the-layer-alone-trainable": "| 22.5 / 19.2 / 14.8 / 21.5 | 25.5 / 20.1 / 12.8 / 22.3 | 21.3 / 12.3 / 8.6 / 10.1 | 16.9 / 12.3 / 8.5 / 7.7 |",
+    }.items()
+]
 MEASURING: list[Quote] = [
     ("| probes, Hessian | 3.3 | 0.00 | 0.90 |", "benchmarks/calibration", "all/probe(hessian) beyond_2 beyond_4 rms"),
     (
@@ -374,7 +395,7 @@ MEASURING: list[Quote] = [
 
 QUOTES = {
     "README.md": README,
-    "docs/benchmarks.md": BENCHMARKS,
+    "docs/benchmarks.md": BENCHMARKS + ESTIMATORS,
     "docs/compare.md": COMPARE + GRIDS,
     "docs/howto/layers.md": LAYERS,
     "docs/howto/measuring.md": MEASURING,
