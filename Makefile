@@ -89,9 +89,10 @@ dist:  ## wheel and source distribution under dist, checked; the wheel in an emp
 	$(WHEEL)/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	PUBLISHING=$(abspath $(PUBLISHING)) tools/wheel.sh $(abspath $(WHEEL))
 
-bench: $(READY)  ## cost of training and measuring, errors of estimates, as JSON and pictures in benchmarks/results
+bench: $(READY)  ## cost of training and measuring, in benchmarks/results, and errors of estimates, in build, as JSON and pictures
 	$(BIN)/python benchmarks/cost.py
-	$(BIN)/python benchmarks/estimators.py --json benchmarks/results/estimators.json
+	mkdir -p build
+	$(BIN)/python benchmarks/estimators.py --json build/estimators.json
 
 gallery: $(READY)  ## draw the figures of docs/gallery by its programs, and write its page
 	$(BIN)/relflat data get fashion-mnist minilm reviews

@@ -8,7 +8,8 @@ run, with its standard error). Kappa is that of the Gauss-Newton matrix, Tr H of
 
     python benchmarks/estimators.py [--repeats 50] [--json benchmarks/results/estimators.json]
 
-Where curvlinops and PyHessian are installed (see ``curvlinops_traces.py``), they run as well.
+Where curvlinops and PyHessian are installed (see ``curvlinops_traces.py``), they run as well; the committed numbers
+are with both. A picture is drawn beside the JSON; the committed one is docs/assets/estimators.svg.
 """
 
 import argparse

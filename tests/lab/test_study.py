@@ -173,7 +173,9 @@ def test_ctrl_c_in_the_middle_is_answered_at_once_in_a_line(tmp_path):
     line = [sys.executable, "-c", code, "compare", "digits", *arms, "--runs", "runs", "--out", "out"]
     with subprocess.Popen(line, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True) as command:
         try:
+            deadline = time.monotonic() + 120
             while len(list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2 and command.poll() is None:
+                assert time.monotonic() < deadline
                 time.sleep(0.05)
             os.killpg(command.pid, signal.SIGINT)
             said = command.communicate(timeout=60)[1].splitlines()
