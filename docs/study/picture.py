@@ -36,6 +36,7 @@ TITLES = {
     "digits-unshifted-noise": "digits, 20 % noise",
     "digits-shifted-noise": "digits shifted at random, 20 % noise",
     "digits-unshifted-clean": "digits",
+    "cifar10-5000-noise": "CIFAR-10, 5,000 images, 20 % noise",
     "cifar10-5000-clean": "CIFAR-10, 5,000 images",
     "mnist1d": "MNIST-1D",
     "breast-cancer": "a table: breast cancer",
