@@ -89,10 +89,11 @@ dist:  ## wheel and source distribution under dist, checked; the wheel in an emp
 	$(WHEEL)/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	PUBLISHING=$(abspath $(PUBLISHING)) tools/wheel.sh $(abspath $(WHEEL))
 
-bench: $(READY)  ## cost of training and measuring, in benchmarks/results, and errors of estimates, in build, as JSON and pictures
+bench: $(READY)  ## cost of training and measuring, in benchmarks/results, errors of estimates and memory of vocabularies, in build
 	$(BIN)/python benchmarks/cost.py
 	mkdir -p build
 	$(BIN)/python benchmarks/estimators.py --json build/estimators.json
+	$(BIN)/python benchmarks/vocabulary_memory.py --json build/vocabulary_memory.json
 
 gallery: $(READY)  ## draw the figures of docs/gallery by its programs, and write its page
 	$(BIN)/relflat data get fashion-mnist minilm reviews

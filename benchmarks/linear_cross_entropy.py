@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -66,7 +66,7 @@ def main() -> None:
     where, rows = environment(), {name: [] for name in (PLAIN, *options.contestants)}
     for _ in range(options.rounds):
         for name, found in rows.items():
-            found.append(elsewhere(name))
+            found.append(elsewhere(name, sys.argv[1:]))
             print(f"{name}: {found[-1][0]:.1f} s, processor {found[-1][1]:.1f} s, {found[-1][2]:.2f} GiB", flush=True)
     results = {name: summary(found, rows[PLAIN]) for name, found in rows.items()}
     columns = ("forward and backward", "wall time", "processor time", "peak memory", "s", "GiB")
@@ -95,9 +95,9 @@ def summary(found: list[list[float]], plain: list[list[float]]) -> dict[str, Any
     }
 
 
-def elsewhere(name: str) -> list[float]:
-    """Run a contestant in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+def elsewhere(name: str, arguments: Sequence[str]) -> list[float]:
+    """Seconds, processor seconds and GiB of a contestant in a process of its own, with such options."""
+    command = [sys.executable, __file__, *arguments, "--only", name]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [float(x) for x in done.stdout.split()]
 

@@ -365,6 +365,11 @@ LAYERS: list[Quote] = [
     ("drawing one layer gained 1.1 points where all of them gained 1.3", FRESH, "fam-one gain; fam-all gain")
 ]
 
+VOCABULARY, PLAIN_AND_FULL = (
+    "benchmarks/vocabulary_memory",
+    "131072-classes/logits-+-F.cross_entropy gib; 131072-classes/full gib",
+)
+
 ESTIMATORS: list[Quote] = [
     (
         words,
@@ -413,8 +418,11 @@ MEASURING: list[Quote] = [
 
 QUOTES = {
     "README.md": README,
-    "docs/benchmarks.md": BENCHMARKS + ESTIMATORS,
+    "docs/benchmarks.md": BENCHMARKS
+    + ESTIMATORS
+    + [("12.0 GiB, both with kappa in chunks take 0.41", VOCABULARY, PLAIN_AND_FULL)],
     "docs/compare.md": COMPARE + GRIDS,
+    "docs/distributed.md": [("classes 12.0 GiB are 0.41", VOCABULARY, PLAIN_AND_FULL)],
     "docs/howto/layers.md": LAYERS,
     "docs/howto/measuring.md": MEASURING,
     "docs/reproduce.md": REPRODUCE,

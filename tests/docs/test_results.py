@@ -56,7 +56,7 @@ def arms_of(source: str) -> dict[str, dict[str, Any]]:
             "peak": {"value": row.get("peak")},
             "error": {"value": row.get("median_error")},
             "step": {key: row.get("wall", {}).get(name) for key, name in STEP.items()},
-            **{key: {"value": row.get(key)} for key in ("beyond_2", "beyond_4", "rms")},
+            **{key: {"value": row.get(key)} for key in ("beyond_2", "beyond_4", "rms", "gib")},
             **{f"rmse_{budget}": {"value": cell["rmse"]} for budget, cell in row.get("cells", {}).items()},
         }
         for row in rows
