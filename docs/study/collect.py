@@ -51,7 +51,7 @@ def comparison(report: dict[str, Any]) -> Arms:
         arms[arm["arm"]]["step_ms"] = {"value": 1000 * cost["seconds"]}
         if arm["title"] in differences:
             arms[arm["arm"]]["gain"] = differences[arm["title"]]
-    for rival in {"sam", "asam"} & arms.keys() if "fam-default" in arms else ():
+    for rival in sorted({"sam", "asam"} & arms.keys()) if "fam-default" in arms else ():
         arms["fam-default"][f"over_{rival}"] = paired(report["tested"], rival, "fam-default")
     return arms
 

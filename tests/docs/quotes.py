@@ -85,6 +85,18 @@ BENCHMARKS: list[Quote] = [
         )
         for study, words in UNTUNED.items()
     ),
+    (
+        "| 93.8 | +0.2 | 0.0 | -0.1 | -0.3 |",
+        "recipe/digits-noise",
+        "plain accuracy; fam-default gain; fam gain; sam gain; asam gain",
+    ),
+    (
+        "| 92.5 | +0.4 | +0.4 | -1.2 | +0.1 |",
+        "recipe/digits-noise-40",
+        "plain accuracy; fam-default gain; fam gain; sam gain; asam gain",
+    ),
+    ("SAM by 1.6 points (p = .002", "recipe/digits-noise-40", "fam-default over_sam over_sam.p"),
+    ("(all p &ge; .1)", "recipe/digits-noise-40", "sam gain.p"),
     ("-.6 on digits with 20 % noise (p = .027)", UNSHIFTED, "fam-default over_sam _ over_sam.p"),
     ("-.3 on clean ones (p = .008)", "untuned/digits-unshifted-clean", "fam-default over_sam over_sam.p"),
     ("(p > .1)", FMNOISE, "_"),
@@ -206,6 +218,12 @@ STUDY: list[Quote] = [
         "FAM +5.4 at 1.2x the step, dropout +5.8 at 1.4x, ASAM +2.0 and SAM +1.9 at 2.0x; label smoothing -0.7",
         CIFARNOISE,
         "fam-default gain step; dropout gain step; asam gain; sam gain step; smoothing gain",
+    ),
+    ("FAM as it comes +0.2, SAM -0.1, ASAM -0.3", "recipe/digits-noise", "fam-default gain; sam gain; asam gain"),
+    (
+        "no difference shown for any: FAM +0.4, SAM -1.2, ASAM +0.1",
+        "recipe/digits-noise-40",
+        "fam-default gain; sam gain; asam gain",
     ),
     ("label smoothing alone is better (+0.8); FAM +0.3", SHIFTED_NOISE, "smoothing gain; fam-default gain"),
     ("label smoothing +0.8, dropout -1.2; FAM +0.2", MNIST1D, "smoothing gain; dropout gain; fam-default gain"),

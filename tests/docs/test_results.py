@@ -176,5 +176,5 @@ def test_committed_pictures_are_small_and_described() -> None:
     pictures = [p for kind in ("svg", "png") for p in (ROOT / "docs" / "study").rglob(f"*.{kind}")]
     assert set(pictures) == set(shown)
     assert all(len(alt) > 20 for alt in shown.values())
-    assert max(p.stat().st_size for p in pictures) < 75_000  # nine panels
+    assert max(p.stat().st_size for p in pictures) < 75_000  # ten panels
     assert sum(p.stat().st_size for p in pictures) < 450_000
