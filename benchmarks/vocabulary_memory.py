@@ -4,7 +4,7 @@
 
 Forward and backward, each in a fresh process that measures its peak of resident memory above that with the inputs in
 place: gradients of features and weight are counted, those themselves are not. A picture is drawn beside the JSON; the
-committed one is docs/assets/vocabulary-memory.svg.
+committed one is docs/assets/vocabulary-memory.svg. The largest size needs 13 GiB; all of it some minutes.
 """
 
 from dataclasses import asdict, dataclass
